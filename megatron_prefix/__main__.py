@@ -1,0 +1,67 @@
+"""`megatron-prefix COMMAND …`: finds the command and turns its outcome into an exit code.
+
+0 success; 2 bad usage or bad input, with one message on standard error; 1 an internal failure,
+with its traceback; 130 interrupted. Under torchrun every process exits alike, rank 0 speaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_prefix.errors import InputError
+
+COMMANDS = ("build", "inspect", "train", "evaluate", "compare")
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if _is_first_rank():
+            super().error(message)
+        sys.exit(2)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each command's module adds its own part."""
+    parser = _Parser(
+        prog="megatron-prefix",
+        description="Exact prefix-sharing preference training on Megatron-Core.",
+        epilog="megatron-prefix COMMAND --help says more.",
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        if importlib.util.find_spec(f"megatron_prefix.cli.{name}") is None:
+            continue
+        importlib.import_module(f"megatron_prefix.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; argparse exits by itself on bad usage."""
+    args = make_parser().parse_args(argv)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return code or 0
+    except InputError as error:
+        if _is_first_rank():
+            print(f"megatron-prefix {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The specification: a masked softmax over every pair of tokens.
+
+Slow, quadratic in memory, and plainly what `layout.py` says. Every other backend is compared
+with it, values and gradients. Any device, any floating-point dtype.
+
+Shapes: T tokens, N query heads, G key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_prefix.layout import TreeLayout
+
+
+def visibility(layout: TreeLayout, device: torch.device | str) -> torch.Tensor:
+    """bool [T, T]: whether query row q sees key row k, which is `k <= q < subtree_end[k]`."""
+    q = torch.arange(layout.num_tokens, device=device).unsqueeze(1)
+    k = torch.arange(layout.num_tokens, device=device).unsqueeze(0)
+    subtree_ends = torch.from_numpy(layout.token_subtree_ends()).to(device)
+    return (k <= q) & (q < subtree_ends)
+
+
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the entries where `mask` is true, in the dtype of `q`.
+
+    q [Tq, N, H], k and v [Tk, G, H], mask bool [Tq, Tk] -> [Tq, N, H]. Query head n uses the
+    key/value head n // (N / G). A query that sees nothing yields NaN.
+    """
+    group_size = q.size(1) // k.size(1)
+    k, v = (x.repeat_interleave(group_size, dim=1) for x in (k, v))
+    scores = torch.einsum("qnh,knh->nqk", q, k) * scale
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return torch.einsum("nqk,knh->qnh", weights, v)
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TreeLayout, scale: float
+) -> torch.Tensor:
+    """Tree attention by the definition; arguments as `tree_attention` checks them."""
+    return masked_attention(q, k, v, visibility(layout, q.device), scale)

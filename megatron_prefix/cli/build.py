@@ -1,0 +1,124 @@
+"""`megatron-prefix build`: raw preferences -> a data set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+INTERVAL = 10.0
+"""Seconds between lines of progress where standard error is not a terminal."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Declare the command and its flags."""
+    parser = subparsers.add_parser(
+        "build",
+        help="raw preferences -> a data set",
+        description="Read preference records, tokenise them, and write a data set in which every "
+        "token of a group stands once. Ends with a summary.",
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="JSON Lines, or a JSON array of objects; either may be gzipped",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="T",
+        help="bytes; a SentencePiece model file; or a Hugging Face tokenizer's directory or id",
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="write PREFIX.bin, .idx, .tree, .json"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("auto", "hh", "trl", "sharegpt", "oasst"),
+        default="auto",
+        help="auto: by the first record's columns. hh: chosen and rejected are whole dialogues. "
+        "trl: prompt, chosen, rejected. sharegpt: conversations, chosen, rejected. oasst: "
+        "OpenAssistant message trees (default: auto)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="longest path from the first prompt token to the response's end, in tokens, "
+        "end-of-text included (default: no limit)",
+    )
+    parser.add_argument(
+        "--overflow",
+        choices=("error", "truncate-prompt", "drop"),
+        default="error",
+        help="what becomes of longer paths. drop: the response goes with its pairs. "
+        "truncate-prompt: the oldest prompt tokens go, begin-of-text and the system message stay, "
+        "alike for all responses of a prompt (default: error)",
+    )
+    parser.add_argument(
+        "--no-append-eos",
+        action="store_true",
+        help="add no end-of-text token behind responses (default: added, unless the chat "
+        "template put one)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="wrong records (not JSON, a column missing): stop, or count and skip (default: stop)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="records with nothing to compare are an error (default: dropped and counted)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Build and print the summary."""
+    from megatron_prefix.data.build import BuildOptions, build_dataset
+
+    options = BuildOptions(
+        format=args.format,
+        max_length=args.max_length,
+        overflow=args.overflow,
+        append_eos=not args.no_append_eos,
+        on_error=args.on_error,
+        strict=args.strict,
+    )
+    with _Progress() as progress:
+        report = build_dataset(args.input, args.tokenizer, args.output, options, progress)
+    print(report.summary())
+    print(f"wrote {args.output}.bin, .idx, .tree and .json")
+
+
+class _Progress:
+    """Bytes read and groups written: a bar on a terminal, a line every INTERVAL otherwise."""
+
+    def __init__(self) -> None:
+        self._bar = None
+        self._next = time.monotonic() + INTERVAL
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, position: int, total: int, groups: int) -> None:
+        if not sys.stderr.isatty():
+            if time.monotonic() >= self._next:
+                self._next = time.monotonic() + INTERVAL
+                share = 100 * position / max(total, 1)
+                print(f"build: {groups:,} groups, {share:.0f} % of the input", file=sys.stderr)
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="build", leave=False)
+        self._bar.set_postfix_str(f"{groups:,} groups", refresh=False)
+        self._bar.update(position - self._bar.n)

@@ -1,0 +1,32 @@
+"""What several commands declare and do alike."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+
+from megatron_prefix.config import Config, load_config
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE.yaml [section.key=value …]`."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.yaml", help="sections data, model, loss, …"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="replaces one setting of the file, e.g. optimizer.lr=1e-6",
+    )
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """The checked configuration. Raises InputError."""
+    return load_config(args.config, args.overrides)
+
+
+def quiet_megatron() -> None:
+    """Silence what Megatron-Core says on import about optional packages that are not there."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    warnings.filterwarnings("ignore", message=".*requires_grad=True to a scalar.*")

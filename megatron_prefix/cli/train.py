@@ -1,0 +1,28 @@
+"""`megatron-prefix train`: a preference training run."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_prefix.cli.options import add_config, quiet_megatron, read_config
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Declare the command and its flags."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train on a data set",
+        description="Train a policy on preferences. Writes config.yaml and metrics.jsonl into "
+        "logging.output, and checkpoints into train.save.",
+    )
+    add_config(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train to the end of the run."""
+    config = read_config(args)
+    quiet_megatron()
+    from megatron_prefix.train.loop import train
+
+    train(config)

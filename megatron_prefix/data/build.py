@@ -1,0 +1,171 @@
+"""Raw preferences -> a data set on disk, one record at a time.
+
+    file -> Record -> Example -> token paths -> what fits and differs -> PrefixTree -> store
+
+Two kinds of bad input are told apart. A wrong record (not JSON, a column missing) stops the
+build, or is counted and passed over with `on_error="skip"`. A degenerate one (nothing to
+compare) is dropped and counted by reason, or stops the build with `strict`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_prefix.data.examples import DEGENERATE, DegenerateRecord, ExampleReader
+from megatron_prefix.data.paths import OVERFLOW_MODES, PathEncoder, Selection, TooLong, select
+from megatron_prefix.data.records import Record, check_inputs, read_records
+from megatron_prefix.data.report import BuildReport
+from megatron_prefix.data.store import DatasetWriter
+from megatron_prefix.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_prefix.data.tree import PrefixTree, build_tree
+from megatron_prefix.errors import InputError
+
+Progress = Callable[[int, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How records become trees.
+
+    `max_length` bounds one root-to-leaf path in tokens, end-of-text included. `overflow` says
+    what happens to longer ones: "error", "truncate-prompt" or "drop". `on_error` is "stop" or
+    "skip" for wrong records; `strict` makes degenerate records an error.
+    """
+
+    format: str = "auto"
+    max_length: int | None = None
+    overflow: str = "error"
+    append_eos: bool = True
+    on_error: str = "stop"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overflow not in OVERFLOW_MODES:
+            raise InputError(
+                f"overflow {self.overflow!r} is not one of {', '.join(OVERFLOW_MODES)}"
+            )
+        if self.on_error not in ("stop", "skip"):
+            raise InputError(f"on_error {self.on_error!r} is not one of stop, skip")
+        if self.max_length is not None and self.max_length < 2:
+            raise InputError(
+                f"--max-length is {self.max_length}: a path has at least 2 tokens, one of the "
+                "prompt and one of the response"
+            )
+        if self.max_length is None and self.overflow != "error":
+            raise InputError(f"--overflow {self.overflow} needs --max-length")
+
+
+def build_dataset(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Tokenizer,
+    output: str | Path,
+    options: BuildOptions | None = None,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build data set `output` and return what happened.
+
+    `progress` hears (bytes read, bytes in all, groups written) after each record. Raises
+    InputError for bad input or settings; then nothing is left behind.
+    """
+    options = options or BuildOptions()
+    paths = [Path(path) for path in inputs]
+    reader = ExampleReader(options.format)
+    check_inputs(paths)
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer)
+    encoder = PathEncoder(tokenizer, options.append_eos)
+    report, total, started = BuildReport(), sum(p.stat().st_size for p in paths), time.monotonic()
+    position = [0]
+    kept = {**asdict(options), "inputs": [str(path) for path in paths]}
+    with DatasetWriter(output, tokenizer.describe(), kept) as writer:
+        for record in read_records(paths, lambda count: position.__setitem__(0, count)):
+            report.num_records += 1
+            tree = _tree_of(record, reader, encoder, options, report)
+            if tree is not None:
+                writer.add(tree, record.index)
+            if progress is not None:
+                progress(position[0], total, writer.statistics.counts["groups"])
+        report.format = reader.format
+        report.num_tokens_made = encoder.num_tokens
+        if not writer.statistics.counts["groups"]:
+            raise InputError(_nothing_left(paths, report))
+        report.manifest = writer.finish(report.as_dict())
+    report.seconds = time.monotonic() - started - writer.seconds_importing
+    return report
+
+
+def _tree_of(
+    record: Record,
+    reader: ExampleReader,
+    encoder: PathEncoder,
+    options: BuildOptions,
+    report: BuildReport,
+) -> PrefixTree | None:
+    """The record's tree, or None where it is dropped; the report hears of everything."""
+    where = f"{record.path.name}:{record.line}"
+    try:
+        if record.value is None:
+            raise InputError(record.error)
+        example = reader.read(record.value)
+        paths, notes = encoder.encode(example)
+        selection = select(
+            example,
+            paths,
+            encoder=encoder,
+            max_length=options.max_length,
+            overflow=options.overflow,
+        )
+        _count_dropped(selection, where, options, report)
+    except DegenerateRecord as degenerate:
+        if options.strict:
+            raise InputError(
+                f"{record.where}: {degenerate}. Take the record out, or build without --strict, "
+                "which drops and counts such records"
+            ) from None
+        report.drop(str(degenerate), where, groups=1)
+        return None
+    except TooLong as error:
+        raise InputError(f"{record.where}: {error}") from None
+    except InputError as error:
+        if options.on_error == "stop":
+            raise InputError(
+                f"{record.where}: {error}. Mend the record, or pass over such records with "
+                "--on-error skip"
+            ) from None
+        report.skip_wrong(where, str(error))
+        return None
+    if not selection.pairs:
+        return None
+    for note in (*example.notes, *notes):
+        report.note(note)
+    report.num_cut_groups += selection.num_cut > 0
+    report.num_cut_responses += selection.num_cut
+    report.num_cut_tokens += selection.cut_tokens
+    return build_tree(selection.paths, selection.pairs)
+
+
+def _count_dropped(
+    selection: Selection, where: str, options: BuildOptions, report: BuildReport
+) -> None:
+    """Count a lost group under its first reason, or else what the group lost by reason."""
+    if options.strict:
+        for reason in selection.dropped:
+            if reason in DEGENERATE:
+                raise DegenerateRecord(reason)
+    if not selection.pairs:
+        report.drop(next(iter(selection.dropped)), where, groups=1)
+        return
+    for reason, (responses, pairs) in selection.dropped.items():
+        report.drop(reason, where, responses=responses, pairs=pairs)
+
+
+def _nothing_left(paths: Sequence[Path], report: BuildReport) -> str:
+    """Why no group is left, by the reasons that took them."""
+    reasons = [f"{lost.groups} x {reason}" for reason, lost in report.dropped.items()]
+    if report.wrong.num_records:
+        reasons.append(f"{report.wrong.num_records} x wrong ({report.wrong_reasons[0]})")
+    names = ", ".join(str(path) for path in paths)
+    return f"{names}: nothing is left of {report.num_records} records: {'; '.join(reasons)}"

@@ -1,0 +1,275 @@
+"""Examples -> token paths: where a text begins, where its prompt ends, where it stops.
+
+Prompt and response are tokenised together, and the loss begins where the tokens of the whole
+leave those of the prompt alone, so a token merged across the boundary belongs to the response:
+
+    prompt "Say: ", response "yes"     encode(prompt)            [Say] [:] [_]
+                                       encode(prompt + response) [Say] [:] [_yes]
+    begin-of-text and end-of-text      [bos] [Say] [:] | [_yes] [eos]     loss from depth 3 on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_prefix.data.examples import (
+    EQUAL,
+    NO_PROMPT_TOKEN,
+    NO_RESPONSE_TOKEN,
+    Example,
+    ExampleResponse,
+    common_prefix,
+)
+from megatron_prefix.data.fields import Message, Text
+from megatron_prefix.data.tokenizers import Tokenizer
+from megatron_prefix.data.tree import Pair, ResponsePath
+from megatron_prefix.errors import InputError
+
+TOO_LONG = "over --max-length"
+UNPAIRED = "left without a pair"
+TOO_LONG_CUT = "over --max-length with the shortest prompt"
+NOTE_TEMPLATE = "responses whose chat template writes the prompt otherwise once it is answered"
+OVERFLOW_MODES = ("error", "truncate-prompt", "drop")
+
+
+class TooLong(InputError):
+    """A path is longer than --max-length and --overflow is error."""
+
+
+def common_tokens(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading tokens two paths share."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+class PathEncoder:
+    """Turns one Example at a time into token paths, encoding each prompt once.
+
+    Raises InputError where end-of-text is to be appended and the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, append_eos: bool = True) -> None:
+        if append_eos and tokenizer.eos_id is None:
+            raise InputError(
+                f"tokenizer {tokenizer.name} defines no end-of-text token: give --no-append-eos "
+                "or a tokenizer that has one"
+            )
+        self.tokenizer = tokenizer
+        self.append_eos = append_eos
+        self.num_tokens = 0
+        """Tokens made so far, prompts counted once."""
+        self._prompts: dict[Text, tuple[str, np.ndarray]] = {}
+
+    def encode(self, example: Example) -> tuple[list[ResponsePath], list[str]]:
+        """The path of every response, in order, and notes on what was unusual."""
+        self._prompts.clear()
+        notes: list[str] = []
+        paths = [self._path(response, notes) for response in example.responses]
+        self.num_tokens += sum(len(path.tokens) for path in paths)
+        return (_align(paths) if notes else paths), notes
+
+    def kept_tokens(self, prompt: Text) -> int:
+        """Tokens of a prompt that truncation keeps: begin-of-text and the system message."""
+        text, ids = self._prompt(prompt)
+        kept = 0
+        if not isinstance(prompt, str) and prompt[0].role == "system":
+            system = self._system_text(prompt, text)
+            kept = common_tokens(self.tokenizer.encode(system), ids)
+        return max(kept + self._adds_bos(ids), int(self.tokenizer.bos_id is not None))
+
+    def _prompt(self, prompt: Text) -> tuple[str, np.ndarray]:
+        if prompt not in self._prompts:
+            text = prompt if isinstance(prompt, str) else self.tokenizer.render(prompt, True)
+            ids = self.tokenizer.encode(text)
+            self.num_tokens += len(ids)
+            self._prompts[prompt] = text, ids
+        return self._prompts[prompt]
+
+    def _path(self, response: ExampleResponse, notes: list[str]) -> ResponsePath:
+        prompt, prompt_ids = self._prompt(response.prompt)
+        if isinstance(response.prompt, str):
+            text = prompt + response.response
+        else:
+            text = self.tokenizer.render((*response.prompt, *response.response), False)
+            shared = common_prefix(prompt, text)
+            if shared < len(prompt):
+                notes.append(NOTE_TEMPLATE)
+                prompt_ids = self.tokenizer.encode(prompt[:shared])
+        ids = self.tokenizer.encode(text)
+        loss_start = common_tokens(prompt_ids, ids)
+        parts = [ids]
+        if self._adds_bos(ids):
+            parts.insert(0, np.array([self.tokenizer.bos_id]))
+            loss_start += 1
+        if self.append_eos and not self._ends(ids, loss_start, response.response):
+            parts.append(np.array([self.tokenizer.eos_id]))
+        return ResponsePath(
+            tokens=np.concatenate(parts).astype(np.int64),
+            loss_start=loss_start,
+            set_id=response.set_id,
+            rank=response.rank,
+            score=response.score,
+        )
+
+    def _adds_bos(self, ids: np.ndarray) -> bool:
+        bos = self.tokenizer.bos_id
+        return bos is not None and not (len(ids) and ids[0] == bos)
+
+    def _ends(self, ids: np.ndarray, loss_start: int, response: Text) -> bool:
+        """Whether a chat template already put end-of-text, at most white space behind it."""
+        if isinstance(response, str) or not self.tokenizer.has_chat_template:
+            return False
+        ends = np.flatnonzero(ids == self.tokenizer.eos_id)
+        if not len(ends) or ends[-1] < loss_start - self._adds_bos(ids):
+            return False
+        return not self.tokenizer.decode(ids[ends[-1] + 1 :].tolist()).strip()
+
+    def _system_text(self, prompt: tuple[Message, ...], text: str) -> str:
+        """The part of a rendered prompt that the system message takes."""
+        empty = replace(prompt[1], content="") if len(prompt) > 1 else None
+        try:
+            system = self.tokenizer.render(prompt[:1], False)
+        except InputError:  # templates that want a user's turn: all up to that turn's text
+            if empty is None:
+                raise
+            system = self.tokenizer.render((prompt[0], empty), False)
+        return text[: common_prefix(system, text)]
+
+
+def _align(paths: list[ResponsePath]) -> list[ResponsePath]:
+    """Let the loss of every set's responses begin where all their tokens are still the same."""
+    aligned = list(paths)
+    for set_id in {path.set_id for path in paths}:
+        members = [i for i, path in enumerate(paths) if path.set_id == set_id]
+        first = paths[members[0]].tokens
+        starts = [paths[i].loss_start for i in members]
+        shared = min(common_tokens(first, paths[i].tokens) for i in members)
+        if shared < min(starts):
+            for i in members:
+                aligned[i] = replace(paths[i], loss_start=shared)
+    return aligned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What of an Example remains, and why the rest does not.
+
+    `dropped` maps a reason to (responses, pairs) lost to it; `cut_tokens` counts the prompt
+    tokens that truncation took from `num_cut` responses.
+    """
+
+    paths: list[ResponsePath]
+    pairs: list[Pair]
+    dropped: dict[str, tuple[int, int]]
+    num_cut: int = 0
+    cut_tokens: int = 0
+
+
+def select(
+    example: Example,
+    paths: Sequence[ResponsePath],
+    *,
+    encoder: PathEncoder,
+    max_length: int | None = None,
+    overflow: str = "error",
+) -> Selection:
+    """Drop what cannot be compared or does not fit; see interface words on `--max-length`.
+
+    Responses that lose their last pair go too, and sets are numbered anew. Raises InputError
+    where a path is longer than `max_length` tokens and `overflow` is "error".
+    """
+    lost: dict[int, str] = {}
+    for i, path in enumerate(paths):
+        if path.loss_start == 0:
+            lost[i] = NO_PROMPT_TOKEN
+        elif path.loss_start == len(path.tokens):
+            lost[i] = NO_RESPONSE_TOKEN
+    fitted, num_cut, cut_tokens = list(paths), 0, 0
+    if max_length is not None:
+        if overflow == "truncate-prompt":
+            fitted, num_cut, cut_tokens = _truncate(example, fitted, lost, encoder, max_length)
+        reason = TOO_LONG_CUT if overflow == "truncate-prompt" else TOO_LONG
+        for i, path in enumerate(fitted):
+            if len(path.tokens) <= max_length or i in lost:
+                continue
+            if overflow == "error":
+                raise TooLong(
+                    f"response {i} takes {len(path.tokens)} tokens with its prompt, and "
+                    f"--max-length is {max_length}: raise it, or give --overflow drop or "
+                    "--overflow truncate-prompt"
+                )
+            lost[i] = reason
+    dropped: dict[str, tuple[int, int]] = {}
+    for reason in lost.values():
+        dropped[reason] = _plus(dropped.get(reason), (1, 0))
+    pairs = []
+    for pair in example.pairs:
+        reason = lost.get(pair.chosen) or lost.get(pair.rejected)
+        if not reason and np.array_equal(fitted[pair.chosen].tokens, fitted[pair.rejected].tokens):
+            reason = EQUAL
+        if reason:
+            dropped[reason] = _plus(dropped.get(reason), (0, 1))
+        else:
+            pairs.append(pair)
+    kept_paths, kept_pairs = _renumber(fitted, pairs)
+    if left := len(paths) - len(lost) - len(kept_paths):
+        dropped[UNPAIRED] = (left, 0)
+    return Selection(
+        paths=kept_paths,
+        pairs=kept_pairs,
+        dropped=dropped,
+        num_cut=num_cut,
+        cut_tokens=cut_tokens,
+    )
+
+
+def _plus(a: tuple[int, int] | None, b: tuple[int, int]) -> tuple[int, int]:
+    return (a[0] + b[0], a[1] + b[1]) if a else b
+
+
+def _renumber(
+    paths: Sequence[ResponsePath], pairs: Sequence[Pair]
+) -> tuple[list[ResponsePath], list[Pair]]:
+    kept = sorted({side for pair in pairs for side in (pair.chosen, pair.rejected)})
+    new = {old: i for i, old in enumerate(kept)}
+    sets: dict[int, int] = {}
+    for old in kept:
+        sets.setdefault(paths[old].set_id, len(sets))
+    return (
+        [replace(paths[old], set_id=sets[paths[old].set_id]) for old in kept],
+        [replace(p, chosen=new[p.chosen], rejected=new[p.rejected]) for p in pairs],
+    )
+
+
+def _truncate(
+    example: Example,
+    paths: Sequence[ResponsePath],
+    lost: dict[int, str],
+    encoder: PathEncoder,
+    max_length: int,
+) -> tuple[list[ResponsePath], int, int]:
+    """Cut the oldest prompt tokens, as many for every response of a comparison set.
+
+    A response that fits under no cut does not take part in the choice of the cut.
+    """
+    fitted, num_cut, cut_tokens = list(paths), 0, 0
+    for set_id in dict.fromkeys(path.set_id for path in paths):
+        members = [i for i, p in enumerate(paths) if p.set_id == set_id and i not in lost]
+        if not members or max(len(paths[i].tokens) for i in members) <= max_length:
+            continue
+        keep = encoder.kept_tokens(example.responses[members[0]].prompt)
+        room = max(min(paths[i].loss_start for i in members) - keep - 1, 0)
+        members = [i for i in members if len(paths[i].tokens) - room <= max_length]
+        cut = max((len(paths[i].tokens) - max_length for i in members), default=0)
+        if cut <= 0:
+            continue
+        for i in members:
+            path = paths[i]
+            tokens = np.concatenate([path.tokens[:keep], path.tokens[keep + cut :]])
+            fitted[i] = replace(path, tokens=tokens, loss_start=path.loss_start - cut)
+            num_cut, cut_tokens = num_cut + 1, cut_tokens + cut
+    return fitted, num_cut, cut_tokens

@@ -1,0 +1,126 @@
+"""Counts of a data set: what is in it, how long it is, what sharing saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_prefix.data.tree import PrefixTree
+
+SHARING_TOKENS = ("none", "response", "pair", "tree")
+QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+
+def path_lengths(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each response's whole path, and of its prompt, both int64 [R]."""
+    lengths = tree.node_lengths.tolist()
+    ends: list[int] = []
+    for length, parent in zip(lengths, tree.parents.tolist(), strict=True):
+        ends.append(length + (ends[parent] if parent >= 0 else 0))
+    depth = np.array(ends, np.int64)
+    first = tree.response_first
+    return depth[tree.response_last], depth[first] - np.array(lengths, np.int64)[first]
+
+
+def sharing_tokens(tree: PrefixTree, lengths: np.ndarray, prompts: np.ndarray) -> dict[str, int]:
+    """Tokens of one group under each sharing mode, from `path_lengths`.
+
+    Prompt of 10, responses of 2 and 3, one pair: none and response 25, pair and tree 15.
+    """
+    sides = lengths[tree.pairs]
+    return {
+        "none": int(sides.sum()),
+        "response": int(lengths.sum()),
+        "pair": int(sides.sum() - prompts[tree.pairs].min(axis=1).sum()) if len(sides) else 0,
+        "tree": tree.num_tokens,
+    }
+
+
+class Histogram:
+    """Exact quantiles of non-negative integers in memory that grows with the largest only."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(256, np.int64)
+
+    def add(self, values: np.ndarray) -> None:
+        if len(values) and (top := int(values.max())) >= len(self._counts):
+            grown = np.zeros(max(top + 1, 2 * len(self._counts)), np.int64)
+            grown[: len(self._counts)] = self._counts
+            self._counts = grown
+        np.add.at(self._counts, values, 1)
+
+    def summary(self) -> dict[str, float]:
+        """min, median, p95, p99, max (values that occur, the lower one at ties) and mean."""
+        total = int(self._counts.sum())
+        if not total:
+            return {}
+        below = np.cumsum(self._counts)
+        wanted = [max(int(np.ceil(q * total)), 1) for q in QUANTILES.values()]
+        values = np.searchsorted(below, wanted).tolist()
+        mean = float(np.arange(len(self._counts)) @ self._counts) / total
+        return {**dict(zip(QUANTILES, values, strict=True)), "mean": round(mean, 3)}
+
+
+class Statistics:
+    """Running totals over the groups of a data set."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(("groups", "nodes", "responses", "pairs", "tokens"), 0)
+        self.tokens = dict.fromkeys(SHARING_TOKENS, 0)
+        self._lengths = {name: Histogram() for name in ("prompt", "response", "path", "tree")}
+
+    def add(self, tree: PrefixTree, lengths: np.ndarray, prompts: np.ndarray) -> None:
+        """One group; `lengths` and `prompts` as `path_lengths` gives them."""
+        counted = (1, tree.num_nodes, tree.num_responses, tree.num_pairs, tree.num_tokens)
+        for name, count in zip(self.counts, counted, strict=True):
+            self.counts[name] += count
+        for name, count in sharing_tokens(tree, lengths, prompts).items():
+            self.tokens[name] += count
+        parts = (prompts, lengths - prompts, lengths, np.array([tree.num_tokens]))
+        for histogram, values in zip(self._lengths.values(), parts, strict=True):
+            histogram.add(values)
+
+    def lengths(self) -> dict[str, dict[str, float]]:
+        """Token lengths of prompts, responses, paths (one a response) and trees (one a group)."""
+        return {name: histogram.summary() for name, histogram in self._lengths.items()}
+
+
+def format_counts(
+    counts: Mapping[str, int], tokens: Mapping[str, int], lengths: Mapping[str, Any]
+) -> list[str]:
+    """Lines for people: counts, tokens by sharing mode with their factors, lengths."""
+    rows = [
+        ["groups", f"{counts['groups']:,}"],
+        ["responses", f"{counts['responses']:,}"],
+        ["pairs", f"{counts['pairs']:,}"],
+    ]
+    lines = align(rows)
+    lines += ["", "tokens by sharing mode"]
+    modes = [
+        [f"  {mode}", f"{tokens[mode]:,}", f"{tokens[mode] / max(tokens['tree'], 1):.2f} x tree"]
+        for mode in SHARING_TOKENS
+    ]
+    lines += align(modes)
+    lines += ["", "lengths in tokens"]
+    columns = [*QUANTILES, "mean"]
+    table = [["", *columns]]
+    for name, summary in lengths.items():
+        values = [f"{summary.get(q, 0):,}" for q in QUANTILES]
+        table.append([f"  {name}", *values, f"{summary.get('mean', 0):,.1f}"])
+    return lines + align(table)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of text: the first flush left, the others flush right."""
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

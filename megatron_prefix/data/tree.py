@@ -1,0 +1,259 @@
+"""Token lists of one group -> a PrefixTree in which every token stands once.
+
+A group's responses are root-to-node token paths that begin alike. `build_tree` merges them:
+a node ends where paths part, where a response's own tokens begin, and where a response ends.
+
+    prompt [5, 6]; responses [7, 8, 2], [7, 9, 2], [7]       (loss from depth 2 on)
+
+    node 0  [5, 6]      parent -1   the prompt
+    node 1  [7]         parent  0   response 2 ends here, a shared prefix of the others
+    node 2  [8, 2]      parent  1   response 0 ends here
+    node 3  [9, 2]      parent  1   response 1 ends here
+    response_first = [1, 1, 1]      response_last = [2, 3, 1]
+
+Nodes are in depth-first pre-order, children in order of first appearance, so a node's
+descendants stand right behind it. Shape suffixes: T tokens, M nodes, R responses, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+UNRANKED = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsePath:
+    """One response as tokens: `tokens[:loss_start]` is its prompt, the rest carries loss.
+
+    `set_id` numbers the comparison set (the siblings it is compared with) inside the group.
+    `rank` is 0 for the best, -1 where unknown; `score` is NaN where unknown.
+    """
+
+    tokens: np.ndarray
+    loss_start: int
+    set_id: int = 0
+    rank: int = UNRANKED
+    score: float = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """`chosen` and `rejected` are indices into the group's responses."""
+
+    chosen: int
+    rejected: int
+    weight: float = 1.0
+    margin: float = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrefixTree:
+    """One group: its tokens, each stored once, and what is compared in it.
+
+    Shapes: tokens_T; node_offsets_M1 (leading 0); parents_M (-1 at a root, several roots are
+    allowed); response_first_R and response_last_R are the nodes where a response's own tokens
+    begin and end; pairs_P2 holds (chosen, rejected) response indices.
+    """
+
+    tokens: np.ndarray
+    node_offsets: np.ndarray
+    parents: np.ndarray
+    response_first: np.ndarray
+    response_last: np.ndarray
+    response_sets: np.ndarray
+    ranks: np.ndarray
+    scores: np.ndarray
+    pairs: np.ndarray
+    pair_weights: np.ndarray
+    pair_margins: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.parents)
+
+    @property
+    def num_responses(self) -> int:
+        return len(self.response_last)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def node_lengths(self) -> np.ndarray:
+        return np.diff(self.node_offsets)
+
+    @property
+    def pair_sets(self) -> np.ndarray:
+        """Comparison set of each pair, [P]."""
+        return self.response_sets[self.pairs[:, 0]] if self.num_pairs else np.zeros(0, np.int32)
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root down to `node`."""
+        nodes = []
+        while node >= 0:
+            nodes.append(node)
+            node = int(self.parents[node])
+        return nodes[::-1]
+
+    def response_nodes(self, response: int) -> list[int]:
+        """Nodes that hold the response's own tokens, in order."""
+        path = self.path(int(self.response_last[response]))
+        return path[path.index(int(self.response_first[response])) :]
+
+    def node_tokens(self, node: int) -> np.ndarray:
+        return self.tokens[self.node_offsets[node] : self.node_offsets[node + 1]]
+
+    def response_tokens(self, response: int) -> tuple[np.ndarray, int]:
+        """The whole path's tokens and the index where the response's own begin."""
+        path = self.path(int(self.response_last[response]))
+        prompt = path[: path.index(int(self.response_first[response]))]
+        lengths = self.node_lengths
+        tokens = np.concatenate([self.node_tokens(node) for node in path])
+        return tokens, int(lengths[prompt].sum()) if prompt else 0
+
+    def restrict(self, responses: Sequence[int]) -> PrefixTree:
+        """The same group with only these responses, their pairs and the nodes they need."""
+        keep = set()
+        for response in responses:
+            keep.update(self.path(int(self.response_last[response])))
+        nodes = np.array(sorted(keep), np.int64)
+        new_node = np.full(self.num_nodes + 1, -1, np.int64)  # the last entry serves parent -1
+        new_node[nodes] = np.arange(len(nodes))
+        new_response = {old: new for new, old in enumerate(responses)}
+        pairs = [
+            p for p, (c, r) in enumerate(self.pairs) if c in new_response and r in new_response
+        ]
+        kept = np.asarray(responses, np.int64)
+        lengths = self.node_lengths[nodes]
+        return PrefixTree(
+            tokens=np.concatenate([self.node_tokens(n) for n in nodes]),
+            node_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            parents=new_node[self.parents[nodes]].astype(np.int32),
+            response_first=new_node[self.response_first[kept]].astype(np.int32),
+            response_last=new_node[self.response_last[kept]].astype(np.int32),
+            response_sets=self.response_sets[kept],
+            ranks=self.ranks[kept],
+            scores=self.scores[kept],
+            pairs=np.array(
+                [[new_response[int(r)] for r in self.pairs[p]] for p in pairs], np.int32
+            ).reshape(-1, 2),
+            pair_weights=self.pair_weights[pairs],
+            pair_margins=self.pair_margins[pairs],
+        )
+
+
+@dataclass
+class _Node:
+    tokens: np.ndarray
+    children: list[_Node] = field(default_factory=list)
+
+    def split(self, at: int) -> None:
+        """Cut so that this node keeps `at` tokens and one child takes the rest."""
+        self.children = [_Node(self.tokens[at:], self.children)]
+        self.tokens = self.tokens[:at]
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+def _insert(root: _Node, tokens: np.ndarray) -> None:
+    node, at = root, 0
+    while at < len(tokens):
+        rest = tokens[at:]
+        child = next((c for c in node.children if c.tokens[0] == rest[0]), None)
+        if child is None:
+            node.children.append(_Node(rest))
+            return
+        common = _common_prefix(child.tokens, rest)
+        if common < len(child.tokens):
+            child.split(common)
+        node, at = child, at + common
+
+
+def _cut(root: _Node, tokens: np.ndarray, depth: int) -> None:
+    """Make a node boundary at `depth` on the path of `tokens`."""
+    node, at = root, 0
+    while at < depth:
+        node = next(c for c in node.children if c.tokens[0] == tokens[at])
+        if at + len(node.tokens) > depth:
+            node.split(depth - at)
+        at += len(node.tokens)
+
+
+def _ends(
+    root: _Node, index: dict[int, int], tokens: np.ndarray, loss_start: int
+) -> tuple[int, int]:
+    """Indices of the first and last node that hold `tokens[loss_start:]`."""
+    node, at, first = root, 0, -1
+    while at < len(tokens):
+        node = next(c for c in node.children if c.tokens[0] == tokens[at])
+        if at == loss_start:
+            first = index[id(node)]
+        at += len(node.tokens)
+    return first, index[id(node)]
+
+
+def _flatten(root: _Node) -> tuple[list[_Node], list[int]]:
+    """Nodes in depth-first pre-order with their parents' indices."""
+    nodes: list[_Node] = []
+    parents: list[int] = []
+    stack = [(child, -1) for child in reversed(root.children)]
+    while stack:
+        node, parent = stack.pop()
+        stack += [(child, len(nodes)) for child in reversed(node.children)]
+        nodes.append(node)
+        parents.append(parent)
+    return nodes, parents
+
+
+def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> PrefixTree:
+    """Merge token paths into one PrefixTree.
+
+    Raises ValueError where a path has no prompt or no response token, or where a pair's sides
+    are not responses of one comparison set.
+    """
+    for i, r in enumerate(responses):
+        if not 0 < r.loss_start < len(r.tokens):
+            raise ValueError(
+                f"response {i} has {len(r.tokens)} tokens and its loss starts at {r.loss_start}: "
+                "at least one prompt token and one response token are needed"
+            )
+    for p in pairs:
+        if not (0 <= p.chosen < len(responses) and 0 <= p.rejected < len(responses)):
+            raise ValueError(f"pair {p} names a response outside 0..{len(responses) - 1}")
+        if p.chosen == p.rejected or responses[p.chosen].set_id != responses[p.rejected].set_id:
+            raise ValueError(f"pair {p}: both sides must be different responses of one set")
+    root = _Node(np.zeros(0, np.int64))
+    for r in responses:
+        _insert(root, r.tokens)
+    for r in responses:
+        _cut(root, r.tokens, r.loss_start)
+        _cut(root, r.tokens, len(r.tokens))
+    nodes, parents = _flatten(root)
+    index = {id(node): i for i, node in enumerate(nodes)}
+    ends = [_ends(root, index, r.tokens, r.loss_start) for r in responses]
+    return PrefixTree(
+        tokens=np.concatenate([n.tokens for n in nodes]),
+        node_offsets=np.cumsum([0] + [len(n.tokens) for n in nodes], dtype=np.int64),
+        parents=np.array(parents, np.int32),
+        response_first=np.array([first for first, _ in ends], np.int32),
+        response_last=np.array([last for _, last in ends], np.int32),
+        response_sets=np.array([r.set_id for r in responses], np.int32),
+        ranks=np.array([r.rank for r in responses], np.int32),
+        scores=np.array([r.score for r in responses], np.float64),
+        pairs=np.array([(p.chosen, p.rejected) for p in pairs], np.int32).reshape(-1, 2),
+        pair_weights=np.array([p.weight for p in pairs], np.float64),
+        pair_margins=np.array([p.margin for p in pairs], np.float64),
+    )

@@ -1,0 +1,139 @@
+"""Megatron-Core's GPT over packed prefix trees.
+
+Two steps of the stock model are replaced. Before the layers, rotary angles come from
+`packed_seq_params.position_ids`, because siblings repeat positions. Behind them only the rows
+that predict a response token are projected, and the model returns token log-probabilities.
+
+Shapes: T tokens, C hidden channels, U projected rows, N targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_prefix.attention.core import TreePackedSeqParams
+from megatron_prefix.model.logps import token_logps
+from megatron_prefix.model.rope import rotary_angles
+from megatron_prefix.model.spec import tree_block_spec
+
+
+@dataclass
+class TreeTransformerConfig(TransformerConfig):
+    """Megatron-Core's TransformerConfig with what the whole model needs beside its layers."""
+
+    vocab_size: int = 0
+    """Entries of the tokenizer's vocabulary; the embedding may be padded beyond them."""
+    make_vocab_size_divisible_by: int = 64
+    """The padded vocabulary is a multiple of this times the tensor parallel size."""
+    share_embeddings_and_output_weights: bool = False
+    rotary_base: float = 10000.0
+    tree_attention_backend: str = "auto"
+    """One of attention.api.BACKENDS."""
+    lm_head_chunk_size: int = 2048
+    """Rows projected to logits at a time."""
+    init_seed: int | None = None
+    """Seed of the initial weights, drawn by parameter name; None leaves Megatron-Core's."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+
+class TreeGPTModel(GPTModel):
+    """GPT whose attention, positions and head follow `TreePackedSeqParams`."""
+
+    def __init__(
+        self,
+        config: TreeTransformerConfig,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=tree_block_spec(
+                config, config.tree_attention_backend, vp_stage=vp_stage
+            ),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=0,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type="none",
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            # Rows are selected from the whole sequence, gathered before the head.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def _preprocess(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        inference_context: object | None = None,
+        packed_seq_params: TreePackedSeqParams | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> tuple:
+        """Embed [1, T] token ids to [T, 1, C]; angles from positions along root paths."""
+        if inference_context is not None or not isinstance(packed_seq_params, TreePackedSeqParams):
+            raise ValueError(
+                "TreeGPTModel trains and scores rows of prefix trees: pass "
+                "packed_seq_params=TreePackedSeqParams(…), and no inference context"
+            )
+        if decoder_input is None and self.pre_process:
+            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        angles = rotary_angles(
+            packed_seq_params.position_ids, self.config.kv_channels, self.config.rotary_base
+        )
+        return decoder_input, angles, None, None, None, padding_mask
+
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *,
+        labels: Tensor | None = None,
+        packed_seq_params: TreePackedSeqParams,
+        **_: object,
+    ) -> Tensor:
+        """Hidden rows [T, 1, C] -> log-probability of every target, float32 [N]."""
+        if not self.post_process:
+            return hidden_states
+        if labels is not None:
+            raise ValueError("targets come from packed_seq_params: pass labels=None")
+        if self.config.sequence_parallel:
+            # Every rank computes the same targets, so gradients must not be summed again.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        rows = hidden_states.squeeze(1).index_select(0, packed_seq_params.projected_rows)
+        return token_logps(
+            rows,
+            lambda chunk: self.output_layer(chunk.unsqueeze(1), weight=weight)[0].squeeze(1),
+            packed_seq_params.target_rows,
+            packed_seq_params.target_tokens,
+            vocab_size=self.config.vocab_size,
+            chunk_size=self.config.lm_head_chunk_size,
+            group=self.pg_collection.tp,
+        )
+
+
+def unwrap(model: torch.nn.Module) -> TreeGPTModel:
+    """The model inside Megatron-Core's wrappers (mixed precision, data parallelism)."""
+    while not isinstance(model, TreeGPTModel):
+        model = model.module
+    return model

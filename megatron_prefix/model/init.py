@@ -1,0 +1,76 @@
+"""Initial weights as a function of (seed, canonical parameter name) alone.
+
+Megatron-Core draws weights in the order in which a rank builds its layers, from streams that
+depend on the layout, and padding the vocabulary shifts every later draw. Here every parameter
+is drawn whole and unpadded from its own stream and then cut to this rank's part, so that all
+layouts start from the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
+
+
+def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters with their names in the whole, unsharded model.
+
+    On the second of two pipeline stages with 2 layers each, `decoder.layers.0.mlp.…` is
+    canonically `decoder.layers.2.mlp.…`.
+    """
+    layers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(layers[int(parts[2])])
+        yield ".".join(parts), parameter
+
+
+@torch.no_grad()
+def initialize_weights(model: TreeGPTModel, seed: int) -> None:
+    """Draw every parameter of this rank by name; see the module's docstring."""
+    for name, parameter in canonical_parameters(model):
+        parameter.copy_(_initial(name, parameter, model.config, model.pg_collection.tp, seed))
+
+
+def _initial(name, parameter, config: TreeTransformerConfig, group, seed: int) -> Tensor:
+    if name.endswith("bias"):
+        return torch.zeros_like(parameter)
+    if parameter.dim() == 1:
+        return torch.ones_like(parameter)
+    shape, dim = list(parameter.shape), None
+    if getattr(parameter, "tensor_model_parallel", False):
+        dim = parameter.partition_dim
+        shape[dim] *= group.size()
+    is_vocabulary = "word_embeddings" in name or "output_layer" in name
+    if is_vocabulary:
+        shape[0] = config.vocab_size
+    whole = _normal(name, shape, _standard_deviation(name, config), seed)
+    if is_vocabulary:
+        padding = whole.new_zeros(config.padded_vocab_size - config.vocab_size, shape[1])
+        whole = torch.cat([whole, padding])
+    if dim is None:
+        return whole
+    if name.endswith("linear_fc1.weight") and config.gated_linear_unit:
+        gate, up = whole.chunk(2, dim)
+        parts = [x.chunk(group.size(), dim)[group.rank()] for x in (gate, up)]
+        return torch.cat(parts, dim)
+    return whole.chunk(group.size(), dim)[group.rank()]
+
+
+def _standard_deviation(name: str, config: TreeTransformerConfig) -> float:
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return config.init_method_std / math.sqrt(2 * config.num_layers)
+    return config.init_method_std
+
+
+def _normal(name: str, shape: list[int], std: float, seed: int) -> Tensor:
+    digest = hashlib.sha256(f"weights/{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

@@ -1,0 +1,90 @@
+"""Configuration -> the part of the model that one pipeline stage or virtual chunk holds."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_prefix.attention.api import resolve_backend
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
+from megatron_prefix.model.init import initialize_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(model: ModelConfig, *, vocab_size: int, seed: int) -> TreeTransformerConfig:
+    """Megatron-Core's view of `model`, for CUDA where there is one and else for CPU.
+
+    `vocab_size` is the data set's, `seed` draws the initial weights. Raises ValueError where
+    the attention backend cannot run here.
+    """
+    on_cuda = torch.cuda.is_available()
+    dtype = DTYPES[model.dtype]
+    device = torch.device("cuda" if on_cuda else "cpu")
+    return TreeTransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        layernorm_epsilon=model.norm_epsilon,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=model.init_method_std,
+        perform_initialization=False,
+        use_cpu_initialization=not on_cuda,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Sums over pairs are divided by the plan's normaliser, never by micro batches or ranks.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=on_cuda,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        recompute_granularity=model.recompute_granularity,
+        recompute_method=model.recompute_method,
+        recompute_num_layers=model.recompute_num_layers,
+        vocab_size=vocab_size,
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        rotary_base=model.rotary_base,
+        tree_attention_backend=resolve_backend(model.attention_backend, device, dtype),
+        lm_head_chunk_size=model.lm_head_chunk_size,
+        init_seed=seed,
+    )
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    *,
+    config: TreeTransformerConfig,
+    pg_collection: ProcessGroupCollection,
+) -> TreeGPTModel:
+    """Build one stage's model, with its initial weights where `config.init_seed` is set.
+
+    Takes the arguments with which Megatron-LM and Megatron-Bridge call their providers.
+    """
+    model = TreeGPTModel(
+        config,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+    if config.init_seed is not None:
+        initialize_weights(model, config.init_seed)
+    return model

@@ -1,0 +1,73 @@
+"""Layer specs: Megatron-Core's own layers with tree attention in the middle."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_prefix.attention.core import TreeCoreAttention
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm that tells Megatron-Core when its weight sees a slice of the row.
+
+    Under sequence parallelism each rank's gradient covers its own tokens and must be summed;
+    the mark on the weight is what makes Megatron-Core do so.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's layers can be used: it is installed, and there is CUDA."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleSpec:
+    """One transformer layer whose attention follows the tree in `packed_seq_params`.
+
+    Transformer Engine's layers where it is installed, else Megatron-Core's local ones. `config`
+    says whether queries and keys are normed; `backend` is one of attention.api.BACKENDS.
+    """
+    if has_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        )
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=TreeCoreAttention, params={"backend": backend}
+    )
+    return spec
+
+
+def tree_block_spec(
+    config: TransformerConfig, backend: str = "auto", vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and virtual chunk, with the norm behind the last one."""
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    if has_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    else:
+        norm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[tree_layer_spec(config, backend) for _ in range(num_layers)], layer_norm=norm
+    )

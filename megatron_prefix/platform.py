@@ -1,0 +1,62 @@
+"""What Megatron-Core 0.16 needs where there is no CUDA, and nothing else.
+
+`adapted()` is a context: inside it, and only without CUDA, the places below run on CPU; leaving
+it restores everything. Paths are inside megatron/core.
+
+| adapted | because of |
+| --- | --- |
+| `device="cuda"` in tensor factories -> cpu | schedules.py:596, clip_grads.py:103, optimizer.py:481 |
+| `Tensor.type()` names CPU tensors as CUDA's | clip_grads.py:167, optimizer.py:671, 690 |
+| `torch.cuda.current_device()` -> cpu | rotary_pos_embedding.py:162, mappings.py:91 |
+| `torch.cuda.synchronize()` does nothing | p2p_communication.py:242, filesystem_async.py:230 |
+| CUDA random state is empty | random.py:55 and :76, saved and restored by recomputation |
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _CudaNamesOnCpu(TorchFunctionMode):
+    """Sends `device="cuda"` to CPU and answers `Tensor.type()` as CUDA would."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": CPU}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def adapted() -> Iterator[None]:
+    """Run Megatron-Core on this machine's device. Nests; does nothing where CUDA is there."""
+    if torch.cuda.is_available():
+        yield
+        return
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    no_state = torch.empty(0, dtype=torch.uint8)
+    with (
+        _CudaNamesOnCpu(),
+        mock.patch.object(torch.cuda, "current_device", lambda: CPU),
+        mock.patch.object(torch.cuda, "synchronize", lambda device=None: None),
+        mock.patch.object(torch.cuda.random, "get_rng_state", lambda device="cuda": no_state),
+        mock.patch.object(torch.cuda, "get_rng_state", lambda device="cuda": no_state),
+        mock.patch.object(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None),
+    ):
+        yield
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU

@@ -1,0 +1,85 @@
+"""Material for tests: random forests, random heads, independent statements of what is claimed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megatron_prefix.layout import TreeLayout
+
+
+def random_tree(
+    rng: np.random.Generator, max_depth: int = 5, max_children: int = 8, max_length: int = 6
+) -> TreeLayout:
+    """One tree in depth-first pre-order: up to `max_depth` levels, `max_children` a node.
+
+    Lengths are 1 to `max_length` tokens. Branching thins out with depth, so that a tree of five
+    levels stays at tens of tokens.
+    """
+    lengths: list[int] = []
+    parents: list[int] = []
+
+    def grow(parent: int, depth: int) -> None:
+        node = len(lengths)
+        lengths.append(int(rng.integers(1, max_length + 1)))
+        parents.append(parent)
+        if depth < max_depth:
+            most = max(1, max_children >> (depth - 1))
+            for _ in range(int(rng.integers(0, most + 1))):
+                grow(node, depth + 1)
+
+    grow(-1, 1)
+    return TreeLayout.from_parents(lengths, parents)
+
+
+def random_forest(
+    rng: np.random.Generator,
+    num_trees: int = 3,
+    max_depth: int = 5,
+    max_children: int = 8,
+    max_length: int = 6,
+) -> TreeLayout:
+    """Several random trees behind each other in one row; see `random_tree`."""
+    return TreeLayout.concat(
+        random_tree(rng, max_depth, max_children, max_length) for _ in range(num_trees)
+    )
+
+
+def visibility_by_walking(lengths, parents) -> np.ndarray:
+    """bool [T, T] from the definition alone: a token sees its own root path up to itself.
+
+    Walks up the parents for every segment and uses neither subtree ends nor positions.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    visible = np.zeros((int(ends[-1]) if len(ends) else 0,) * 2, dtype=bool)
+    for segment, length in enumerate(lengths):
+        rows = slice(ends[segment] - length, ends[segment])
+        visible[rows, rows] = np.tril(np.ones((length, length), dtype=bool))
+        ancestor = parents[segment]
+        while ancestor != -1:
+            visible[rows, ends[ancestor] - lengths[ancestor] : ends[ancestor]] = True
+            ancestor = parents[ancestor]
+    return visible
+
+
+def random_heads(
+    num_tokens: int,
+    num_heads: int = 4,
+    num_groups: int = 2,
+    head_dim: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [T, N, H], k and v [T, G, H] that require gradients, and a grad_out like q.
+
+    Drawn on CPU in float64 and then rounded to `dtype`, so every dtype gets the same numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> torch.Tensor:
+        x = torch.randn(num_tokens, heads, head_dim, generator=generator, dtype=torch.float64)
+        return x.to(device=device, dtype=dtype)
+
+    q, k, v = (draw(n).requires_grad_() for n in (num_heads, num_groups, num_groups))
+    return q, k, v, draw(num_heads)

@@ -1,0 +1,1 @@
+"""Training on Megatron-Core: groups, schedule, optimizer, checkpoints, metrics."""

@@ -1,0 +1,104 @@
+"""Evaluation: log-probabilities of a data set's responses -> loss, rewards, accuracy.
+
+Everything past the log-probabilities is a plain function of arrays over the data set's pairs,
+so it does not depend on rows or ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_prefix.config import Config
+from megatron_prefix.data.sampler import loss_weights
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.errors import InputError
+from megatron_prefix.losses import dpo_loss
+from megatron_prefix.model.provider import transformer_config
+from megatron_prefix.train.checkpoint import load_weights
+from megatron_prefix.train.inputs import evaluation_sampler, open_verified
+from megatron_prefix.train.optimizer import build_model
+from megatron_prefix.train.parallel import world
+from megatron_prefix.train.reference import freeze, score_dataset
+
+
+def evaluate(config: Config, load: str | None, per_response: str | None) -> dict[str, float]:
+    """Score `data.valid` with the policy and the reference, and return the metrics.
+
+    The policy is the checkpoint `load`, or the initial model; `per_response` names a file for
+    every response's log-probability under the policy. Raises InputError.
+    """
+    if config.data.valid is None:
+        raise InputError("data.valid is not set: name the data set to evaluate on")
+    dataset = open_verified(config.data.valid, "data.valid")
+    sampler = evaluation_sampler(dataset, config)
+    with world(config.parallel, config.train.seed) as here:
+        model_config = transformer_config(
+            config.model, vocab_size=dataset.vocab_size, seed=config.train.seed
+        )
+        model = freeze(build_model(model_config, here))
+        if config.model.checkpoint:
+            load_weights(config.model.checkpoint, model)
+        ref_logps = score_dataset(model, sampler, config.loss, here.device)
+        logps = ref_logps
+        if load is not None:
+            load_weights(load, model)
+            logps = score_dataset(model, sampler, config.loss, here.device)
+    if per_response is not None:
+        lines = "".join(line + "\n" for line in response_records(dataset, logps))
+        try:
+            Path(per_response).write_text(lines, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--per-response {per_response}: {error.strerror}") from None
+    return preference_metrics(dataset, logps, ref_logps, config)
+
+
+def pair_responses(dataset: PreferenceDataset) -> np.ndarray:
+    """(chosen, rejected) of every pair, numbered through the whole data set, [P, 2]."""
+    pairs_per_group = np.diff(dataset.group_pairs)
+    first = np.repeat(np.asarray(dataset.group_responses[:-1]), pairs_per_group)
+    return np.asarray(dataset.pair_responses, np.int64) + first[:, None]
+
+
+def preference_metrics(
+    dataset: PreferenceDataset, logps: np.ndarray, ref_logps: np.ndarray, config: Config
+) -> dict[str, float]:
+    """Weighted mean loss, and means over pairs of rewards, margins and accuracy.
+
+    `logps` and `ref_logps` are float64 [responses], as `score_dataset` returns them.
+    """
+    pairs = pair_responses(dataset)
+    weighting = config.loss.weighting
+    weights = np.concatenate([loss_weights(dataset, g, weighting) for g in range(len(dataset))])
+    sides = [torch.from_numpy(x[pairs[:, side]]) for x in (logps, ref_logps) for side in (0, 1)]
+    result = dpo_loss(*sides, beta=config.loss.beta, label_smoothing=config.loss.label_smoothing)
+    return {
+        "loss": float(np.average(result.losses.numpy(), weights=weights)),
+        "rewards/chosen": float(result.chosen.mean()),
+        "rewards/rejected": float(result.rejected.mean()),
+        "rewards/margins": float(result.margins.mean()),
+        "rewards/accuracies": float(result.accuracies.mean()),
+        "logps/chosen": float(sides[0].mean()),
+        "logps/rejected": float(sides[1].mean()),
+        "num_pairs": len(pairs),
+    }
+
+
+def response_records(dataset: PreferenceDataset, logps: np.ndarray) -> Iterator[str]:
+    """A JSON line a response: group, response, record, logp, num_tokens (those with loss)."""
+    own = np.asarray(dataset.response_lengths) - np.asarray(dataset.response_prompts)
+    for group in range(len(dataset)):
+        start, end = (int(x) for x in dataset.group_responses[group : group + 2])
+        for index in range(start, end):
+            record = {
+                "group": group,
+                "response": index - start,
+                "record": int(dataset.group_records[group]),
+                "logp": float(logps[index]),
+                "num_tokens": int(own[index]),
+            }
+            yield json.dumps(record)

@@ -1,0 +1,83 @@
+"""Megatron-Core's wrappers, optimizer and schedule from the configuration."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from megatron_prefix.config import OptimizerConfig as OptimizerSettings
+from megatron_prefix.model.gpt import TreeTransformerConfig
+from megatron_prefix.model.provider import model_provider
+from megatron_prefix.train.parallel import World
+from megatron_prefix.train.step import sum_gradients
+
+
+def build_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
+    """This rank's model chunks with initial weights, on the device, without a wrapper for
+    gradients: ready for forward passes."""
+    model = model_provider(config=config, pg_collection=world.groups).to(world.device)
+    return [Float16Module(config, model) if config.bf16 else model]
+
+
+def build_optimizer(
+    chunks: list[torch.nn.Module],
+    config: TreeTransformerConfig,
+    settings: OptimizerSettings,
+    num_steps: int,
+) -> tuple[list[torch.nn.Module], MegatronOptimizer, OptimizerParamScheduler]:
+    """Wrap model chunks for training and make their optimizer and schedule.
+
+    `num_steps` is the length of the run, over which the learning rate decays.
+    """
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+        ),
+        chunks,
+        use_gloo_process_groups=False,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_steps,
+        lr_decay_steps=num_steps,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = sum_gradients
+    return chunks, optimizer, scheduler
+
+
+def gradient_step(
+    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> tuple[float, float]:
+    """Clip and step. Returns the global gradient norm before clipping and the learning rate."""
+    learning_rate = optimizer.param_groups[0]["lr"]
+    if optimizer.config.clip_grad > 0:
+        _, norm, _ = optimizer.step()
+    else:
+        optimizer.prepare_grads()
+        norm = optimizer.get_grad_norm()
+        optimizer.step_with_ready_grads()
+    scheduler.step(increment=1)
+    return float(norm), float(learning_rate)

@@ -1,0 +1,160 @@
+"""One step: rows onto the device, through Megatron-Core's schedule, to one weighted loss.
+
+The loss is a sum over the global batch's pairs divided by their weights' sum, which the step
+plan knows beforehand. So nothing is divided by micro batches, tokens or ranks: data
+parallelism adds gradients up, and the result does not depend on how pairs were packed.
+
+Shapes: T tokens, N targets, R responses of the row, P pairs of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_prefix.attention.core import TreePackedSeqParams
+from megatron_prefix.attention.plan import TreePlan
+from megatron_prefix.config import LossConfig
+from megatron_prefix.data.collate import MicroBatch
+from megatron_prefix.losses import dpo_loss
+from megatron_prefix.model.logps import response_logps
+
+PAIR_SUMS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""What `preference_loss` sums over a row's pairs; the loss is weighted, the others are not."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainBatch:
+    """One row on the device: what `forward_step` takes from its iterator.
+
+    tokens int64 [1, T]; `params` goes to the model; target i belongs to the response that
+    `response_order` and `response_offsets` sort it under; pairs int64 [P, 2] index the row's
+    responses; pair_weights float64 [P]; ref_logps float64 [R] or None where there is no
+    reference; step_weight is the step's normaliser.
+    """
+
+    tokens: Tensor
+    params: TreePackedSeqParams
+    response_order: Tensor
+    response_offsets: Tensor
+    pairs: Tensor
+    pair_weights: Tensor
+    step_weight: float
+    ref_logps: Tensor | None = None
+
+    def with_reference(self, ref_logps: Tensor) -> TrainBatch:
+        return replace(self, ref_logps=ref_logps)
+
+
+def to_device(batch: MicroBatch, device: torch.device, step_weight: float = 1.0) -> TrainBatch:
+    """Move a row to `device` and plan its attention, once for all layers."""
+    rows, target_rows = np.unique(batch.source_row, return_inverse=True)
+    order = np.argsort(batch.response, kind="stable")
+    counts = np.bincount(batch.response, minlength=batch.num_responses)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    return TrainBatch(
+        tokens=tensor(batch.tokens)[None],
+        params=TreePackedSeqParams(
+            plan=TreePlan(batch.layout, device),
+            position_ids=tensor(batch.layout.position_ids()),
+            projected_rows=tensor(rows),
+            target_rows=tensor(target_rows),
+            target_tokens=tensor(batch.target_token),
+        ),
+        response_order=tensor(order),
+        response_offsets=tensor(np.concatenate([[0], np.cumsum(counts)])),
+        pairs=tensor(batch.pairs),
+        pair_weights=tensor(batch.pair_weights),
+        step_weight=step_weight,
+    )
+
+
+def forward_step(
+    data_iterator: Iterator[TrainBatch], model: torch.nn.Module, *, loss: LossConfig
+) -> tuple[Tensor, Callable]:
+    """Megatron-Core's forward step: token log-probabilities, and what makes a loss of them."""
+    batch = next(data_iterator)
+    output = model(batch.tokens, None, None, packed_seq_params=batch.params)
+    return output, partial(preference_loss, batch=batch, loss=loss)
+
+
+def preference_loss(
+    token_logps: Tensor, *, batch: TrainBatch, loss: LossConfig, non_loss_data: bool = False
+) -> Tensor | tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Share of the step's loss that this row has, with its pair count and sums for logging.
+
+    With `non_loss_data` the row's response log-probabilities, float64 [R], and nothing else.
+    """
+    logps = response_logps(token_logps, batch.response_order, batch.response_offsets)
+    if non_loss_data:
+        return logps.detach()
+    if batch.ref_logps is None:
+        raise ValueError("the batch has no ref_logps: give it some by TrainBatch.with_reference")
+    chosen, rejected = batch.pairs.unbind(1)
+    pairs = dpo_loss(
+        logps[chosen],
+        logps[rejected],
+        batch.ref_logps[chosen],
+        batch.ref_logps[rejected],
+        beta=loss.beta,
+        label_smoothing=loss.label_smoothing,
+    )
+    weighted = (batch.pair_weights * pairs.losses).sum()
+    values = (pairs.chosen, pairs.rejected, pairs.margins, pairs.accuracies, logps[chosen])
+    sums = [weighted, *(x.sum() for x in values), logps[rejected].sum()]
+    logs = {
+        "sums": torch.stack([x.detach() for x in sums]),
+        "rewards": torch.cat([pairs.chosen, pairs.rejected]).abs(),
+        "ref_logps": batch.ref_logps[torch.cat([chosen, rejected])].abs(),
+    }
+    count = torch.tensor(len(batch.pairs), dtype=torch.int, device=token_logps.device)
+    return weighted / batch.step_weight, count, logs
+
+
+def sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: object) -> None:
+    """Megatron-Core's gradient finalisation without its division by a token count."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+def run_schedule(
+    model: Sequence[torch.nn.Module],
+    batches: Iterable[TrainBatch],
+    loss: LossConfig,
+    *,
+    forward_only: bool = False,
+) -> list:
+    """Run rows through Megatron-Core's schedule for the current process groups.
+
+    Returns `preference_loss`'s logs of every row after forward and backward, or with
+    `forward_only` its response log-probabilities, in the order of the rows.
+    """
+    batches = list(batches)
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=partial(forward_step, loss=loss),
+            data_iterator=[iter(batches) for _ in model],
+            model=list(model),
+            num_microbatches=len(batches),
+            seq_length=max(batch.tokens.size(1) for batch in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
