@@ -5,7 +5,7 @@ it restores everything. Paths are inside megatron/core.
 
 | adapted | because of |
 | --- | --- |
-| `device="cuda"` in tensor factories -> cpu | schedules.py:596, clip_grads.py:103, optimizer.py:481 |
+| `device="cuda"` of tensor factories -> cpu | schedules.py:596, optimizer.py:481, 907 |
 | `Tensor.type()` names CPU tensors as CUDA's | clip_grads.py:167, optimizer.py:671, 690 |
 | `torch.cuda.current_device()` -> cpu | rotary_pos_embedding.py:162, mappings.py:91 |
 | `torch.cuda.synchronize()` does nothing | p2p_communication.py:242, filesystem_async.py:230 |

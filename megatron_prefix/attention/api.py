@@ -64,7 +64,7 @@ def tree_attention(
     if backend == "path":
         from megatron_prefix.attention.path import path_attention
 
-        return path_attention(q, k, v, plan.path, q.size(-1) ** -0.5)
+        return path_attention(q, k, v, plan.path, scale)
     from megatron_prefix.attention.flash import flash_attention
 
     return flash_attention(q, k, v, plan.path, scale)

@@ -14,6 +14,7 @@ Shapes: T tokens, T_kv gathered keys, N query heads, G key/value heads, H head d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,8 @@ MIN_CAPABILITY = (8, 0)
 class Operators(NamedTuple):
     """The two kernels, called as torch's `aten::_flash_attention_forward` and `_backward` are."""
 
-    forward: object
-    backward: object
+    forward: Callable
+    backward: Callable
 
 
 def aten_operators() -> Operators:

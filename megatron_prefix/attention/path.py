@@ -18,7 +18,7 @@ Shapes: T tokens, N query heads, G key/value heads, H head dim; L queries, S key
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,8 +44,8 @@ class Kernel(NamedTuple):
     N/G entries in dimension 1, to be summed. `causal` is used on square blocks only.
     """
 
-    forward: object
-    backward: object
+    forward: Callable
+    backward: Callable
 
 
 class _PathAttention(torch.autograd.Function):

@@ -1,0 +1,44 @@
+"""Exact prefix-sharing preference training on Megatron-Core.
+
+The public names below are imported when they are first used, so that reading data needs neither
+torch nor Megatron-Core.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "PrefixTree": "data.tree",
+    "PreferenceDataset": "data.store",
+    "Sampler": "data.sampler",
+    "GroupBatches": "data.sampler",
+    "RowBatches": "data.sampler",
+    "MicroBatch": "data.collate",
+    "TreeLayout": "layout",
+    "TreePlan": "attention.plan",
+    "tree_attention": "attention.api",
+    "TreePackedSeqParams": "attention.core",
+    "tree_layer_spec": "model.spec",
+    "TreeTransformerConfig": "model.gpt",
+    "model_provider": "model.provider",
+    "forward_step": "train.step",
+    "to_device": "train.step",
+    "sum_gradients": "train.step",
+    "with_reference": "train.reference",
+    "dpo_loss": "losses.preference",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
