@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -39,8 +38,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        if importlib.util.find_spec(f"megatron_prefix.cli.{name}") is None:
-            continue
         importlib.import_module(f"megatron_prefix.cli.{name}").add_parser(subparsers)
     return parser
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from megatron_prefix.data.tree import Pair, ResponsePath
 from megatron_prefix.layout import TreeLayout
 
 
@@ -83,3 +84,41 @@ def random_heads(
 
     q, k, v = (draw(n).requires_grad_() for n in (num_heads, num_groups, num_groups))
     return q, k, v, draw(num_heads)
+
+
+def random_group(
+    rng: np.random.Generator,
+    *,
+    max_turns: int = 3,
+    max_responses: int = 6,
+    max_length: int = 8,
+    num_symbols: int = 4,
+    vocab_size: int = 256,
+) -> tuple[list[ResponsePath], list[Pair]]:
+    """A random conversation: every turn's responses answer one path of the turn before.
+
+    Responses are 1 to `max_length` of `num_symbols` symbols, so that they often begin alike, and
+    with three of them one is the beginning of another; no two of a turn are equal. `vocab_size`
+    bounds the token ids. Each response is paired with each later one of its turn.
+    """
+    symbols = rng.integers(0, vocab_size, num_symbols)
+
+    def draw() -> np.ndarray:
+        return rng.choice(symbols, int(rng.integers(1, max_length + 1)))
+
+    prompt, paths, pairs = draw(), [], []
+    for turn in range(int(rng.integers(1, max_turns + 1))):
+        count = int(rng.integers(2, max_responses + 1))
+        own = {tuple(draw()) for _ in range(count)}
+        longest = max(own, key=len)
+        own |= {longest[: (len(longest) + 1) // 2], (*longest, *draw())}
+        ordered = sorted(own)
+        kept = [ordered[i] for i in rng.permutation(len(ordered))[: max(count, 3)]]
+        first = len(paths)
+        for response in kept:
+            tokens = np.concatenate([prompt, response]).astype(np.int64)
+            paths.append(ResponsePath(tokens=tokens, loss_start=len(prompt), set_id=turn))
+        last = len(paths)
+        pairs += [Pair(chosen=a, rejected=b) for a in range(first, last) for b in range(a + 1, last)]
+        prompt = np.concatenate([paths[int(rng.integers(first, last))].tokens, draw()])
+    return paths, pairs

@@ -76,10 +76,10 @@ def read_records(
     for path in paths:
         with path.open("rb") as raw:
             for line, value, error in _read_file(raw):
-                yield Record(index=index, path=path, line=line, value=value, error=error)
-                index += 1
                 if on_bytes is not None:
                     on_bytes(before + raw.tell())
+                yield Record(index=index, path=path, line=line, value=value, error=error)
+                index += 1
         before += path.stat().st_size
 
 
@@ -150,13 +150,15 @@ def _read_array(data: bytes) -> Iterator[Item]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            yield line, None, f"not JSON ({_reason(error)}): {EXPECTED} is expected"
+            where = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            yield where, None, f"not JSON ({_reason(error)}): {EXPECTED} is expected"
             return
         yield line, *_object(value)
         at = _skip_space(text, at)
         if text[at : at + 1] == ",":
             at = _skip_space(text, at + 1)
         elif text[at : at + 1] != "]":
+            line += text.count("\n", counted, at)
             yield line, None, "not JSON (a comma or the closing bracket of the array is missing)"
             return
     if text[at + 1 :].strip():

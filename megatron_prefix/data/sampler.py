@@ -104,6 +104,15 @@ class RowBatches:
     seed: int
     window: int = WINDOW
 
+    def __post_init__(self) -> None:
+        longest = int(self.lengths.argmax())
+        if self.lengths[longest] > self.capacity:
+            raise InputError(
+                f"group {longest} has {self.lengths[longest]} tokens and data.row_capacity is "
+                f"{self.capacity}; with data.rows_per_step a row holds whole groups: raise it, "
+                "build with a smaller --max-length, or use data.global_batch_size"
+            )
+
     def rows(self, step: int) -> list[np.ndarray]:
         """The groups of each row of the step."""
         epoch, first = 0, 0
@@ -124,7 +133,7 @@ class RowBatches:
         return -(-len(self._epoch(epoch)) // self.rows_per_step)
 
     def fill(self, epoch: int = 0) -> float:
-        """Tokens over capacity, over all rows of an epoch."""
+        """Tokens over capacity, over all rows of an epoch, at most 1."""
         return float(self.lengths.sum() / (self.capacity * len(self._epoch(epoch))))
 
     @lru_cache(maxsize=2)  # noqa: B019 (a run has one composition, alive as long as the run)
@@ -173,7 +182,8 @@ class Sampler:
 
     `row_multiple` rounds row lengths up (tensor x context parallel size), `count_multiple` the
     rows a rank (pipeline size under virtual pipelining). `micro_batch_size` replaces packing
-    by that many sequences, padded. Raises InputError where a bundle does not fit.
+    by that many sequences, padded. Raises InputError where any bundle of the data set does not
+    fit, before the first step.
     """
 
     dataset: PreferenceDataset
@@ -185,6 +195,13 @@ class Sampler:
     num_ranks: int = 1
     row_multiple: int = 1
     count_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.row_capacity or self.micro_batch_size):
+            raise ValueError("a sampler needs row_capacity (tokens) or micro_batch_size")
+        for group in range(len(self.dataset)):
+            for bundle in bundles_of(self.dataset, group, self.sharing):
+                self._check_fit(bundle)
 
     def step(self, step: int) -> StepPlan:
         """The plan of step `step`, counted from 0."""
@@ -207,7 +224,7 @@ class Sampler:
 
     def _rows(self, step: int, groups: np.ndarray) -> list[list[Bundle]]:
         multiple = self.num_ranks * self.count_multiple
-        if isinstance(self.composition, RowBatches) and self.row_capacity:
+        if isinstance(self.composition, RowBatches) and not self.micro_batch_size:
             packed = [self._bundles(row) for row in self.composition.rows(step)]
             if all(sum(b.num_tokens for b in row) <= self.row_capacity for row in packed):
                 return packed + [[] for _ in range(-len(packed) % multiple)]
@@ -219,22 +236,21 @@ class Sampler:
         return [[bundles[i] for i in row] for row in packed]
 
     def _bundles(self, groups: Sequence[int]) -> list[Bundle]:
-        bundles = [b for g in groups for b in bundles_of(self.dataset, int(g), self.sharing)]
-        if self.row_capacity:
-            for bundle in bundles:
-                self._check_fit(bundle)
-        return bundles
+        return [b for g in groups for b in bundles_of(self.dataset, int(g), self.sharing)]
 
     def _check_fit(self, bundle: Bundle) -> None:
-        tokens = bundle.num_tokens
-        if self.micro_batch_size:
-            r0, r1 = self.dataset.group_responses[bundle.group : bundle.group + 2]
-            tokens = min(tokens, int(self.dataset.response_lengths[r0:r1].max()))
-        if tokens > self.row_capacity:
+        tokens = self._longest_sequence(bundle) if self.micro_batch_size else bundle.num_tokens
+        if self.row_capacity and tokens > self.row_capacity:
             raise InputError(
                 f"{self.dataset.prefix}: group {bundle.group} needs {tokens} tokens in one row "
                 f"under data.sharing: {self.sharing}, and data.row_capacity is "
                 f"{self.row_capacity}: raise it, or build with a smaller --max-length"
+            )
+        if self.micro_batch_size and self._num_sequences(bundle) > self.micro_batch_size:
+            raise InputError(
+                f"{self.dataset.prefix}: group {bundle.group} is {self._num_sequences(bundle)} "
+                f"sequences under data.sharing: {self.sharing} that must share a micro batch, and "
+                f"data.micro_batch_size is {self.micro_batch_size}: raise it"
             )
 
     def _fixed_size(self, bundles: list[Bundle]) -> list[list[Bundle]]:
@@ -243,12 +259,6 @@ class Sampler:
         room = 0
         for bundle in bundles:
             sequences = self._num_sequences(bundle)
-            if sequences > self.micro_batch_size:
-                raise InputError(
-                    f"{self.dataset.prefix}: group {bundle.group} is {sequences} sequences under "
-                    f"data.sharing: {self.sharing} that must share a micro batch, and "
-                    f"data.micro_batch_size is {self.micro_batch_size}: raise it"
-                )
             if sequences > room:
                 rows.append([])
                 room = self.micro_batch_size
@@ -263,6 +273,17 @@ class Sampler:
             return 2
         r0, r1 = self.dataset.group_responses[bundle.group : bundle.group + 2]
         return int((self.dataset.response_sets[r0:r1] == bundle.item).sum())
+
+    def _longest_sequence(self, bundle: Bundle) -> int:
+        """Tokens of the longest of the sequences that `_num_sequences` counts."""
+        if self.sharing in ("tree", "pair"):
+            return bundle.num_tokens
+        r0, r1 = (int(x) for x in self.dataset.group_responses[bundle.group : bundle.group + 2])
+        lengths = self.dataset.response_lengths[r0:r1]
+        if self.sharing == "response":
+            return int(lengths[self.dataset.response_sets[r0:r1] == bundle.item].max())
+        pair = int(self.dataset.group_pairs[bundle.group]) + bundle.item
+        return int(lengths[self.dataset.pair_responses[pair]].max())
 
     def _items(self, row: list[Bundle]) -> list[RowItem]:
         items = []

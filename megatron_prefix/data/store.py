@@ -259,7 +259,7 @@ class PreferenceDataset:
         np.cumsum(self.node_lengths[m0:m1], out=offsets[1:])
         start = int(self.node_pointers[m0]) // self.tokens.itemsize
         return PrefixTree(
-            tokens=self.tokens[start : start + int(offsets[-1])].astype(np.int64),
+            tokens=np.array(self.tokens[start : start + int(offsets[-1])], np.int64),
             node_offsets=offsets,
             parents=np.array(self.node_parents[m0:m1]),
             response_first=np.array(self.response_first[r0:r1]),

@@ -101,8 +101,8 @@ class Progress:
     """A bar on a terminal, a plain line every ten seconds elsewhere; `shown` False is silent."""
 
     def __init__(self, total: int, done: int = 0, *, shown: bool = True) -> None:
-        self._total, self._done, self._start, self._first = total, done, time.monotonic(), done
-        self._shown, self._last = shown, float("-inf")
+        self._total, self._done, self._first = total, done, done
+        self._shown, self._last, self._seconds = shown, float("-inf"), 0.0
         self._bar = None
         if shown and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
@@ -110,6 +110,7 @@ class Progress:
     def update(self, row: dict) -> None:
         """Show a step's metrics."""
         self._done += 1
+        self._seconds += row["step_time_s"]
         shown = {
             "loss": f"{row['loss']:.4f}",
             "accuracy": f"{row['rewards/accuracies']:.3f}",
@@ -123,8 +124,7 @@ class Progress:
             time.monotonic() - self._last >= PLAIN_INTERVAL_S or self._done == self._total
         ):
             self._last = time.monotonic()
-            left = (self._last - self._start) / (self._done - self._first)
-            left *= self._total - self._done
+            left = self._seconds / (self._done - self._first) * (self._total - self._done)
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             print(f"step {self._done}/{self._total}  {text}  left {_duration(left)}", flush=True)
 

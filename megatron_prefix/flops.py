@@ -1,0 +1,51 @@
+"""Floating-point operations of rows: what a perfect implementation would have to compute.
+
+A multiply-add counts 2. Backward costs twice the forward pass. For a layer of hidden size C with
+N query heads, G key/value heads of size H and feed-forward size F (gated):
+
+    linear, a token      2 C (N + 2G) H  +  2 N H C  +  6 C F
+    attention, an entry  4 N H           (scores and weighted sum, a visible (q, k) entry)
+    head, a row          2 C V
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.data.collate import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardFlops:
+    """Operations of one forward pass, by part."""
+
+    linear: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.head
+
+    def __add__(self, other: ForwardFlops) -> ForwardFlops:
+        return ForwardFlops(
+            linear=self.linear + other.linear,
+            attention=self.attention + other.attention,
+            head=self.head + other.head,
+        )
+
+
+def forward_flops(model: ModelConfig, vocab_size: int, batch: MicroBatch) -> ForwardFlops:
+    """Operations of one forward pass over a row: linear layers on every token it executes,
+    attention on the area its tokens see, the head on the rows that predict."""
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    head_dim = model.kv_channels or model.hidden_size // heads
+    width = model.hidden_size
+    layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
+    layer += 6 * width * model.ffn_hidden_size
+    return ForwardFlops(
+        linear=float(model.num_layers * layer * len(batch.tokens)),
+        attention=float(model.num_layers * 4 * heads * head_dim * batch.layout.area()),
+        head=float(2 * width * vocab_size * batch.num_projected),
+    )

@@ -1,0 +1,71 @@
+"""Short training runs on tiny models, and what they leave: shared by the tests of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_prefix.config import Config, ParallelConfig, parse_config
+from megatron_prefix.train import checkpoint
+from megatron_prefix.train.inputs import open_verified
+from megatron_prefix.train.loop import Run, train
+from megatron_prefix.train.parallel import world
+
+TIMES = ("step_time_s", "pairs_per_second")
+TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
+
+
+def configure(output: Path, dataset: str, **sections: Mapping) -> Config:
+    """A run of six steps of four groups at a learning rate of 1e-3; `sections` go on top."""
+    defaults = {
+        "data": {"train": dataset, "global_batch_size": 4, "row_capacity": 8192},
+        "model": {**TINY, "num_query_groups": 2},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 6},
+        "logging": {"output": str(output)},
+        "loss": {},
+    }
+    assert sections.keys() <= defaults.keys()
+    return parse_config({name: {**keys, **sections.get(name, {})} for name, keys in defaults.items()})
+
+
+def lines(output: Path) -> list[dict]:
+    """All lines of a run's metrics file; every one has to be whole."""
+    text = (output / "metrics.jsonl").read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    """The lines without what a clock wrote."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def trained(config: Config) -> list[dict]:
+    """Train, and return the run's lines."""
+    train(config)
+    return lines(Path(config.logging.output))
+
+
+def prepare(config: Config, here) -> Run:
+    """A run before its first step, for tests that change a part of it."""
+    return Run.prepare(config, open_verified(config.data.train, "data.train"), None, here)
+
+
+def saved_state(root: str | Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """A whole checkpoint: its tensors by name, and what is saved beside them."""
+    path = str(checkpoint.iteration_dir(root, step))
+    with world(ParallelConfig(), seed=0):
+        tensors = dist_checkpointing.load_plain_tensors(path)
+        common = dist_checkpointing.load_common_state_dict(path)
+    return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}, common
+
+
+def saved_weights(root: str | Path, step: int) -> dict[str, torch.Tensor]:
+    """The model's tensors of a checkpoint, by name."""
+    tensors, _ = saved_state(root, step)
+    return {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}

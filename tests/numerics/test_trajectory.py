@@ -1,0 +1,225 @@
+"""Whole runs: packing and sharing do not change the optimisation.
+
+Twenty steps in float32 at a learning rate of 1e-3, on HH-RLHF pairs and on OpenAssistant trees,
+the same groups in the same steps: every way to lay them out has to follow one trajectory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import configure, lines, prepare, saved_weights, trained
+
+from megatron_prefix.config import Config
+from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.sampler import GroupBatches
+from megatron_prefix.train.parallel import world
+
+STEPS = 20
+PACKED = {"row_capacity": 32768}
+LAYOUTS = {
+    "tree": {"sharing": "tree", **PACKED},
+    "tree, small rows": {"sharing": "tree", "row_capacity": 4096},
+    "pair": {"sharing": "pair", **PACKED},
+    "response": {"sharing": "response", **PACKED},
+    "none": {"sharing": "none", **PACKED},
+    "unpacked": {
+        "sharing": "none",
+        "packing": False,
+        "micro_batch_size": 2,
+        "row_capacity": None,
+    },
+}
+RELATIVE = {"loss": 1e-5, "grad_norm": 1e-5}
+MARGIN_FLOOR = 1e-2
+SAME = ("step", "num_pairs", "learning_rate", "tokens/logical")
+
+
+def assert_same_metrics(found: list[dict], expected: list[dict]) -> None:
+    """Every step, within the tolerances of docs/design.md."""
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert all(a[key] == b[key] for key in SAME), (a, b)
+        errors = {key: abs(a[key] - b[key]) / abs(b[key]) / r for key, r in RELATIVE.items()}
+        for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+            errors[key] = abs(a[key] - b[key]) / max(abs(b[key]), MARGIN_FLOOR) / 1e-3
+        for key in ("logps/chosen", "logps/rejected"):
+            errors[key] = abs(a[key] - b[key]) / max(abs(b[key]), 1.0) / 1e-4
+        worst = max(errors, key=errors.get)
+        assert errors[worst] <= 1, f"step {a['step']}: {worst} is {a[worst]}, was {b[worst]}"
+
+
+def assert_same_weights(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (found[name] - weight).abs().max() <= 1e-4, name
+
+
+def assert_it_learns(rows: list[dict]) -> None:
+    """An equality of runs that go nowhere would say nothing."""
+    assert abs(rows[0]["loss"] - math.log(2)) < 1e-5
+    assert min(row["loss"] for row in rows) < 0.4
+    assert max(row["rewards/margins"] for row in rows) > 1.0
+
+
+def assert_same_trajectory(found: tuple, expected: tuple) -> None:
+    assert_same_metrics(found[0], expected[0])
+    assert_same_weights(found[1], expected[1])
+
+
+class Runs:
+    """Runs of one data set, each trained once: `runs(name, layout, **sections)`."""
+
+    def __init__(self, folder: Path, dataset: str, global_batch_size: int, **model) -> None:
+        self.folder, self.dataset, self.model = folder, dataset, model
+        self.batch = {"global_batch_size": global_batch_size}
+        self.known: dict[str, tuple[list[dict], dict[str, torch.Tensor]]] = {}
+
+    def configure(self, name: str, layout: dict, **sections) -> Config:
+        output = self.folder / name
+        return configure(
+            output,
+            self.dataset,
+            data={**self.batch, **layout},
+            model={**self.model, **sections.pop("model", {})},
+            train={"steps": STEPS, "save": str(output / "checkpoints")},
+            **sections,
+        )
+
+    def __call__(self, name: str, layout: dict, **sections) -> tuple:
+        """(metrics lines, final weights) of the run, which is trained at the first call."""
+        if name not in self.known:
+            config = self.configure(name, layout, **sections)
+            self.known[name] = trained(config), saved_weights(config.train.save, STEPS)
+        return self.known[name]
+
+
+@pytest.fixture(scope="module")
+def hh_runs(few_hh, tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("hh"), few_hh, 4)
+
+
+@pytest.fixture(scope="module")
+def oasst_runs(few_oasst, tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("oasst"), few_oasst, 2)
+
+
+@pytest.fixture(scope="module", params=["hh", "oasst"])
+def runs(request) -> Runs:
+    return request.getfixturevalue(f"{request.param}_runs")
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "unpacked"])
+def test_every_layout_follows_the_unpacked_run(runs, layout):
+    expected = runs("unpacked", LAYOUTS["unpacked"])
+    assert_it_learns(expected[0])
+    found = runs(layout, LAYOUTS[layout])
+    assert_same_trajectory(found, expected)
+
+
+def test_the_layouts_are_different_work(oasst_runs):
+    """Tokens run at the first step, in the order of what they share."""
+    executed = {name: oasst_runs(name, x)[0][0]["tokens/executed"] for name, x in LAYOUTS.items()}
+    logical = oasst_runs("none", LAYOUTS["none"])[0][0]["tokens/logical"]
+    assert executed["tree"] < executed["response"] < executed["none"] == logical
+    assert executed["tree"] < executed["pair"] < executed["none"] < executed["unpacked"]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("group", {"weighting": "group"}), ("smooth", {"label_smoothing": 0.1, "beta": 0.3})],
+)
+def test_other_losses_follow_it_too(oasst_runs, name, loss):
+    plain = oasst_runs("unpacked", LAYOUTS["unpacked"])[0]
+    expected = oasst_runs(f"{name}, unpacked", LAYOUTS["unpacked"], loss=loss)
+    assert abs(expected[0][2]["loss"] - plain[2]["loss"]) > 1e-3, "the setting changes nothing"
+    assert_same_trajectory(oasst_runs(f"{name}, tree", LAYOUTS["tree"], loss=loss), expected)
+
+
+@pytest.mark.parametrize("layout", ["tree", "pair"])
+def test_dense_and_recompute_follow_it_too(oasst_runs, layout):
+    model = {
+        "attention_backend": "dense",
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "lm_head_chunk_size": 100,
+    }
+    found = oasst_runs(f"dense, {layout}", LAYOUTS[layout], model=model)
+    assert_same_trajectory(found, oasst_runs("unpacked", LAYOUTS["unpacked"]))
+
+
+def test_a_shorter_run_of_other_groups_does_not_follow_it(hh_runs):
+    """The comparison can fail: another order of the data is another trajectory."""
+    expected = hh_runs("unpacked", LAYOUTS["unpacked"])
+    found = hh_runs("other order", {**LAYOUTS["tree"], "seed": 4321})
+    with pytest.raises(AssertionError):
+        assert_same_metrics(found[0], expected[0])
+    with pytest.raises(AssertionError):
+        assert_same_weights(found[1], expected[1])
+
+
+def test_rows_per_step_follows_the_unshared_run_on_its_own_plan(few_oasst, tmp_path):
+    """Packing decides who shares a step; unshared rows of the same groups do the same."""
+    rows = {"global_batch_size": None, "rows_per_step": 1}
+    tree = configure(
+        tmp_path / "tree",
+        few_oasst,
+        data={"sharing": "tree", "row_capacity": 2900, **rows},
+        train={"steps": STEPS},
+    )
+    none = configure(
+        tmp_path / "none",
+        few_oasst,
+        data={**LAYOUTS["none"], **rows},
+        train={"steps": STEPS},
+    )
+    composition, weights = None, []
+    for config in (tree, none):
+        with world(config.parallel, config.train.seed) as here:
+            run = prepare(config, here)
+            if composition is None:
+                composition = run.sampler.composition
+            run.sampler = replace(run.sampler, composition=composition)
+            try:
+                run.run()
+            finally:
+                run.close()
+            weights.append({n: p.detach().clone() for n, p in run.policy[0].named_parameters()})
+    groups = [composition.groups(step).tolist() for step in range(STEPS)]
+    assert not isinstance(composition, GroupBatches)
+    assert len({len(g) for g in groups}) > 1, "all steps have the same number of groups"
+    expected = lines(tmp_path / "none")
+    assert_it_learns(expected)
+    assert_same_trajectory((lines(tmp_path / "tree"), weights[0]), (expected, weights[1]))
+
+
+@pytest.mark.parametrize("layout", ["tree", "pair", "response", "none", "unpacked"])
+def test_bfloat16_begins_at_ln_2_and_learns(few_hh, tmp_path, layout):
+    config = configure(
+        tmp_path,
+        few_hh,
+        data=LAYOUTS[layout],
+        model={"dtype": "bfloat16"},
+        train={"steps": STEPS},
+    )
+    rows = trained(config)
+    assert abs(rows[0]["loss"] - math.log(2)) < 1e-5
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert rows[-1]["loss"] < 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hh_pairs", "oasst_trees"])
+def test_whole_sets(data_dir, tmp_path, name):
+    options = BuildOptions(max_length=16384, overflow="drop")
+    build_dataset([data_dir / f"{name}.jsonl.gz"], "bytes", tmp_path / "set", options)
+    runs = Runs(tmp_path, str(tmp_path / "set"), 4)
+    expected = runs("unpacked", LAYOUTS["unpacked"])
+    assert abs(expected[0][0]["loss"] - math.log(2)) < 1e-5
+    for layout in ("tree", "pair", "response", "none"):
+        assert_same_trajectory(runs(layout, LAYOUTS[layout]), expected)
