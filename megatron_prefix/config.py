@@ -180,9 +180,21 @@ class Config:
     logging: LoggingConfig
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings say a key once; the stock loader drops all but the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                problem = f"{name} is given twice: remove one"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml_loader() -> type[yaml.SafeLoader]:
     """YAML 1.1 reads `1e-5` as a string; YAML 1.2, and every user, as a number."""
-    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader = type("Loader", (_UniqueKeys,), {})
     number = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
     loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     return loader

@@ -30,3 +30,4 @@ def quiet_megatron() -> None:
     """Silence what Megatron-Core says on import about optional packages that are not there."""
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", message=".*requires_grad=True to a scalar.*")
+    warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor.*")

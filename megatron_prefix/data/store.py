@@ -155,8 +155,9 @@ class DatasetWriter:
         with (self._work / "json").open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1, allow_nan=False)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        for name in (*FILES, ".json"):
+            with (self._work / name[1:]).open("rb") as file:
+                os.fsync(file.fileno())
         self._move()
         self._made.clear()
         return manifest

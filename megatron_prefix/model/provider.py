@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_prefix.attention.api import resolve_backend
+from megatron_prefix.attention.flash import check_head_dim
 from megatron_prefix.config import ModelConfig
+from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 from megatron_prefix.model.init import initialize_weights
 
@@ -17,19 +19,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def transformer_config(model: ModelConfig, *, vocab_size: int, seed: int) -> TreeTransformerConfig:
     """Megatron-Core's view of `model`, for CUDA where there is one and else for CPU.
 
-    `vocab_size` is the data set's, `seed` draws the initial weights. Raises ValueError where
+    `vocab_size` is the data set's, `seed` draws the initial weights. Raises InputError where
     the attention backend cannot run here.
     """
     on_cuda = torch.cuda.is_available()
     dtype = DTYPES[model.dtype]
     device = torch.device("cuda" if on_cuda else "cpu")
+    head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
+    try:
+        backend = resolve_backend(model.attention_backend, device, dtype)
+        if backend == "flash":
+            check_head_dim(head_dim)
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
     return TreeTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        kv_channels=head_dim,
         layernorm_epsilon=model.norm_epsilon,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
@@ -60,7 +69,7 @@ def transformer_config(model: ModelConfig, *, vocab_size: int, seed: int) -> Tre
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         rotary_base=model.rotary_base,
-        tree_attention_backend=resolve_backend(model.attention_backend, device, dtype),
+        tree_attention_backend=backend,
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
     )

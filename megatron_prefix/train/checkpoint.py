@@ -122,7 +122,10 @@ def load_checkpoint(
     request = _sharded_state(chunks, optimizer, is_loading=True)
     state = _load(lambda p: dist_checkpointing.load(request, p), path)
     _load_model(chunks, state)
+    settings = [_settings(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)  # the configuration's, not the checkpoint's
     scheduler.load_state_dict(common["scheduler"])
 
 
@@ -131,6 +134,11 @@ def load_weights(path: str | Path, chunks: list[torch.nn.Module]) -> None:
     request = _model_state(chunks)
     path = resolve_checkpoint(path)
     _load_model(chunks, _load(lambda p: dist_checkpointing.load(request, p), path))
+
+
+def _settings(group: dict) -> dict:
+    """An optimizer group's hyperparameters: all but its parameters and their step."""
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
 def _model_state(chunks: list[torch.nn.Module]) -> dict:

@@ -62,6 +62,8 @@ def build_optimizer(
         end_wd=settings.weight_decay,
         wd_incr_steps=num_steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = sum_gradients

@@ -107,6 +107,13 @@ def test_messages_that_part_at_a_user_turn_go_back_to_the_assistant():
     assert len(example.notes) == 1
 
 
+def test_a_dialogue_that_goes_on_where_the_other_ends():
+    short = [user("q"), assistant("a")]
+    example = read({"chosen": short, "rejected": [*short, user("r"), assistant("b")]})
+    assert example.responses[0].prompt == turns("q")
+    assert [len(r.response) for r in example.responses] == [1, 3]
+
+
 def test_trl_strings_and_numbers():
     record = {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2, "weight": 0.5}
     example = read({**record, "score_chosen": 1.5, "score_rejected": -1, "id": "ignored"})
@@ -178,6 +185,18 @@ def test_oasst_pairs_pruning_and_order_by_hand():
         ]
     )
     assert example.responses[4].prompt == turns("q", "best", "q2")
+
+
+def test_oasst_sets_come_depth_first_in_the_records_order():
+    def branch(name, *below):
+        labelled = [node(f"{name}{i}", *(below if i == 0 else ()), rank=i) for i in range(2)]
+        return asked(name, *labelled)
+
+    tree = node("a", branch("x", branch("y")), branch("z"))
+    example = read({"prompt": asked("q", tree, node("b", branch("w")))})
+    contents = [r.response[0].content for r in example.responses]
+    assert contents == ["x0", "x1", "y0", "y1", "z0", "z1", "w0", "w1"]
+    assert [r.set_id for r in example.responses] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_oasst_unranked_message_stands_in_prompts_below():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.model.rope import rotary_angles
@@ -41,10 +40,12 @@ def test_equals_a_complex_rotation(head_dim, base):
 
 
 def test_megatron_core_rotates_by_them():
+    from megatron.core.models.common.embeddings import rope_utils
+
     positions = torch.tensor([0, 4, 1, 1])
     x = torch.randn(4, 1, 2, 6, generator=torch.Generator().manual_seed(1))
     angles = rotary_angles(positions, 6, 10000.0)
-    theirs = _apply_rotary_pos_emb_bshd(x, angles, rotary_interleaved=False)
+    theirs = rope_utils._apply_rotary_pos_emb_bshd(x, angles, rotary_interleaved=False)
     expected = complex_rotation(x.double(), positions, 10000.0).float()
     assert torch.allclose(theirs, expected, atol=1e-6)
 

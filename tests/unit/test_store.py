@@ -389,6 +389,17 @@ def test_path_lengths_and_sharing_by_hand():
     }  # fmt: skip
 
 
+def test_a_pair_shares_only_what_is_prompt_on_both_sides():
+    paths = [
+        ResponsePath(tokens=np.array([1, 2, 3, 4]), loss_start=2),
+        ResponsePath(tokens=np.array([1, 2, 3, 5]), loss_start=3),
+    ]
+    tree = build_tree(paths, [Pair(chosen=0, rejected=1)])
+    statistics = Statistics()
+    statistics.add(tree, *path_lengths(tree))
+    assert statistics.tokens == {"none": 8, "response": 8, "pair": 6, "tree": 5}
+
+
 def test_histogram_against_sorting():
     values = np.random.default_rng(0).integers(0, 5000, 1001)
     histogram = Histogram()

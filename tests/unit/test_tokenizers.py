@@ -165,6 +165,26 @@ def test_texts_are_not_templated(hf_dir):
     assert tokenizer.decode(path.tokens) == "say yes<|im_end|>"
 
 
+def test_begin_of_text_of_a_template_is_not_repeated(hf_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    base = AutoTokenizer.from_pretrained(
+        edit_template(hf_dir, tmp_path, "{{ bos_token }}" + CHATML)
+    )
+    base.add_special_tokens({"bos_token": "<bos>"})
+    base.save_pretrained(tmp_path / "with-bos")
+    tokenizer = load_tokenizer(tmp_path / "with-bos")
+    for example in (
+        pair_example((message("user", "say"),), *answers("yes", "no")),
+        pair_example("say", " yes", " no"),
+    ):
+        for path in encode(tokenizer, example)[0]:
+            assert path.tokens[0] == tokenizer.bos_id
+            assert (path.tokens == tokenizer.bos_id).sum() == 1
+            text = tokenizer.decode(path.tokens[path.loss_start :])
+            assert text.strip() in ("yes<|im_end|>", "no<|im_end|>")
+
+
 def test_template_without_an_end_gets_end_of_text(hf_dir, tmp_path):
     plain = "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}a:{% endif %}"
@@ -323,6 +343,13 @@ def test_truncation_keeps_a_prompt_token_and_drops_what_still_does_not_fit():
     texts = [load_tokenizer("bytes").decode(p.tokens.tolist()) for p in selection.paths]
     assert texts == ["<bos>9a<eos>", "<bos>9cc<eos>"]
     assert selection.dropped == {"over --max-length with the shortest prompt": (1, 2)}
+
+
+def test_truncation_takes_no_prompts_last_token():
+    example = pair_example("0123", "a", "b")
+    assert len(choose(example, max_length=4, overflow="truncate-prompt").pairs) == 1
+    selection = choose(example, max_length=3, overflow="truncate-prompt")
+    assert selection.pairs == [] and selection.num_cut == 0
 
 
 def test_truncation_keeps_the_system_message():
