@@ -1,7 +1,7 @@
 """`megatron-prefix COMMAND …`: finds the command and turns its outcome into an exit code.
 
-0 success; 2 bad usage or bad input, with one message on standard error; 1 an internal failure,
-with its traceback; 130 interrupted. Under torchrun every process exits alike, rank 0 speaks.
+0 success; 2 bad usage or bad input, with one message on standard error; 1 a run that found itself
+wrong, with one message, or an internal failure, with its traceback; 130 interrupted. Under torchrun every process exits alike, rank 0 speaks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_prefix.errors import InputError
+from megatron_prefix.errors import InputError, RunError
 
 COMMANDS = ("build", "inspect", "train", "evaluate", "compare")
 
@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
         return code or 0
-    except InputError as error:
+    except (InputError, RunError) as error:
         if _is_first_rank():
             print(f"megatron-prefix {args.command}: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, for instance `| head`

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
+from megatron_prefix.errors import InputError
+
 KEYS = ("loss", "grad_norm", "rewards/margins")
+NEEDED = {*KEYS, "tokens/executed", "num_pairs", "step_time_s"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -25,7 +30,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the comparison; write it where asked."""
-    from megatron_prefix.errors import InputError
     from megatron_prefix.train.metrics import read_metrics
 
     if len(args.runs) < 2:
@@ -33,6 +37,12 @@ def run(args: argparse.Namespace) -> None:
     series = {}
     for path in args.runs:
         rows = {row["step"]: row for row in read_metrics(path) if "loss" in row}
+        for step, row in rows.items():
+            if missing := NEEDED - row.keys():
+                raise InputError(
+                    f"{path}: step {step} has no {', '.join(sorted(missing))}; give runs of "
+                    "`megatron-prefix train`"
+                )
         series[_name(path, series)] = rows
     steps = sorted(set.intersection(*(set(rows) for rows in series.values())))
     if not steps:
@@ -41,16 +51,24 @@ def run(args: argparse.Namespace) -> None:
     print(text)
     if args.output:
         output = Path(args.output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
-        plot(series, output / "comparison.png")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
+            plot(series, output / "comparison.png")
+        except OSError as error:
+            raise InputError(
+                f"--output {output}: {error.strerror}; name a directory that can be written"
+            ) from None
         print(f"wrote {output / 'comparison.md'} and {output / 'comparison.png'}")
 
 
 def _name(path: str, taken: dict) -> str:
     """The directory's name; the whole path where another run has that name."""
     name = Path(path).resolve().name
-    return path if name in taken else name
+    name = path if name in taken else name
+    if name in taken:
+        raise InputError(f"run {path} is given twice: name two different runs")
+    return name
 
 
 def table(series: dict[str, dict[int, dict]], steps: list[int]) -> str:
@@ -64,7 +82,8 @@ def table(series: dict[str, dict[int, dict]], steps: list[int]) -> str:
     for name in others:
         rows = [series[name][step] for step in steps]
         differences = [
-            max(abs(a[key] - b[key]) for a, b in zip(rows, base, strict=True)) for key in KEYS
+            np.max([abs(a[key] - b[key]) for a, b in zip(rows, base, strict=True)])  # keeps NaN
+            for key in KEYS
         ]
         tokens = f"{_tokens(rows):,} ({_tokens(rows) / _tokens(base):.2f}x)"
         speed = f"{_speed(rows):.2f} ({_speed(rows) / _speed(base):.2f}x)"

@@ -62,7 +62,9 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step)
+            # TensorBoard hides from `purge_step` on, that step included.
+            purge = None if resumed_step is None else resumed_step + 1
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
     def write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")

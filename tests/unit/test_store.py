@@ -8,7 +8,6 @@ import pytest
 
 from megatron_prefix.data.columns import COLUMNS, ColumnWriter, file_entry
 from megatron_prefix.data.manifest import FILES, fingerprint, suffix_path
-from megatron_prefix.data.statistics import Histogram, Statistics, path_lengths
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
@@ -369,46 +368,6 @@ def test_column_headers_hold_any_length(tmp_path):
         column.close()
         loaded = np.load(tmp_path / "c.npy", mmap_mode="r" if len(values) else None)
         assert loaded.dtype == np.int32 and np.array_equal(loaded, values)
-
-
-def test_path_lengths_and_sharing_by_hand():
-    paths = [
-        ResponsePath(tokens=np.array([1, 2, 3, 4, 5]), loss_start=2),
-        ResponsePath(tokens=np.array([1, 2, 6]), loss_start=2),
-        ResponsePath(tokens=np.array([1, 2, 3, 7]), loss_start=2),
-    ]
-    tree = build_tree(paths, [Pair(chosen=0, rejected=1), Pair(chosen=0, rejected=2)])
-    lengths, prompts = path_lengths(tree)
-    assert lengths.tolist() == [5, 3, 4] and prompts.tolist() == [2, 2, 2]
-    statistics = Statistics()
-    statistics.add(tree, lengths, prompts)
-    # none: 5+3 + 5+4; response: 5+3+4; pair: (2+3+1) + (2+3+2); tree: 1 2 3 4 5 6 7
-    assert statistics.tokens == {"none": 17, "response": 12, "pair": 13, "tree": 7}
-    assert statistics.lengths()["path"] == {
-        "min": 3, "median": 4, "p95": 5, "p99": 5, "max": 5, "mean": 4.0
-    }  # fmt: skip
-
-
-def test_a_pair_shares_only_what_is_prompt_on_both_sides():
-    paths = [
-        ResponsePath(tokens=np.array([1, 2, 3, 4]), loss_start=2),
-        ResponsePath(tokens=np.array([1, 2, 3, 5]), loss_start=3),
-    ]
-    tree = build_tree(paths, [Pair(chosen=0, rejected=1)])
-    statistics = Statistics()
-    statistics.add(tree, *path_lengths(tree))
-    assert statistics.tokens == {"none": 8, "response": 8, "pair": 6, "tree": 5}
-
-
-def test_histogram_against_sorting():
-    values = np.random.default_rng(0).integers(0, 5000, 1001)
-    histogram = Histogram()
-    for part in np.split(values, [10, 500]):
-        histogram.add(part)
-    summary, ordered = histogram.summary(), np.sort(values)
-    assert summary["median"] == ordered[500] and summary["p99"] == ordered[990]
-    assert (summary["min"], summary["max"]) == (ordered[0], ordered[-1])
-    assert summary["mean"] == pytest.approx(values.mean(), abs=1e-3)
 
 
 def test_the_documented_reader_reads_what_was_written(prefix, trees):
