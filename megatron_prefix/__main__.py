@@ -1,7 +1,8 @@
 """`megatron-prefix COMMAND …`: finds the command and turns its outcome into an exit code.
 
 0 success; 2 bad usage or bad input, with one message on standard error; 1 a run that found itself
-wrong, with one message, or an internal failure, with its traceback; 130 interrupted. Under torchrun every process exits alike, rank 0 speaks.
+wrong, with one message, or an internal failure, with its traceback; 130 interrupted; 143 training
+that a signal ended behind a step. Under torchrun every process exits alike and rank 0 speaks.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_prefix.errors import InputError, RunError
+from megatron_prefix.errors import InputError, RunError, Stopped
 
-COMMANDS = ("build", "inspect", "train", "evaluate", "compare")
+COMMANDS = ("build", "inspect", "train", "score", "evaluate", "convert", "compare")
 
 
 def _is_first_rank() -> bool:
@@ -44,7 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse exits by itself on bad usage."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(x.startswith("-") for x in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind a flag, which argparse does not join to those in front of it
+        args.overrides += rest
     try:
         code = args.run(args)
         sys.stdout.flush()
@@ -53,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_first_rank():
             print(f"megatron-prefix {args.command}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Stopped as stopped:
+        if _is_first_rank():
+            print(f"megatron-prefix {args.command}: {stopped}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, for instance `| head`

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_prefix.config_rules import SIZES, check_rules
 from megatron_prefix.errors import InputError
 
 _section = dataclass(kw_only=True, frozen=True, config=ConfigDict(extra="forbid"))
@@ -64,21 +65,39 @@ class DataConfig:
 
 
 @_section
-class ModelConfig:
-    """Sizes under Megatron's names, precision, attention and recompute."""
+class RopeScaling:
+    """Rotary frequencies for longer contexts than the model was first trained on."""
 
+    type: Literal["linear", "llama3"]
+    """`linear`: all frequencies over `factor`; `llama3`: the low ones, blending in between."""
+    factor: Positive
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    original_max_position_embeddings: PositiveInt | None = None
+    """Context length in tokens before scaling."""
+
+
+@_section
+class ModelConfig:
+    """Where the model comes from or its sizes, precision, attention and recompute."""
+
+    hf: str | None = None
+    """Hugging Face model (directory or id) that gives sizes and weights to policy and
+    reference: Llama, Mistral, Qwen2, Qwen3. No size may be given beside it."""
     checkpoint: str | None = None
-    """Distributed checkpoint whose weights the policy and the reference start from;
-    without it both start from weights drawn from `train.seed`."""
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    ffn_hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
+    """Distributed checkpoint whose weights the policy and the reference start from; sizes may
+    be left out beside one that `convert import` wrote. Without it and `hf`, both start from
+    weights drawn from `train.seed`."""
+    num_layers: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+    ffn_hidden_size: PositiveInt | None = None
+    num_attention_heads: PositiveInt | None = None
     num_query_groups: PositiveInt | None = None
     """Key-value heads; as many as `num_attention_heads` where not given."""
     kv_channels: PositiveInt | None = None
     """Size of a head; `hidden_size / num_attention_heads` where not given."""
     rotary_base: Positive = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: Positive = 1e-5
     add_qkv_bias: Switch = False
     qk_layernorm: Switch = False
@@ -99,7 +118,10 @@ class ModelConfig:
 
 @_section
 class ParallelConfig:
-    """Process layout. One process trains the model; there is nothing to set."""
+    """Process layout: every process that `torchrun` starts is a data-parallel rank."""
+
+    use_distributed_optimizer: Switch = False
+    """Each rank keeps its share of the optimizer's state (ZeRO stage 1)."""
 
 
 @_section
@@ -114,8 +136,11 @@ class LossConfig:
     """Probability that a label is wrong (conservative DPO)."""
     weighting: Literal["pair", "group"] = "pair"
     """`pair`: every pair weighs 1 (times its own weight); `group`: every comparison set does."""
-    reference: Literal["model"] = "model"
-    """`model`: a frozen copy of the initial policy, run over each step's rows."""
+    reference: Literal["model", "precomputed"] = "model"
+    """`model`: a frozen copy of the initial policy, run over each step's rows;
+    `precomputed`: log-probabilities that `score` wrote, read from `ref_logps`."""
+    ref_logps: str | None = None
+    """Sidecar for `data.train` that `score --output` wrote; with `reference: precomputed`."""
 
 
 @_section
@@ -227,13 +252,15 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors(include_url=False))
         raise InputError(f"{source}: {faults}") from None
-    _check(config)
+    check_rules(config, raw)
     return config
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, every default included."""
     tree = TypeAdapter(Config).dump_python(config, mode="json")
+    if config.model.num_layers is None:  # they come from hf or checkpoint, next time too
+        tree["model"] = {k: v for k, v in tree["model"].items() if k not in SIZES}
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
@@ -271,70 +298,3 @@ def _known_keys(location: tuple) -> list[str]:
         return list(sections)
     section = globals().get(str(sections.get(location[0])))
     return list(section.__dataclass_fields__) if section else []
-
-
-def _check(config: Config) -> None:
-    """Settings that exclude each other, or that do not divide."""
-    faults = [*_data_faults(config.data), *_model_faults(config.model), *_run_faults(config)]
-    if faults:
-        raise InputError("; ".join(faults))
-
-
-def _data_faults(data: DataConfig) -> Iterator[str]:
-    if data.packing and data.row_capacity is None:
-        yield "data.row_capacity is missing: packing needs the size of a row in tokens"
-    if data.packing and data.micro_batch_size is not None:
-        yield (
-            f"data.micro_batch_size = {data.micro_batch_size} counts only without packing: "
-            "remove it, or set data.packing: false"
-        )
-    if not data.packing and data.micro_batch_size is None:
-        yield "data.micro_batch_size is missing: data.packing: false needs it"
-    if not data.packing and data.rows_per_step is not None:
-        yield (
-            f"data.rows_per_step = {data.rows_per_step} counts packed rows: "
-            "set data.packing: true, or use data.global_batch_size"
-        )
-    if (data.global_batch_size is None) == (data.rows_per_step is None):
-        yield (
-            f"data.global_batch_size = {data.global_batch_size} and "
-            f"data.rows_per_step = {data.rows_per_step}: give exactly one"
-        )
-
-
-def _model_faults(model: ModelConfig) -> Iterator[str]:
-    heads, groups = model.num_attention_heads, model.num_query_groups
-    if groups and heads % groups:
-        yield (
-            f"model.num_attention_heads = {heads} is not a multiple of "
-            f"model.num_query_groups = {groups}"
-        )
-    if model.kv_channels is None and model.hidden_size % heads:
-        yield (
-            f"model.hidden_size = {model.hidden_size} is not a multiple of "
-            f"model.num_attention_heads = {heads}: change one, or set model.kv_channels"
-        )
-    elif (model.kv_channels or model.hidden_size // heads) % 2:
-        yield (
-            f"a head of {model.kv_channels or model.hidden_size // heads} channels is odd and "
-            "rotary embedding rotates pairs: change model.hidden_size or model.kv_channels"
-        )
-    full = model.recompute_granularity == "full"
-    for key in ("recompute_method", "recompute_num_layers"):
-        if (getattr(model, key) is not None) != full:
-            yield (
-                f"model.{key} = {getattr(model, key)}: needed with "
-                "model.recompute_granularity: full, and only there"
-            )
-
-
-def _run_faults(config: Config) -> Iterator[str]:
-    train, optimizer = config.train, config.optimizer
-    if (train.steps is None) == (train.epochs is None):
-        yield f"train.steps = {train.steps} and train.epochs = {train.epochs}: give exactly one"
-    if optimizer.min_lr > optimizer.lr:
-        yield f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}"
-    if train.save_interval is not None and train.save is None:
-        yield "train.save_interval is set but train.save is not: name a directory"
-    if train.eval_interval is not None and config.data.valid is None:
-        yield "train.eval_interval is set but data.valid is not: name a data set"

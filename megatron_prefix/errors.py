@@ -15,3 +15,10 @@ class RunError(RuntimeError):
     The message says what was expected, what was seen and what to look at. Commands print it
     without a traceback and exit with 1.
     """
+
+
+class Stopped(Exception):
+    """A run that a signal ended early, with its state saved where `train.save` is set.
+
+    Commands print the message and exit with 143, as a program that SIGTERM ended does.
+    """

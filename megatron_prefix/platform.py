@@ -6,6 +6,7 @@ it restores everything. Paths are inside megatron/core.
 | adapted | because of |
 | --- | --- |
 | `device="cuda"` of tensor factories -> cpu | schedules.py:596, optimizer.py:481, 907 |
+| `Tensor.cuda()` returns the tensor | distrib_optimizer.py:1089 |
 | `Tensor.type()` names CPU tensors as CUDA's | clip_grads.py:167, optimizer.py:671, 690 |
 | `torch.cuda.current_device()` -> cpu | rotary_pos_embedding.py:162, mappings.py:91 |
 | `torch.cuda.synchronize()` does nothing | p2p_communication.py:242, filesystem_async.py:230 |
@@ -29,6 +30,8 @@ class _CudaNamesOnCpu(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.")
         device = kwargs.get("device")

@@ -119,6 +119,8 @@ def random_group(
             tokens = np.concatenate([prompt, response]).astype(np.int64)
             paths.append(ResponsePath(tokens=tokens, loss_start=len(prompt), set_id=turn))
         last = len(paths)
-        pairs += [Pair(chosen=a, rejected=b) for a in range(first, last) for b in range(a + 1, last)]
+        pairs += [
+            Pair(chosen=a, rejected=b) for a in range(first, last) for b in range(a + 1, last)
+        ]
         prompt = np.concatenate([paths[int(rng.integers(first, last))].tokens, draw()])
     return paths, pairs

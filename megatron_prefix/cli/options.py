@@ -27,7 +27,7 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def quiet_megatron() -> None:
-    """Silence what Megatron-Core says on import about optional packages that are not there."""
+    """Silence Megatron-Core's warnings: of optional packages, and of what torch deprecates."""
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    warnings.filterwarnings("ignore", message=".*requires_grad=True to a scalar.*")
-    warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor.*")
+    warnings.filterwarnings("ignore", module=r"megatron_prefix\.platform")  # Megatron's calls
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_prefix.data.collate import MicroBatch, RowItem, collate_packed, collate_padded
 from megatron_prefix.data.packing import deal, first_fit_decreasing, pack_step
-from megatron_prefix.data.sharing import Bundle, bundles_of, view
+from megatron_prefix.data.sharing import Bundle, all_bundles, bundles_of, view
 from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
@@ -199,9 +199,37 @@ class Sampler:
     def __post_init__(self) -> None:
         if not (self.row_capacity or self.micro_batch_size):
             raise ValueError("a sampler needs row_capacity (tokens) or micro_batch_size")
-        for group in range(len(self.dataset)):
-            for bundle in bundles_of(self.dataset, group, self.sharing):
-                self._check_fit(bundle)
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        group, item, tokens = all_bundles(self.dataset, self.sharing)
+        if self.micro_batch_size:
+            self._check_sequences(group, item)
+            if self.sharing in ("none", "response"):
+                tokens = np.asarray(self.dataset.response_lengths, np.int64)
+                group = np.repeat(
+                    np.arange(len(self.dataset)), np.diff(self.dataset.group_responses)
+                )
+        worst = int(tokens.argmax())
+        if self.row_capacity and tokens[worst] > self.row_capacity:
+            what = "one sequence" if self.micro_batch_size else "one row"
+            raise InputError(
+                f"{self.dataset.prefix}: group {group[worst]} needs {tokens[worst]} tokens in "
+                f"{what} under data.sharing: {self.sharing}, and data.row_capacity is "
+                f"{self.row_capacity}: raise it, or build with a smaller --max-length"
+            )
+
+    def _check_sequences(self, group: np.ndarray, item: np.ndarray) -> None:
+        for g, i in zip(group.tolist(), item.tolist(), strict=True):
+            sequences = self._num_sequences(Bundle(g, i, 0))
+            if sequences > self.micro_batch_size:
+                raise InputError(
+                    f"{self.dataset.prefix}: group {g} is {sequences} sequences under "
+                    f"data.sharing: {self.sharing} that must share a micro batch, and "
+                    f"data.micro_batch_size is {self.micro_batch_size}: raise it"
+                )
+            if self.sharing != "response":
+                return  # alike for all groups
 
     def step(self, step: int) -> StepPlan:
         """The plan of step `step`, counted from 0."""
@@ -238,21 +266,6 @@ class Sampler:
     def _bundles(self, groups: Sequence[int]) -> list[Bundle]:
         return [b for g in groups for b in bundles_of(self.dataset, int(g), self.sharing)]
 
-    def _check_fit(self, bundle: Bundle) -> None:
-        tokens = self._longest_sequence(bundle) if self.micro_batch_size else bundle.num_tokens
-        if self.row_capacity and tokens > self.row_capacity:
-            raise InputError(
-                f"{self.dataset.prefix}: group {bundle.group} needs {tokens} tokens in one row "
-                f"under data.sharing: {self.sharing}, and data.row_capacity is "
-                f"{self.row_capacity}: raise it, or build with a smaller --max-length"
-            )
-        if self.micro_batch_size and self._num_sequences(bundle) > self.micro_batch_size:
-            raise InputError(
-                f"{self.dataset.prefix}: group {bundle.group} is {self._num_sequences(bundle)} "
-                f"sequences under data.sharing: {self.sharing} that must share a micro batch, and "
-                f"data.micro_batch_size is {self.micro_batch_size}: raise it"
-            )
-
     def _fixed_size(self, bundles: list[Bundle]) -> list[list[Bundle]]:
         """Whole bundles in their order, at most `micro_batch_size` sequences together."""
         rows: list[list[Bundle]] = []
@@ -274,17 +287,6 @@ class Sampler:
         r0, r1 = self.dataset.group_responses[bundle.group : bundle.group + 2]
         return int((self.dataset.response_sets[r0:r1] == bundle.item).sum())
 
-    def _longest_sequence(self, bundle: Bundle) -> int:
-        """Tokens of the longest of the sequences that `_num_sequences` counts."""
-        if self.sharing in ("tree", "pair"):
-            return bundle.num_tokens
-        r0, r1 = (int(x) for x in self.dataset.group_responses[bundle.group : bundle.group + 2])
-        lengths = self.dataset.response_lengths[r0:r1]
-        if self.sharing == "response":
-            return int(lengths[self.dataset.response_sets[r0:r1] == bundle.item].max())
-        pair = int(self.dataset.group_pairs[bundle.group]) + bundle.item
-        return int(lengths[self.dataset.pair_responses[pair]].max())
-
     def _items(self, row: list[Bundle]) -> list[RowItem]:
         items = []
         for bundle in row:
@@ -295,8 +297,6 @@ class Sampler:
 
 
 def group_lengths(dataset: PreferenceDataset, sharing: str) -> np.ndarray:
-    """Tokens of each group under a sharing mode, [groups]."""
-    totals = [
-        sum(b.num_tokens for b in bundles_of(dataset, g, sharing)) for g in range(len(dataset))
-    ]
-    return np.array(totals, np.int64)
+    """Tokens of each group under a sharing mode, int64 [groups]."""
+    group, _, tokens = all_bundles(dataset, sharing)
+    return np.bincount(group, tokens, len(dataset)).astype(np.int64)

@@ -62,6 +62,29 @@ def bundles_of(dataset: PreferenceDataset, group: int, sharing: str) -> list[Bun
     return [Bundle(group, i, int(n)) for i, n in enumerate(tokens)]
 
 
+def all_bundles(dataset: PreferenceDataset, sharing: str) -> tuple[np.ndarray, ...]:
+    """(group, item, num_tokens) of every bundle of the data set, [B] each, groups in order."""
+    num_groups = len(dataset)
+    if sharing == "tree":
+        zeros = np.zeros(num_groups, np.int64)
+        return np.arange(num_groups), zeros, dataset.groups_num_tokens()
+    lengths = np.asarray(dataset.response_lengths, np.int64)
+    firsts = np.asarray(dataset.group_responses)
+    if sharing == "response":
+        group = np.repeat(np.arange(num_groups), np.diff(firsts))
+        keys = np.stack([group, np.asarray(dataset.response_sets, np.int64)])
+        sets, inverse = np.unique(keys, axis=1, return_inverse=True)
+        tokens = np.bincount(inverse.reshape(-1), lengths, sets.shape[1])
+        return sets[0], sets[1], tokens.astype(np.int64)
+    pair_offsets = np.asarray(dataset.group_pairs)
+    group = np.repeat(np.arange(num_groups), np.diff(pair_offsets))
+    sides = np.asarray(dataset.pair_responses, np.int64) + firsts[group][:, None]
+    tokens = lengths[sides].sum(axis=1)
+    if sharing == "pair":
+        tokens -= np.asarray(dataset.response_prompts, np.int64)[sides].min(axis=1)
+    return group, np.arange(len(group)) - pair_offsets[group], tokens
+
+
 def view(tree: PrefixTree, sharing: str, item: int) -> View:
     """The tokens of one bundle of `tree` as they are run under `sharing`."""
     everything = np.arange(tree.num_responses), np.arange(tree.num_pairs)

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.attention.core import TreePackedSeqParams
+from megatron_prefix.config import RopeScaling
 from megatron_prefix.model.logps import token_logps
 from megatron_prefix.model.rope import rotary_angles
 from megatron_prefix.model.spec import tree_block_spec
@@ -34,6 +35,7 @@ class TreeTransformerConfig(TransformerConfig):
     """The padded vocabulary is a multiple of this times the tensor parallel size."""
     share_embeddings_and_output_weights: bool = False
     rotary_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     tree_attention_backend: str = "auto"
     """One of attention.api.BACKENDS."""
     lm_head_chunk_size: int = 2048
@@ -95,7 +97,10 @@ class TreeGPTModel(GPTModel):
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
         angles = rotary_angles(
-            packed_seq_params.position_ids, self.config.kv_channels, self.config.rotary_base
+            packed_seq_params.position_ids,
+            self.config.kv_channels,
+            self.config.rotary_base,
+            self.config.rope_scaling,
         )
         return decoder_input, angles, None, None, None, padding_mask
 

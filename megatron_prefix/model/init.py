@@ -16,20 +16,23 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
+from megatron_prefix.model.hf_weights import canonical_name
 
 
 def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Parameters with their names in the whole, unsharded model.
 
     On the second of two pipeline stages with 2 layers each, `decoder.layers.0.mlp.…` is
-    canonically `decoder.layers.2.mlp.…`.
+    canonically `decoder.layers.2.mlp.…`; norms that Transformer Engine fuses into the linear
+    layer behind them have the names of Megatron-Core's local layers.
     """
     layers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(layers[int(parts[2])])
-        yield ".".join(parts), parameter
+        offset = 0
+        if name.startswith("decoder.layers."):
+            index = int(name.split(".")[2])
+            offset = layers[index] - index
+        yield canonical_name(name, offset), parameter
 
 
 @torch.no_grad()

@@ -2,25 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from pydantic import ValidationError
 
 from megatron_prefix.attention.api import resolve_backend
 from megatron_prefix.attention.flash import check_head_dim
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
-from megatron_prefix.model.init import initialize_weights
+from megatron_prefix.model.hf_config import locate, read_hf_config, sizes_from_hf
+from megatron_prefix.model.hf_files import HFTensors
+from megatron_prefix.model.hf_weights import WeightMap
+from megatron_prefix.model.init import canonical_parameters, initialize_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def transformer_config(model: ModelConfig, *, vocab_size: int, seed: int) -> TreeTransformerConfig:
+def resolve_model(model: ModelConfig) -> tuple[ModelConfig, int | None]:
+    """The model section with all sizes, and the size of the model's own vocabulary.
+
+    With `hf` both come from its config.json; without it the sizes are there already, and the
+    vocabulary is the data set's: None. Raises InputError.
+    """
+    if model.hf is None:
+        return model, None
+    directory = locate(model.hf)
+    return with_sizes(model, read_hf_config(directory), f"{directory}/config.json")
+
+
+def with_sizes(model: ModelConfig, config: dict[str, Any], source: str) -> tuple[ModelConfig, int]:
+    """`model` with the sizes of a Hugging Face configuration, and its vocabulary's size."""
+    sizes = sizes_from_hf(config, source)
+    vocab_size = sizes.pop("vocab_size")
+    try:
+        return replace(model, **sizes), vocab_size
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(f"{source}: {first['loc']}: {first['msg']}") from None
+
+
+def transformer_config(
+    model: ModelConfig, *, vocab_size: int, seed: int | None
+) -> TreeTransformerConfig:
     """Megatron-Core's view of `model`, for CUDA where there is one and else for CPU.
 
-    `vocab_size` is the data set's, `seed` draws the initial weights. Raises InputError where
-    the attention backend cannot run here.
+    `model` has sizes (see `resolve_model`). `seed` draws the initial weights; None leaves them
+    undefined, for weights that are loaded next. Raises InputError where the attention backend
+    cannot run here.
     """
     on_cuda = torch.cuda.is_available()
     dtype = DTYPES[model.dtype]
@@ -69,6 +103,7 @@ def transformer_config(model: ModelConfig, *, vocab_size: int, seed: int) -> Tre
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling,
         tree_attention_backend=backend,
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
@@ -97,3 +132,23 @@ def model_provider(
     if config.init_seed is not None:
         initialize_weights(model, config.init_seed)
     return model
+
+
+@torch.no_grad()
+def load_hf_weights(model: TreeGPTModel, sizes: ModelConfig, directory: Path) -> None:
+    """Fill this rank's part of the model from safetensors, a tensor at a time.
+
+    Reads only the rows and columns that the tensor-parallel rank owns, and casts them to the
+    model's precision. `sizes` are those that the model was made with. Raises InputError.
+    """
+    weights = WeightMap(sizes, model.config.vocab_size)
+    tensors = HFTensors(directory)
+    tensors.check(weights.hf_shapes())
+    group, padded = model.pg_collection.tp, model.config.padded_vocab_size
+    tied = model.config.share_embeddings_and_output_weights
+    for name, parameter in canonical_parameters(model):
+        if tied and name == "output_layer.weight":  # the last pipeline stage's copy
+            name = "embedding.word_embeddings.weight"
+        found = weights.read(name, tensors.read, group.rank(), group.size(), padded)
+        assert found.shape == parameter.shape, f"{name}: {found.shape}, not {parameter.shape}"
+        parameter.copy_(found)

@@ -1,30 +1,35 @@
-"""Checkpoints in Megatron's layout, complete or not there.
+"""Checkpoints of a run in Megatron's layout, complete or not there.
 
-    DIR/iter_0000100/                         torch_dist files, `metadata.json` written last
+    DIR/iter_0000100/                         see torch_dist.py; `metadata.json` is written last
     DIR/latest_checkpointed_iteration.txt     "100", moved into place behind it
 
-A checkpoint is written into a fresh directory under another name, so that a kill at any moment
-leaves the previous one whole.
+A checkpoint is written into a directory of its own under a name that no other run uses, and moved
+into place when it is complete, so that a kill at any moment leaves the previous one whole. What a
+run needs beside it is nothing: the order of the data is a function of the step, and no random
+number is drawn after the initial weights.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_prefix.errors import InputError
+from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.train import torch_dist
+from megatron_prefix.train.torch_dist import COMPLETE
 
 TRACKER = "latest_checkpointed_iteration.txt"
-COMPLETE = "metadata.json"
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def iteration_dir(root: str | Path, step: int) -> Path:
@@ -40,9 +45,9 @@ def latest_step(root: str | Path) -> int | None:
     if not tracker.exists():
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise InputError(
-            f"{tracker}: {text[:40]!r} is not a step; write the number of one, or "
+            f"{tracker}: {text[:40]!r} is not a step; write the step of an iter_… directory, or "
             "remove the file to start afresh"
         )
     if not (iteration_dir(root, int(text)) / COMPLETE).exists():
@@ -54,17 +59,23 @@ def latest_step(root: str | Path) -> int | None:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """An `iter_…` directory itself, or the newest one below a checkpoint root."""
+    """A checkpoint's directory itself, or the newest one below a run's root."""
     path = Path(path)
     if (path / COMPLETE).exists():
         return path
     step = latest_step(path) if path.is_dir() else None
     if step is None:
         raise InputError(
-            f"{path}: no checkpoint here; expected an iter_… directory with {COMPLETE}, or a "
-            f"directory with {TRACKER}"
+            f"{path}: no checkpoint here; expected a directory with {COMPLETE}, or one with "
+            f"{TRACKER}"
         )
     return iteration_dir(path, step)
+
+
+def clear_leftovers(root: str | Path) -> None:
+    """Remove what killed saves left behind."""
+    for leftover in Path(root).glob(".iter_*.partial-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -74,27 +85,53 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     run: dict,
+    attach: Callable[[Path], None],
 ) -> None:
-    """Write the state after `step` steps; `run` is what a resumed run must agree with."""
+    """Write the state after `step` steps; collective.
+
+    `run` is what a resumed run must agree with; `attach` puts further files into the directory.
+    Raises RunError, with the previous checkpoint as it was, where the disk does not take it.
+    """
+    name = [uuid.uuid4().hex[:12]]
+    dist.broadcast_object_list(name, src=0)
     target = iteration_dir(root, step)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.with_name(f".{target.name}.partial-{name[0]}")
     is_main = dist.get_rank() == 0
-    if is_main:
+    try:
+        if is_main:
+            partial.mkdir(parents=True)
+        dist.barrier()
+        state = _sharded_state(chunks, optimizer)
+        state |= {"scheduler": scheduler.state_dict(), "step": step, "run": run}
+        state["model_sizes"] = model_sizes(chunks)
+        torch_dist.save(state, partial)
+        if is_main:
+            attach(partial)
+        dist.barrier()
+        torch_dist.write_checksums(partial)
+        dist.barrier()
+        if is_main:
+            _publish(Path(root), partial, target, step)
+        dist.barrier()
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    state = _sharded_state(chunks, optimizer)
-    state |= {"scheduler": scheduler.state_dict(), "step": step, "run": run}
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if is_main:
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        pointer = Path(root) / f".{TRACKER}"
-        pointer.write_text(str(step), encoding="utf-8")
-        os.replace(pointer, Path(root) / TRACKER)
-    dist.barrier()
+        raise RunError(
+            f"train.save = {root}: the checkpoint of step {step} could not be written ({error}); "
+            "earlier checkpoints are as they were. Free some space, and resume with train.load"
+        ) from error
+
+
+def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
+    """Move a complete checkpoint into place, then the tracker that names it."""
+    if target.exists():  # complete or not, the tracker never named it
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    pointer = root / f".{TRACKER}"
+    with pointer.open("w", encoding="utf-8") as file:
+        file.write(str(step))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(pointer, root / TRACKER)
 
 
 def load_checkpoint(
@@ -105,35 +142,76 @@ def load_checkpoint(
     scheduler: OptimizerParamScheduler,
     run: dict,
 ) -> None:
-    """Restore the state after `step` steps. Raises InputError where the run is another one."""
+    """Restore the state after `step` steps; collective.
+
+    The optimizer's and the schedule's settings stay the configuration's. Raises InputError
+    where the run that saved it was another one, or the checkpoint is damaged.
+    """
     path = iteration_dir(root, step)
-    common = _load(dist_checkpointing.load_common_state_dict, path)
-    if common.get("run") != run:
-        theirs = common.get("run", {})
-        differing = ", ".join(
-            f"{key}: {theirs.get(key)!r} there, {value!r} here"
-            for key, value in run.items()
-            if theirs.get(key) != value
-        )
-        raise InputError(
-            f"{path}: saved by another run ({differing}); resume with the same settings, or "
-            "start from its weights with model.checkpoint"
-        )
-    request = _sharded_state(chunks, optimizer, is_loading=True)
-    state = _load(lambda p: dist_checkpointing.load(request, p), path)
+    common = torch_dist.load_common(path)
+    _check_agreement(path, "run", common.get("run"), run)
+    _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
+    state = torch_dist.load(_sharded_state(chunks, optimizer, is_loading=True), path)
     _load_model(chunks, state)
     settings = [_settings(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    _load_optimizer(optimizer, state["optimizer"])
     for group, ours in zip(optimizer.param_groups, settings, strict=True):
-        group.update(ours)  # the configuration's, not the checkpoint's
+        group.update(ours)
     scheduler.load_state_dict(common["scheduler"])
 
 
 def load_weights(path: str | Path, chunks: list[torch.nn.Module]) -> None:
-    """Load a checkpoint's weights alone."""
-    request = _model_state(chunks)
+    """Load a checkpoint's weights alone; collective. Raises InputError."""
     path = resolve_checkpoint(path)
-    _load_model(chunks, _load(lambda p: dist_checkpointing.load(request, p), path))
+    saved = torch_dist.load_common(path).get("model_sizes")
+    if saved is not None:
+        _check_agreement(path, "model", saved, model_sizes(chunks))
+    _load_model(chunks, torch_dist.load(model_state(chunks), path))
+
+
+def model_state(chunks: list[torch.nn.Module]) -> dict:
+    """Sharded tensors of the models' parameters, as saved and as requested."""
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return torch_dist.tensors_only(
+        {name: unwrap(c).sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
+    )
+
+
+def model_sizes(chunks: list[torch.nn.Module]) -> dict:
+    """What a model's weights mean beside their shapes: a checkpoint must agree with all of it."""
+    config = unwrap(chunks[0]).config
+    scaling = config.rope_scaling
+    return {
+        "vocab_size": config.vocab_size,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.kv_channels,
+        "rotary_base": config.rotary_base,
+        "rope_scaling": None if scaling is None else dict(vars(scaling)),
+        "norm_epsilon": config.layernorm_epsilon,
+        "add_qkv_bias": config.add_qkv_bias,
+        "qk_layernorm": config.qk_layernorm,
+        "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+    }
+
+
+def _check_agreement(path: Path, what: str, saved: object, ours: dict) -> None:
+    """Refuse a checkpoint of another run or model, naming every difference."""
+    saved = saved if isinstance(saved, dict) else {}
+    differing = ", ".join(
+        f"{key}: {saved.get(key)!r} there, {ours.get(key)!r} here"
+        for key in {**ours, **saved}
+        if saved.get(key) != ours.get(key)
+    )
+    if differing:
+        remedy = {
+            "run": "resume with the same settings, or start from its weights with model.checkpoint",
+            "model": "give the sizes and the data set's tokenizer that it was trained with",
+        }[what]
+        raise InputError(f"{path}: saved by another {what} ({differing}); {remedy}")
 
 
 def _settings(group: dict) -> dict:
@@ -141,27 +219,43 @@ def _settings(group: dict) -> dict:
     return {key: value for key, value in group.items() if key not in ("params", "step")}
 
 
-def _model_state(chunks: list[torch.nn.Module]) -> dict:
-    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {name: unwrap(c).sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
-
-
 def _sharded_state(chunks, optimizer: MegatronOptimizer, is_loading: bool = False) -> dict:
-    state = _model_state(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading)
+    if is_loading:
+        for part in _distributed_parts(optimizer):
+            part._init_optimizer_states_with_dummy_values()
+    state = model_state(chunks)
+    state["optimizer"] = optimizer.sharded_state_dict(
+        dict(state), is_loading=is_loading, metadata=METADATA
+    )
     return state
 
 
 def _load_model(chunks: list[torch.nn.Module], state: dict) -> None:
     for i, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"])
+        found = state["model" if len(chunks) == 1 else f"model{i}"]
+        unwrap(chunk).load_state_dict(found, strict=False)
 
 
-def _load(load, path: Path) -> dict:
-    try:
-        return load(str(path))
-    except (CheckpointingException, OSError, KeyError, ValueError, RuntimeError, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be loaded as a checkpoint of this model "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-        ) from error
+def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """Distributed optimizers on torch's Adam, which keeps a step for every parameter.
+
+    Megatron-Core 0.16 expects a step a group, as the fused optimizers of Apex and Transformer
+    Engine have it (distrib_optimizer.py:640, 818, 940).
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [p for p in parts if isinstance(p, DistributedOptimizer) and not HAVE_APEX_OR_TE]
+
+
+@torch.no_grad()
+def _load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
+    parts = _distributed_parts(optimizer)
+    if not parts:
+        optimizer.load_state_dict(state)
+        return
+    (part,) = parts
+    parameters = state.pop("param_state")
+    part.load_state_dict(state)
+    steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
+    part.load_parameter_state_from_fully_reshardable(parameters)
+    for parameter, step in steps.items():
+        part.optimizer.state[parameter]["step"] = step.clone()  # loading made them share one

@@ -18,8 +18,8 @@ from megatron_prefix.data.sampler import loss_weights
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.losses import dpo_loss
-from megatron_prefix.model.provider import transformer_config
-from megatron_prefix.train.checkpoint import load_weights
+from megatron_prefix.train.checkpoint import load_weights, resolve_checkpoint
+from megatron_prefix.train.initial import initial_model
 from megatron_prefix.train.inputs import evaluation_sampler, open_verified
 from megatron_prefix.train.optimizer import build_model
 from megatron_prefix.train.parallel import world
@@ -34,26 +34,23 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     """
     if config.data.valid is None:
         raise InputError("data.valid is not set: name the data set to evaluate on")
-    dataset = open_verified(config.data.valid, "data.valid")
-    sampler = evaluation_sampler(dataset, config)
+    if load is not None:
+        load = resolve_checkpoint(load)
+    if per_response is not None and not Path(per_response).absolute().parent.is_dir():
+        raise InputError(f"--per-response {per_response}: no such directory; make it first")
     with world(config.parallel, config.train.seed) as here:
-        model_config = transformer_config(
-            config.model, vocab_size=dataset.vocab_size, seed=config.train.seed
-        )
-        model = freeze(build_model(model_config, here))
-        if config.model.checkpoint:
-            load_weights(config.model.checkpoint, model)
-        ref_logps = score_dataset(model, sampler, config.loss, here.device)
+        dataset = open_verified(config.data.valid, "data.valid", here)
+        sampler = evaluation_sampler(config, dataset, here.data_size)
+        initial = initial_model(config.model, [dataset])
+        model = freeze(build_model(initial.transformer_config(config.train.seed), here))
+        initial.load(model)
+        ref_logps = score_dataset(model, sampler, config.loss, here)
         logps = ref_logps
         if load is not None:
             load_weights(load, model)
-            logps = score_dataset(model, sampler, config.loss, here.device)
-    if per_response is not None:
-        lines = "".join(line + "\n" for line in response_records(dataset, logps))
-        try:
-            Path(per_response).write_text(lines, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--per-response {per_response}: {error.strerror}") from None
+            logps = score_dataset(model, sampler, config.loss, here)
+        if per_response is not None:
+            here.once(lambda: _write_records(per_response, dataset, logps))
     return preference_metrics(dataset, logps, ref_logps, config)
 
 
@@ -98,7 +95,15 @@ def response_records(dataset: PreferenceDataset, logps: np.ndarray) -> Iterator[
                 "group": group,
                 "response": index - start,
                 "record": int(dataset.group_records[group]),
-                "logp": float(logps[index]),
+                "logp": None if np.isnan(logps[index]) else float(logps[index]),
                 "num_tokens": int(own[index]),
             }
             yield json.dumps(record)
+
+
+def _write_records(path: str, dataset: PreferenceDataset, logps: np.ndarray) -> None:
+    lines = "".join(line + "\n" for line in response_records(dataset, logps))
+    try:
+        Path(path).write_text(lines, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--per-response {path}: {error.strerror}") from None

@@ -10,19 +10,23 @@ from megatron_prefix.config import Config
 from megatron_prefix.data.sampler import GroupBatches, RowBatches, Sampler, group_lengths
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
+from megatron_prefix.train.parallel import World
 
 EVALUATION_GROUPS = 64
 """Groups scored at a time where the configuration counts steps in rows."""
 
 
-def open_verified(prefix: str, setting: str) -> PreferenceDataset:
-    """Open the data set that `setting` names and check every file against its checksum."""
-    try:
-        dataset = PreferenceDataset(prefix)
-        dataset.verify_checksums()
-    except InputError as error:
-        raise InputError(f"{setting}: {error}") from None
-    return dataset
+def open_verified(prefix: str, setting: str, world: World) -> PreferenceDataset:
+    """Open the data set that `setting` names; the main process checks every checksum."""
+
+    def verify() -> None:
+        try:
+            PreferenceDataset(prefix).verify_checksums()
+        except InputError as error:
+            raise InputError(f"{setting}: {error}") from None
+
+    world.once(verify)
+    return PreferenceDataset(prefix)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class InOrder:
         return epochs * -(-self.num_groups // self.batch_size)
 
 
-def training_sampler(config: Config, dataset: PreferenceDataset) -> Sampler:
+def training_sampler(config: Config, dataset: PreferenceDataset, num_ranks: int = 1) -> Sampler:
     """The training sampler that the data section describes."""
     data, train = config.data, config.train
     if data.global_batch_size:
@@ -62,10 +66,11 @@ def training_sampler(config: Config, dataset: PreferenceDataset) -> Sampler:
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
+        num_ranks=num_ranks,
     )
 
 
-def evaluation_sampler(dataset: PreferenceDataset, config: Config) -> Sampler:
+def evaluation_sampler(config: Config, dataset: PreferenceDataset, num_ranks: int = 1) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     data = config.data
     return Sampler(
@@ -75,4 +80,5 @@ def evaluation_sampler(dataset: PreferenceDataset, config: Config) -> Sampler:
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
+        num_ranks=num_ranks,
     )

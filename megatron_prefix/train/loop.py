@@ -1,52 +1,54 @@
 """A training run, told in order.
 
-1. Check the data sets, join the process groups, plan the steps.
+1. Join the process groups, check the data sets, plan the steps.
 2. Build the reference and the policy from the same initial weights; resume where asked.
 3. Every step: rows of the plan -> reference log-probabilities -> forward and backward ->
    optimizer -> one line of metrics. The first step of a fresh run must have loss ln 2.
-4. Evaluate and save at their intervals and at the end.
+4. Evaluate and save at their intervals and at the end, or when the run is told to stop.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_prefix.config import Config, dump_config
+from megatron_prefix.config import Config
 from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.sampler import Sampler, StepPlan
 from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model.provider import transformer_config
-from megatron_prefix.train import checkpoint
+from megatron_prefix.errors import RunError, Stopped
+from megatron_prefix.train import checkpoint, nonfinite
 from megatron_prefix.train.evaluate import preference_metrics
-from megatron_prefix.train.inputs import evaluation_sampler, open_verified, training_sampler
+from megatron_prefix.train.first_loss import check_first_loss
+from megatron_prefix.train.initial import InitialModel
+from megatron_prefix.train.inputs import open_verified
 from megatron_prefix.train.metrics import MetricsWriter, Progress
-from megatron_prefix.train.optimizer import build_model, build_optimizer, gradient_step
+from megatron_prefix.train.optimizer import gradient_norm, gradient_step
 from megatron_prefix.train.parallel import World, world
-from megatron_prefix.train.reference import freeze, score_dataset, with_reference
-from megatron_prefix.train.step import PAIR_SUMS, run_schedule, to_device
-
-FIRST_LOSS_TOLERANCE = 1e-5
-BFLOAT16_ROUNDING = 2.0**-8
+from megatron_prefix.train.reference import Reference, score_dataset
+from megatron_prefix.train.step import PAIR_SUMS, TrainBatch, run_schedule, to_device
+from megatron_prefix.train.stop import StopRequest
 
 
 def train(config: Config) -> None:
-    """Run `config` to its end. Raises InputError before any training where it cannot run,
-    and RunError where the run finds itself wrong."""
-    dataset = open_verified(config.data.train, "data.train")
-    valid = open_verified(config.data.valid, "data.valid") if config.data.valid else None
-    with world(config.parallel, config.train.seed) as here:
+    """Run `config` to its end.
+
+    Raises InputError before any training where it cannot run, RunError where the run finds
+    itself wrong, and Stopped where a signal ended it early.
+    """
+    with world(config.parallel, config.train.seed) as here, StopRequest(here) as stop:
+        dataset = open_verified(config.data.train, "data.train", here)
+        valid = None
+        if config.data.valid:
+            valid = open_verified(config.data.valid, "data.valid", here)
         run = Run.prepare(config, dataset, valid, here)
         try:
-            run.run()
+            run.run(stop)
         finally:
             run.close()
 
@@ -57,15 +59,17 @@ class Run:
 
     config: Config
     world: World
+    initial: InitialModel
     sampler: Sampler
     valid: Sampler | None
-    ref_model: list[torch.nn.Module]
+    reference: Reference
     policy: list[torch.nn.Module]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     num_steps: int
     step: int
-    metrics: MetricsWriter
+    identity: dict
+    metrics: MetricsWriter | None
     progress: Progress
     valid_ref_logps: np.ndarray | None = None
 
@@ -77,82 +81,49 @@ class Run:
         valid: PreferenceDataset | None,
         here: World,
     ) -> Run:
-        if valid is not None and valid.vocab_size != dataset.vocab_size:
-            raise InputError(
-                f"data.valid has a vocabulary of {valid.vocab_size}, data.train one of "
-                f"{dataset.vocab_size}: build both with one tokenizer"
-            )
-        sampler = training_sampler(config, dataset)
-        num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
-        if config.optimizer.lr_warmup_steps >= num_steps:
-            raise InputError(
-                f"optimizer.lr_warmup_steps = {config.optimizer.lr_warmup_steps} does not end "
-                f"within the run's {num_steps} steps: shorten it"
-            )
-        model_config = transformer_config(
-            config.model, vocab_size=dataset.vocab_size, seed=config.train.seed
-        )
-        ref_model = freeze(build_model(model_config, here))
-        chunks = build_model(model_config, here)
-        if config.model.checkpoint:
-            checkpoint.load_weights(config.model.checkpoint, ref_model)
-            checkpoint.load_weights(config.model.checkpoint, chunks)
-        policy, optimizer, scheduler = build_optimizer(
-            chunks, model_config, config.optimizer, num_steps
-        )
-        step = _resume(config, dataset, policy, optimizer, scheduler)
-        return cls(
-            config=config,
-            world=here,
-            sampler=sampler,
-            valid=evaluation_sampler(valid, config) if valid is not None else None,
-            ref_model=ref_model,
-            policy=policy,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            num_steps=num_steps,
-            step=step,
-            metrics=_open_metrics(config, step),
-            progress=Progress(num_steps, step),
-        )
+        """Everything up to the first step, resumed where `train.load` has a checkpoint."""
+        from megatron_prefix.train.prepare import prepare
 
-    def run(self) -> None:
-        """Train from `step` to `num_steps`."""
+        return prepare(config, dataset, valid, here)
+
+    def run(self, stop: StopRequest | None = None) -> None:
+        """Train from `step` to `num_steps`, or until `stop` is asked for."""
         settings = self.config.train
         if self.step == 0:
             self.evaluate()
-        evaluated = saved = self.step
         while self.step < self.num_steps:
             row = self.train_step()
-            self.metrics.write(row)
+            self._write(row)
             self.progress.update(row)
-            if settings.eval_interval and self.step % settings.eval_interval == 0:
-                self.evaluate()
-                evaluated = self.step
-            if settings.save_interval and self.step % settings.save_interval == 0:
+            is_last = self.step == self.num_steps
+            is_asked = stop is not None and stop.is_asked()
+            if is_last or _is_due(self.step, settings.eval_interval):
+                self.evaluate()  # before saving, so that what is saved is complete
+            if settings.save and (
+                is_last or is_asked or _is_due(self.step, settings.save_interval)
+            ):
                 self.save()
-                saved = self.step
-        if evaluated < self.step:
-            self.evaluate()
-        if settings.save and saved < self.step:
-            self.save()
+            if is_asked and not is_last:
+                kept = f"saved in {settings.save}" if settings.save else "train.save is not set"
+                raise Stopped(f"stopped by a signal after step {self.step} ({kept})")
 
     def train_step(self) -> dict:
         """One optimizer step. Returns its line of metrics."""
         start = time.monotonic()
         plan = self.sampler.step(self.step)
-        rows = self.sampler.micro_batches(plan)
+        rows = self.sampler.micro_batches(plan, self.world.data_rank)
         batches = [to_device(row, self.world.device, plan.weight) for row in rows]
-        batches = with_reference(self.ref_model, batches, self.config.loss)
-        for chunk in self.policy:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        logs = run_schedule(self.policy, batches, self.config.loss)
+        batches = self.reference.attach(rows, batches)
+        logs = self._gradients(batches)
         means = self._means(plan, logs)
+        if not np.isfinite(list(means.values())).all():
+            self._stop_nonfinite("loss", rows, batches, nonfinite.finite_rows(logs))
         if self.step == 0:
-            self._check_first_loss(means["loss"], logs)
-        grad_norm, learning_rate = gradient_step(self.optimizer, self.scheduler)
+            check_first_loss(means["loss"], logs, self.config, self.reference, self.world)
+        stepped = gradient_step(self.optimizer, self.scheduler)
+        if stepped is None:
+            self._stop_nonfinite("gradient", rows, batches, self._finite_gradients(batches))
+        grad_norm, learning_rate = stepped
         self.step += 1
         seconds = time.monotonic() - start
         return {
@@ -170,12 +141,12 @@ class Run:
         """Score the held-out set and write an evaluation line."""
         if self.valid is None:
             return
-        loss, device, dataset = self.config.loss, self.world.device, self.valid.dataset
         if self.valid_ref_logps is None:
-            self.valid_ref_logps = score_dataset(self.ref_model, self.valid, loss, device)
-        logps = score_dataset(self.policy, self.valid, loss, device)
+            self.valid_ref_logps = self.reference.score(self.valid)
+        logps = score_dataset(self.policy, self.valid, self.config.loss, self.world)
+        dataset = self.valid.dataset
         found = preference_metrics(dataset, logps, self.valid_ref_logps, self.config)
-        self.metrics.write({"step": self.step, **{f"eval_{k}": v for k, v in found.items()}})
+        self._write({"step": self.step, **{f"eval_{k}": v for k, v in found.items()}})
         self.progress.say(
             f"evaluation at step {self.step}: loss {found['loss']:.4f}, "
             f"accuracy {found['rewards/accuracies']:.3f}, "
@@ -183,55 +154,80 @@ class Run:
         )
 
     def save(self) -> None:
+        """Write a checkpoint of this step."""
         checkpoint.save_checkpoint(
             self.config.train.save,
             self.step,
             self.policy,
             self.optimizer,
             self.scheduler,
-            _identity(self.config, self.sampler.dataset),
+            self.identity,
+            attach=self.initial.attach,
         )
 
     def close(self) -> None:
         self.progress.close()
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _write(self, row: dict) -> None:
+        if self.metrics is not None:
+            self.metrics.write(row)
+
+    def _gradients(self, batches: list[TrainBatch]) -> list[dict]:
+        """Forward and backward over rows, from zero gradients. Returns the rows' logs."""
+        for chunk in self.policy:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return run_schedule(self.policy, batches, self.config.loss)
 
     def _means(self, plan: StepPlan, logs: list[dict]) -> dict[str, float]:
         """The loss over its weight, everything else over pairs."""
-        sums = torch.stack([log["sums"] for log in logs]).sum(0).tolist()
+        sums = self.world.sum(torch.stack([log["sums"] for log in logs]).sum(0)).tolist()
         divisors = [plan.weight] + [plan.num_pairs] * (len(PAIR_SUMS) - 1)
         return {key: s / d for key, s, d in zip(PAIR_SUMS, sums, divisors, strict=True)}
 
     def _token_counts(self, plan: StepPlan, rows: list[MicroBatch]) -> dict[str, int]:
         dataset = self.sampler.dataset
-        sides = [pair_lengths(dataset, int(group)) for group in plan.groups]
+        counts = [
+            sum(len(row.tokens) for row in rows),
+            sum(len(row.source_row) for row in rows),
+            sum(row.num_projected for row in rows),
+        ]
+        executed, targets, projected = self.world.sum(
+            torch.tensor(counts, device=self.world.device)
+        ).tolist()
         return {
-            "tokens/logical": int(sum(x.sum() for x in sides)),
-            "tokens/executed": sum(len(row.tokens) for row in rows),
-            "tokens/targets": sum(len(row.source_row) for row in rows),
-            "rows/projected": sum(row.num_projected for row in rows),
+            "tokens/logical": sum(int(pair_lengths(dataset, int(g)).sum()) for g in plan.groups),
+            "tokens/executed": executed,
+            "tokens/targets": targets,
+            "rows/projected": projected,
         }
 
-    def _check_first_loss(self, loss: float, logs: list[dict]) -> None:
-        """Policy and reference are the same model, so rewards are 0 and the loss is ln 2.
+    def _finite_gradients(self, batches: list[TrainBatch]) -> list[bool]:
+        """Whether each row alone has finite gradients; its peers on other ranks run with it."""
+        found = []
+        for batch in batches:
+            self._gradients([batch])
+            found.append(bool(np.isfinite(gradient_norm(self.optimizer))))
+        return found
 
-        In bfloat16 a reward may be off by beta |logp| rounded to 8 bits.
-        """
-        rewards = torch.cat([log["rewards"] for log in logs])
-        budget = torch.full_like(rewards, FIRST_LOSS_TOLERANCE)
-        if self.config.model.dtype == "bfloat16":
-            ref_logps = torch.cat([log["ref_logps"] for log in logs])
-            budget += self.config.loss.beta * BFLOAT16_ROUNDING * ref_logps
-        worst = int((rewards - budget).argmax())
-        if rewards[worst] > budget[worst] or abs(loss - math.log(2)) > budget.max():
-            raise RunError(
-                f"the first loss is {loss:.8f} and the largest reward {float(rewards[worst]):.2e}, "
-                f"where ln 2 = {math.log(2):.8f} and rewards of 0 (within "
-                f"{float(budget[worst]):.1e}) were expected, because policy and reference are the "
-                "same model at the first step: the two forward passes differ, so nothing this "
-                "run learned could be trusted. Try model.attention_backend: dense to see whether "
-                "attention is to blame"
-            )
+    def _stop_nonfinite(self, what: str, rows, batches, is_finite: list[bool]) -> None:
+        """Keep the step's rows and raise RunError with those that are to blame."""
+        step, rank = self.step + 1, self.world.data_rank
+        path = nonfinite.save_rows(self.config.logging.output, step, rank, rows, batches)
+        blamed = self.world.gather(nonfinite.describe(rank, rows, is_finite))
+        lines = [line for part in blamed for line in part] or ["the sum of all rows"]
+        raise RunError(
+            f"the {what} of step {step} is not finite: {'; '.join(lines)}. The weights are those "
+            f"of step {self.step}; the step's rows are kept in {path.parent}/{path.name} for "
+            "replay. Look at these groups, lower optimizer.lr, or resume from a checkpoint"
+        )
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
 
 
 def pair_lengths(dataset: PreferenceDataset, group: int) -> np.ndarray:
@@ -239,45 +235,3 @@ def pair_lengths(dataset: PreferenceDataset, group: int) -> np.ndarray:
     p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
     first = int(dataset.group_responses[group])
     return np.asarray(dataset.response_lengths)[dataset.pair_responses[p0:p1] + first]
-
-
-def _identity(config: Config, dataset: PreferenceDataset) -> dict:
-    """What decides the order of the data: a resumed run must agree with it."""
-    data = config.data
-    return {
-        "data.train fingerprint": dataset.fingerprint,
-        "data.seed": data.seed,
-        "data.global_batch_size": data.global_batch_size,
-        "data.rows_per_step": data.rows_per_step,
-        "train.epochs": config.train.epochs,
-    }
-
-
-def _resume(config, dataset, policy, optimizer, scheduler) -> int:
-    load = config.train.load
-    if load is None:
-        return 0
-    step = checkpoint.latest_step(load)
-    if step is None:
-        print(f"no checkpoint in {load}: starting afresh", flush=True)
-        return 0
-    identity = _identity(config, dataset)
-    checkpoint.load_checkpoint(load, step, policy, optimizer, scheduler, identity)
-    print(f"resumed from {load} after step {step}", flush=True)
-    return step
-
-
-def _open_metrics(config: Config, step: int) -> MetricsWriter:
-    output = Path(config.logging.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        return MetricsWriter(
-            str(output),
-            resumed_step=step if config.train.load else None,
-            tensorboard=config.logging.tensorboard,
-        )
-    except OSError as error:
-        raise InputError(
-            f"logging.output = {output}: {error.strerror}; name a directory that can be written"
-        ) from None

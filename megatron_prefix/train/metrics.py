@@ -45,8 +45,8 @@ class MetricsWriter:
     """Appends to `metrics.jsonl` of a run's directory.
 
     `resumed_step` is the step the run goes on from: later lines, and a torn last one, are cut
-    off. With None the run is a new one, and an earlier run's file is kept as `metrics-1.jsonl`
-    (or the next free number).
+    off. With None the run is a new one, and what an earlier run left is kept as
+    `metrics-1.jsonl`, `config-1.yaml` and `tensorboard-1` (or the next free number).
     """
 
     def __init__(self, output: str, *, resumed_step: int | None, tensorboard: bool) -> None:
@@ -54,7 +54,7 @@ class MetricsWriter:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         if path.exists() and resumed_step is None:
-            os.replace(path, _free_name(directory))
+            _keep(directory)
         elif path.exists():
             _cut_back(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
@@ -81,11 +81,15 @@ class MetricsWriter:
             self._board.close()
 
 
-def _free_name(directory: Path) -> Path:
+def _keep(directory: Path) -> None:
+    """Rename what an earlier run wrote."""
     number = 1
-    while (kept := directory / f"metrics-{number}.jsonl").exists():
+    while (directory / f"metrics-{number}.jsonl").exists():
         number += 1
-    return kept
+    for name in ("config.yaml", "tensorboard", METRICS_FILE):
+        path = directory / name
+        if path.exists():
+            os.replace(path, path.with_name(f"{path.stem}-{number}{path.suffix}"))
 
 
 def _cut_back(path: Path, step: int) -> None:

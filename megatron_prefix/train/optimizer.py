@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
 from megatron_prefix.config import OptimizerConfig as OptimizerSettings
+from megatron_prefix.config import ParallelConfig
 from megatron_prefix.model.gpt import TreeTransformerConfig
 from megatron_prefix.model.provider import model_provider
 from megatron_prefix.train.parallel import World
@@ -16,8 +20,8 @@ from megatron_prefix.train.step import sum_gradients
 
 
 def build_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
-    """This rank's model chunks with initial weights, on the device, without a wrapper for
-    gradients: ready for forward passes."""
+    """This rank's model chunks on the device, ready for forward passes, with the weights that
+    `config` draws."""
     model = model_provider(config=config, pg_collection=world.groups).to(world.device)
     return [Float16Module(config, model) if config.bf16 else model]
 
@@ -26,13 +30,16 @@ def build_optimizer(
     chunks: list[torch.nn.Module],
     config: TreeTransformerConfig,
     settings: OptimizerSettings,
+    parallel: ParallelConfig,
     num_steps: int,
 ) -> tuple[list[torch.nn.Module], MegatronOptimizer, OptimizerParamScheduler]:
     """Wrap model chunks for training and make their optimizer and schedule.
 
     `num_steps` is the length of the run, over which the learning rate decays.
     """
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer
+    )
     chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -46,6 +53,7 @@ def build_optimizer(
             clip_grad=settings.clip_grad,
             bf16=config.bf16,
             params_dtype=config.params_dtype,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
         ),
         chunks,
         use_gloo_process_groups=False,
@@ -72,14 +80,24 @@ def build_optimizer(
 
 def gradient_step(
     optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-) -> tuple[float, float]:
-    """Clip and step. Returns the global gradient norm before clipping and the learning rate."""
-    learning_rate = optimizer.param_groups[0]["lr"]
+) -> tuple[float, float] | None:
+    """Clip and step. Returns the global gradient norm before clipping and the learning rate, or
+    None, with the weights as they were, where the norm is not finite."""
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    norm = gradient_norm(optimizer)
+    if not math.isfinite(norm):
+        return None
     if optimizer.config.clip_grad > 0:
-        _, norm, _ = optimizer.step()
-    else:
-        optimizer.prepare_grads()
-        norm = optimizer.get_grad_norm()
-        optimizer.step_with_ready_grads()
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(
+                part.get_parameters(), max_norm=optimizer.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
     scheduler.step(increment=1)
-    return float(norm), float(learning_rate)
+    return norm, learning_rate
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Norm of the summed gradients over all parameters of the model."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())

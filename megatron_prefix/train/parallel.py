@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,45 +19,84 @@ from megatron.core.tensor_parallel.random import (
 
 from megatron_prefix import platform
 from megatron_prefix.config import ParallelConfig
-from megatron_prefix.errors import InputError
+from megatron_prefix.errors import InputError, RunError
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `groups` for Megatron-Core, `device` to compute on."""
+    """This process's place in the layout: `groups` for Megatron-Core, `device` to compute on."""
 
+    parallel: ParallelConfig
     groups: ProcessGroupCollection
     device: torch.device
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and speaks."""
         return dist.get_rank() == 0
 
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.groups.dp.size()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over data-parallel ranks, in place."""
+        dist.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Maximum over data-parallel ranks, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, self.groups.dp)
+        return values
+
+    def gather(self, value: Any) -> list:
+        """`value` of every process, in the order of ranks."""
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def once(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on the main process, on every process.
+
+        What it raises there is raised on every process, InputError as such.
+        """
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as failure:  # passed on below, so that no process waits for ever
+                error = failure
+                outcome[1] = (isinstance(failure, InputError), str(failure))
+        dist.broadcast_object_list(outcome, src=0)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            is_input, message = outcome[1]
+            raise InputError(message) if is_input else RunError(message)
+        return outcome[0]
+
 
 @contextlib.contextmanager
 def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
     """Join the processes that `torchrun` started, or stand alone, for as long as the context.
 
-    On CPU Megatron-Core is adapted meanwhile (see platform.py). Raises InputError where more
-    processes were started than the configuration lays out.
+    Every process is a data-parallel rank. On CPU Megatron-Core is adapted meanwhile (see
+    platform.py).
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        raise InputError(
-            f"{size} processes were started, and this version trains in one: start without "
-            "torchrun, or with --nproc-per-node=1"
-        )
     with platform.adapted():
         on_cuda = torch.cuda.is_available()
         if on_cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
             parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
             if on_cuda:
@@ -64,7 +104,7 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
             else:
                 initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
             groups = ProcessGroupCollection.use_mpu_process_groups()
-            yield World(groups, platform.device())
+            yield World(parallel, groups, platform.device())
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

@@ -1,13 +1,87 @@
-"""Log-probabilities without gradients: the frozen reference, and whole data sets."""
+"""Log-probabilities without gradients: the reference of a run, and whole data sets.
+
+A reference is a frozen copy of the initial policy that runs over each step's rows
+(`ModelReference`), or what such a copy said, read from a file (`PrecomputedReference`).
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from megatron_prefix.config import LossConfig
+from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.sampler import Sampler
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.train.parallel import World
+from megatron_prefix.train.sidecar import PartialScores
 from megatron_prefix.train.step import TrainBatch, run_schedule, to_device
+
+SAVE_STEPS = 32
+"""Steps of scoring between two saves of what is done."""
+
+
+class Reference(Protocol):
+    """What a run's rewards are measured from."""
+
+    fingerprint: str
+    """Of the model; see fingerprint.py."""
+    rounding: float
+    """Relative difference that the policy's own log-probabilities may have from these while
+    both are the same model."""
+
+    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+        """The same rows with reference log-probabilities."""
+
+    def score(self, sampler: Sampler) -> np.ndarray:
+        """Of every response of the sampler's data set, float64 [responses]."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelReference:
+    """A frozen model, run forward over the rows."""
+
+    fingerprint: str
+    chunks: list[torch.nn.Module]
+    loss: LossConfig
+    world: World
+    rounding: float
+
+    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+        return with_reference(self.chunks, batches, self.loss)
+
+    def score(self, sampler: Sampler) -> np.ndarray:
+        return score_dataset(self.chunks, sampler, self.loss, self.world)
+
+
+@dataclass(frozen=True, eq=False)
+class PrecomputedReference:
+    """Log-probabilities by data set, as sidecar.py reads them."""
+
+    fingerprint: str
+    dataset: PreferenceDataset
+    logps: dict[str, np.ndarray]
+    rounding: float
+
+    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+        known = self.logps[self.dataset.fingerprint]
+        found = []
+        for row, batch in zip(rows, batches, strict=True):
+            logps = known[response_index(self.dataset, row)]
+            found.append(batch.with_reference(torch.from_numpy(logps).to(batch.tokens.device)))
+        return found
+
+    def score(self, sampler: Sampler) -> np.ndarray:
+        return self.logps[sampler.dataset.fingerprint]
+
+
+def response_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
+    """Where a row's responses stand among all of the data set, int64 [R]."""
+    groups, responses = row.response_ids[:, 0], row.response_ids[:, 1]
+    return np.asarray(dataset.group_responses)[groups] + responses
 
 
 def score(chunks: list[torch.nn.Module], batches: list[TrainBatch], loss: LossConfig) -> list:
@@ -32,26 +106,44 @@ def score_dataset(
     chunks: list[torch.nn.Module],
     sampler: Sampler,
     loss: LossConfig,
-    device: torch.device,
+    world: World,
+    partial: PartialScores | None = None,
 ) -> np.ndarray:
     """Log-probability of every response of the sampler's data set, float64 [responses].
 
     Responses are numbered through the whole data set in its order. One that runs several
-    times (sharing `none`, several pairs) gets the mean of its runs.
+    times (sharing `none`, several pairs) gets the mean of its runs. Every rank runs its rows
+    and returns the whole; a response that never runs (one without a pair, under `none` or
+    `pair`) is NaN. `partial` takes scoring up where it was left, and keeps what is done.
     """
     dataset = sampler.dataset
-    totals, runs = np.zeros((2, len(dataset.response_lengths)))
+    first, sums = world.once(lambda: (partial.step, partial.sums) if partial else (0, None))
+    if sums is None:
+        sums = np.zeros((2, len(dataset.response_lengths)))
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    for step in range(sampler.composition.num_steps(1)):
-        rows = sampler.micro_batches(sampler.step(step))
-        found = score(chunks, [to_device(row, device) for row in rows], loss)
-        for row, logps in zip(rows, found, strict=True):
-            index = np.asarray(dataset.group_responses)[row.response_ids[:, 0]]
-            index = index + row.response_ids[:, 1]
-            np.add.at(totals, index, logps.cpu().numpy())
-            np.add.at(runs, index, 1)
+    num_steps = sampler.composition.num_steps(1)
+    for start in range(first, num_steps, SAVE_STEPS):
+        stop = min(start + SAVE_STEPS, num_steps)
+        found = np.zeros_like(sums)
+        for step in range(start, stop):
+            _score_step(chunks, sampler, step, loss, world, found)
+        sums += world.sum(torch.from_numpy(found).to(world.device)).cpu().numpy()
+        if partial is not None and world.is_main:
+            partial.sums = sums
+            partial.save(stop)
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
-    return totals / np.maximum(runs, 1)
+    with np.errstate(invalid="ignore"):
+        return sums[0] / sums[1]
+
+
+def _score_step(chunks, sampler: Sampler, step: int, loss, world: World, sums: np.ndarray) -> None:
+    """Add this rank's rows of a step to `sums`: log-probabilities, and how often each ran."""
+    rows = sampler.micro_batches(sampler.step(step), world.data_rank)
+    found = score(chunks, [to_device(row, world.device) for row in rows], loss)
+    for row, logps in zip(rows, found, strict=True):
+        index = response_index(sampler.dataset, row)
+        np.add.at(sums[0], index, logps.cpu().numpy())
+        np.add.at(sums[1], index, 1)

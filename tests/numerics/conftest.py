@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.sampler import group_lengths
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenizers import load_tokenizer
 from megatron_prefix.data.tree import PrefixTree, ResponsePath, build_tree
@@ -53,14 +54,15 @@ def other_random_set(tmp_path_factory) -> str:
 
 
 def _smallest_groups(source: Path, folder: Path, num_groups: int, num_read: int) -> str:
-    """Build those of a file's first `num_read` groups with the fewest tokens a comparison set."""
+    """Build those of a file's first `num_read` groups that are least work for what they hold:
+    with the fewest unshared tokens a comparison set."""
     with gzip.open(source, "rt", encoding="utf-8") as file:
         lines = list(itertools.islice(file, num_read))
     (folder / "all.jsonl").write_text("".join(lines), encoding="utf-8")
     build_dataset([folder / "all.jsonl"], "bytes", folder / "all", OPTIONS)
     built = PreferenceDataset(folder / "all")
-    sets = [built[group].response_sets.max() + 1 for group in range(len(built))]
-    smallest = np.argsort(built.groups_num_tokens() / np.array(sets), kind="stable")[:num_groups]
+    sets = np.array([built[group].response_sets.max() + 1 for group in range(len(built))])
+    smallest = np.argsort(group_lengths(built, "none") / sets, kind="stable")[:num_groups]
     records = sorted(int(built.group_records[g]) for g in smallest)
     (folder / "few.jsonl").write_text("".join(lines[r] for r in records), encoding="utf-8")
     build_dataset([folder / "few.jsonl"], "bytes", folder / "few", OPTIONS)
@@ -76,9 +78,9 @@ def few_hh(data_dir, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def few_oasst(data_dir, tmp_path_factory) -> str:
-    """PREFIX of six small OpenAssistant trees, one to five comparison sets each, in bytes."""
+    """PREFIX of eight small OpenAssistant trees, one to five comparison sets each, in bytes."""
     folder = tmp_path_factory.mktemp("few_oasst")
-    return _smallest_groups(data_dir / "oasst_trees.jsonl.gz", folder, 6, 75)
+    return _smallest_groups(data_dir / "oasst_trees.jsonl.gz", folder, 8, 75)
 
 
 @pytest.fixture(scope="session")

@@ -143,5 +143,3 @@ def outcome(model: TreeGPTModel, batches: Sequence[MicroBatch | TrainBatch]) -> 
         parts.append(logps.detach())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return Outcome(torch.cat(parts), gradients)
-
-

@@ -10,8 +10,8 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_prefix.config import Config, ParallelConfig, parse_config
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.train import checkpoint
-from megatron_prefix.train.inputs import open_verified
 from megatron_prefix.train.loop import Run, train
 from megatron_prefix.train.parallel import world
 
@@ -30,7 +30,9 @@ def configure(output: Path, dataset: str, **sections: Mapping) -> Config:
         "loss": {},
     }
     assert sections.keys() <= defaults.keys()
-    return parse_config({name: {**keys, **sections.get(name, {})} for name, keys in defaults.items()})
+    return parse_config(
+        {name: {**keys, **sections.get(name, {})} for name, keys in defaults.items()}
+    )
 
 
 def lines(output: Path) -> list[dict]:
@@ -53,7 +55,7 @@ def trained(config: Config) -> list[dict]:
 
 def prepare(config: Config, here) -> Run:
     """A run before its first step, for tests that change a part of it."""
-    return Run.prepare(config, open_verified(config.data.train, "data.train"), None, here)
+    return Run.prepare(config, PreferenceDataset(config.data.train), None, here)
 
 
 def saved_state(root: str | Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:

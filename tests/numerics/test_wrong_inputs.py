@@ -30,6 +30,7 @@ def with_params(batch: TrainBatch, **changes) -> TrainBatch:
     old = {name: getattr(batch.params, name) for name in PARAMS}
     return replace(batch, params=TreePackedSeqParams(**{**old, **changes}))
 
+
 def leaky_mask(trees: Sequence[PrefixTree]) -> TrainBatch:
     """Every tree one chain, so that siblings see those before them; positions stay right."""
     sizes = [tree.num_tokens for tree in trees]

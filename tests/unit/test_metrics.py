@@ -124,7 +124,9 @@ class TestProgress:
         progress = Progress(10, 8)
         progress.update(ROW)
         progress.say("saved")
-        assert capsys.readouterr().out.splitlines()[0].startswith("step 9/10")
+        first, second = capsys.readouterr().out.splitlines()
+        assert first.startswith("step 9/10") and first.endswith("left 0:01:30")
+        assert second == "saved"
 
     def test_silent(self, capsys):
         progress = Progress(1, shown=False)

@@ -60,6 +60,7 @@ def test_too_long_an_item_is_named():
 def test_spread_takes_the_emptiest_row():
     assert spread([5, 4, 3, 2], 10, 2) == [[0, 3], [1, 2]]
     assert spread([2, 3], 10, 4) == [[1], [0], [], []]
+    assert spread([5, 5], 5, 2) == [[0], [1]]
     assert spread([6, 6, 6], 10, 2) is None
 
 

@@ -321,7 +321,8 @@ class TestErrors:
                 row_capacity=capacity,
             )
 
-        with pytest.raises(InputError, match=f"group 1 needs {needs} tokens"):
+        message = f"group 1 needs {needs} tokens in one sequence.*row_capacity is {needs - 1}"
+        with pytest.raises(InputError, match=message):
             make(needs - 1)
         make(needs)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_prefix.data.sharing import SHARING_MODES, bundles_of, view
+from megatron_prefix.data.sharing import SHARING_MODES, all_bundles, bundles_of, view
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
@@ -99,6 +99,17 @@ def test_bundle_lengths_from_the_columns_are_those_of_the_view(dataset, sharing)
             assert bundle.num_tokens == view(dataset[group], sharing, bundle.item).tree.num_tokens
             total += bundle.num_tokens
     assert total == dataset.manifest["tokens"][sharing]
+
+
+@pytest.mark.parametrize("sharing", SHARING_MODES)
+def test_all_bundles_are_those_of_every_group(dataset, sharing):
+    one_by_one = [
+        (bundle.group, bundle.item, bundle.num_tokens)
+        for group in range(len(dataset))
+        for bundle in bundles_of(dataset, group, sharing)
+    ]
+    columns = [column.tolist() for column in all_bundles(dataset, sharing)]
+    assert list(zip(*columns, strict=True)) == one_by_one
 
 
 def test_the_random_groups_are_not_trivial(groups, dataset):

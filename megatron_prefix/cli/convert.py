@@ -1,0 +1,75 @@
+"""`megatron-prefix convert`: Hugging Face safetensors <-> a distributed checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from megatron_prefix.cli.options import quiet_megatron
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Declare the command, its two directions and their flags."""
+    parser = subparsers.add_parser(
+        "convert",
+        help="Hugging Face safetensors <-> a distributed checkpoint",
+        description="Convert Llama, Mistral, Qwen2 and Qwen3 models, a tensor at a time. Every "
+        "tensor keeps its precision; configuration and tokenizer travel along.",
+    )
+    directions = parser.add_subparsers(dest="direction", metavar="import|export", required=True)
+    inward = directions.add_parser("import", help="Hugging Face -> checkpoint")
+    inward.add_argument("--hf", required=True, metavar="DIR", help="a model's directory or Hub id")
+    inward.add_argument(
+        "--output", required=True, metavar="CKPT", help="new directory for model.checkpoint"
+    )
+    inward.set_defaults(run=run_import)
+    outward = directions.add_parser("export", help="checkpoint -> Hugging Face")
+    outward.add_argument(
+        "--load",
+        required=True,
+        metavar="CKPT",
+        help="an iter_… directory, or the newest below a root",
+    )
+    outward.add_argument("--hf", required=True, metavar="DIR", help="new directory for the model")
+    outward.add_argument(
+        "--max-shard-size",
+        type=_bytes,
+        default="5GB",
+        metavar="SIZE",
+        help="bytes of a safetensors file, with KB, MB or GB in powers of 1000 (default: 5GB)",
+    )
+    outward.set_defaults(run=run_export)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)\s*(B|KB|MB|GB)?", text.strip().upper())
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
+    return int(found[1]) * UNITS[found[2] or "B"]
+
+
+def run_import(args: argparse.Namespace) -> None:
+    """Import and say what was written."""
+    quiet_megatron()
+    from megatron_prefix.train.convert import import_checkpoint
+
+    done = import_checkpoint(args.hf, args.output)
+    print(f"wrote {args.output}: {_amount(done)}; config and tokenizer in {args.output}/hf")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Export and say what was written."""
+    quiet_megatron()
+    from megatron_prefix.train.convert import export_checkpoint
+
+    done = export_checkpoint(args.load, args.hf, args.max_shard_size)
+    print(f"wrote {args.hf}: {_amount(done)}")
+    if not any(name.startswith("tokenizer") for name in done.companions):
+        print("no tokenizer is beside the checkpoint, so none was exported")
+
+
+def _amount(done) -> str:
+    dtypes = " and ".join(done.dtypes)
+    return f"{done.num_tensors} tensors, {done.num_bytes / 1e6:,.1f} MB, {dtypes}"

@@ -1,0 +1,206 @@
+"""A Hugging Face model's directory: safetensors read and written a tensor at a time.
+
+Weights are read from `model.safetensors`, or from the shards that
+`model.safetensors.index.json` names, and from nothing else: safetensors hold numbers, while the
+older `.bin` files are pickles, which run code when they are opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_prefix.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_COMPANIONS = (".json", ".model", ".txt", ".jinja")
+_TEMPLATES = "additional_chat_templates"
+
+
+class HFTensors:
+    """The tensors of a model's directory, read when asked for.
+
+    `shapes` and `dtypes` are known from the files' headers. A file is open, and its pages are
+    mapped, only while one of its tensors is read. Raises InputError naming file and tensor.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for path, names in _files(directory).items():
+            with _opened(path) as file:
+                held = set(file.keys())
+                for name in names if names is not None else sorted(held):
+                    if name not in held:
+                        raise InputError(
+                            f"{path}: tensor {name} is missing, and {INDEX} says it is there: "
+                            "fetch the model again"
+                        )
+                    self._file_of[name] = path
+                    entry = file.get_slice(name)
+                    self.shapes[name] = tuple(entry.get_shape())
+                    code = entry.get_dtype()
+                    if code not in DTYPES:
+                        raise InputError(
+                            f"{path}: tensor {name} is {code}; only {', '.join(DTYPES)} are read"
+                        )
+                    self.dtypes[name] = DTYPES[code]
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse tensors that are missing, too many, or of another shape than `expected`.
+
+        Tables of rotary frequencies, which old Llama checkpoints hold, and the copy of tied
+        embeddings under the head's name may be there; they are not read.
+        """
+        for name, shape in expected.items():
+            if name not in self.shapes:
+                raise InputError(
+                    f"{self.directory}: tensor {name} is missing, config.json asks for it"
+                )
+            if self.shapes[name] != tuple(shape):
+                raise InputError(
+                    f"{self._file_of[name]}: tensor {name} has shape {list(self.shapes[name])}, "
+                    f"config.json asks for {list(shape)}"
+                )
+        for name in self.shapes:
+            if name in expected or name.endswith(".rotary_emb.inv_freq"):
+                continue
+            if name != "lm_head.weight":
+                raise InputError(
+                    f"{self._file_of[name]}: tensor {name} has no place in the model that "
+                    "config.json describes"
+                )
+
+    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """Rows and columns of a tensor, in memory of their own."""
+        path = self._file_of[name]
+        with _opened(path) as file:
+            entry = file.get_slice(name)
+            found = entry[rows] if len(self.shapes[name]) == 1 else entry[rows, columns]
+            return found.clone(memory_format=torch.contiguous_format)
+
+
+def _files(directory: Path) -> dict[Path, list[str] | None]:
+    """The files with weights, each with the tensors to take from it; None: all."""
+    index = directory / INDEX
+    if not index.is_file():
+        if (directory / SINGLE).is_file():
+            return {directory / SINGLE: None}
+        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pth"))
+        remedy = (
+            f"there is {pickled[0].name}, a pickle, which could run code and is not read: load "
+            "the model with transformers and save_pretrained it"
+            if pickled
+            else "give the directory of a Hugging Face model"
+        )
+        raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there; {remedy}")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{index}: damaged ({type(error).__name__}): fetch it again") from None
+    files: dict[Path, list[str] | None] = {}
+    for name, file in entries:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith("tensors"):
+            raise InputError(f"{index}: tensor {name} is said to be in {file!r}, not a file's name")
+        files.setdefault(directory / file, []).append(name)
+    return files
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator:
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, {INDEX} names it: fetch the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a whole safetensors file ({error}): fetch the model again"
+        ) from None
+
+
+def write_safetensors(
+    directory: Path,
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int,
+) -> list[str]:
+    """Write `tensors`, which come in the order of `entries`, as one file or shards with an index.
+
+    A shard holds at most `max_shard_bytes`, or one tensor. Only the tensor at hand is in memory.
+    Returns the names of the files.
+    """
+    shards: list[dict[str, int]] = [{}]
+    for name, (dtype, shape) in entries.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = [SINGLE] if count == 1 else names
+    stream = iter(tensors)
+    for file_name, shard in zip(names, shards, strict=True):
+        with (directory / file_name).open("wb") as file:
+            file.write(_header({name: (*entries[name], size) for name, size in shard.items()}))
+            for expected in shard:
+                name, tensor = next(stream)
+                assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, *entries[expected])
+                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+                del tensor
+            file.flush()
+            os.fsync(file.fileno())
+    assert next(stream, None) is None, "more tensors than entries"
+    if count > 1:
+        weight_map = {name: f for f, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(sum(shard.values()) for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return names
+
+
+def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> bytes:
+    """A safetensors header: its length as 8 bytes, then JSON filled up to a multiple of 8."""
+    table: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape, size) in entries.items():
+        span = [offset, offset + size]
+        table[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": span}
+        offset += size
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def copy_companions(source: Path, target: Path) -> list[str]:
+    """Copy configuration and tokenizer files, never code nor weights. Returns their names."""
+    target.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for path in sorted(source.iterdir()):
+        is_index = path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in _COMPANIONS and not is_index:
+            shutil.copyfile(path, target / path.name)
+            copied.append(path.name)
+    if (source / _TEMPLATES).is_dir():
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        for path in sorted((source / _TEMPLATES).glob("*.jinja")):
+            shutil.copyfile(path, target / _TEMPLATES / path.name)
+            copied.append(f"{_TEMPLATES}/{path.name}")
+    return copied

@@ -1,0 +1,191 @@
+"""Hugging Face's tensors <-> Megatron-Core's parameters, a tensor at a time.
+
+Megatron-Core fuses what Hugging Face keeps apart. With query heads q, key heads k and value
+heads v in two groups, and gate g and up-projection u:
+
+    linear_qkv   q0 q1 k0 v0 | q2 q3 k1 v1        a group after another
+    linear_fc1   g | u
+
+Every slice that a tensor-parallel rank owns is a slice of each Hugging Face tensor, so a rank
+reads its own rows and columns only. Names are canonical: those of the whole model with
+Megatron-Core's local layers (see `canonical_name`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.config import ModelConfig
+
+Read = Callable[[str, slice, slice], Tensor]
+"""`read(name, rows, columns)`: that part of a Hugging Face tensor; a vector has only rows."""
+
+ALL = slice(None)
+_TRANSFORMER_ENGINE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_CHECKPOINT_NAMES = {local: fused for fused, local in _TRANSFORMER_ENGINE_NAMES.items()}
+_OUTER = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_QKV_WEIGHT, _QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"
+_FC1 = "mlp.linear_fc1.weight"
+_INNER = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    _QKV_WEIGHT: tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
+    _QKV_BIAS: tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    _FC1: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+_SPLIT_COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+def canonical_name(name: str, layer_offset: int = 0) -> str:
+    """A parameter's name in the whole model with local layers.
+
+    `decoder.layers.0.self_attention.linear_qkv.layer_norm_weight` of Transformer Engine's
+    layers, in a stage behind 2 layers, is `decoder.layers.2.input_layernorm.weight`.
+    """
+    if not name.startswith("decoder.layers."):
+        return name
+    layer, rest = _layer_part(name)
+    return f"decoder.layers.{layer + layer_offset}.{_TRANSFORMER_ENGINE_NAMES.get(rest, rest)}"
+
+
+def checkpoint_key(name: str) -> tuple[str, int | None]:
+    """Where a distributed checkpoint keeps a canonical parameter: key, and layer on axis 0.
+
+    All layers lie in one tensor under Transformer Engine's name:
+    `decoder.layers.2.input_layernorm.weight` is layer 2 of
+    `decoder.layers.self_attention.linear_qkv.layer_norm_weight`.
+    """
+    if name in _OUTER:
+        return name, None
+    layer, rest = _layer_part(name)
+    return f"decoder.layers.{_CHECKPOINT_NAMES.get(rest, rest)}", layer
+
+
+def hf_names(name: str) -> tuple[str, ...]:
+    """The Hugging Face tensors that a canonical parameter is made of, in order."""
+    if name in _OUTER:
+        return (_OUTER[name],)
+    layer, rest = _layer_part(name)
+    return tuple(f"model.layers.{layer}.{part}" for part in _INNER[rest])
+
+
+def _layer_part(name: str) -> tuple[int, str]:
+    _, _, layer, rest = name.split(".", 3)
+    return int(layer), rest
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """The parameters of one model; `model` has its sizes, `vocab_size` is unpadded."""
+
+    model: ModelConfig
+    vocab_size: int
+
+    def names(self) -> list[str]:
+        """Canonical names of all parameters, from the embedding to the head."""
+        model = self.model
+        absent = set() if model.add_qkv_bias else {_QKV_BIAS}
+        if not model.qk_layernorm:
+            absent |= {f"self_attention.{x}_layernorm.weight" for x in "qk"}
+        inner = [rest for rest in _INNER if rest not in absent]
+        layers = [f"decoder.layers.{i}.{rest}" for i in range(model.num_layers) for rest in inner]
+        head = ["output_layer.weight"] if model.untie_embeddings_and_output_weights else []
+        return [_VOCABULARY[0], *layers, "decoder.final_layernorm.weight", *head]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole canonical parameter, its vocabulary unpadded."""
+        first, *others = [self._hf_shape(part) for part in hf_names(name)]
+        return (first[0] + sum(shape[0] for shape in others), *first[1:])
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all Hugging Face tensors of the model, by name."""
+        parts = [part for name in self.names() for part in hf_names(name)]
+        return {part: self._hf_shape(part) for part in parts}
+
+    def read(
+        self, name: str, read: Read, rank: int = 0, size: int = 1, padded_vocab_size: int = 0
+    ) -> Tensor:
+        """A canonical parameter, or what tensor-parallel rank `rank` of `size` owns of it.
+
+        The vocabulary is filled up with zero rows to `padded_vocab_size`; 0 leaves it as it is.
+        """
+        parts = hf_names(name)
+        if name in _VOCABULARY:
+            return self._read_vocabulary(parts[0], read, rank, size, padded_vocab_size)
+        if name in _OUTER:
+            return read(parts[0], ALL, ALL)
+        _, rest = _layer_part(name)
+        if rest in _SPLIT_COLUMNS:
+            return read(parts[0], ALL, self._share(self._hf_shape(parts[0])[1], rank, size))
+        if rest not in (_QKV_WEIGHT, _QKV_BIAS, _FC1):
+            return read(parts[0], ALL, ALL)
+        rows = [self._share(self._hf_shape(part)[0], rank, size) for part in parts]
+        found = [read(part, own, ALL) for part, own in zip(parts, rows, strict=True)]
+        if rest == _FC1:
+            return torch.cat(found)
+        groups = self.model.num_query_groups // size
+        grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in found]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
+        """A whole canonical parameter as Hugging Face's tensors by name; the inverse of `read`."""
+        parts = hf_names(name)
+        if len(parts) == 1:
+            return {parts[0]: parameter[: self._hf_shape(parts[0])[0]]}
+        groups = 1 if name.endswith(_FC1) else self.model.num_query_groups
+        sizes = [self._hf_shape(part)[0] // groups for part in parts]
+        grouped = parameter.reshape(groups, -1, *parameter.shape[1:])
+        found = [x.flatten(0, 1) for x in grouped.split(sizes, dim=1)]
+        return dict(zip(parts, found, strict=True))
+
+    def _hf_shape(self, part: str) -> tuple[int, ...]:
+        m = self.model
+        query, key = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels
+        hidden, ffn = m.hidden_size, m.ffn_hidden_size
+        owner, kind = part.split(".")[-2:]
+        rows, columns = {
+            "embed_tokens": (self.vocab_size, hidden),
+            "lm_head": (self.vocab_size, hidden),
+            "q_proj": (query, hidden),
+            "k_proj": (key, hidden),
+            "v_proj": (key, hidden),
+            "o_proj": (hidden, query),
+            "gate_proj": (ffn, hidden),
+            "up_proj": (ffn, hidden),
+            "down_proj": (hidden, ffn),
+            "q_norm": (m.kv_channels, None),
+            "k_norm": (m.kv_channels, None),
+        }.get(owner, (hidden, None))
+        return (rows,) if kind == "bias" or columns is None else (rows, columns)
+
+    def _read_vocabulary(
+        self, part: str, read: Read, rank: int, size: int, padded_vocab_size: int
+    ) -> Tensor:
+        own = self._share(padded_vocab_size or self.vocab_size, rank, size)
+        stop = min(own.stop, self.vocab_size)
+        found = read(part, slice(min(own.start, stop), stop), ALL)
+        missing = own.stop - own.start - len(found)
+        if not missing:
+            return found
+        return torch.cat([found, found.new_zeros(missing, *found.shape[1:])])
+
+    @staticmethod
+    def _share(total: int, rank: int, size: int) -> slice:
+        assert total % size == 0, f"{total} rows or columns over {size} tensor-parallel ranks"
+        return slice(total // size * rank, total // size * (rank + 1))

@@ -1,0 +1,220 @@
+"""Distributed checkpoints on disk: written in this process, read without executing anything.
+
+The format is Megatron-Core's `torch_dist`: `common.pt`, `*.distcp`, `.metadata`, and
+`metadata.json`, which is written last and marks a checkpoint as complete.
+
+Megatron-Core's own writer forks processes that outlive a killed run. Ours hands the same plan to
+torch's writer, in this process. Reading unpickles `.metadata`, and any object (as opposed to a
+tensor) that it lists; so before anything is loaded, `.metadata` is read by an unpickler that knows
+a handful of harmless classes, and checkpoints that hold objects are refused. What is written here
+holds tensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_prefix.errors import InputError
+
+COMPLETE = "metadata.json"
+CHECKSUMS = "checksums.json"
+
+_HARMLESS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size",
+        *("float16", "bfloat16", "float32", "float64"),
+        *("int8", "int16", "int32", "int64", "uint8", "bool"),
+    },
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if name not in _HARMLESS.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def check_harmless(path: Path) -> None:
+    """Raise InputError unless loading the checkpoint `path` can execute nothing."""
+    metadata_path = path / ".metadata"
+    try:
+        with metadata_path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        entries = metadata.state_dict_metadata.items()
+    except OSError as error:
+        raise InputError(f"{metadata_path}: {error.strerror}; the checkpoint is damaged") from None
+    except Exception as error:  # whatever a damaged or hostile pickle raises
+        raise InputError(
+            f"{metadata_path}: refused, because it is damaged or could execute code when loaded "
+            f"({' '.join(str(error).split())[:200]}); use a checkpoint that you trust"
+        ) from None
+    for key, entry in entries:
+        if type(entry).__name__ != "TensorStorageMetadata":
+            raise InputError(
+                f"{metadata_path}: refused, because {str(key)[:100]} is a pickled object, not a "
+                "tensor, and could execute code when loaded; use a checkpoint that holds tensors"
+            )
+
+
+class InProcessSave(SaveShardedStrategy):
+    """Megatron-Core's save strategy on torch's own writer, without child processes."""
+
+    def __init__(self, planner: dcp.SavePlanner | None = None) -> None:
+        super().__init__("torch_dist", 1)
+        self._planner = planner or MCoreSavePlanner(flatten_state_dict=False)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def check_backend_compatibility(self, loaded_version: int) -> None:
+        """Nothing is loaded by this strategy."""
+
+    def check_version_compatibility(self, loaded_version: int) -> None:
+        """Nothing is loaded by this strategy."""
+
+    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
+        """Write this rank's tensors; collective."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+            planner=self._planner,
+        )
+
+
+def write_checksums(path: Path) -> None:
+    """Write CHECKSUMS, a SHA-256 of every file below `path`; collective, files shared out."""
+    names = _files(path)
+    own = {name: _sha256(path / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
+    parts: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    if dist.get_rank() == 0:
+        checksums = {name: digest for part in parts for name, digest in part.items()}
+        text = json.dumps(dict(sorted(checksums.items())), indent=1)
+        (path / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
+
+
+def check_checksums(path: Path) -> None:
+    """Raise InputError, on every process, where a file is not what was written; collective.
+
+    A checkpoint without CHECKSUMS was written elsewhere and is taken as it is.
+    """
+    own: list[str] = []
+    try:
+        expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        names = sorted(set(expected) | set(_files(path)))
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            if not (path / name).is_file() or _sha256(path / name) != expected.get(name):
+                own.append(name)
+    except FileNotFoundError:
+        own = []
+    except (OSError, ValueError, AttributeError):
+        own = [CHECKSUMS]
+    parts: list[list] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    damaged = sorted({name for part in parts for name in part})
+    if damaged:
+        raise InputError(
+            f"{path}: damaged, or changed since it was saved: {', '.join(damaged[:5])}; load "
+            "another checkpoint"
+        )
+
+
+def _files(path: Path) -> list[str]:
+    """What a checkpoint holds, but for the checksums and the mark of completeness."""
+    return sorted(
+        str(file.relative_to(path))
+        for file in path.rglob("*")
+        if file.is_file() and file.name not in (CHECKSUMS, COMPLETE)
+    )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save(state: dict, path: Path, planner: dcp.SavePlanner | None = None) -> None:
+    """Write `state` into the empty directory `path`; collective. Raises OSError."""
+    try:
+        dist_checkpointing.save(state, str(path), sharded_strategy=InProcessSave(planner))
+    except CheckpointException as error:  # a failure of any rank, on every rank
+        causes = [failure[0] for failure in error.failures.values()]
+        cause = next((c for c in causes if isinstance(c, OSError)), causes[0])
+        raise OSError(getattr(cause, "errno", None), str(cause)) from error
+
+
+def load(request: dict, path: Path) -> dict:
+    """Fill `request`'s sharded tensors from the checkpoint `path`; collective.
+
+    Returns the tensors in place of the request, and what was saved beside them. Raises
+    InputError where the checkpoint is damaged, could execute code, or is of another model.
+    """
+    check_checksums(path)
+    check_harmless(path)
+    return _explained(lambda: dist_checkpointing.load(request, str(path)), path)
+
+
+def load_common(path: Path) -> dict:
+    """What was saved beside the tensors. Raises InputError."""
+    return _explained(lambda: dist_checkpointing.load_common_state_dict(str(path)), path)
+
+
+def _explained(action, path: Path) -> dict:
+    try:
+        return action()
+    except (CheckpointingException, CheckpointException) as error:
+        raise InputError(_message(path, error)) from error
+    except (OSError, KeyError, ValueError, RuntimeError, EOFError, TypeError) as error:
+        raise InputError(_message(path, error)) from error
+    except (pickle.UnpicklingError, AttributeError, IndexError, AssertionError) as error:
+        raise InputError(_message(path, error)) from error
+
+
+def _message(path: Path, error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return (
+        f"{path}: not a checkpoint that fits this run, or damaged ({type(error).__name__}: "
+        f"{text}); check the model's sizes, or load another checkpoint"
+    )
+
+
+def tensors_only(state: dict) -> dict:
+    """`state` without sharded objects (Megatron-Core's `_extra_state`, which is empty here)."""
+    return extract_matching_values(state, lambda value: not isinstance(value, ShardedObject))[0]

@@ -1,0 +1,186 @@
+"""config.json of Hugging Face against the sizes of a model, and rotary scaling against theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_prefix.config import ModelConfig, RopeScaling
+from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf_config import hf_from_sizes, sizes_from_hf, sliding_window
+from megatron_prefix.model.rope import rotary_frequencies
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def config(kind: str = "llama", **more) -> dict:
+    return {"model_type": kind, **SIZES, **more}
+
+
+def sizes(**raw) -> dict:
+    return sizes_from_hf(config(**raw), "here")
+
+
+def test_sizes_of_each_architecture():
+    common = {
+        "num_layers": 3,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "norm_epsilon": 1e-6,
+        "rotary_base": 10000.0,
+        "vocab_size": 300,
+    }
+    for kind, head_dim, bias, norm in (
+        ("llama", 16, False, False),
+        ("mistral", 16, False, False),
+        ("qwen2", 16, True, False),
+        ("qwen3", 128, False, True),
+    ):
+        assert sizes(kind=kind, tie_word_embeddings=kind == "qwen2") == {
+            **common,
+            "kv_channels": head_dim,
+            "add_qkv_bias": bias,
+            "qk_layernorm": norm,
+            "untie_embeddings_and_output_weights": kind != "qwen2",
+        }
+    assert sizes(kind="qwen3", head_dim=32)["kv_channels"] == 32
+    assert sizes(num_key_value_heads=None)["num_query_groups"] == 4
+
+
+def test_what_transformers_fills_in_is_what_is_taken():
+    """Where a configuration says nothing, transformers' default and ours must be one."""
+    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+        raw = config(kind)
+        full = transformers.AutoConfig.for_model(**raw).to_dict()
+        assert sizes_from_hf(raw, "raw") == sizes_from_hf(full, "full"), kind
+
+
+def test_both_spellings_of_rotary_scaling():
+    old = sizes(rope_theta=5e5, rope_scaling={**LLAMA3, "type": "llama3"})
+    new = sizes(rope_parameters={**LLAMA3, "rope_theta": 5e5})
+    assert old == new and new["rotary_base"] == 5e5
+    assert new["rope_scaling"] == {"type": "llama3", **{k: LLAMA3[k] for k in list(LLAMA3)[1:]}}
+    linear = sizes(rope_scaling={"type": "linear", "factor": 4.0})
+    assert linear["rope_scaling"] == {"type": "linear", "factor": 4.0}
+    assert "rope_scaling" not in sizes(rope_scaling=None)
+
+
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_scaled_frequencies_are_those_of_transformers(kind, head_dim, base):
+    context = 8192
+    rope = {"rope_type": kind, "factor": 8.0, "rope_theta": base}
+    if kind == "llama3":
+        rope |= {**LLAMA3, "original_max_position_embeddings": context}
+    theirs_config = transformers.LlamaConfig(
+        **{**SIZES, "num_attention_heads": 4, "hidden_size": 4 * head_dim}, rope_parameters=rope
+    )
+    theirs, factor = ROPE_INIT_FUNCTIONS[kind](theirs_config, "cpu")
+    found = sizes_from_hf(theirs_config.to_dict(), "here")
+    ours = rotary_frequencies(head_dim, found["rotary_base"], RopeScaling(**found["rope_scaling"]))
+    assert factor == 1.0
+    assert torch.allclose(ours, theirs, rtol=5e-7, atol=0)
+    plain = rotary_frequencies(head_dim, base)
+    assert not torch.allclose(ours, plain, rtol=1e-3, atol=0)
+    if kind == "llama3" and head_dim > 16:  # all three ranges were looked at
+        ratio = plain / ours
+        assert ratio.min() < 1.0001 and ratio.max() > 7.9 and ((ratio > 1.5) & (ratio < 7)).any()
+
+
+def test_sliding_windows():
+    assert sliding_window(config("mistral", sliding_window=4096)) == 4096
+    assert sliding_window(config("mistral", sliding_window=None)) is None
+    qwen = {"sliding_window": 1000, "use_sliding_window": True, "max_window_layers": 2}
+    assert sliding_window(config("qwen2", **qwen)) == 1000
+    assert sliding_window(config("qwen2", **{**qwen, "use_sliding_window": False})) is None
+    assert sliding_window(config("qwen2", **{**qwen, "max_window_layers": 3})) is None
+    assert sliding_window(config("llama", sliding_window=7)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"kind": "mixtral"}, "model_type 'mixtral'"),
+        ({"kind": ["llama"]}, "model_type"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_key_value_heads": 3}, "4 query heads over 3"),
+        ({"kind": "mistral", "num_key_value_heads": None}, "num_key_value_heads is None"),
+        ({"head_dim": 15}, "of 15 channels"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ],
+)
+def test_what_is_not_supported_is_named(change, named):
+    with pytest.raises(InputError) as caught:
+        sizes(**change)
+    assert named in str(caught.value) and "here" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind"),
+    [
+        ({}, "llama"),
+        ({"add_qkv_bias": True}, "qwen2"),
+        ({"qk_layernorm": True, "kv_channels": 32}, "qwen3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "llama"),
+        ({"untie_embeddings_and_output_weights": False}, "llama"),
+    ],
+)
+def test_a_model_from_sizes_gets_a_configuration(parts, kind):
+    """Back through transformers' own class, it describes the same model."""
+    required = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96}
+    model = ModelConfig(**required, num_attention_heads=4, rotary_base=2e4, **parts)
+    raw = hf_from_sizes(model, 258, 512)
+    assert raw["model_type"] == kind and raw["architectures"] == [
+        f"{kind.capitalize()}ForCausalLM"
+    ]
+    found = sizes_from_hf(transformers.AutoConfig.for_model(**raw).to_dict(), "here")
+    assert found.pop("vocab_size") == 258
+    again = ModelConfig(**found)
+    assert again.num_query_groups == 4 and again.kv_channels == parts.get("kv_channels", 16)
+    for key in ("num_layers", "rotary_base", "rope_scaling", "add_qkv_bias", "qk_layernorm"):
+        assert getattr(again, key) == getattr(model, key), key
+    tied = "untie_embeddings_and_output_weights"
+    assert getattr(again, tied) == getattr(model, tied)
+
+
+def test_a_model_without_an_architecture_is_refused():
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        add_qkv_bias=True,
+        qk_layernorm=True,
+    )
+    with pytest.raises(InputError, match="both model.add_qkv_bias and model.qk_layernorm"):
+        hf_from_sizes(model, 258, 512)
