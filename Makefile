@@ -24,6 +24,10 @@ test: install
 
 test-all: install
 	$(PYTEST) -q -m "not gpu" tests
+	$(MAKE) mutants
+
+mutants: install
+	$(BIN)/python tools/mutants.py
 
 test-gpu: install
 	$(PYTEST) -q -m gpu -rs tests/gpu

@@ -24,6 +24,9 @@ _PUBLIC = {
     "tree_layer_spec": "model.spec",
     "TreeTransformerConfig": "model.gpt",
     "model_provider": "model.provider",
+    "transformer_config": "model.provider",
+    "ModelConfig": "config",
+    "LossConfig": "config",
     "forward_step": "train.step",
     "to_device": "train.step",
     "sum_gradients": "train.step",
@@ -31,10 +34,14 @@ _PUBLIC = {
     "dpo_loss": "losses.preference",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+_MODULES = ("platform",)
+
+__all__ = [*_PUBLIC, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -8,14 +8,18 @@ that a signal ended behind a step. Under torchrun every process exits alike and 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_prefix.errors import InputError, RunError, Stopped
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux, prctl(2): which signal a process gets when its parent dies."""
 COMMANDS = ("build", "inspect", "train", "score", "evaluate", "convert", "compare")
 
 
@@ -28,6 +32,20 @@ class _Parser(argparse.ArgumentParser):
         if _is_first_rank():
             super().error(message)
         sys.exit(2)
+
+
+def _end_with_launcher() -> None:
+    """Under torchrun, have the kernel end this process when the launcher dies.
+
+    torchrun gives every process a session of its own, so a kill of its process group does not
+    reach them; they would go on writing beside the run that is started next.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != launcher:  # it died before the kernel was asked
+        os._exit(128 + signal.SIGKILL)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; argparse exits by itself on bad usage."""
+    _end_with_launcher()
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(x.startswith("-") for x in rest)):

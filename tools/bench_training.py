@@ -60,8 +60,8 @@ def step_flops(run, step: int) -> ForwardFlops:
 
 def measure(args: argparse.Namespace) -> tuple[dict, dict]:
     """Seconds and operations of every round, by sharing mode."""
-    from megatron_prefix.train.loop import Run
     from megatron_prefix.train.parallel import world
+    from megatron_prefix.train.prepare import prepare_run
 
     dataset = PreferenceDataset(args.data)
     modes = ("none", "tree")
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> tuple[dict, dict]:
         configs = {mode: make_config(args, mode, f"{scratch}/{mode}") for mode in modes}
         seconds, flops = ({mode: [] for mode in modes} for _ in range(2))
         with world(configs["tree"].parallel, 0) as here:
-            runs = {m: Run.prepare(configs[m], dataset, None, here) for m in modes}
+            runs = {m: prepare_run(configs[m], dataset, None, here) for m in modes}
             for step in tqdm(range(1 + args.rounds), desc="steps", disable=None):
                 for mode, run in runs.items():
                     row = run.train_step()

@@ -29,6 +29,12 @@ def fingerprint(files: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, 
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over all of a manifest but its own `sha256`."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def load_manifest(prefix: Path) -> dict[str, Any]:
     """The manifest of data set `prefix`, its files present with their sizes; else InputError."""
     path = suffix_path(prefix, ".json")

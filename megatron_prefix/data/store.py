@@ -30,6 +30,7 @@ from megatron_prefix.data.manifest import (
     VERSION,
     fingerprint,
     load_manifest,
+    manifest_digest,
     suffix_path,
 )
 from megatron_prefix.data.statistics import Statistics, path_lengths
@@ -152,6 +153,7 @@ class DatasetWriter:
             "report": dict(report or {}),
             "files": files,
         }
+        manifest["sha256"] = manifest_digest(manifest)
         with (self._work / "json").open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1, allow_nan=False)
             file.write("\n")
@@ -293,10 +295,11 @@ class PreferenceDataset:
 
     def verify(self) -> None:
         """Check the checksums and every invariant of the layout."""
-        from megatron_prefix.data.verify import verify_layout
+        from megatron_prefix.data.verify import verify_files, verify_layout, verify_manifest
 
-        self.verify_checksums()
+        verify_files(self)
         verify_layout(self)
+        verify_manifest(self)
 
     def __reduce__(self) -> tuple[type[PreferenceDataset], tuple[Path]]:
         return PreferenceDataset, (self.prefix,)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_prefix.data.columns import sha256
-from megatron_prefix.data.manifest import FILES, fingerprint, suffix_path
+from megatron_prefix.data.manifest import FILES, fingerprint, manifest_digest, suffix_path
 from megatron_prefix.data.statistics import path_lengths
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
@@ -20,6 +20,20 @@ CHUNK = 1 << 20
 
 
 def verify_checksums(dataset: PreferenceDataset) -> None:
+    """Compare all that was written with its checksums; InputError names what differs."""
+    verify_files(dataset)
+    verify_manifest(dataset)
+
+
+def verify_manifest(dataset: PreferenceDataset) -> None:
+    """Compare the manifest with its own checksum."""
+    if manifest_digest(dataset.manifest) != dataset.manifest.get("sha256"):
+        raise InputError(
+            f"{dataset.prefix}.json is damaged, or was changed: its SHA-256 is another: {REMEDY}"
+        )
+
+
+def verify_files(dataset: PreferenceDataset) -> None:
     """Compare every file with the manifest; InputError names the first that differs."""
     manifest = dataset.manifest
     for name in FILES:

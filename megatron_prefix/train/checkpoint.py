@@ -96,29 +96,43 @@ def save_checkpoint(
     dist.broadcast_object_list(name, src=0)
     target = iteration_dir(root, step)
     partial = target.with_name(f".{target.name}.partial-{name[0]}")
-    is_main = dist.get_rank() == 0
     try:
-        if is_main:
-            partial.mkdir(parents=True)
-        dist.barrier()
+        _on_main(lambda: _make_room(partial))
         state = _sharded_state(chunks, optimizer)
         state |= {"scheduler": scheduler.state_dict(), "step": step, "run": run}
         state["model_sizes"] = model_sizes(chunks)
         torch_dist.save(state, partial)
-        if is_main:
-            attach(partial)
-        dist.barrier()
+        _on_main(lambda: attach(partial))
         torch_dist.write_checksums(partial)
-        dist.barrier()
-        if is_main:
-            _publish(Path(root), partial, target, step)
-        dist.barrier()
+        _on_main(lambda: _publish(Path(root), partial, target, step))
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
             f"train.save = {root}: the checkpoint of step {step} could not be written ({error}); "
             "earlier checkpoints are as they were. Free some space, and resume with train.load"
         ) from error
+
+
+def _on_main(action: Callable[[], None]) -> None:
+    """Run `action` on the main process; its OSError is raised on every process."""
+    outcome: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _make_room(partial: Path) -> None:
+    """Make the directory, and see that it takes what Megatron-Core writes from one process
+    alone, where a failure would leave the others waiting."""
+    partial.mkdir(parents=True)
+    trial = partial / ".trial"
+    trial.write_bytes(bytes(1 << 16))
+    trial.unlink()
 
 
 def _publish(root: Path, partial: Path, target: Path, step: int) -> None:

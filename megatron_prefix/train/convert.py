@@ -49,7 +49,7 @@ from megatron_prefix.model.hf_weights import WeightMap, checkpoint_key, hf_names
 from megatron_prefix.model.provider import with_sizes
 from megatron_prefix.train.checkpoint import resolve_checkpoint
 from megatron_prefix.train.initial import HF_FOLDER
-from megatron_prefix.train.torch_dist import check_harmless
+from megatron_prefix.train.torch_dist import check_checksums, check_harmless, write_checksums
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def import_checkpoint(hf: str, output: str | Path) -> Converted:
         writer.finish(metadata, [written])
         torch.save({}, partial / "common.pt")
         companions = copy_companions(directory, partial / HF_FOLDER)
+        write_checksums(partial)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     return _summary(
         {name: tensors.dtypes[name] for name in weights.hf_shapes()}, weights, companions
@@ -96,6 +97,7 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
     InputError, and leaves nothing behind, where the checkpoint cannot be read or `hf` exists.
     """
     path = resolve_checkpoint(load)
+    check_checksums(path)
     source = path / HF_FOLDER
     if not (source / "config.json").is_file():
         raise InputError(

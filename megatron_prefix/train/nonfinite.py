@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_prefix.data.collate import MicroBatch
+from megatron_prefix.errors import RunError
 from megatron_prefix.train.step import TrainBatch
 
 
@@ -41,8 +42,11 @@ def save_rows(
         }
         arrays |= {f"row{i}_{name}": array for name, array in own.items()}
     path = Path(directory) / f"nonfinite-step{step:07d}-rank{rank}.npz"
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    try:
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+    except OSError as error:
+        raise RunError(f"step {step} is not finite, and {path} not writable ({error})") from error
     return path
 
 

@@ -12,7 +12,6 @@ from megatron_prefix.train import checkpoint
 from megatron_prefix.train.fingerprint import model_fingerprint
 from megatron_prefix.train.initial import InitialModel, initial_model
 from megatron_prefix.train.inputs import evaluation_sampler, training_sampler
-from megatron_prefix.train.loop import Run
 from megatron_prefix.train.metrics import MetricsWriter, Progress
 from megatron_prefix.train.optimizer import build_model, build_optimizer
 from megatron_prefix.train.parallel import World
@@ -22,16 +21,20 @@ from megatron_prefix.train.reference import (
     Reference,
     freeze,
 )
+from megatron_prefix.train.run import Run
 from megatron_prefix.train.sidecar import read_sidecar
 
 ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
 """Relative difference of a response's log-probability between two ways to compute it."""
 
 
-def prepare(
+def prepare_run(
     config: Config, dataset: PreferenceDataset, valid: PreferenceDataset | None, here: World
 ) -> Run:
-    """See `Run.prepare`. Raises InputError where the parts do not fit."""
+    """A run up to its next step, resumed where `train.load` has a checkpoint; collective.
+
+    Raises InputError where the parts do not fit.
+    """
     _check_outputs(config, here)
     _check_valid(dataset, valid)
     sampler = training_sampler(config, dataset, here.data_size)
@@ -55,7 +58,8 @@ def prepare(
     if step:
         checkpoint.load_checkpoint(config.train.load, step, policy, optimizer, scheduler, identity)
     _say_start(config, step, here)
-    metrics = _open_metrics(config, step) if here.is_main else None
+    opened: list[MetricsWriter] = []  # on the main process
+    here.once(lambda: opened.append(_open_metrics(config, step)))
     return Run(
         config=config,
         world=here,
@@ -69,7 +73,7 @@ def prepare(
         num_steps=num_steps,
         step=step,
         identity=identity,
-        metrics=metrics,
+        metrics=opened[0] if opened else None,
         progress=Progress(num_steps, step, shown=here.is_main),
     )
 
@@ -175,8 +179,13 @@ def _say_start(config: Config, step: int, here: World) -> None:
 def _open_metrics(config: Config, step: int) -> MetricsWriter:
     """A new run's directory, or the same one from `step` on."""
     logging = config.logging
-    writer = MetricsWriter(
-        logging.output, resumed_step=step or None, tensorboard=logging.tensorboard
-    )
-    (Path(logging.output) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    try:
+        writer = MetricsWriter(
+            logging.output, resumed_step=step or None, tensorboard=logging.tensorboard
+        )
+        (Path(logging.output) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"logging.output = {logging.output}: {error}; name a directory that can be written"
+        ) from None
     return writer

@@ -130,9 +130,9 @@ def score_dataset(
         for step in range(start, stop):
             _score_step(chunks, sampler, step, loss, world, found)
         sums += world.sum(torch.from_numpy(found).to(world.device)).cpu().numpy()
-        if partial is not None and world.is_main:
+        if partial is not None:
             partial.sums = sums
-            partial.save(stop)
+            world.once(lambda stop=stop: partial.save(stop))
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
     with np.errstate(invalid="ignore"):

@@ -9,6 +9,7 @@ While `score` runs, what it has lies in FILE.partial/ and is taken up again by t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.errors import InputError
+from megatron_prefix.errors import InputError, RunError
 
 FORMAT = "megatron_prefix reference log-probabilities"
 VERSION = "1"
@@ -42,8 +43,31 @@ def write_sidecar(
     metadata["datasets"] = json.dumps(described)
     temporary = f"{path}.tmp"
     arrays = {data.fingerprint: np.ascontiguousarray(logps) for data, logps in scores}
-    save_file(arrays, temporary, metadata)
-    os.replace(temporary, path)
+    metadata["sha256"] = _digest(metadata, arrays)
+    try:
+        save_file(arrays, temporary, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise _unwritten(path, error) from error
+
+
+def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over everything a sidecar says."""
+    digest = hashlib.sha256()
+    for key in ("format", "version", "model", "datasets"):
+        digest.update(f"{key} {metadata[key]}\n".encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _unwritten(path: str, error: Exception) -> RunError:
+    return RunError(
+        f"--output {path}: could not be written ({error}). Free some space; the same command goes "
+        "on where it was"
+    )
 
 
 def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarray:
@@ -62,7 +86,10 @@ def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarra
             _check_origin(path, metadata["model"], described, model, dataset)
             if dataset.fingerprint not in names:
                 raise InputError(f"{path}: cut off; score again")
-            logps = file.get_tensor(dataset.fingerprint)
+            arrays = {name: file.get_tensor(name) for name in names}
+            if _digest(metadata, arrays) != metadata["sha256"]:
+                raise InputError(f"{path}: damaged, its SHA-256 is another; score again")
+            logps = arrays[dataset.fingerprint]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -108,6 +135,7 @@ class PartialScores:
     """
 
     def __init__(self, path: str, name: str, key: dict, num_responses: int) -> None:
+        self._path = path
         self._directory = Path(f"{path}.partial")
         self._file = self._directory / f"{name}.npz"
         self._key = json.dumps(key, sort_keys=True)
@@ -124,13 +152,17 @@ class PartialScores:
             return  # nothing yet, or torn by a kill: begin anew
 
     def save(self, step: int) -> None:
-        """Keep the sums after `step` steps."""
+        """Keep the sums after `step` steps. Raises RunError where they cannot be written."""
         self.step = step
-        self._directory.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, key=self._key, step=step, sums=self.sums)
-        os.replace(temporary, self._file)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, key=self._key, step=step, sums=self.sums)
+            os.replace(temporary, self._file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _unwritten(self._path, error) from error
 
     def discard(self) -> None:
         """Remove everything that was kept for FILE."""

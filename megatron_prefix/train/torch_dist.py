@@ -17,6 +17,7 @@ import json
 import pickle
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
@@ -76,16 +77,30 @@ def check_harmless(path: Path) -> None:
     except OSError as error:
         raise InputError(f"{metadata_path}: {error.strerror}; the checkpoint is damaged") from None
     except Exception as error:  # whatever a damaged or hostile pickle raises
-        raise InputError(
-            f"{metadata_path}: refused, because it is damaged or could execute code when loaded "
-            f"({' '.join(str(error).split())[:200]}); use a checkpoint that you trust"
-        ) from None
+        raise InputError(_refusal(metadata_path, error)) from None
     for key, entry in entries:
         if type(entry).__name__ != "TensorStorageMetadata":
             raise InputError(
                 f"{metadata_path}: refused, because {str(key)[:100]} is a pickled object, not a "
                 "tensor, and could execute code when loaded; use a checkpoint that holds tensors"
             )
+
+
+def _read_common(path: Path) -> dict:
+    """`common.pt`, never by a plain unpickler, whatever torch's environment variables say."""
+    try:
+        return torch.load(path / "common.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}/common.pt: missing; the checkpoint is damaged") from None
+    except Exception as error:  # whatever a damaged or hostile pickle raises
+        raise InputError(_refusal(path / "common.pt", error)) from None
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    return (
+        f"{path}: refused, because it is damaged or could execute code when loaded "
+        f"({' '.join(str(error).split())[:200]}); use a checkpoint that you trust"
+    )
 
 
 class InProcessSave(SaveShardedStrategy):
@@ -116,12 +131,20 @@ class InProcessSave(SaveShardedStrategy):
 
 
 def write_checksums(path: Path) -> None:
-    """Write CHECKSUMS, a SHA-256 of every file below `path`; collective, files shared out."""
-    names = _files(path)
-    own = {name: _sha256(path / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
-    parts: list[dict] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, own)
-    if dist.get_rank() == 0:
+    """Write CHECKSUMS, a SHA-256 of every file below `path`; collective, files shared out.
+
+    Raises OSError, on every process.
+    """
+    own: dict[str, str] | OSError = {}
+    try:
+        own = {name: _sha256(path / name) for name in _own_share(_files(path))}
+    except OSError as error:
+        own = error
+    parts = _gathered(own)
+    for part in parts:
+        if isinstance(part, OSError):
+            raise part
+    if _rank() == 0:
         checksums = {name: digest for part in parts for name, digest in part.items()}
         text = json.dumps(dict(sorted(checksums.items())), indent=1)
         (path / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
@@ -136,21 +159,37 @@ def check_checksums(path: Path) -> None:
     try:
         expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
         names = sorted(set(expected) | set(_files(path)))
-        for name in names[dist.get_rank() :: dist.get_world_size()]:
+        for name in _own_share(names):
             if not (path / name).is_file() or _sha256(path / name) != expected.get(name):
                 own.append(name)
     except FileNotFoundError:
         own = []
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         own = [CHECKSUMS]
-    parts: list[list] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, own)
-    damaged = sorted({name for part in parts for name in part})
+    damaged = sorted({name for part in _gathered(own) for name in part})
     if damaged:
         raise InputError(
             f"{path}: damaged, or changed since it was saved: {', '.join(damaged[:5])}; load "
             "another checkpoint"
         )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _own_share(names: list[str]) -> list[str]:
+    """The names that this process sees to; all of them where it stands alone."""
+    return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
+
+
+def _gathered(own: object) -> list:
+    """What every process has, in the order of ranks."""
+    if not dist.is_initialized():
+        return [own]
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return parts
 
 
 def _files(path: Path) -> list[str]:
@@ -178,6 +217,10 @@ def save(state: dict, path: Path, planner: dcp.SavePlanner | None = None) -> Non
         causes = [failure[0] for failure in error.failures.values()]
         cause = next((c for c in causes if isinstance(c, OSError)), causes[0])
         raise OSError(getattr(cause, "errno", None), str(cause)) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise OSError(None, f"torch could not write: {' '.join(str(error).split())}") from error
 
 
 def load(request: dict, path: Path) -> dict:
@@ -188,12 +231,17 @@ def load(request: dict, path: Path) -> dict:
     """
     check_checksums(path)
     check_harmless(path)
+    _read_common(path)
     return _explained(lambda: dist_checkpointing.load(request, str(path)), path)
 
 
 def load_common(path: Path) -> dict:
-    """What was saved beside the tensors. Raises InputError."""
-    return _explained(lambda: dist_checkpointing.load_common_state_dict(str(path)), path)
+    """What was saved beside the tensors; collective. Raises InputError."""
+    check_checksums(path)
+    common = _read_common(path)
+    if not isinstance(common, dict):
+        raise InputError(f"{path}/common.pt: holds no dictionary; load another checkpoint")
+    return common
 
 
 def _explained(action, path: Path) -> dict:

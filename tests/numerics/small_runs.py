@@ -12,8 +12,10 @@ from megatron.core import dist_checkpointing
 from megatron_prefix.config import Config, ParallelConfig, parse_config
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.train import checkpoint
-from megatron_prefix.train.loop import Run, train
+from megatron_prefix.train.loop import train
 from megatron_prefix.train.parallel import world
+from megatron_prefix.train.prepare import prepare_run
+from megatron_prefix.train.run import Run
 
 TIMES = ("step_time_s", "pairs_per_second")
 TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
@@ -55,7 +57,7 @@ def trained(config: Config) -> list[dict]:
 
 def prepare(config: Config, here) -> Run:
     """A run before its first step, for tests that change a part of it."""
-    return Run.prepare(config, PreferenceDataset(config.data.train), None, here)
+    return prepare_run(config, PreferenceDataset(config.data.train), None, here)
 
 
 def saved_state(root: str | Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:

@@ -20,6 +20,7 @@ from small_runs import configure, lines, saved_state, timeless, trained
 from megatron_prefix.errors import InputError
 from megatron_prefix.train.checkpoint import TRACKER, iteration_dir
 from megatron_prefix.train.loop import train
+from megatron_prefix.train.torch_dist import CHECKSUMS
 
 STEPS, CUT = 6, 3
 SCHEDULE = {
@@ -257,8 +258,9 @@ def test_another_model_is_refused(finished, tmp_path, variant, model, use):
     section = {"load": str(saved)} if use == "train.load" else {}
     if use != "train.load":
         model = {**model, "checkpoint": str(saved)}
-    if use == "tensors alone":  # without what says the sizes
+    if use == "tensors alone":  # as another program may have written it
         shutil.rmtree(iteration_dir(saved, CUT) / "hf")
+        os.remove(iteration_dir(saved, CUT) / CHECKSUMS)
     with pytest.raises(InputError, match=str(iteration_dir(saved, CUT))):
         train(finished.config(tmp_path / "other", PLAIN, model=model, train=section))
 
@@ -271,6 +273,16 @@ def truncated(name: str) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         path = max(directory.glob(name), key=lambda p: p.stat().st_size)
         os.truncate(path, path.stat().st_size // 2)
+
+    return damage
+
+
+def flipped(name: str) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        path = max(directory.glob(name), key=lambda p: p.stat().st_size)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
 
     return damage
 
@@ -289,13 +301,14 @@ def tracked(text: str) -> Callable[[Path], None]:
         truncated("*.distcp"),
         truncated("common.pt"),
         truncated(".metadata"),
+        flipped("*.distcp"),
         tracked("5"),
         tracked("newest"),
         tracked(""),
     ],
     ids=[
         *("no metadata.json", "no .metadata", "no common.pt", "no tensors"),
-        *("half the tensors", "half of common.pt", "half of .metadata"),
+        *("half the tensors", "half of common.pt", "half of .metadata", "one bit"),
         *("step not there", "not a step", "empty tracker"),
     ],
 )
@@ -303,6 +316,16 @@ def test_a_damaged_checkpoint_is_refused(finished, tmp_path, damage):
     output = finished.cut(PLAIN, tmp_path / "run")
     damage(iteration_dir(output / "saved", CUT))
     assert_refused(finished, output, str(output / "saved"))
+
+
+@pytest.mark.parametrize("name", ["*.distcp", "common.pt", ".metadata"])
+@pytest.mark.parametrize("damage", [removed, truncated])
+def test_damage_is_found_without_checksums_too(finished, tmp_path, damage, name):
+    output = finished.cut(PLAIN, tmp_path / "run")
+    directory = iteration_dir(output / "saved", CUT)
+    os.remove(directory / CHECKSUMS)
+    damage(name)(directory)
+    assert_refused(finished, output, str(directory))
 
 
 def test_policy_and_reference_can_start_from_a_checkpoint(finished, tmp_path):

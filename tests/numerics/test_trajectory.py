@@ -2,6 +2,12 @@
 
 Twenty steps in float32 at a learning rate of 1e-3, on HH-RLHF pairs and on OpenAssistant trees,
 the same groups in the same steps: every way to lay them out has to follow one trajectory.
+
+One thing has to be kept out, because it is rounding and no more. A response that is chosen as
+often as it is rejected has a gradient of exactly 0 at the first step, where all pairs weigh the
+same. Run once (`tree`, `response`) it gets this 0; run once a pair, it gets what float32 leaves of
+x - x. For the embedding of a token that stands in such responses only, that is the whole gradient,
+and Adam divides it by itself. `settled_seed` finds an order of the data without such tokens.
 """
 
 from __future__ import annotations
@@ -10,13 +16,15 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_runs import configure, lines, prepare, saved_weights, trained
 
 from megatron_prefix.config import Config
 from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.sampler import GroupBatches
+from megatron_prefix.data.sampler import GroupBatches, RowBatches
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.train.parallel import world
 
 STEPS = 20
@@ -71,12 +79,34 @@ def assert_same_trajectory(found: tuple, expected: tuple) -> None:
     assert_same_weights(found[1], expected[1])
 
 
+def undecided_tokens(dataset: PreferenceDataset, groups: np.ndarray) -> set[int]:
+    """Tokens on no path of a response that is chosen more or less often than rejected."""
+    decided, undecided = set(), set()
+    for tree in (dataset[int(group)] for group in groups):
+        balance = np.bincount(tree.pairs[:, 0], minlength=tree.num_responses)
+        balance = balance - np.bincount(tree.pairs[:, 1], minlength=tree.num_responses)
+        for response in range(tree.num_responses):
+            tokens, _ = tree.response_tokens(response)
+            (decided if balance[response] else undecided).update(tokens.tolist())
+    return undecided - decided
+
+
+def settled_seed(prefix: str, batch_size: int) -> int:
+    """The first `data.seed` whose first step has no undecided tokens."""
+    dataset = PreferenceDataset(prefix)
+    for seed in range(100):
+        batches = GroupBatches(len(dataset), batch_size, dataset.fingerprint, seed)
+        if not undecided_tokens(dataset, batches.groups(0)):
+            return seed
+    raise AssertionError("no order of the data begins with decided tokens only")
+
+
 class Runs:
     """Runs of one data set, each trained once: `runs(name, layout, **sections)`."""
 
-    def __init__(self, folder: Path, dataset: str, global_batch_size: int, **model) -> None:
-        self.folder, self.dataset, self.model = folder, dataset, model
-        self.batch = {"global_batch_size": global_batch_size}
+    def __init__(self, folder: Path, dataset: str) -> None:
+        self.folder, self.dataset = folder, dataset
+        self.data = {"global_batch_size": 4, "seed": settled_seed(dataset, 4)}
         self.known: dict[str, tuple[list[dict], dict[str, torch.Tensor]]] = {}
 
     def configure(self, name: str, layout: dict, **sections) -> Config:
@@ -84,8 +114,7 @@ class Runs:
         return configure(
             output,
             self.dataset,
-            data={**self.batch, **layout},
-            model={**self.model, **sections.pop("model", {})},
+            data={**self.data, **layout},
             train={"steps": STEPS, "save": str(output / "checkpoints")},
             **sections,
         )
@@ -100,12 +129,12 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def hh_runs(few_hh, tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("hh"), few_hh, 4)
+    return Runs(tmp_path_factory.mktemp("hh"), few_hh)
 
 
 @pytest.fixture(scope="module")
 def oasst_runs(few_oasst, tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("oasst"), few_oasst, 4)
+    return Runs(tmp_path_factory.mktemp("oasst"), few_oasst)
 
 
 @pytest.fixture(scope="module", params=["hh", "oasst"])
@@ -163,37 +192,37 @@ def test_another_order_of_the_data_does_not_follow_it(hh_runs):
         assert_same_weights(found[1], expected[1])
 
 
-def test_rows_per_step_follows_the_unshared_run_on_its_own_plan(few_oasst, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "capacity", "unshared", "steps"),
+    [("few_hh", 500, "none", STEPS), ("few_oasst", 7000, "response", STEPS // 2)],
+    ids=["hh", "oasst"],
+)
+def test_rows_per_step_follows_the_unshared_run_on_its_own_plan(
+    request, tmp_path, source, capacity, unshared, steps
+):
     """Packing decides who shares a step; unshared rows of the same groups do the same."""
-    rows = {"global_batch_size": None, "rows_per_step": 2}
-    tree = configure(
-        tmp_path / "tree",
-        few_oasst,
-        data={"sharing": "tree", "row_capacity": 3600, **rows},
-        train={"steps": STEPS},
-    )
-    none = configure(
-        tmp_path / "none",
-        few_oasst,
-        data={**LAYOUTS["none"], **rows},
-        train={"steps": STEPS},
-    )
+    dataset = request.getfixturevalue(source)
+    rows = {"global_batch_size": None, "rows_per_step": 1}
+    layouts = {"tree": {"row_capacity": capacity}, unshared: LAYOUTS[unshared]}
     composition, weights = None, []
-    for config in (tree, none):
+    for sharing, layout in layouts.items():
+        config = configure(
+            tmp_path / sharing,
+            dataset,
+            data={**layout, **rows, "sharing": sharing},
+            train={"steps": steps},
+        )
         with world(config.parallel, config.train.seed) as here:
             run = prepare(config, here)
-            if composition is None:
-                composition = run.sampler.composition
+            composition = composition or run.sampler.composition
             run.sampler = replace(run.sampler, composition=composition)
             try:
                 run.run()
             finally:
                 run.close()
             weights.append({n: p.detach().clone() for n, p in run.policy[0].named_parameters()})
-    groups = [composition.groups(step).tolist() for step in range(STEPS)]
-    assert not isinstance(composition, GroupBatches)
-    assert len({len(g) for g in groups}) > 1, "all steps have the same number of groups"
-    expected = lines(tmp_path / "none")
+    assert isinstance(composition, RowBatches) and composition.num_steps(1) > 1
+    expected = lines(tmp_path / unshared)
     assert_it_learns(expected)
     assert_same_trajectory((lines(tmp_path / "tree"), weights[0]), (expected, weights[1]))
 
@@ -218,7 +247,7 @@ def test_bfloat16_begins_at_ln_2_and_learns(few_hh, tmp_path, layout):
 def test_whole_sets(data_dir, tmp_path, name):
     options = BuildOptions(max_length=16384, overflow="drop")
     build_dataset([data_dir / f"{name}.jsonl.gz"], "bytes", tmp_path / "set", options)
-    runs = Runs(tmp_path, str(tmp_path / "set"), 4)
+    runs = Runs(tmp_path, str(tmp_path / "set"))
     expected = runs("unpacked", LAYOUTS["unpacked"])
     assert abs(expected[0][0]["loss"] - math.log(2)) < 1e-5
     for layout in ("tree", "pair", "response", "none"):

@@ -1,0 +1,214 @@
+"""A run: its parts, its steps, and when it evaluates, saves and stops.
+
+Every step: rows of the plan -> reference log-probabilities -> forward and backward -> optimizer
+-> one line of metrics. The first step of a fresh run must have loss ln 2.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_prefix.config import Config
+from megatron_prefix.data.collate import MicroBatch
+from megatron_prefix.data.sampler import Sampler, StepPlan
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.errors import RunError, Stopped
+from megatron_prefix.train import checkpoint, nonfinite
+from megatron_prefix.train.evaluate import preference_metrics
+from megatron_prefix.train.first_loss import check_first_loss
+from megatron_prefix.train.initial import InitialModel
+from megatron_prefix.train.metrics import MetricsWriter, Progress
+from megatron_prefix.train.optimizer import gradient_norm, gradient_step
+from megatron_prefix.train.parallel import World
+from megatron_prefix.train.reference import Reference, score_dataset
+from megatron_prefix.train.step import PAIR_SUMS, TrainBatch, run_schedule, to_device
+from megatron_prefix.train.stop import StopRequest
+
+
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """One run's parts; `step` counts the optimizer steps that are done."""
+
+    config: Config
+    world: World
+    initial: InitialModel
+    sampler: Sampler
+    valid: Sampler | None
+    reference: Reference
+    policy: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    num_steps: int
+    step: int
+    identity: dict
+    metrics: MetricsWriter | None
+    progress: Progress
+    valid_ref_logps: np.ndarray | None = None
+
+    def run(self, stop: StopRequest | None = None) -> None:
+        """Train from `step` to `num_steps`, or until `stop` is asked for."""
+        settings = self.config.train
+        if self.step == 0:
+            self.evaluate()
+        while self.step < self.num_steps:
+            row = self.train_step()
+            self._write(row)
+            self.progress.update(row)
+            is_last = self.step == self.num_steps
+            is_asked = stop is not None and stop.is_asked()
+            if is_last or _is_due(self.step, settings.eval_interval):
+                self.evaluate()  # before saving, so that what is saved is complete
+            if settings.save and (
+                is_last or is_asked or _is_due(self.step, settings.save_interval)
+            ):
+                self.save()
+            if is_asked and not is_last:
+                kept = f"saved in {settings.save}" if settings.save else "train.save is not set"
+                raise Stopped(f"stopped by a signal after step {self.step} ({kept})")
+
+    def train_step(self) -> dict:
+        """One optimizer step. Returns its line of metrics."""
+        start = time.monotonic()
+        plan = self.sampler.step(self.step)
+        rows = self.sampler.micro_batches(plan, self.world.data_rank)
+        batches = [to_device(row, self.world.device, plan.weight) for row in rows]
+        batches = self.reference.attach(rows, batches)
+        logs = self._gradients(batches)
+        means = self._means(plan, logs)
+        if not np.isfinite(list(means.values())).all():
+            self._stop_nonfinite("loss", rows, batches, nonfinite.finite_rows(logs))
+        if self.step == 0:
+            check_first_loss(means["loss"], logs, self.config, self.reference, self.world)
+        stepped = gradient_step(self.optimizer, self.scheduler)
+        if stepped is None:
+            self._stop_nonfinite("gradient", rows, batches, self._finite_gradients(batches))
+        grad_norm, learning_rate = stepped
+        self.step += 1
+        seconds = time.monotonic() - start
+        return {
+            "step": self.step,
+            **means,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_pairs": plan.num_pairs,
+            **self._token_counts(plan, rows),
+            "step_time_s": round(seconds, 4),
+            "pairs_per_second": round(plan.num_pairs / seconds, 3),
+        }
+
+    def evaluate(self) -> None:
+        """Score the held-out set and write an evaluation line."""
+        if self.valid is None:
+            return
+        if self.valid_ref_logps is None:
+            self.valid_ref_logps = self.reference.score(self.valid)
+        logps = score_dataset(self.policy, self.valid, self.config.loss, self.world)
+        dataset = self.valid.dataset
+        found = preference_metrics(dataset, logps, self.valid_ref_logps, self.config)
+        if not np.isfinite(list(found.values())).all():
+            raise RunError(
+                f"the evaluation after step {self.step} is not finite (loss {found['loss']}): the "
+                "weights have run away. Lower optimizer.lr, and resume from a checkpoint"
+            )
+        self._write({"step": self.step, **{f"eval_{k}": v for k, v in found.items()}})
+        self.progress.say(
+            f"evaluation at step {self.step}: loss {found['loss']:.4f}, "
+            f"accuracy {found['rewards/accuracies']:.3f}, "
+            f"margin {found['rewards/margins']:.3f} over {found['num_pairs']} pairs"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        checkpoint.save_checkpoint(
+            self.config.train.save,
+            self.step,
+            self.policy,
+            self.optimizer,
+            self.scheduler,
+            self.identity,
+            attach=self.initial.attach,
+        )
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def _write(self, row: dict) -> None:
+        if self.metrics is None:
+            return
+        try:
+            self.metrics.write(row)
+        except OSError as error:
+            raise RunError(
+                f"logging.output = {self.config.logging.output}: the metrics of step {row['step']} "
+                f"could not be written ({error}). Free some space, and resume with train.load"
+            ) from error
+
+    def _gradients(self, batches: list[TrainBatch]) -> list[dict]:
+        """Forward and backward over rows, from zero gradients. Returns the rows' logs."""
+        for chunk in self.policy:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return run_schedule(self.policy, batches, self.config.loss)
+
+    def _means(self, plan: StepPlan, logs: list[dict]) -> dict[str, float]:
+        """The loss over its weight, everything else over pairs."""
+        sums = self.world.sum(torch.stack([log["sums"] for log in logs]).sum(0)).tolist()
+        divisors = [plan.weight] + [plan.num_pairs] * (len(PAIR_SUMS) - 1)
+        return {key: s / d for key, s, d in zip(PAIR_SUMS, sums, divisors, strict=True)}
+
+    def _token_counts(self, plan: StepPlan, rows: list[MicroBatch]) -> dict[str, int]:
+        dataset = self.sampler.dataset
+        counts = [
+            sum(len(row.tokens) for row in rows),
+            sum(len(row.source_row) for row in rows),
+            sum(row.num_projected for row in rows),
+        ]
+        executed, targets, projected = self.world.sum(
+            torch.tensor(counts, device=self.world.device)
+        ).tolist()
+        return {
+            "tokens/logical": sum(int(pair_lengths(dataset, int(g)).sum()) for g in plan.groups),
+            "tokens/executed": executed,
+            "tokens/targets": targets,
+            "rows/projected": projected,
+        }
+
+    def _finite_gradients(self, batches: list[TrainBatch]) -> list[bool]:
+        """Whether each row alone has finite gradients; its peers on other ranks run with it."""
+        found = []
+        for batch in batches:
+            self._gradients([batch])
+            found.append(bool(np.isfinite(gradient_norm(self.optimizer))))
+        return found
+
+    def _stop_nonfinite(self, what: str, rows, batches, is_finite: list[bool]) -> None:
+        """Keep the step's rows and raise RunError with those that are to blame."""
+        step, rank = self.step + 1, self.world.data_rank
+        path = nonfinite.save_rows(self.config.logging.output, step, rank, rows, batches)
+        blamed = self.world.gather(nonfinite.describe(rank, rows, is_finite))
+        lines = [line for part in blamed for line in part] or ["the sum of all rows"]
+        raise RunError(
+            f"the {what} of step {step} is not finite: {'; '.join(lines)}. The weights are those "
+            f"of step {self.step}; the step's rows are kept in {path.parent}/{path.name} for "
+            "replay. Look at these groups, lower optimizer.lr, or resume from a checkpoint"
+        )
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def pair_lengths(dataset: PreferenceDataset, group: int) -> np.ndarray:
+    """Tokens of both sides of each pair of a group, each with its whole prompt, [pairs, 2]."""
+    p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
+    first = int(dataset.group_responses[group])
+    return np.asarray(dataset.response_lengths)[dataset.pair_responses[p0:p1] + first]
