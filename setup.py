@@ -29,7 +29,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "trl>=1.16"],
     },
     entry_points={"console_scripts": ["megatron-prefix = megatron_prefix.__main__:main"]},
 )

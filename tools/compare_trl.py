@@ -191,7 +191,8 @@ def run_ours(
     rows = [json.loads(line) for line in text.splitlines()]
     dataset = PreferenceDataset(folder / "set")
     sampler = training_sampler(config, dataset)
-    records = [r for s in range(setting.steps) for r in dataset.group_records[sampler.step(s).groups]]
+    steps = [sampler.step(step).groups for step in range(setting.steps)]
+    records = [record for groups in steps for record in dataset.group_records[groups].tolist()]
     outcome = Outcome(
         losses=[row["loss"] for row in rows],
         grad_norms=[row["grad_norm"] for row in rows],
@@ -297,7 +298,7 @@ def farthest_weight(ours: Outcome, theirs: Outcome) -> float:
 
 
 def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
-    """The comparison in Markdown, with versions and command."""
+    """The comparison in Markdown; norms are of the gradient, before clipping."""
     losses = zip(ours.losses, theirs.losses, relative(ours.losses, theirs.losses), strict=True)
     norms = relative(ours.grad_norms, theirs.grad_norms)
     norms = zip(ours.grad_norms, theirs.grad_norms, norms, strict=True)
@@ -306,10 +307,10 @@ def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
             "step": step,
             "loss, ours": f"{loss[0]:.7f}",
             "loss, TRL": f"{loss[1]:.7f}",
-            "relative": f"{loss[2]:.1e}",
-            "gradient norm, ours": f"{norm[0]:.6f}",
-            "gradient norm, TRL": f"{norm[1]:.6f}",
-            "relative ": f"{norm[2]:.1e}",
+            "loss, relative": f"{loss[2]:.1e}",
+            "norm, ours": f"{norm[0]:.6f}",
+            "norm, TRL": f"{norm[1]:.6f}",
+            "norm, relative": f"{norm[2]:.1e}",
         }
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1)
     ]

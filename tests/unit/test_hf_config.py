@@ -160,9 +160,7 @@ def test_a_model_from_sizes_gets_a_configuration(parts, kind):
     required = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96}
     model = ModelConfig(**required, num_attention_heads=4, rotary_base=2e4, **parts)
     raw = hf_from_sizes(model, 258, 512)
-    assert raw["model_type"] == kind and raw["architectures"] == [
-        f"{kind.capitalize()}ForCausalLM"
-    ]
+    assert raw["model_type"] == kind and raw["architectures"] == [f"{kind.capitalize()}ForCausalLM"]
     found = sizes_from_hf(transformers.AutoConfig.for_model(**raw).to_dict(), "here")
     assert found.pop("vocab_size") == 258
     again = ModelConfig(**found)
