@@ -125,7 +125,8 @@ class Runs:
         path = self.output(name) / "saved" / f"iter_{NUM_STEPS:07d}"
         with world(ParallelConfig(), seed=0):
             tensors = dist_checkpointing.load_plain_tensors(str(path))
-        return {k: x for k, x in tensors.items() if not k.startswith("optimizer.")}
+        found = {k: x for k, x in tensors.items() if isinstance(x, torch.Tensor)}
+        return {k: x for k, x in found.items() if not k.startswith("optimizer.")}
 
 
 ZERO = {"parallel": {"use_distributed_optimizer": True}}

@@ -159,14 +159,20 @@ def test_the_layouts_are_different_work(oasst_runs):
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"),
-    [("group", {"weighting": "group"}), ("smooth", {"label_smoothing": 0.1, "beta": 0.3})],
+    ("runs", "unshared", "loss"),
+    [
+        ("hh", "unpacked", {"label_smoothing": 0.1, "beta": 0.3}),
+        ("oasst", "response", {"weighting": "group"}),
+    ],
+    indirect=["runs"],
+    ids=["smoothing", "group"],
 )
-def test_other_losses_do_not_depend_on_sharing(oasst_runs, name, loss):
-    plain = oasst_runs("response", LAYOUTS["response"])[0]
-    expected = oasst_runs(f"{name}, response", LAYOUTS["response"], loss=loss)
+def test_other_losses_do_not_depend_on_sharing(runs, unshared, loss):
+    plain = runs(unshared, LAYOUTS[unshared])[0]
+    name = ", ".join(loss)
+    expected = runs(f"{name}, {unshared}", LAYOUTS[unshared], loss=loss)
     assert abs(expected[0][2]["loss"] - plain[2]["loss"]) > 1e-3, "the setting changes nothing"
-    assert_same_trajectory(oasst_runs(f"{name}, tree", LAYOUTS["tree"], loss=loss), expected)
+    assert_same_trajectory(runs(f"{name}, tree", LAYOUTS["tree"], loss=loss), expected)
 
 
 @pytest.mark.parametrize("layout", ["tree", "pair"])

@@ -1,0 +1,160 @@
+"""The program as a user runs it: commands here, in a fork, or on two processes by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prefix.__main__ import main
+
+TIMES = ("step_time_s", "pairs_per_second")
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+}
+TIMEOUT_S = 120
+MARK = "MEGATRON_PREFIX_TEST_RUN"
+"""Environment variable by which a run's processes are found, whoever their parent is."""
+
+
+def write_config(path: Path, dataset: str, output: Path, **sections: dict) -> str:
+    """A run of eight steps of two groups, saved in `output`/saved after each; returns the path."""
+    saved = str(output / "saved")
+    defaults: dict[str, dict] = {
+        "data": {"train": dataset, "global_batch_size": 2, "row_capacity": 8192},
+        "model": SIZES,
+        "parallel": {},
+        "loss": {},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 8, "save": saved, "load": saved, "save_interval": 1},
+        "logging": {"output": str(output)},
+    }
+    assert sections.keys() <= defaults.keys()
+    merged = {name: {**keys, **sections.get(name, {})} for name, keys in defaults.items()}
+    path.write_text(json.dumps(merged))
+    return str(path)
+
+
+def command(argv: list[str], capsys) -> tuple[int, str]:
+    """Run the program in this process. Returns its exit code and what it said as an error."""
+    capsys.readouterr()
+    try:
+        code = main(argv)
+    except SystemExit as stopped:
+        code = stopped.code
+    return code, capsys.readouterr().err
+
+
+def refused(argv: list[str], capsys, *words: str) -> str:
+    """Check that the program exits with 2 and one message that has `words`; returns it."""
+    code, message = command(argv, capsys)
+    assert code == 2, (code, message)
+    assert "Traceback" not in message and message.count(": error: ") == 1, message
+    assert all(str(word) in message for word in words), message
+    return message
+
+
+def lines(output: Path) -> list[dict]:
+    """A run's metrics without what a clock wrote; every line has to be whole."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def forked(action: Callable[[], int | None], log: Path) -> int:
+    """Run `action` in a fork of this process. Returns its exit code, below 0 for a signal."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(out, stream)
+            sys.stdout = sys.stderr = os.fdopen(os.dup(out), "w", buffering=1)
+            code = action() or 0
+        except BaseException:  # a test's own mistake must not run on as a second pytest
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise AssertionError(f"no end in {TIMEOUT_S} s: {log.read_text()[-2000:]}")
+
+
+@dataclass
+class Launched:
+    """A run on two processes that torchrun watches over."""
+
+    process: subprocess.Popen
+    mark: str
+    log: Path
+
+    def pids(self) -> list[int]:
+        """Every process of the run that is alive, torchrun too."""
+        wanted, found = f"{MARK}={self.mark}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                is_zombie = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+                if wanted in (folder / "environ").read_bytes().split(b"\0") and not is_zombie:
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+        return found
+
+    def ranks(self) -> list[int]:
+        return [pid for pid in self.pids() if pid != self.process.pid]
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"no end: {self.log.read_text()[-2000:]}") from None
+
+    def kill(self) -> None:
+        """SIGKILL to torchrun's process group; every rank has to end by it."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(TIMEOUT_S)
+        deadline = time.monotonic() + 10
+        while self.pids() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        left = self.pids()
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert not left, f"{len(left)} processes outlived the run"
+
+
+def launch(argv: list[str], log: Path) -> Launched:
+    """Start the program on two processes, in a process group of their launcher's own."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    mark = uuid.uuid4().hex
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*torchrun, f"--master-port={port}", "-m", "megatron_prefix", *argv],
+            env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Launched(process, mark, log)

@@ -1,0 +1,119 @@
+"""SIGTERM ends a run behind the step that is under way, with exit code 143; a second one at once.
+
+In this process and in forks the signal comes out of the run itself, while step 3's line of
+metrics is written: that is within step 3. On two processes it comes from outside, to one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from commands import TIMEOUT_S, command, forked, launch, lines, write_config
+
+from megatron_prefix.__main__ import main
+from megatron_prefix.train.metrics import MetricsWriter
+
+STEPS = 8
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def config(folder: Path, name: str, dataset: str, **train) -> list[str]:
+    settings = {"steps": STEPS, "save_interval": None, **train}
+    path = write_config(folder / f"{name}.yaml", dataset, folder / name, train=settings)
+    return ["train", "--config", path]
+
+
+def send_at_step(monkeypatch, step: int, *signals: int) -> None:
+    """Send this process the signals when the line of `step` is written."""
+    write = MetricsWriter.write
+
+    def writing(self, row: dict) -> None:
+        write(self, row)
+        if row["step"] == step and "loss" in row:
+            for number in signals:
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)  # so that its handler runs
+
+    monkeypatch.setattr(MetricsWriter, "write", writing)
+
+
+@pytest.fixture(scope="module")
+def expected(dataset, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("straight")
+    assert main(config(folder, "straight", dataset)) == 0
+    return lines(folder / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_goes_on_later(
+    dataset, tmp_path, capsys, monkeypatch, expected, number
+):
+    argv = config(tmp_path, "run", dataset)
+    with monkeypatch.context() as patched:
+        send_at_step(patched, 3, number)
+        code, message = command(argv, capsys)
+    assert code == 143
+    assert f"stopped by a signal after step 3 (saved in {tmp_path / 'run' / 'saved'})" in message
+    assert "Traceback" not in message
+    assert lines(tmp_path / "run") == expected[:3]
+    assert (tmp_path / "run" / "saved" / TRACKER).read_text() == "3"
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    assert command(argv, capsys)[0] == 0
+    assert lines(tmp_path / "run") == expected
+
+
+def test_a_signal_in_the_last_step_changes_nothing(
+    dataset, tmp_path, capsys, monkeypatch, expected
+):
+    send_at_step(monkeypatch, STEPS, signal.SIGTERM)
+    assert command(config(tmp_path, "run", dataset), capsys)[0] == 0
+    assert lines(tmp_path / "run") == expected
+
+
+def test_without_train_save_it_says_that_nothing_is_kept(dataset, tmp_path, capsys, monkeypatch):
+    send_at_step(monkeypatch, 2, signal.SIGTERM)
+    code, message = command(config(tmp_path, "run", dataset, save=None, load=None), capsys)
+    assert code == 143 and "after step 2 (train.save is not set)" in message
+
+
+def test_a_second_signal_ends_the_run_at_once(dataset, tmp_path, expected):
+    argv = config(tmp_path, "run", dataset)
+
+    def twice() -> int:
+        with pytest.MonkeyPatch.context() as patched:
+            send_at_step(patched, 3, signal.SIGTERM, signal.SIGTERM)
+            return main(argv)
+
+    assert forked(twice, tmp_path / "log") == -signal.SIGTERM
+    assert not (tmp_path / "run" / "saved" / TRACKER).exists()
+    assert lines(tmp_path / "run") == expected[:3]
+
+
+def test_a_signal_to_one_process_stops_all(dataset, tmp_path, capsys):
+    """The run then goes on, on one process, to where an uninterrupted one ends."""
+    steps = {"steps": 400, "save_interval": 20}
+    run = launch(config(tmp_path, "run", dataset, **steps), tmp_path / "log")
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        assert run.process.poll() is None, run.log.read_text()
+        time.sleep(0.01)
+    os.kill(run.ranks()[-1], signal.SIGTERM)
+    assert run.wait() != 0
+    assert not run.pids()
+    said = run.log.read_text()
+    assert "exitcode  : 143" in said and "stopped by a signal after step" in said
+    assert "Traceback" not in said.split("Root Cause")[0].split("error_file")[0], said
+    stopped = int((tmp_path / "run" / "saved" / TRACKER).read_text())
+    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, stopped + 1))
+    assert 0 < stopped < 400
+    steps["steps"] = stopped + 4
+    assert command(config(tmp_path, "run", dataset, **steps), capsys)[0] == 0
+    assert command(config(tmp_path, "straight", dataset, **steps), capsys)[0] == 0
+    found, expected = lines(tmp_path / "run"), lines(tmp_path / "straight")
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) <= 1e-4 * max(theirs["loss"], 1e-2)
