@@ -19,6 +19,8 @@ setup(
         "numpy",
         "sentencepiece",
         "transformers",
+        "huggingface_hub",
+        "safetensors",
         "datasets",
         "pydantic>=2",
         "PyYAML",

@@ -23,6 +23,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -327,6 +328,19 @@ def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
     return "\n".join([table(rows), "", notes, "", *(f"- {k}: `{v}`" for k, v in where.items())])
 
 
+def compare(args: argparse.Namespace, setting: Setting) -> tuple[Outcome, Outcome]:
+    """Both runs, in a directory that does not outlive them."""
+    from transformers import logging
+
+    warnings.filterwarnings("ignore")
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        hf = args.hf or make_model(Path(scratch) / "model")
+        pairs = text_pairs(args.input, hf, args.num_pairs, args.max_length)
+        ours, taken = run_ours(pairs, hf, setting, Path(scratch) / "ours")
+        return ours, run_trl(taken, hf, setting, Path(scratch) / "trl")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -351,17 +365,18 @@ def main() -> None:
         "--precomputed", action="store_true", help="reference log-probabilities before training"
     )
     args = parser.parse_args()
+    if find_spec("trl") is None:
+        parser.error("TRL is not installed: pip install trl")
+    if not args.input.is_file():
+        parser.error(f"{args.input}: no such file; give --input or set MEGATRON_PREFIX_DATA")
     names = ("steps", "batch_size", "lr", "beta", "label_smoothing", "precomputed")
     setting = Setting(**{name: getattr(args, name) for name in names})
     setting = replace(setting, row_capacity=max(setting.row_capacity, 2 * args.max_length))
-    warnings.filterwarnings("ignore")
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
-        hf = args.hf or make_model(Path(scratch) / "model")
-        if not args.input.is_file():
-            parser.error(f"{args.input}: no such file; give --input or set MEGATRON_PREFIX_DATA")
-        pairs = text_pairs(args.input, hf, args.num_pairs, args.max_length)
-        ours, taken = run_ours(pairs, hf, setting, Path(scratch) / "ours")
-        theirs = run_trl(taken, hf, setting, Path(scratch) / "trl")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            ours, theirs = compare(args, setting)
+    except InputError as error:
+        parser.error(str(error))
     print(report(ours, theirs, setting))
 
 

@@ -11,6 +11,7 @@ list entries of Megatron-Core's index builder; reading holds what is touched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -189,11 +190,11 @@ class DatasetWriter:
         os.replace(self._work / "json", suffix_path(self.prefix, ".json"))
 
     def _discard(self) -> None:
-        if self._builder is not None:
-            self._builder.data_file.close()
-            self._builder = None
-        for column in self._columns.values():
-            column.close()
+        files = [] if self._builder is None else [self._builder.data_file]
+        self._builder = None
+        for file in (*files, *self._columns.values()):
+            with contextlib.suppress(OSError):  # a full disk does not take the rest of a buffer
+                file.close()
         shutil.rmtree(self._work, ignore_errors=True)
         while self._made:
             try:

@@ -76,7 +76,8 @@ class MetricsWriter:
             self._board.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what it could not take has been said by write
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

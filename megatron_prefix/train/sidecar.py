@@ -24,6 +24,8 @@ from megatron_prefix.errors import InputError, RunError
 
 FORMAT = "megatron_prefix reference log-probabilities"
 VERSION = "1"
+HEADER = "megatron_prefix"
+"""Key of the file's metadata: JSON of format, version, model, datasets and a checksum."""
 
 
 def write_sidecar(
@@ -39,24 +41,22 @@ def write_sidecar(
         }
         for data, _ in scores
     }
-    metadata = {"format": FORMAT, "version": VERSION, "model": model}
-    metadata["datasets"] = json.dumps(described)
+    header = {"format": FORMAT, "version": VERSION, "model": model, "datasets": described}
     temporary = f"{path}.tmp"
     arrays = {data.fingerprint: np.ascontiguousarray(logps) for data, logps in scores}
-    metadata["sha256"] = _digest(metadata, arrays)
-    try:
-        save_file(arrays, temporary, metadata)
+    header["sha256"] = _digest(header, arrays)
+    try:  # one key, because safetensors writes several in any order
+        save_file(arrays, temporary, {HEADER: json.dumps(header)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         Path(temporary).unlink(missing_ok=True)
         raise _unwritten(path, error) from error
 
 
-def _digest(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
+def _digest(header: dict, arrays: dict[str, np.ndarray]) -> str:
     """SHA-256 over everything a sidecar says."""
-    digest = hashlib.sha256()
-    for key in ("format", "version", "model", "datasets"):
-        digest.update(f"{key} {metadata[key]}\n".encode())
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
         digest.update(arrays[name].tobytes())
@@ -78,19 +78,21 @@ def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarra
     """
     try:
         with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
             names = set(file.keys())
-            if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            if header.get("format") != FORMAT or header.get("version") != VERSION:
                 raise InputError(f"{path}: not a file that megatron-prefix score wrote")
-            described = json.loads(metadata["datasets"])
-            _check_origin(path, metadata["model"], described, model, dataset)
+            _check_origin(path, header["model"], header["datasets"], model, dataset)
             if dataset.fingerprint not in names:
                 raise InputError(f"{path}: cut off; score again")
             arrays = {name: file.get_tensor(name) for name in names}
-            if _digest(metadata, arrays) != metadata["sha256"]:
+            if _digest(header, arrays) != header["sha256"]:
                 raise InputError(f"{path}: damaged, its SHA-256 is another; score again")
             logps = arrays[dataset.fingerprint]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (
+        *(OSError, SafetensorError, ValueError, KeyError, TypeError),
+        *(AttributeError, RecursionError),
+    ) as error:
         if isinstance(error, InputError):
             raise
         text = " ".join(str(error).split())[:200]

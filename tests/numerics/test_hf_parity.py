@@ -307,6 +307,9 @@ def test_nothing_is_overwritten_and_nothing_half_done(tmp_path):
         export_checkpoint(tmp_path / "ck", directory, 10**9)
     broken = tmp_path / "ck" / "__0_3.distcp"
     broken.write_bytes(broken.read_bytes()[:-200])
+    with pytest.raises(InputError, match="__0_3.distcp"):
+        export_checkpoint(tmp_path / "ck", tmp_path / "out", 10**9)
+    (tmp_path / "ck" / "checksums.json").unlink()  # as one written elsewhere
     with pytest.raises(InputError, match="cannot be read"):
         export_checkpoint(tmp_path / "ck", tmp_path / "out", 10**9)
     (tmp_path / "ck" / "hf" / "config.json").unlink()
@@ -340,7 +343,7 @@ print(json.dumps([
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
-    """200 MB in one file, the largest parameter 8 MB: neither way adds five times that."""
+    """180 MB in one file, the largest parameter 8 MB: neither way adds eight times that."""
     parts = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
     config = transformers.LlamaConfig(**{**SIZES, **parts, "num_attention_heads": 8})
     torch.manual_seed(0)
@@ -351,6 +354,6 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     command = [sys.executable, "-c", MEASURED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     *streamed, mapped, touched = (1024 * kib for kib in json.loads(done.stdout))
-    assert max(streamed) < 5 * largest, streamed
+    assert max(streamed) < 8 * largest, streamed
     assert mapped + touched > 0.9 * size, "what is measured does not see a whole model in memory"
     assert_same_tensors(tmp_path / "hf", tmp_path / "out")

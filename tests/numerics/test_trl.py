@@ -113,7 +113,7 @@ def test_real_pairs_train_as_in_trl(name, data_dir, model, run, tmp_path):
     assert_same_run(ours, run_trl(taken, model, SETTINGS[name], tmp_path))
 
 
-@pytest.mark.parametrize("name", ["plain", "label smoothing"])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_made_pairs_train_as_in_trl(name, made_pairs, model, run, tmp_path):
     ours, taken = run("made", made_pairs, SETTINGS[name])
     assert_it_learns(ours)

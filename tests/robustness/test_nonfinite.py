@@ -118,7 +118,7 @@ def test_the_row_is_named_and_its_step_can_be_replayed(
     assert code == 1 and "Traceback" not in message
     assert f"the {kind} of step {step} is not finite: rank 0 row 1 (groups {groups})." in message
     assert f"weights are those of step {step - 1}" in message and str(kept) in message
-    assert found_step == step and len(rows) > 2
+    assert found_step == step and len(rows) >= 2
     assert lines(tmp_path / "run") == expected[: step - 1]
     if step > 1:
         loss, finite = replayed(kept, load_config(path), dataset)
@@ -134,7 +134,9 @@ def test_weights_that_are_not_finite_stop_the_first_step(dataset, finished, tmp_
     settings = load_config(write_config(tmp_path / "a.yaml", dataset, finished))
     with world(settings.parallel, 0) as here:
         run = prepare_run(settings, PreferenceDataset(dataset), None, here)
-        next(run.policy[0].parameters()).data.view(-1)[0] = float("nan")
+        next(p for n, p in run.policy[0].named_parameters() if "final_layernorm" in n).data[0] = (
+            float("nan")
+        )
         checkpoint.save_checkpoint(
             str(source), 1, run.policy, run.optimizer, run.scheduler, {}, lambda directory: None
         )
