@@ -252,7 +252,10 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors(include_url=False))
         raise InputError(f"{source}: {faults}") from None
-    check_rules(config, raw)
+    try:
+        check_rules(config, raw)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
     return config
 
 

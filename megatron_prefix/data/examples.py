@@ -282,7 +282,7 @@ def _oasst_message(node: Any, at: str) -> Message:
     for key, types, wanted in (("text", str, "text"), ("replies", list | None, "a list")):
         if not isinstance(node.get(key), types):
             raise InputError(f"{at}: {key!r} is {json_type(node.get(key))}, it must be {wanted}")
-    role = {"prompter": "user", "assistant": "assistant"}.get(node.get("role"))
+    role = {"prompter": "user", "assistant": "assistant"}.get(str(node.get("role")))
     if role is None:
         raise InputError(f"{at}: 'role' is {node.get('role')!r}, it must be prompter or assistant")
     rank = node.get("rank")

@@ -340,7 +340,7 @@ class PreferenceDataset:
             path = suffix_path(self.prefix, f".tree/{name}.npy")
             try:
                 column = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, OSError, EOFError) as error:
+            except Exception as error:  # whatever a damaged header makes NumPy raise
                 raise InputError(f"{path} cannot be read ({error}): build it again") from error
             kind = name.split("_")[0] + "s"
             is_offset = name in ("group_nodes", "group_responses", "group_pairs")

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -150,7 +151,7 @@ class PartialScores:
             with np.load(self._file, allow_pickle=False) as saved:
                 if str(saved["key"]) == self._key and saved["sums"].shape == self.sums.shape:
                     self.step, self.sums = int(saved["step"]), saved["sums"].astype(np.float64)
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return  # nothing yet, or torn by a kill: begin anew
 
     def save(self, step: int) -> None:

@@ -247,7 +247,9 @@ def load_common(path: Path) -> dict:
 def _explained(action, path: Path) -> dict:
     try:
         return action()
-    except (CheckpointingException, CheckpointException) as error:
+    except CheckpointException as error:  # a failure of any rank, on every rank
+        raise InputError(_message(path, next(iter(error.failures.values()))[0])) from error
+    except CheckpointingException as error:
         raise InputError(_message(path, error)) from error
     except (OSError, KeyError, ValueError, RuntimeError, EOFError, TypeError) as error:
         raise InputError(_message(path, error)) from error

@@ -237,6 +237,15 @@ def test_another_reference_is_refused(finished, tmp_path):
     assert_refused(finished, output, str(output / "saved"), "reference", model=model)
 
 
+def strip(directory: Path) -> None:
+    """Leave what another program would have written: tensors, and nothing on their model."""
+    shutil.rmtree(directory / "hf")
+    os.remove(directory / CHECKSUMS)
+    common = torch.load(directory / "common.pt", weights_only=True)
+    kept = {key: value for key, value in common.items() if "model" not in key}
+    torch.save(kept, directory / "common.pt")
+
+
 @pytest.mark.parametrize(
     ("variant", "model"),
     [
@@ -252,15 +261,17 @@ def test_another_reference_is_refused(finished, tmp_path):
     ids=["longer", "shorter", "narrower", "ffn", "bias", "tied", "no bias", "untied"],
 )
 @pytest.mark.parametrize("use", ["train.load", "model.checkpoint", "tensors alone"])
-def test_another_model_is_refused(finished, tmp_path, variant, model, use):
+def test_another_model_is_refused(request, finished, tmp_path, variant, model, use):
     """Also one that has fewer parameters, and would lack those that the checkpoint has more."""
+    if use == "tensors alone" and request.node.callspec.id.endswith(("-tied", "-no bias")):
+        reason = "without model_sizes in common.pt, surplus tensors are left out silently"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     saved = finished.cut(variant, tmp_path / "run") / "saved"
     section = {"load": str(saved)} if use == "train.load" else {}
     if use != "train.load":
         model = {**model, "checkpoint": str(saved)}
-    if use == "tensors alone":  # as another program may have written it
-        shutil.rmtree(iteration_dir(saved, CUT) / "hf")
-        os.remove(iteration_dir(saved, CUT) / CHECKSUMS)
+    if use == "tensors alone":
+        strip(iteration_dir(saved, CUT))
     with pytest.raises(InputError, match=str(iteration_dir(saved, CUT))):
         train(finished.config(tmp_path / "other", PLAIN, model=model, train=section))
 

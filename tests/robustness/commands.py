@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,29 +74,28 @@ def lines(output: Path) -> list[dict]:
 
 
 def forked(action: Callable[[], int | None], log: Path) -> int:
-    """Run `action` in a fork of this process. Returns its exit code, below 0 for a signal."""
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(out, stream)
-            sys.stdout = sys.stderr = os.fdopen(os.dup(out), "w", buffering=1)
-            code = action() or 0
-        except BaseException:  # a test's own mistake must not run on as a second pytest
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"no end in {TIMEOUT_S} s: {log.read_text()[-2000:]}")
+    """Run `action` in another process. Returns its exit code, below 0 for a signal.
+
+    It is forked from a process that has imported the program and run nothing; `action` has to
+    pickle, so it is a function of a test's module, or a partial of one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_prefix.train.loop", "megatron_prefix.train.score"])
+    child = context.Process(target=_logged, args=(action, str(log)))
+    child.start()
+    child.join(TIMEOUT_S)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        raise AssertionError(f"no end in {TIMEOUT_S} s: {log.read_text()[-2000:]}")
+    return child.exitcode
+
+
+def _logged(action: Callable[[], int | None], log: str) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    sys.exit(action() or 0)
 
 
 @dataclass

@@ -7,6 +7,7 @@ directory of a save appeared, which is inside the save.
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ from commands import TIMEOUT_S, command, forked, launch, lines, write_config
 from conftest import make_set
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.train import checkpoint, reference, sidecar, torch_dist
+from megatron_prefix.train import checkpoint, reference, sidecar
 from megatron_prefix.train.sidecar import PartialScores
 
 ZERO = {"use_distributed_optimizer": True}
@@ -120,23 +121,23 @@ def test_twenty_random_kills(dataset, tmp_path):
 def test_a_kill_within_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, capsys):
     """At every stage of a save in turn: the earlier checkpoint is loaded, and is whole."""
     stages = [
-        (checkpoint, "_make_room"),
-        (os, "fsync"),
-        (torch_dist, "save"),
-        (torch_dist, "write_checksums"),
-        (checkpoint, "_publish"),
+        ("megatron_prefix.train.checkpoint", "_make_room"),
+        ("os", "fsync"),
+        ("megatron_prefix.train.torch_dist", "save"),
+        ("megatron_prefix.train.torch_dist", "write_checksums"),
+        ("megatron_prefix.train.checkpoint", "_publish"),
     ]
     config = write_config(tmp_path / "a.yaml", dataset, tmp_path / "a", train={"steps": 3})
     assert command(["train", "--config", config], capsys)[0] == 0
     expected = lines(tmp_path / "a")
-    for number, (owner, name) in enumerate(stages):
+    for number, (module, name) in enumerate(stages):
         output = tmp_path / f"run{number}"
         argv = [
             "train",
             "--config",
             write_config(tmp_path / "b.yaml", dataset, output, train={"steps": 3}),
         ]
-        code = forked(partial(_killed_in, argv, owner, name), tmp_path / "log")
+        code = forked(partial(_killed_in, argv, module, name), tmp_path / "log")
         assert code == -signal.SIGKILL, (tmp_path / "log").read_text()
         saved = output / "saved"
         assert (saved / "latest_checkpointed_iteration.txt").read_text() == "1"
@@ -145,8 +146,9 @@ def test_a_kill_within_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, 
         assert not list(saved.glob(".iter*")) and len(list(saved.glob("iter_*"))) == 3
 
 
-def _killed_in(argv: list[str], owner: object, name: str) -> int:
-    """Train, and die within the second save, behind owner.name."""
+def _killed_in(argv: list[str], module: str, name: str) -> int:
+    """Train, and die within the second save, behind module.name."""
+    owner = importlib.import_module(module)
     begin, action, saves = checkpoint._make_room, getattr(owner, name), []
 
     def beginning(directory: Path) -> None:
@@ -194,7 +196,7 @@ def test_a_killed_score_ends_in_the_same_file(many, tmp_path, capsys, monkeypatc
     ]
     assert main([*argv, str(tmp_path / "straight")]) == 0
     argv.append(str(tmp_path / "killed"))
-    assert forked(lambda: _score_killed(argv, moment), tmp_path / "log") == -signal.SIGKILL
+    assert forked(partial(_score_killed, argv, moment), tmp_path / "log") == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     scored = []
     step = reference._score_step

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,15 +81,16 @@ def test_without_train_save_it_says_that_nothing_is_kept(dataset, tmp_path, caps
     assert code == 143 and "after step 2 (train.save is not set)" in message
 
 
+def _twice(argv: list[str]) -> int:
+    with pytest.MonkeyPatch.context() as patched:
+        send_at_step(patched, 3, signal.SIGTERM, signal.SIGTERM)
+        return main(argv)
+
+
 def test_a_second_signal_ends_the_run_at_once(dataset, tmp_path, expected):
     argv = config(tmp_path, "run", dataset)
 
-    def twice() -> int:
-        with pytest.MonkeyPatch.context() as patched:
-            send_at_step(patched, 3, signal.SIGTERM, signal.SIGTERM)
-            return main(argv)
-
-    assert forked(twice, tmp_path / "log") == -signal.SIGTERM
+    assert forked(partial(_twice, argv), tmp_path / "log") == -signal.SIGTERM
     assert not (tmp_path / "run" / "saved" / TRACKER).exists()
     assert lines(tmp_path / "run") == expected[:3]
 

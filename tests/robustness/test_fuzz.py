@@ -1,0 +1,409 @@
+"""Damage of every kind to everything that is read: a clear refusal, or nothing happened.
+
+Written files (data sets, sidecars, checkpoints) have to notice any change of what they say. A
+text that is still valid input is another valid input. What is never allowed is another exception
+than InputError, a hang, or a silently different result.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import write_config
+from test_payloads import seal
+
+from megatron_prefix.config import load_config
+from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.columns import COLUMNS
+from megatron_prefix.data.manifest import FILES, suffix_path
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.errors import InputError
+from megatron_prefix.train import checkpoint
+from megatron_prefix.train.fingerprint import model_fingerprint
+from megatron_prefix.train.initial import initial_model
+from megatron_prefix.train.optimizer import build_model
+from megatron_prefix.train.parallel import world
+from megatron_prefix.train.sidecar import HEADER, read_sidecar
+
+LIMIT_S = 20
+"""Seconds after which a case hangs."""
+
+
+@contextmanager
+def limited(case: object) -> Iterator[None]:
+    def late(number, frame):
+        raise AssertionError(f"case {case} hangs")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.alarm(LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+# Damage to bytes: each takes a random source and the bytes, and returns others.
+
+
+def flip(rng: random.Random, data: bytearray) -> bytearray:
+    for _ in range(rng.choice([1, 1, 1, 2, 8])):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return data
+
+
+def truncate(rng: random.Random, data: bytearray) -> bytearray:
+    return data[: rng.randrange(len(data))]
+
+
+def _slice(rng: random.Random, data: bytearray) -> tuple[int, int]:
+    start = rng.randrange(len(data))
+    return start, min(len(data), start + rng.choice([1, 2, 8, 64, 1000]))
+
+
+def duplicate(rng: random.Random, data: bytearray) -> bytearray:
+    start, end = _slice(rng, data)
+    return data[:end] + data[start:end] + data[end:]
+
+
+def delete(rng: random.Random, data: bytearray) -> bytearray:
+    start, end = _slice(rng, data)
+    return data[:start] + data[end:]
+
+
+def insert(rng: random.Random, data: bytearray) -> bytearray:
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.randbytes(rng.choice([1, 2, 8, 100])) + data[at:]
+
+
+def overwrite(rng: random.Random, data: bytearray) -> bytearray:
+    start, end = _slice(rng, data)
+    data[start:end] = rng.choice([bytes(end - start), b"\xff" * (end - start)])
+    return data
+
+
+ODD = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1e308,
+    2**70,
+    "",
+    "\ud800",
+    "x" * 3000,
+    [],
+    {},
+    [[]],
+    "NaN",
+    {"a": 1},
+)
+
+
+def change_json(rng: random.Random, data: bytearray) -> bytearray:
+    """Another value, a key missing or renamed, two values swapped, somewhere in a JSON text."""
+    lines = bytes(data).splitlines(keepends=True) if data[:1] == b"{" else [bytes(data)]
+    number = rng.randrange(len(lines))
+    try:
+        value = json.loads(lines[number])
+    except ValueError:
+        lines, number, value = [b""], 0, json.loads(data)
+    places = list(_places(value))
+    owner, key = rng.choice(places)
+    what = rng.randrange(4)
+    if what == 0 and isinstance(owner, dict):
+        del owner[key]
+    elif what == 1 and isinstance(owner, dict):
+        owner[f"{key}x"] = owner.pop(key)
+    elif what == 2:
+        second, at = rng.choice(places)
+        if not _inside(owner[key], second) and not _inside(second[at], owner):
+            owner[key], second[at] = second[at], owner[key]
+    else:
+        owner[key] = rng.choice(ODD)
+    lines[number] = json.dumps(value).encode() + b"\n"
+    return bytearray(b"".join(lines))
+
+
+def _places(value: object) -> Iterator[tuple]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in list(items):
+        yield value, key
+        if isinstance(inner, dict | list):
+            yield from _places(inner)
+
+
+def _inside(value: object, owner: object) -> bool:
+    if value is owner:
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list) and any(_inside(x, owner) for x in inner)
+
+
+BYTES = (flip, flip, truncate, duplicate, delete, insert, overwrite)
+
+
+def damaged(rng: random.Random, path: Path, others: list[Path]) -> str:
+    """Damage a file in place, or put another one there. Returns what was done."""
+    data = path.read_bytes()
+    kinds: list[Callable | str] = [*BYTES, "swap", "remove"]
+    if path.suffix in (".json", ".yaml", ".jsonl"):
+        kinds += [change_json] * 6
+    kind = rng.choice(kinds)
+    if kind == "remove":
+        path.unlink()
+    elif kind == "swap":
+        path.write_bytes(rng.choice(others).read_bytes())
+    else:
+        path.write_bytes(kind(rng, bytearray(data)))
+    return f"{path.name}: {kind if isinstance(kind, str) else kind.__name__}"
+
+
+def refusal(action: Callable[[], object], name: object, case: object) -> object | None:
+    """What `action` returns, or None where it refuses with a message that has `name`."""
+    with limited(case):
+        try:
+            return action()
+        except InputError as error:
+            assert str(name) in str(error), (case, str(error))
+            assert "Traceback" not in str(error), (case, str(error))
+            return None
+        except AssertionError:
+            raise
+        except Exception as error:
+            raise AssertionError(f"case {case}: {type(error).__name__}: {error}") from error
+
+
+# What is read, each as a function of one case's random source.
+
+
+class Fuzz:
+    """Sound inputs of every kind, copied and damaged for a case."""
+
+    def __init__(self, folder: Path, finished: Path, sidecar: Path, sets: tuple[str, str]) -> None:
+        self.folder, self.finished, self.sidecar, self.sets = folder, finished, sidecar, sets
+        rows = [
+            {"prompt": f"Question {i}?\n", "chosen": "yes " * i, "rejected": "no", "margin": i / 2}
+            for i in range(1, 6)
+        ]
+        talk = [{"role": "user", "content": "Why?"}]
+        answers = [[{"role": "assistant", "content": text}] for text in ("Because.", "Hm.")]
+        chat = {"prompt": talk, "chosen": answers[0], "rejected": answers[1]}
+        human = {"conversations": [{"from": "human", "value": "a"}]}
+        human |= {f"{k}ed": {"from": "gpt", "value": k} for k in ("reject",)}
+        human |= {"chosen": {"from": "gpt", "value": "b"}}
+        dialogue = {
+            "chosen": "\n\nHuman: a\n\nAssistant: b",
+            "rejected": "\n\nHuman: a\n\nAssistant: c",
+        }
+        reply = [
+            {"role": "assistant", "text": t, "rank": i, "replies": []} for i, t in enumerate("bc")
+        ]
+        tree = {"prompt": {"role": "prompter", "text": "a", "replies": reply}}
+        texts = [rows, [chat] * 3, [human] * 3, [dialogue] * 3, [tree] * 3]
+        self.texts = [
+            *("".join(json.dumps(row) + "\n" for row in found) for found in texts),
+            json.dumps(rows, indent=1),
+        ]
+        self.settings = Path(
+            write_config(folder / "sound.yaml", sets[0], folder / "run")
+        ).read_text()
+        config = load_config(folder / "sound.yaml")
+        self.data = PreferenceDataset(sets[0])
+        self.chunks = build_model(
+            initial_model(config.model, [self.data]).transformer_config(config.train.seed),
+            self.here,
+        )
+        self.model = model_fingerprint(self.chunks)
+        self.logps = read_sidecar(str(sidecar), self.model, self.data)
+        checkpoint.load_weights(finished / "saved", self.chunks)
+        self.trained = model_fingerprint(self.chunks)
+
+    here = None
+
+    def inputs(self, rng: random.Random, case: object) -> object | None:
+        text = rng.choice(self.texts).encode()
+        path, other = self.folder / "in.jsonl", self.folder / "other.jsonl"
+        other.write_text(rng.choice(self.texts))
+        path.write_bytes(text)
+        zipped = rng.random() < 0.3
+        if zipped and rng.random() < 0.5:
+            path.write_bytes(gzip.compress(text))
+            path = path.rename(path.with_suffix(".gz"))
+        what = damaged(rng, path, [other])
+        if zipped and path.suffix == ".jsonl" and path.exists():
+            path.write_bytes(gzip.compress(path.read_bytes()))
+        output = self.folder / "built" / "set"
+        options = BuildOptions(on_error=rng.choice(["stop", "stop", "skip"]))
+        found = refusal(
+            lambda: build_dataset([path], "bytes", output, options), path.name, (case, what)
+        )
+        if found is None:
+            assert not output.parent.exists(), (case, what)
+        else:
+            PreferenceDataset(output).verify()
+            shutil.rmtree(output.parent)
+        path.unlink(missing_ok=True)
+        return found
+
+    def _copied_set(self) -> Path:
+        folder = self.folder / "copied"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(Path(self.sets[0]).parent, folder)
+        return folder / "set"
+
+    def data_set(self, rng: random.Random, case: object) -> object | None:
+        prefix = self._copied_set()
+        name = rng.choice([".bin", ".idx", ".json", ".json", rng.choice(FILES)])
+        others = [suffix_path(prefix, n) for n in FILES if n != name]
+        if rng.random() < 0.3:
+            others = [suffix_path(Path(self.sets[1]), name)]
+        before = suffix_path(prefix, name).read_bytes()
+        what = damaged(rng, suffix_path(prefix, name), others)
+        found = refusal(lambda: self._opened(prefix), prefix, (case, what))
+        if found is not None:
+            after = suffix_path(prefix, name).read_bytes()
+            same = after == before or name == ".json" and json.loads(after) == json.loads(before)
+            assert same, f"case {case}: {what} was not seen"
+        return found
+
+    def _opened(self, prefix: Path) -> PreferenceDataset:
+        dataset = PreferenceDataset(prefix)
+        dataset.verify()
+        PreferenceDataset(prefix).verify_checksums()
+        return dataset
+
+    def column(self, rng: random.Random, case: object) -> object | None:
+        """Another type, shape or other values, with checksums to match: only sense can refuse."""
+        prefix = self._copied_set()
+        name = rng.choice([*COLUMNS])
+        path = suffix_path(prefix, f".tree/{name}.npy")
+        values = np.load(path)
+        kind = rng.randrange(5)
+        if kind == 0:
+            values = values.astype(rng.choice(["<f4", "<u8", ">i4", "<c8", "S8", "<i2", "?"]))
+        elif kind == 1:
+            values = rng.choice([values[:-1], values[None], np.concatenate([values, values])])
+        elif kind == 2:
+            values = np.asfortranarray(np.stack([values, values], -1))
+        else:
+            at = rng.randrange(values.size)
+            odd = [0, 1, -1, -7, 1 << 30] + [np.nan, np.inf, -np.inf] * (values.dtype.kind == "f")
+            values.reshape(-1)[at] = rng.choice(odd)
+        np.save(path, values)
+        seal(prefix, f".tree/{name}.npy")
+        found = refusal(lambda: self._opened(prefix), prefix, (case, name, kind))
+        if kind < 3:
+            same = values.dtype == COLUMNS[name][0] and kind == 0
+            assert found is None or same, f"case {case}: {name} {kind} was not seen"
+        return found
+
+    def scores(self, rng: random.Random, case: object) -> object | None:
+        path = self.folder / "ref"
+        path.write_bytes(self.sidecar.read_bytes())
+        what = damaged(
+            rng, path, [self.sidecar.parent / "c.yaml", suffix_path(Path(self.sets[0]), ".bin")]
+        )
+        found = refusal(lambda: read_sidecar(str(path), self.model, self.data), path, (case, what))
+        if found is not None:
+            assert np.array_equal(found, self.logps), f"case {case}: {what} was not seen"
+        return found
+
+    def saved(self, rng: random.Random, case: object) -> object | None:
+        root = self.folder / "saved"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.finished / "saved", root)
+        directory = root / "iter_0000002"
+        shutil.rmtree(root / "iter_0000001")
+        files = sorted(p for p in root.rglob("*") if p.is_file())
+        path = rng.choice(files)
+        what = damaged(rng, path, [p for p in files if p != path])
+
+        def load() -> str:
+            checkpoint.latest_step(root)
+            checkpoint.load_weights(root, self.chunks)
+            return model_fingerprint(self.chunks)
+
+        found = refusal(load, root, (case, what))
+        if found is not None:
+            assert found == self.trained, f"case {case}: {what} was not seen"
+            said = path.name in ("checksums.json", "metadata.json", checkpoint.TRACKER)
+            assert said or not path.exists() or _same(path, self.finished, root), (case, what)
+        assert directory
+        return found
+
+    def config(self, rng: random.Random, case: object) -> object | None:
+        path, other = self.folder / "run.yaml", self.folder / "other.yaml"
+        lines = json.dumps(json.loads(self.settings), indent=1)
+        plain = "\n".join(re.sub(r'^(\s*)"(\w+)": ', r"\1\2: ", s) for s in lines.splitlines())
+        path.write_text(rng.choice([self.settings, plain.replace(",", ",")]))
+        other.write_text("- a\n- {b: [c\n")
+        if path.read_text() != self.settings:
+            path.write_bytes(rng.choice(BYTES)(rng, bytearray(path.read_bytes())))
+            what = "yaml"
+        else:
+            what = damaged(rng, path, [other])
+        return refusal(lambda: load_config(path), path, (case, what))
+
+
+def _same(path: Path, finished: Path, root: Path) -> bool:
+    return path.read_bytes() == (finished / "saved" / path.relative_to(root)).read_bytes()
+
+
+KINDS = ("inputs", "data_set", "column", "scores", "saved", "config")
+SHARES = {"inputs": 60, "data_set": 50, "column": 20, "scores": 20, "saved": 30, "config": 20}
+"""Of 200 cases."""
+
+
+@pytest.fixture(scope="module")
+def fuzz(finished, sidecar, dataset, other, tmp_path_factory) -> Iterator[Fuzz]:
+    settings = load_config(write_config(tmp_path_factory.mktemp("c") / "c.yaml", dataset, finished))
+    with world(settings.parallel, settings.train.seed) as here:
+        Fuzz.here = here
+        yield Fuzz(tmp_path_factory.mktemp("fuzz"), finished, sidecar, (dataset, other))
+        Fuzz.here = None
+
+
+def run(fuzz: Fuzz, kind: str, num_cases: int, seed: int) -> None:
+    refused, wrong = 0, []
+    for number in range(num_cases):
+        case = (kind, seed, number)
+        try:
+            refused += getattr(fuzz, kind)(random.Random(f"{kind} {seed} {number}"), case) is None
+        except AssertionError as error:
+            wrong.append(str(error))
+    assert not wrong, "\n".join([f"{len(wrong)} of {num_cases}:", *wrong[:20]])
+    assert refused >= num_cases // 3, "hardly anything was damaged"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_hundred_cases(fuzz, kind):
+    run(fuzz, kind, SHARES[kind], seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_thousand_cases(fuzz, kind):
+    run(fuzz, kind, 10 * SHARES[kind], seed=1)
+
+
+def test_the_sound_inputs_are_accepted(fuzz, tmp_path):
+    """What is damaged above is sound before: else every case would be refused."""
+    for number, text in enumerate(fuzz.texts):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(text)
+        build_dataset([path], "bytes", tmp_path / f"set{number}")
+    assert sum(SHARES.values()) == 200 and torch.is_inference_mode_enabled() is False
+    assert HEADER.encode() in fuzz.sidecar.read_bytes()

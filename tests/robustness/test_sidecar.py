@@ -1,0 +1,197 @@
+"""A sidecar is what the reference says of every response, or it is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import command, lines, refused, write_config
+from conftest import make_set
+from safetensors.numpy import load_file
+
+from megatron_prefix.data.collate import MicroBatch
+from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.layout import TreeLayout
+from megatron_prefix.testing import random_group
+from megatron_prefix.train import sidecar as sidecars
+from megatron_prefix.train.sidecar import PartialScores
+
+
+def known(path: Path) -> dict:
+    return {"reference": "precomputed", "ref_logps": str(path)}
+
+
+def train(folder: Path, dataset: str, name: str = "run", **sections) -> list[str]:
+    sections.setdefault("train", {"save": None, "load": None, "save_interval": None, "steps": 4})
+    return ["train", "--config", write_config(folder / f"{name}.yaml", dataset, folder / name)][
+        :2
+    ] + [write_config(folder / f"{name}.yaml", dataset, folder / name, **sections)]
+
+
+def test_training_is_that_with_a_reference_model(dataset, other, sidecar, tmp_path, capsys):
+    """To rounding; evaluations too, whose reference is in the same file."""
+    settings = {"data": {"valid": other}}
+    assert command(train(tmp_path, dataset, "model", **settings), capsys)[0] == 0
+    argv = train(tmp_path, dataset, "known", **settings, loss=known(sidecar))
+    assert command(argv, capsys)[0] == 0
+    found, expected = lines(tmp_path / "known"), lines(tmp_path / "model")
+    assert [r["step"] for r in found] == [r["step"] for r in expected] == [0, 1, 2, 3, 4, 4]
+    for ours, theirs in zip(found, expected, strict=True):
+        for key, value in theirs.items():
+            assert abs(ours[key] - value) <= 1e-4 * max(abs(value), 1e-2), (key, ours["step"])
+
+
+def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
+    """Each response alone in a row, one after another: group by group, as in the record."""
+    from megatron_prefix.config import load_config
+    from megatron_prefix.train.initial import initial_model
+    from megatron_prefix.train.optimizer import build_model
+    from megatron_prefix.train.parallel import world
+    from megatron_prefix.train.reference import freeze, score
+    from megatron_prefix.train.step import to_device
+
+    config = load_config(write_config(tmp_path / "c.yaml", dataset, tmp_path / "run"))
+    data, alone = PreferenceDataset(dataset), []
+    for group in range(len(data)):
+        tree = data[group]
+        for response in range(tree.num_responses):
+            path = tree.path(int(tree.response_last[response]))
+            parts = [tree.tokens[tree.node_offsets[n] : tree.node_offsets[n + 1]] for n in path]
+            first = list(path).index(int(tree.response_first[response]))
+            prompt = sum(map(len, parts[:first]))
+            tokens = np.concatenate(parts)
+            num_targets = len(tokens) - prompt
+            alone.append(
+                MicroBatch(
+                    tokens=tokens,
+                    layout=TreeLayout.from_parents([len(tokens)], [-1]),
+                    source_row=np.arange(prompt - 1, len(tokens) - 1),
+                    target_token=tokens[prompt:],
+                    response=np.zeros(num_targets, np.int64),
+                    response_ids=np.array([[group, response]]),
+                    pairs=np.zeros((0, 2), np.int64),
+                    pair_weights=np.zeros(0),
+                    pair_margins=np.zeros(0),
+                    num_tokens=len(tokens),
+                )
+            )
+    with world(config.parallel, config.train.seed) as here:
+        initial = initial_model(config.model, [data])
+        model = freeze(build_model(initial.transformer_config(config.train.seed), here))
+        logps = score(model, [to_device(row, here.device) for row in alone], config.loss)
+    expected = np.array([float(x[0]) for x in logps])
+    found = load_file(sidecar)[data.fingerprint]
+    assert found.dtype == np.float64 and found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    assert np.abs(np.diff(expected)).min() > 1e-3, "responses too much alike to see their order"
+
+
+def fingerprint(prefix: str) -> str:
+    return PreferenceDataset(prefix).fingerprint[:16]
+
+
+def test_another_data_set_is_refused(sidecar, dataset, tmp_path, capsys):
+    third = make_set(tmp_path / "third", 5, 4)
+    message = refused(train(tmp_path, third, loss=known(sidecar)), capsys, sidecar, third)
+    assert fingerprint(third) in message and fingerprint(dataset) in message
+
+
+def test_another_tokenizer_is_refused(sidecar, dataset, tmp_path, capsys):
+    """The same tokens, said to be another tokenizer's."""
+    told = {**load_tokenizer("bytes").describe(), "name": "others", "fingerprint": "ab" * 32}
+    rng = np.random.default_rng(0)
+    from megatron_prefix.data.tree import build_tree
+
+    with DatasetWriter(tmp_path / "told", told) as writer:
+        for record in range(8):
+            writer.add(build_tree(*random_group(rng)), record)
+        writer.finish()
+    message = refused(
+        train(tmp_path, str(tmp_path / "told"), loss=known(sidecar)), capsys, sidecar, "tokenizer"
+    )
+    ours = PreferenceDataset(dataset).manifest["tokenizer"]["fingerprint"][:16]
+    assert ours in message and "ab" * 8 in message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"seed": 7, "steps": 2}},
+        {"model": {"num_layers": 1}},
+        {"model": {"init_method_std": 0.03}},
+        {"model": {"dtype": "bfloat16"}},
+        {"model": {"qk_layernorm": True}},
+    ],
+    ids=["seed", "layers", "std", "precision", "norm"],
+)
+def test_another_model_is_refused(sidecar, dataset, tmp_path, capsys, sections):
+    """With the fingerprint of the one that made the file, and the run's own."""
+    argv = train(tmp_path, dataset, loss=known(sidecar), **sections)
+    message = refused(argv, capsys, sidecar, "reference model")
+    theirs = json.loads(_header(sidecar)["__metadata__"]["megatron_prefix"])["model"][:16]
+    assert theirs in message
+    ours = message.split("this run's has ")[1][:16]
+    assert len(ours) == 16 and ours != theirs and set(ours) <= set("0123456789abcdef")
+
+
+def _header(path: Path) -> dict:
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
+@pytest.mark.parametrize("damage", ["value", "header", "cut", "longer", "empty", "absent", "nan"])
+def test_a_damaged_file_is_refused(sidecar, dataset, tmp_path, capsys, damage):
+    path = tmp_path / "ref"
+    data = bytearray(sidecar.read_bytes())
+    if damage == "value":
+        data[-3] ^= 1
+    elif damage == "header":
+        data[40] ^= 1
+    elif damage == "cut":
+        del data[-8:]
+    elif damage == "longer":
+        data += b"12345678"
+    elif damage == "nan":
+        data[-8:] = np.array([np.nan]).tobytes()
+    else:
+        data = bytearray()
+    path.write_bytes(data)
+    if damage == "absent":
+        path.unlink()
+    refused(train(tmp_path, dataset, loss=known(path)), capsys, path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "another key", "nonsense"])
+def test_kept_scores_that_do_not_fit_are_begun_anew(
+    sidecar, dataset, other, tmp_path, capsys, monkeypatch, damage
+):
+    """Never taken over: the file comes out as from nothing."""
+    path = tmp_path / "ref"
+    config = write_config(tmp_path / "c.yaml", dataset, tmp_path, data={"valid": other})
+    argv = ["score", "--config", config, "--output", str(path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(PartialScores, "discard", lambda self: None)
+        assert command(argv, capsys)[0] == 0
+    kept = next((tmp_path / "ref.partial").iterdir())
+    data = bytearray(kept.read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    elif damage == "flipped":
+        data[data.index(b"PK", 1500) - 50] ^= 16
+    elif damage == "nonsense":
+        data = bytearray(b"nothing of the kind")
+    else:
+        other_key = PartialScores(str(tmp_path / "x"), kept.stem, {"model": "other"}, 3)
+        other_key.save(1)
+        data = bytearray(next((tmp_path / "x.partial").iterdir()).read_bytes())
+        shutil.rmtree(tmp_path / "x.partial")
+    kept.write_bytes(data)
+    path.unlink()
+    assert command(argv, capsys)[0] == 0
+    assert path.read_bytes() == sidecar.read_bytes()
+    assert not (tmp_path / "ref.partial").exists()
+    assert sidecars.read_sidecar  # the reader of all of the above
