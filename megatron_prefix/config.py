@@ -118,8 +118,17 @@ class ModelConfig:
 
 @_section
 class ParallelConfig:
-    """Process layout: every process that `torchrun` starts is a data-parallel rank."""
+    """Process layout. What the sizes leave of the processes that `torchrun` starts is data
+    parallelism."""
 
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share every layer's matrices."""
+    sequence_parallel: Switch = False
+    """Tensor-parallel ranks also share the tokens between those matrices."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that follow one another."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Chunks of layers that each stage holds, interleaved over the stages."""
     use_distributed_optimizer: Switch = False
     """Each rank keeps its share of the optimizer's state (ZeRO stage 1)."""
 

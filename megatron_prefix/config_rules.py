@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
-    from megatron_prefix.config import Config, DataConfig, ModelConfig
+    from megatron_prefix.config import Config, DataConfig, ModelConfig, ParallelConfig
 
 REQUIRED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 SIZES = (
@@ -33,6 +33,7 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
     faults = [*_data_faults(config.data), *_size_faults(raw.get("model"))]
     if not faults:
         faults = [*_model_faults(config.model), *_run_faults(config)]
+        faults += _parallel_faults(config.parallel)
     if faults:
         raise InputError("; ".join(faults))
 
@@ -118,6 +119,41 @@ def _shape_faults(model: ModelConfig) -> Iterator[str]:
         yield (
             f"a head of {model.kv_channels or model.hidden_size // heads} channels is odd and "
             "rotary embedding rotates pairs: change model.hidden_size or model.kv_channels"
+        )
+
+
+def layout_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What a model with known sizes cannot be divided into."""
+    tensor = parallel.tensor_model_parallel_size
+    for key in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, key) or model.num_attention_heads
+        if value % tensor:
+            yield (
+                f"model.{key} = {value} is not a multiple of "
+                f"parallel.tensor_model_parallel_size = {tensor}"
+            )
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    stages = parallel.pipeline_model_parallel_size
+    if model.num_layers % (stages * chunks):
+        yield (
+            f"model.num_layers = {model.num_layers} is not a multiple of "
+            f"parallel.pipeline_model_parallel_size = {stages} x "
+            f"parallel.virtual_pipeline_model_parallel_size = {chunks}"
+        )
+
+
+def _parallel_faults(parallel: ParallelConfig) -> Iterator[str]:
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel: true shares tokens among tensor-parallel ranks, and "
+            "parallel.tensor_model_parallel_size = 1: raise it, or leave sequence_parallel out"
+        )
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    if chunks is not None and (chunks == 1 or parallel.pipeline_model_parallel_size == 1):
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size = {chunks} with "
+            f"parallel.pipeline_model_parallel_size = {parallel.pipeline_model_parallel_size}: "
+            "interleaving needs two chunks and two stages or more; leave it out"
         )
 
 

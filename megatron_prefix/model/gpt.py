@@ -15,6 +15,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -23,6 +24,18 @@ from megatron_prefix.config import RopeScaling
 from megatron_prefix.model.logps import token_logps
 from megatron_prefix.model.rope import rotary_angles
 from megatron_prefix.model.spec import tree_block_spec
+
+
+PARTITION_DIMS = {
+    "word_embeddings.weight": 0,
+    "output_layer.weight": 0,
+    "linear_qkv.weight": 0,
+    "linear_qkv.bias": 0,
+    "linear_fc1.weight": 0,
+    "linear_proj.weight": 1,
+    "linear_fc2.weight": 1,
+}
+"""Dimension of a parameter that tensor parallelism divides."""
 
 
 @dataclass
@@ -74,10 +87,22 @@ class TreeGPTModel(GPTModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        self._mark_partitions()
         if post_process:
             # Rows are selected from the whole sequence, gathered before the head.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def _mark_partitions(self) -> None:
+        """Say which parameters are slices, and along which dimension.
+
+        Megatron-Core marks them while it draws weights, which is left to model/init.py; without
+        the marks a slice counts as a duplicate and is left out of gradient norms.
+        """
+        for name, parameter in self.named_parameters():
+            kind = ".".join(name.split(".")[-2:])
+            if kind in PARTITION_DIMS and not getattr(parameter, "tensor_model_parallel", False):
+                set_tensor_model_parallel_attributes(parameter, True, PARTITION_DIMS[kind], 1)
 
     def _preprocess(
         self,

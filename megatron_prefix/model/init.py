@@ -32,7 +32,30 @@ def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Pa
         if name.startswith("decoder.layers."):
             index = int(name.split(".")[2])
             offset = layers[index] - index
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of the first's
         yield canonical_name(name, offset), parameter
+
+
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@torch.no_grad()
+def whole_parameter(name: str, parameter: torch.nn.Parameter, model: TreeGPTModel) -> Tensor:
+    """A canonical parameter gathered from all tensor-parallel ranks, its vocabulary unpadded;
+    collective over them."""
+    group, whole = model.pg_collection.tp, parameter.detach()
+    if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
+        dim = parameter.partition_dim
+        parts = [torch.empty_like(whole) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, whole.contiguous(), group=group)
+        if name.endswith("linear_fc1.weight") and model.config.gated_linear_unit:
+            halves = zip(*(part.chunk(2, dim) for part in parts), strict=True)
+            parts = [x for half in halves for x in half]
+        whole = torch.cat(parts, dim)
+    if name in VOCABULARY:
+        whole = whole[: model.config.vocab_size]
+    return whole.contiguous()
 
 
 @torch.no_grad()
@@ -51,7 +74,7 @@ def _initial(name, parameter, config: TreeTransformerConfig, group, seed: int) -
     if getattr(parameter, "tensor_model_parallel", False):
         dim = parameter.partition_dim
         shape[dim] *= group.size()
-    is_vocabulary = "word_embeddings" in name or "output_layer" in name
+    is_vocabulary = name in VOCABULARY
     if is_vocabulary:
         shape[0] = config.vocab_size
     whole = _normal(name, shape, _standard_deviation(name, config), seed)

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from megatron_prefix.attention.api import resolve_backend
 from megatron_prefix.attention.flash import check_head_dim
-from megatron_prefix.config import ModelConfig
+from megatron_prefix.config import ModelConfig, ParallelConfig
+from megatron_prefix.config_rules import layout_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 from megatron_prefix.model.hf_config import locate, read_hf_config, sizes_from_hf
@@ -48,7 +49,11 @@ def with_sizes(model: ModelConfig, config: dict[str, Any], source: str) -> tuple
 
 
 def transformer_config(
-    model: ModelConfig, *, vocab_size: int, seed: int | None
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    seed: int | None,
+    parallel: ParallelConfig | None = None,
 ) -> TreeTransformerConfig:
     """Megatron-Core's view of `model`, for CUDA where there is one and else for CPU.
 
@@ -56,6 +61,10 @@ def transformer_config(
     undefined, for weights that are loaded next. Raises InputError where the attention backend
     cannot run here.
     """
+    parallel = parallel or ParallelConfig()
+    if faults := list(layout_faults(model, parallel)):
+        raise InputError("; ".join(faults))
+    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     on_cuda = torch.cuda.is_available()
     dtype = DTYPES[model.dtype]
     device = torch.device("cuda" if on_cuda else "cpu")
@@ -96,6 +105,16 @@ def transformer_config(
         bias_activation_fusion=on_cuda,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        # Rows of a step differ in length; stages tell one another.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, without experts too
+        # Interleaved stages on gloo get wrong gradients with batched sends (silently).
+        batch_p2p_comm=not is_interleaved,
+        overlap_p2p_comm=is_interleaved,
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,
         recompute_num_layers=model.recompute_num_layers,

@@ -40,9 +40,11 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
     with world(config.parallel, config.train.seed) as here:
         dataset = open_verified(config.data.valid, "data.valid", here)
-        sampler = evaluation_sampler(config, dataset, here.data_size)
+        sampler = evaluation_sampler(config, dataset, here)
         initial = initial_model(config.model, [dataset])
-        model = freeze(build_model(initial.transformer_config(config.train.seed), here))
+        model = freeze(
+            build_model(initial.transformer_config(config.train.seed, config.parallel), here)
+        )
         initial.load(model)
         ref_logps = score_dataset(model, sampler, config.loss, here)
         logps = ref_logps

@@ -8,29 +8,26 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.model.gpt import unwrap
-from megatron_prefix.model.init import canonical_parameters
+from megatron_prefix.model.init import canonical_parameters, whole_parameter
 
 
 @torch.no_grad()
 def model_fingerprint(chunks: list[torch.nn.Module]) -> str:
     """SHA-256 over the SHA-256 of every parameter, in the order of canonical names.
 
-    A parameter counts with its precision, its shape and its bytes, without the rows that pad
-    the vocabulary. Every rank has the whole model here, so the first one's answer is everybody's.
+    A parameter counts whole, with its precision, its shape and its bytes, without the rows that
+    pad the vocabulary; so the layout does not matter. Collective; one parameter at a time.
     """
-    answer = [""]
-    if dist.get_rank() == 0:
-        digests = {}
-        for chunk in chunks:
-            model = unwrap(chunk)
-            for name, parameter in canonical_parameters(model):
-                if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                    parameter = parameter[: model.config.vocab_size]
-                data = parameter.detach().cpu().contiguous().view(torch.uint8)
-                head = f"{name} {parameter.dtype} {tuple(parameter.shape)}\n"
-                digest = hashlib.sha256(head.encode())
-                digest.update(memoryview(data.numpy()).cast("B"))
-                digests[name] = digest.digest()
-        answer = [hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    own: dict[str, str] = {}
+    for chunk in chunks:
+        model = unwrap(chunk)
+        for name, parameter in canonical_parameters(model):
+            whole = whole_parameter(name, parameter, model)
+            head = f"{name} {whole.dtype} {tuple(whole.shape)}\n"
+            digest = hashlib.sha256(head.encode())
+            digest.update(memoryview(whole.cpu().view(torch.uint8).numpy()).cast("B"))
+            own[name] = digest.hexdigest()
+    parts: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    digests = {name: digest for part in parts for name, digest in part.items()}
+    return hashlib.sha256("".join(digests[n] for n in sorted(digests)).encode()).hexdigest()

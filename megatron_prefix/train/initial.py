@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_prefix.config import ModelConfig
+from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.config_rules import SIZES
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -47,11 +47,14 @@ class InitialModel:
     source: Path | None
     longest: int
 
-    def transformer_config(self, seed: int) -> TreeTransformerConfig:
+    def transformer_config(self, seed: int, parallel: ParallelConfig) -> TreeTransformerConfig:
         """Megatron-Core's configuration; `seed` draws weights where none are loaded."""
         drawn = self.sizes.hf is None and self.sizes.checkpoint is None
         return transformer_config(
-            self.sizes, vocab_size=self.vocab_size, seed=seed if drawn else None
+            self.sizes,
+            vocab_size=self.vocab_size,
+            seed=seed if drawn else None,
+            parallel=parallel,
         )
 
     def load(self, chunks: list[torch.nn.Module]) -> None:

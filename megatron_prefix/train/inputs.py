@@ -44,7 +44,7 @@ class InOrder:
         return epochs * -(-self.num_groups // self.batch_size)
 
 
-def training_sampler(config: Config, dataset: PreferenceDataset, num_ranks: int = 1) -> Sampler:
+def training_sampler(config: Config, dataset: PreferenceDataset, world: World) -> Sampler:
     """The training sampler that the data section describes."""
     data, train = config.data, config.train
     if data.global_batch_size:
@@ -66,11 +66,11 @@ def training_sampler(config: Config, dataset: PreferenceDataset, num_ranks: int 
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        num_ranks=num_ranks,
+        **world.rows,
     )
 
 
-def evaluation_sampler(config: Config, dataset: PreferenceDataset, num_ranks: int = 1) -> Sampler:
+def evaluation_sampler(config: Config, dataset: PreferenceDataset, world: World) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     data = config.data
     return Sampler(
@@ -80,5 +80,5 @@ def evaluation_sampler(config: Config, dataset: PreferenceDataset, num_ranks: in
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        num_ranks=num_ranks,
+        **world.rows,
     )

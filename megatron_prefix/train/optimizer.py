@@ -9,6 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer.module import Float16Module
 
 from megatron_prefix.config import OptimizerConfig as OptimizerSettings
@@ -22,8 +23,18 @@ from megatron_prefix.train.step import sum_gradients
 def build_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
     """This rank's model chunks on the device, ready for forward passes, with the weights that
     `config` draws."""
-    model = model_provider(config=config, pg_collection=world.groups).to(world.device)
-    return [Float16Module(config, model) if config.bf16 else model]
+    stages = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(stages) if stages else [None]:
+        model = model_provider(
+            is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage,
+            config=config,
+            pg_collection=world.groups,
+        ).to(world.device)
+        chunks.append(Float16Module(config, model) if config.bf16 else model)
+    return chunks
 
 
 def build_optimizer(
@@ -40,7 +51,10 @@ def build_optimizer(
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer
     )
-    chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
+    chunks = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

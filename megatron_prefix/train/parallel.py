@@ -43,6 +43,19 @@ class World:
     def data_size(self) -> int:
         return self.groups.dp.size()
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """What the layout asks of a sampler: ranks, and multiples of row lengths and counts."""
+        parallel = self.parallel
+        is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+        return {
+            "num_ranks": self.data_size,
+            "row_multiple": parallel.tensor_model_parallel_size
+            if parallel.sequence_parallel
+            else 1,
+            "count_multiple": parallel.pipeline_model_parallel_size if is_interleaved else 1,
+        }
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks, in place."""
         dist.all_reduce(values, group=self.groups.dp)
@@ -85,9 +98,17 @@ class World:
 def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
     """Join the processes that `torchrun` started, or stand alone, for as long as the context.
 
-    Every process is a data-parallel rank. On CPU Megatron-Core is adapted meanwhile (see
-    platform.py).
+    On CPU Megatron-Core is adapted meanwhile (see platform.py). Raises InputError where the
+    number of processes does not fit `parallel`.
     """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if size % model_size:
+        raise InputError(
+            f"{size} processes were started, and parallel.tensor_model_parallel_size = "
+            f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size = "
+            f"{parallel.pipeline_model_parallel_size} asks for a multiple of {model_size}"
+        )
     with platform.adapted():
         on_cuda = torch.cuda.is_available()
         if on_cuda:
@@ -98,7 +119,12 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
-            parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+                create_gloo_process_groups=False,
+            )
             if on_cuda:
                 model_parallel_cuda_manual_seed(seed)
             else:

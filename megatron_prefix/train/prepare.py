@@ -37,7 +37,7 @@ def prepare_run(
     """
     _check_outputs(config, here)
     _check_valid(dataset, valid)
-    sampler = training_sampler(config, dataset, here.data_size)
+    sampler = training_sampler(config, dataset, here)
     num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
         raise InputError(
@@ -45,7 +45,7 @@ def prepare_run(
             f"within the run's {num_steps} steps: shorten it"
         )
     initial = initial_model(config.model, [dataset] if valid is None else [dataset, valid])
-    model_config = initial.transformer_config(config.train.seed)
+    model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, here)
     initial.load(chunks)
     fingerprint = model_fingerprint(chunks)
@@ -65,7 +65,7 @@ def prepare_run(
         world=here,
         initial=initial,
         sampler=sampler,
-        valid=evaluation_sampler(config, valid, here.data_size) if valid is not None else None,
+        valid=evaluation_sampler(config, valid, here) if valid is not None else None,
         reference=reference,
         policy=policy,
         optimizer=optimizer,
@@ -108,7 +108,9 @@ def _reference(
         path = config.loss.ref_logps
         logps = {d.fingerprint: read_sidecar(path, fingerprint, d) for d in sets}
         return PrecomputedReference(fingerprint, dataset, logps, rounding)
-    chunks = freeze(build_model(initial.transformer_config(config.train.seed), here))
+    chunks = freeze(
+        build_model(initial.transformer_config(config.train.seed, config.parallel), here)
+    )
     initial.load(chunks)
     # Policy and reference run the same rows, which float32 computes alike.
     rounding = 0.0 if config.model.dtype == "float32" else rounding

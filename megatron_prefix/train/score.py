@@ -31,12 +31,14 @@ def score_reference(config: Config, output: str) -> None:
             for dataset in [open_verified(prefix, setting, here)]
         }
         initial = initial_model(config.model, list(datasets.values()))
-        model = freeze(build_model(initial.transformer_config(config.train.seed), here))
+        model = freeze(
+            build_model(initial.transformer_config(config.train.seed, config.parallel), here)
+        )
         initial.load(model)
         fingerprint = model_fingerprint(model)
         scores = []
         for dataset in datasets.values():
-            sampler = evaluation_sampler(config, dataset, here.data_size)
+            sampler = evaluation_sampler(config, dataset, here)
             key = {"model": fingerprint, "data": dataset.fingerprint} | _rows(config, here)
             partial = PartialScores(
                 output, dataset.fingerprint[:16], key, len(dataset.response_lengths)

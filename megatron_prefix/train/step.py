@@ -15,7 +15,12 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.parallel_state import (
+    get_pipeline_model_parallel_group,
+    get_pipeline_model_parallel_last_rank,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -144,11 +149,12 @@ def run_schedule(
     """Run rows through Megatron-Core's schedule for the current process groups.
 
     Returns `preference_loss`'s logs of every row after forward and backward, or with
-    `forward_only` its response log-probabilities, in the order of the rows.
+    `forward_only` its response log-probabilities, in the order of the rows and on every
+    pipeline stage.
     """
     batches = list(batches)
     with torch.set_grad_enabled(not forward_only):
-        return get_forward_backward_func()(
+        found = get_forward_backward_func()(
             forward_step_func=partial(forward_step, loss=loss),
             data_iterator=[iter(batches) for _ in model],
             model=list(model),
@@ -158,3 +164,24 @@ def run_schedule(
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+    return from_last_stage(found, batches[0].tokens.device)
+
+
+def from_last_stage(found: list, device: torch.device) -> list:
+    """What the last pipeline stage found, on every stage; tensors come back on `device`."""
+    group = get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return found
+    last = get_pipeline_model_parallel_last_rank()
+    values = [_moved(found, torch.device("cpu")) if dist.get_rank() == last else None]
+    dist.broadcast_object_list(values, src=last, group=group)
+    return _moved(values[0], device)
+
+
+def _moved(value: object, device: torch.device) -> object:
+    """Lists and dictionaries of tensors on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(x, device) for key, x in value.items()}
+    return [_moved(x, device) for x in value]
