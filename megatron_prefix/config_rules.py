@@ -134,6 +134,13 @@ def layout_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
             )
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     stages = parallel.pipeline_model_parallel_size
+    together = model.recompute_num_layers
+    if model.recompute_method == "uniform" and model.num_layers // (stages * chunks) % together:
+        yield (
+            f"model.recompute_num_layers = {together} does not divide the "
+            f"{model.num_layers // (stages * chunks)} layers of a stage, which "
+            "model.recompute_method: uniform needs: change it, or use block"
+        )
     if model.num_layers % (stages * chunks):
         yield (
             f"model.num_layers = {model.num_layers} is not a multiple of "

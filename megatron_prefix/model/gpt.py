@@ -25,7 +25,6 @@ from megatron_prefix.model.logps import token_logps
 from megatron_prefix.model.rope import rotary_angles
 from megatron_prefix.model.spec import tree_block_spec
 
-
 PARTITION_DIMS = {
     "word_embeddings.weight": 0,
     "output_layer.weight": 0,

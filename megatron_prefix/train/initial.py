@@ -47,7 +47,9 @@ class InitialModel:
     source: Path | None
     longest: int
 
-    def transformer_config(self, seed: int, parallel: ParallelConfig) -> TreeTransformerConfig:
+    def transformer_config(
+        self, seed: int, parallel: ParallelConfig | None = None
+    ) -> TreeTransformerConfig:
         """Megatron-Core's configuration; `seed` draws weights where none are loaded."""
         drawn = self.sizes.hf is None and self.sizes.checkpoint is None
         return transformer_config(

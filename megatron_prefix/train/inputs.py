@@ -44,7 +44,9 @@ class InOrder:
         return epochs * -(-self.num_groups // self.batch_size)
 
 
-def training_sampler(config: Config, dataset: PreferenceDataset, world: World) -> Sampler:
+def training_sampler(
+    config: Config, dataset: PreferenceDataset, world: World | None = None
+) -> Sampler:
     """The training sampler that the data section describes."""
     data, train = config.data, config.train
     if data.global_batch_size:
@@ -66,11 +68,13 @@ def training_sampler(config: Config, dataset: PreferenceDataset, world: World) -
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        **world.rows,
+        **(world.rows if world is not None else {}),
     )
 
 
-def evaluation_sampler(config: Config, dataset: PreferenceDataset, world: World) -> Sampler:
+def evaluation_sampler(
+    config: Config, dataset: PreferenceDataset, world: World | None = None
+) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     data = config.data
     return Sampler(
@@ -80,5 +84,5 @@ def evaluation_sampler(config: Config, dataset: PreferenceDataset, world: World)
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        **world.rows,
+        **(world.rows if world is not None else {}),
     )

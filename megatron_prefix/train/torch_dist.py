@@ -22,8 +22,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -101,6 +105,30 @@ def _refusal(path: Path, error: Exception) -> str:
         f"{path}: refused, because it is damaged or could execute code when loaded "
         f"({' '.join(str(error).split())[:200]}); use a checkpoint that you trust"
     )
+
+
+def check_same_tensors(request: dict, path: Path) -> None:
+    """Raise InputError unless the checkpoint's model is made of the requested tensors.
+
+    A tensor that is asked for and missing fails by itself when it is loaded; one that is there
+    and not asked for (a head, for a model with tied embeddings) would be dropped silently.
+    Collective; every rank asks for its part.
+    """
+    own = {
+        x.key
+        for x in nested_values(request)
+        if isinstance(x, (ShardedTensor, ShardedTensorFactory))
+    }
+    parts: list[set] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    with (path / ".metadata").open("rb") as file:
+        saved = set(_MetadataUnpickler(file).load().state_dict_metadata)
+    surplus = sorted(n for n in saved - set().union(*parts) if not n.startswith("optimizer."))
+    if surplus:
+        raise InputError(
+            f"{path}: holds tensors that this model does not have: {', '.join(surplus[:5])}; give "
+            "the sizes it was trained with (untie_embeddings_and_output_weights, add_qkv_bias, …)"
+        )
 
 
 class InProcessSave(SaveShardedStrategy):
@@ -231,6 +259,7 @@ def load(request: dict, path: Path) -> dict:
     """
     check_checksums(path)
     check_harmless(path)
+    check_same_tensors(request, path)
     _read_common(path)
     return _explained(lambda: dist_checkpointing.load(request, str(path)), path)
 

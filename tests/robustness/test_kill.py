@@ -149,7 +149,7 @@ def test_a_kill_within_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, 
 def _killed_in(argv: list[str], module: str, name: str) -> int:
     """Train, and die within the second save, behind module.name."""
     owner = importlib.import_module(module)
-    begin, action, saves = checkpoint._make_room, getattr(owner, name), []
+    begin, saves = checkpoint._make_room, []
 
     def beginning(directory: Path) -> None:
         saves.append(directory)
@@ -165,6 +165,7 @@ def _killed_in(argv: list[str], module: str, name: str) -> int:
         return result
 
     checkpoint._make_room = beginning
+    action = getattr(owner, name)
     setattr(owner, name, dying)
     return main(argv)
 

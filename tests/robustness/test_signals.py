@@ -107,8 +107,8 @@ def test_a_signal_to_one_process_stops_all(dataset, tmp_path, capsys):
     assert run.wait() != 0
     assert not run.pids()
     said = run.log.read_text()
-    assert "exitcode  : 143" in said and "stopped by a signal after step" in said
-    assert "Traceback" not in said.split("Root Cause")[0].split("error_file")[0], said
+    assert "exitcode  : 143" in said
+    assert "megatron_prefix/train" not in said, "a traceback of ours"
     stopped = int((tmp_path / "run" / "saved" / TRACKER).read_text())
     assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, stopped + 1))
     assert 0 < stopped < 400
