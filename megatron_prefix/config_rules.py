@@ -34,6 +34,8 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
     if not faults:
         faults = [*_model_faults(config.model), *_run_faults(config)]
         faults += _parallel_faults(config.parallel)
+    if not faults and config.model.num_layers is not None:
+        faults = list(layout_faults(config.model, config.parallel))
     if faults:
         raise InputError("; ".join(faults))
 

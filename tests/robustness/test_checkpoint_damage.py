@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from commands import SIZES, refused, write_config
 
-from megatron_prefix.data.build import build_dataset
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 
 STEP = "iter_0000002"
@@ -148,4 +147,3 @@ def test_an_import_is_checked_as_well(tmp_path, capsys, dataset):
     argv = ["convert", "export", "--load", str(saved), "--hf", str(tmp_path / "out")]
     refused(argv, capsys, saved, path.name)
     assert json.loads((saved / "checksums.json").read_text()).keys() >= {path.name}
-    assert build_dataset

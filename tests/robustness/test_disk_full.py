@@ -124,7 +124,7 @@ def test_score_goes_on_when_there_is_room(dataset, tmp_path, capsys, num_bytes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", LIMITS)
+@pytest.mark.parametrize("what", ["tensors", "common.pt"])
 def test_two_processes_stop_together(dataset, tmp_path, what):
     """None waits for another that has failed, and one speaks."""
     argv = config(tmp_path, dataset, steps=2)
@@ -133,4 +133,6 @@ def test_two_processes_stop_together(dataset, tmp_path, what):
         assert run.wait() == 1
     said = run.log.read_text()
     assert not run.pids()
-    assert said.count("could not be written") == (1 if what != "first file" else 0), said
+    assert said.count("the checkpoint of step 1 could not be written") == 1, said
+    assert "megatron_prefix/train" not in said, "a traceback of ours"
+    assert not list((tmp_path / "run" / "saved").iterdir())

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from commands import write_config
+from damage import BYTES, damaged
 from test_payloads import seal
 
 from megatron_prefix.config import load_config
@@ -52,123 +52,6 @@ def limited(case: object) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-
-
-# Damage to bytes: each takes a random source and the bytes, and returns others.
-
-
-def flip(rng: random.Random, data: bytearray) -> bytearray:
-    for _ in range(rng.choice([1, 1, 1, 2, 8])):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    return data
-
-
-def truncate(rng: random.Random, data: bytearray) -> bytearray:
-    return data[: rng.randrange(len(data))]
-
-
-def _slice(rng: random.Random, data: bytearray) -> tuple[int, int]:
-    start = rng.randrange(len(data))
-    return start, min(len(data), start + rng.choice([1, 2, 8, 64, 1000]))
-
-
-def duplicate(rng: random.Random, data: bytearray) -> bytearray:
-    start, end = _slice(rng, data)
-    return data[:end] + data[start:end] + data[end:]
-
-
-def delete(rng: random.Random, data: bytearray) -> bytearray:
-    start, end = _slice(rng, data)
-    return data[:start] + data[end:]
-
-
-def insert(rng: random.Random, data: bytearray) -> bytearray:
-    at = rng.randrange(len(data) + 1)
-    return data[:at] + rng.randbytes(rng.choice([1, 2, 8, 100])) + data[at:]
-
-
-def overwrite(rng: random.Random, data: bytearray) -> bytearray:
-    start, end = _slice(rng, data)
-    data[start:end] = rng.choice([bytes(end - start), b"\xff" * (end - start)])
-    return data
-
-
-ODD = (
-    None,
-    True,
-    -1,
-    0,
-    1.5,
-    1e308,
-    2**70,
-    "",
-    "\ud800",
-    "x" * 3000,
-    [],
-    {},
-    [[]],
-    "NaN",
-    {"a": 1},
-)
-
-
-def change_json(rng: random.Random, data: bytearray) -> bytearray:
-    """Another value, a key missing or renamed, two values swapped, somewhere in a JSON text."""
-    lines = bytes(data).splitlines(keepends=True) if data[:1] == b"{" else [bytes(data)]
-    number = rng.randrange(len(lines))
-    try:
-        value = json.loads(lines[number])
-    except ValueError:
-        lines, number, value = [b""], 0, json.loads(data)
-    places = list(_places(value))
-    owner, key = rng.choice(places)
-    what = rng.randrange(4)
-    if what == 0 and isinstance(owner, dict):
-        del owner[key]
-    elif what == 1 and isinstance(owner, dict):
-        owner[f"{key}x"] = owner.pop(key)
-    elif what == 2:
-        second, at = rng.choice(places)
-        if not _inside(owner[key], second) and not _inside(second[at], owner):
-            owner[key], second[at] = second[at], owner[key]
-    else:
-        owner[key] = rng.choice(ODD)
-    lines[number] = json.dumps(value).encode() + b"\n"
-    return bytearray(b"".join(lines))
-
-
-def _places(value: object) -> Iterator[tuple]:
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in list(items):
-        yield value, key
-        if isinstance(inner, dict | list):
-            yield from _places(inner)
-
-
-def _inside(value: object, owner: object) -> bool:
-    if value is owner:
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return isinstance(value, dict | list) and any(_inside(x, owner) for x in inner)
-
-
-BYTES = (flip, flip, truncate, duplicate, delete, insert, overwrite)
-
-
-def damaged(rng: random.Random, path: Path, others: list[Path]) -> str:
-    """Damage a file in place, or put another one there. Returns what was done."""
-    data = path.read_bytes()
-    kinds: list[Callable | str] = [*BYTES, "swap", "remove"]
-    if path.suffix in (".json", ".yaml", ".jsonl"):
-        kinds += [change_json] * 6
-    kind = rng.choice(kinds)
-    if kind == "remove":
-        path.unlink()
-    elif kind == "swap":
-        path.write_bytes(rng.choice(others).read_bytes())
-    else:
-        path.write_bytes(kind(rng, bytearray(data)))
-    return f"{path.name}: {kind if isinstance(kind, str) else kind.__name__}"
 
 
 def refusal(action: Callable[[], object], name: object, case: object) -> object | None:
@@ -293,7 +176,8 @@ class Fuzz:
         values = np.load(path)
         kind = rng.randrange(5)
         if kind == 0:
-            values = values.astype(rng.choice(["<f4", "<u8", ">i4", "<c8", "S8", "<i2", "?"]))
+            with np.errstate(invalid="ignore"):
+                values = values.astype(rng.choice(["<f4", "<u8", ">i4", "<c8", "S8", "<i2", "?"]))
         elif kind == 1:
             values = rng.choice([values[:-1], values[None], np.concatenate([values, values])])
         elif kind == 2:
@@ -325,7 +209,6 @@ class Fuzz:
         root = self.folder / "saved"
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(self.finished / "saved", root)
-        directory = root / "iter_0000002"
         shutil.rmtree(root / "iter_0000001")
         files = sorted(p for p in root.rglob("*") if p.is_file())
         path = rng.choice(files)
@@ -341,14 +224,13 @@ class Fuzz:
             assert found == self.trained, f"case {case}: {what} was not seen"
             said = path.name in ("checksums.json", "metadata.json", checkpoint.TRACKER)
             assert said or not path.exists() or _same(path, self.finished, root), (case, what)
-        assert directory
         return found
 
     def config(self, rng: random.Random, case: object) -> object | None:
         path, other = self.folder / "run.yaml", self.folder / "other.yaml"
         lines = json.dumps(json.loads(self.settings), indent=1)
         plain = "\n".join(re.sub(r'^(\s*)"(\w+)": ', r"\1\2: ", s) for s in lines.splitlines())
-        path.write_text(rng.choice([self.settings, plain.replace(",", ",")]))
+        path.write_text(rng.choice([self.settings, plain]))
         other.write_text("- a\n- {b: [c\n")
         if path.read_text() != self.settings:
             path.write_bytes(rng.choice(BYTES)(rng, bytearray(path.read_bytes())))
@@ -405,5 +287,5 @@ def test_the_sound_inputs_are_accepted(fuzz, tmp_path):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(text)
         build_dataset([path], "bytes", tmp_path / f"set{number}")
-    assert sum(SHARES.values()) == 200 and torch.is_inference_mode_enabled() is False
+    assert sum(SHARES.values()) == 200
     assert HEADER.encode() in fuzz.sidecar.read_bytes()

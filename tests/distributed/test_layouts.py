@@ -1,0 +1,136 @@
+"""Tensor, sequence, pipeline and virtual pipeline parallelism follow the trajectory of one process.
+
+All runs of two processes go through one `torchrun`. Rows differ in length, and the last step has a
+single group, so that stages also pass empty rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_data_parallel import CUT, NUM_STEPS, SEVERAL, TIMEOUT_S, TOLERANCES, Runs, free_port
+
+SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
+SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+QWEN = {"add_qkv_bias": True, "qk_layernorm": True, "untie_embeddings_and_output_weights": False}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+TP2SP = {**TP2, "sequence_parallel": True}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+ZERO = {"use_distributed_optimizer": True}
+
+OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it follows
+    "tp2": (TP2, {}, "one"),
+    "tp2sp": (TP2SP, {}, "one"),
+    "pp2": (PP2, {}, "one"),
+    "vpp2": (VPP2, {}, "one"),
+    "tp2sp qwen": (TP2SP, QWEN, "one qwen"),
+    "pp2 qwen full": (PP2, {**QWEN, **FULL}, "one qwen"),
+    "vpp2 selective": (VPP2, {"recompute_granularity": "selective"}, "one"),
+}
+OF_FOUR = {
+    "tp2pp2sp": ({**TP2SP, **PP2}, {}, "one"),
+    "tp2dp2 zero": ({**TP2, **ZERO}, {}, "one"),
+    "pp2dp2 zero": ({**PP2, **ZERO}, QWEN, "one qwen"),
+    "vpp2dp2": (VPP2, {}, "one"),
+}
+
+
+def on_processes(count: int, folder: Path, commands: list[list[str]], timeout_s: int) -> None:
+    """Run the commands one after another on `count` processes that torchrun starts."""
+    script = folder / f"several-{count}.py"
+    script.write_text(SEVERAL)
+    given = json.dumps([(argv, free_port()) for argv in commands])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
+    done = subprocess.run(
+        [*torchrun, f"--master-port={free_port()}", str(script), given],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def command(runs: Runs, name: str, layout: dict, sizes: dict) -> list[str]:
+    return runs.train(name, parallel=layout, model={**SIZES, **sizes})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("layouts"))
+    ones = [command(runs, "one", {}, {}), command(runs, "one qwen", {}, QWEN)]
+    on_processes(1, runs.folder, ones, TIMEOUT_S)
+    twos = [command(runs, name, layout, sizes) for name, (layout, sizes, _) in OF_TWO.items()]
+    on_processes(2, runs.folder, twos, 2 * TIMEOUT_S)
+    return runs
+
+
+def assert_same_history(found: list[dict], expected: list[dict]) -> None:
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    assert sum("loss" in row for row in expected) == NUM_STEPS
+    for ours, theirs in zip(found, expected, strict=True):
+        prefix = "" if "loss" in theirs else "eval_"
+        for key, tolerance in TOLERANCES.items():
+            if prefix + key in theirs:
+                a, b = ours[prefix + key], theirs[prefix + key]
+                assert abs(a - b) <= tolerance * max(abs(b), 1e-2), (theirs["step"], key, a, b)
+
+
+def assert_same_weights(runs: Runs, name: str, follows: str) -> None:
+    ours, theirs = runs.weights(name), runs.weights(follows)
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        rows = min(len(ours[key]), len(expected))  # the vocabulary's padding depends on the layout
+        assert (ours[key][:rows] - expected[:rows]).abs().max() <= 1e-4, key
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes_follow_one(runs, name):
+    follows = OF_TWO[name][2]
+    assert_same_history(runs.lines(name), runs.lines(follows))
+    assert_same_weights(runs, name, follows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_follow_one(runs, name):
+    layout, sizes, follows = OF_FOUR[name]
+    on_processes(4, runs.folder, [command(runs, name, layout, sizes)], 2 * TIMEOUT_S)
+    assert_same_history(runs.lines(name), runs.lines(follows))
+
+
+@pytest.mark.parametrize(
+    "saved, resumed",
+    [("tp2sp", VPP2), ("vpp2", {}), ("pp2", TP2)],
+    ids=["tp-vpp", "vpp-dp", "pp-tp"],
+)
+def test_a_checkpoint_goes_on_in_another_layout(runs, saved, resumed):
+    name = f"{saved} then {'-'.join(resumed) or 'dp2'}"
+    runs.cut(saved, name)
+    on_processes(2, runs.folder, [command(runs, name, resumed, {})], TIMEOUT_S)
+    assert CUT < NUM_STEPS
+    assert_same_history(runs.lines(name), runs.lines("one"))
+
+
+@pytest.mark.parametrize(
+    "layout, numbers",
+    [
+        ({"tensor_model_parallel_size": 4}, "num_query_groups = 2 is not a multiple"),
+        ({"pipeline_model_parallel_size": 3}, "num_layers = 4 is not a multiple"),
+        ({**PP2, "virtual_pipeline_model_parallel_size": 3}, "num_layers = 4 is not a multiple"),
+        ({"sequence_parallel": True}, "tensor_model_parallel_size = 1"),
+        ({"virtual_pipeline_model_parallel_size": 2}, "needs two chunks and two stages"),
+        (TP2, "1 processes were started"),
+    ],
+)
+def test_what_does_not_divide_is_refused(runs, layout, numbers, capsys):
+    from megatron_prefix.__main__ import main
+
+    assert main(command(runs, "refused", layout, {})) == 2
+    assert numbers in capsys.readouterr().err
