@@ -40,8 +40,8 @@ bench: install
 	mkdir -p build
 	test -e build/hh.json || $(BIN)/megatron-prefix build --output build/hh --tokenizer $${TOKENIZER:-bytes} \
 	    --input $${MEGATRON_PREFIX_DATA:-../shared/data}/hh_pairs.jsonl.gz
-	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity 8192
-	$(BIN)/python tools/bench_training.py --data build/hh --row-capacity 8192
+	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity 4096
+	$(BIN)/python tools/bench_training.py --data build/hh --row-capacity 4096
 
 clean:
 	rm -rf $(VENV) build quickstart

@@ -21,7 +21,6 @@ setup(
         "transformers",
         "huggingface_hub",
         "safetensors",
-        "datasets",
         "pydantic>=2",
         "PyYAML",
         "tqdm",
@@ -31,7 +30,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "trl>=1.16"],
+        "test": ["pytest", "pytest-timeout", "ruff", "trl>=1.16", "datasets"],
     },
     entry_points={"console_scripts": ["megatron-prefix = megatron_prefix.__main__:main"]},
 )

@@ -245,7 +245,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(
             f"config {path}: {error.strerror}; give --config an existing file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"config {path}: expected sections (data, model, …), found {raw!r}")
@@ -285,7 +285,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.load(text, _yaml_loader())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(f"override {override!r}: the value is not YAML") from None
     if not isinstance(raw.get(section) or {}, dict):
         raise InputError(f"override {override!r}: {section} is not a section in the file")
@@ -305,8 +305,12 @@ def _explain(fault: dict[str, Any]) -> str:
 
 
 def _known_keys(location: tuple) -> list[str]:
-    sections = {name: f.type for name, f in Config.__dataclass_fields__.items()}
-    if not location:
-        return list(sections)
-    section = globals().get(str(sections.get(location[0])))
-    return list(section.__dataclass_fields__) if section else []
+    """Keys of the section at `location`, e.g. ("model", "rope_scaling")."""
+    section: type = Config
+    for part in location:
+        known = section.__dataclass_fields__.get(part)
+        name = str(known.type).split(" | ")[0] if known else ""
+        section = globals().get(name, object)
+        if not hasattr(section, "__dataclass_fields__"):
+            return []
+    return list(section.__dataclass_fields__)

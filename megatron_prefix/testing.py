@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -124,3 +126,20 @@ def random_group(
         ]
         prompt = np.concatenate([paths[int(rng.integers(first, last))].tokens, draw()])
     return paths, pairs
+
+
+def write_random_set(prefix: str | Path, seed: int, num_groups: int) -> str:
+    """Write a data set of random conversations for the byte tokenizer and return its prefix.
+
+    15 to 100 tokens a group; the same for the same seed, wherever it lies.
+    """
+    from megatron_prefix.data.store import DatasetWriter
+    from megatron_prefix.data.tokenizers import load_tokenizer
+    from megatron_prefix.data.tree import build_tree
+
+    rng = np.random.default_rng(seed)
+    with DatasetWriter(prefix, load_tokenizer("bytes").describe()) as writer:
+        for record in range(num_groups):
+            writer.add(build_tree(*random_group(rng)), record)
+        writer.finish()
+    return str(prefix)

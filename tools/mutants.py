@@ -21,6 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 IGNORED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build", "quickstart")
 TESTS_FAILED = 1  # pytest's exit code
+TIMEOUT_S = 900
 
 
 class Mutant(NamedTuple):
@@ -284,9 +285,10 @@ def run(mutant: Mutant, scratch: Path) -> str:
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*IGNORED))
     path = copy / "megatron_prefix" / mutant.file
     text = path.read_text(encoding="utf-8")
-    if text.count(mutant.old) != 1:
+    if mutant.old and text.count(mutant.old) != 1:
         return f"not applied: its text stands {text.count(mutant.old)} times in {mutant.file}"
-    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    if mutant.old:
+        path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     data = os.environ.get("MEGATRON_PREFIX_DATA", str(ROOT.parent / "shared" / "data"))
     environment = os.environ | {
         "PYTHONPATH": str(copy),
@@ -296,7 +298,12 @@ def run(mutant: Mutant, scratch: Path) -> str:
     }
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["-m", "not slow and not gpu", f"tests/{mutant.tests}"]
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"not tried: no answer in {TIMEOUT_S} s"
     if done.returncode == TESTS_FAILED:
         return "killed"
     if done.returncode == 0:
@@ -311,6 +318,11 @@ def main() -> int:
     chosen = [m for m in MUTANTS if not args.names or any(n in m.name for n in args.names)]
     killed = 0
     with tempfile.TemporaryDirectory() as scratch:
+        for tests in sorted({mutant.tests for mutant in chosen}):
+            unbroken = Mutant("nothing", "__init__.py", "", "", tests)
+            if (outcome := run(unbroken, Path(scratch))) != "survived":
+                print(f"tests/{tests} must pass before anything is broken: {outcome}")
+                return 1
         for mutant in chosen:
             outcome = run(mutant, Path(scratch))
             killed += outcome == "killed"

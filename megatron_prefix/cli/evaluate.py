@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from megatron_prefix.cli.options import add_config, quiet_megatron, read_config
 
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prefix.train.evaluate import evaluate
 
     metrics = evaluate(config, args.load, args.per_response)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if args.json:
         print(json.dumps(metrics))
     else:

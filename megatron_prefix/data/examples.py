@@ -40,7 +40,6 @@ SHAREGPT_ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
-ROLES = ", ".join(SHAREGPT_ROLES)
 KINDS = {str: "text", list: "messages"}
 NOT_READ = ("tools", "images", "videos", "audios")
 

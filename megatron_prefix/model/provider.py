@@ -17,24 +17,12 @@ from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.config_rules import layout_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
-from megatron_prefix.model.hf_config import locate, read_hf_config, sizes_from_hf
+from megatron_prefix.model.hf_config import sizes_from_hf
 from megatron_prefix.model.hf_files import HFTensors
 from megatron_prefix.model.hf_weights import WeightMap
 from megatron_prefix.model.init import canonical_parameters, initialize_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def resolve_model(model: ModelConfig) -> tuple[ModelConfig, int | None]:
-    """The model section with all sizes, and the size of the model's own vocabulary.
-
-    With `hf` both come from its config.json; without it the sizes are there already, and the
-    vocabulary is the data set's: None. Raises InputError.
-    """
-    if model.hf is None:
-        return model, None
-    directory = locate(model.hf)
-    return with_sizes(model, read_hf_config(directory), f"{directory}/config.json")
 
 
 def with_sizes(model: ModelConfig, config: dict[str, Any], source: str) -> tuple[ModelConfig, int]:
@@ -57,7 +45,7 @@ def transformer_config(
 ) -> TreeTransformerConfig:
     """Megatron-Core's view of `model`, for CUDA where there is one and else for CPU.
 
-    `model` has sizes (see `resolve_model`). `seed` draws the initial weights; None leaves them
+    `model` has sizes (see `with_sizes`). `seed` draws the initial weights; None leaves them
     undefined, for weights that are loaded next. Raises InputError where the attention backend
     cannot run here.
     """

@@ -19,11 +19,13 @@ from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.losses import dpo_loss
 from megatron_prefix.train.checkpoint import load_weights, resolve_checkpoint
+from megatron_prefix.train.fingerprint import model_fingerprint
 from megatron_prefix.train.initial import initial_model
 from megatron_prefix.train.inputs import evaluation_sampler, open_verified
 from megatron_prefix.train.optimizer import build_model
 from megatron_prefix.train.parallel import world
 from megatron_prefix.train.reference import freeze, score_dataset
+from megatron_prefix.train.sidecar import read_sidecar
 
 
 def evaluate(config: Config, load: str | None, per_response: str | None) -> dict[str, float]:
@@ -46,8 +48,12 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
             build_model(initial.transformer_config(config.train.seed, config.parallel), here)
         )
         initial.load(model)
-        ref_logps = score_dataset(model, sampler, config.loss, here)
-        logps = ref_logps
+        logps = ref_logps = None
+        if config.loss.reference == "precomputed":
+            ref_logps = read_sidecar(config.loss.ref_logps, model_fingerprint(model), dataset)
+        if ref_logps is None or load is None:
+            logps = score_dataset(model, sampler, config.loss, here)
+            ref_logps = logps if ref_logps is None else ref_logps
         if load is not None:
             load_weights(load, model)
             logps = score_dataset(model, sampler, config.loss, here)

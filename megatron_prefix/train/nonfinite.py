@@ -17,6 +17,11 @@ def finite_rows(logs: list[dict]) -> list[bool]:
     return [bool(torch.isfinite(log["sums"]).all()) for log in logs]
 
 
+def file_name(step: int, rank: int | str) -> str:
+    """Name of the file that keeps data-parallel rank `rank`'s rows of a step."""
+    return f"nonfinite-step{step:07d}-rank{rank}.npz"
+
+
 def save_rows(
     directory: str, step: int, rank: int, rows: list[MicroBatch], batches: list[TrainBatch]
 ) -> Path:
@@ -41,7 +46,7 @@ def save_rows(
             "ref_logps": batch.ref_logps.cpu().numpy(),
         }
         arrays |= {f"row{i}_{name}": array for name, array in own.items()}
-    path = Path(directory) / f"nonfinite-step{step:07d}-rank{rank}.npz"
+    path = Path(directory) / file_name(step, rank)
     try:
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)

@@ -44,6 +44,11 @@ class World:
         return self.groups.dp.size()
 
     @property
+    def leads_data_rank(self) -> bool:
+        """Whether this is the one process that speaks for its data-parallel rank."""
+        return self.groups.tp.rank() == 0 and self.groups.pp.rank() == 0
+
+    @property
     def rows(self) -> dict[str, int]:
         """What the layout asks of a sampler: ranks, and multiples of row lengths and counts."""
         parallel = self.parallel

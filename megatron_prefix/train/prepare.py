@@ -139,9 +139,10 @@ def _check_outputs(config: Config, here: World) -> None:
             return
         _probe("train.save", train.save)
         checkpoint.clear_leftovers(train.save)
-        if checkpoint.latest_step(train.save) is not None and not (
-            train.load is not None and checkpoint.latest_step(train.load) is not None
-        ):
+        is_same = (
+            train.load is not None and Path(train.load).resolve() == Path(train.save).resolve()
+        )
+        if checkpoint.latest_step(train.save) is not None and not is_same:
             raise InputError(
                 f"train.save = {train.save} holds the checkpoints of a run already: go on with "
                 f"train.load: {train.save}, or name another directory"
@@ -164,7 +165,14 @@ def _probe(setting: str, directory: str) -> None:
 
 def _latest(config: Config, here: World) -> int:
     load = config.train.load
-    return here.once(lambda: checkpoint.latest_step(load) or 0) if load else 0
+    if load is None:
+        return 0
+    if (Path(load) / checkpoint.COMPLETE).exists():
+        raise InputError(
+            f"train.load = {load} is one checkpoint: give the directory above it, whose "
+            f"{checkpoint.TRACKER} says which one to resume from"
+        )
+    return here.once(lambda: checkpoint.latest_step(load) or 0)
 
 
 def _say_start(config: Config, step: int, here: World) -> None:

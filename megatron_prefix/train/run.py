@@ -183,7 +183,12 @@ class Run:
         }
 
     def _finite_gradients(self, batches: list[TrainBatch]) -> list[bool]:
-        """Whether each row alone has finite gradients; its peers on other ranks run with it."""
+        """Whether each row alone has finite gradients; its peers on other ranks run with it.
+
+        Interleaved stages run several rows or none, so that under them no row is to blame.
+        """
+        if self.config.parallel.virtual_pipeline_model_parallel_size is not None:
+            return [True] * len(batches)
         found = []
         for batch in batches:
             self._gradients([batch])
@@ -193,13 +198,23 @@ class Run:
     def _stop_nonfinite(self, what: str, rows, batches, is_finite: list[bool]) -> None:
         """Keep the step's rows and raise RunError with those that are to blame."""
         step, rank = self.step + 1, self.world.data_rank
-        path = nonfinite.save_rows(self.config.logging.output, step, rank, rows, batches)
-        blamed = self.world.gather(nonfinite.describe(rank, rows, is_finite))
-        lines = [line for part in blamed for line in part] or ["the sum of all rows"]
+        output, note = self.config.logging.output, ""
+        kept = rank if self.world.data_size == 1 else "*"
+        if self.world.leads_data_rank:
+            try:
+                nonfinite.save_rows(output, step, rank, rows, batches)
+            except OSError as error:
+                note = f"could not be kept ({error.strerror})"
+        found = self.world.gather((nonfinite.describe(rank, rows, is_finite), note))
+        lines = sorted({line for part, _ in found for line in part}) or ["the sum of all rows"]
+        notes = [note for _, note in found if note] or [
+            f"are kept in {output}/{nonfinite.file_name(step, kept)} for replay"
+        ]
+        among = "one of " if what == "gradient" and len(lines) > 1 else ""
         raise RunError(
-            f"the {what} of step {step} is not finite: {'; '.join(lines)}. The weights are those "
-            f"of step {self.step}; the step's rows are kept in {path.parent}/{path.name} for "
-            "replay. Look at these groups, lower optimizer.lr, or resume from a checkpoint"
+            f"the {what} of step {step} is not finite: {among}{'; '.join(lines)}. The weights are "
+            f"those of step {self.step}; the step's rows {notes[0]}. Look at these groups, lower "
+            "optimizer.lr, or resume from a checkpoint"
         )
 
 

@@ -42,4 +42,5 @@ class StopRequest:
     def is_asked(self) -> bool:
         """Whether any rank has received a signal; collective, the same answer on all."""
         flag = torch.tensor([float(self._received is not None)], device=self._world.device)
-        return bool(self._world.max(flag).item())
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())

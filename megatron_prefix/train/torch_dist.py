@@ -134,9 +134,8 @@ def check_same_tensors(request: dict, path: Path) -> None:
 class InProcessSave(SaveShardedStrategy):
     """Megatron-Core's save strategy on torch's own writer, without child processes."""
 
-    def __init__(self, planner: dcp.SavePlanner | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__("torch_dist", 1)
-        self._planner = planner or MCoreSavePlanner(flatten_state_dict=False)
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -154,7 +153,7 @@ class InProcessSave(SaveShardedStrategy):
         dcp.save(
             mcore_to_pyt_state_dict(by_key, False),
             storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=self._planner,
+            planner=MCoreSavePlanner(flatten_state_dict=False),
         )
 
 
@@ -237,10 +236,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save(state: dict, path: Path, planner: dcp.SavePlanner | None = None) -> None:
+def save(state: dict, path: Path) -> None:
     """Write `state` into the empty directory `path`; collective. Raises OSError."""
     try:
-        dist_checkpointing.save(state, str(path), sharded_strategy=InProcessSave(planner))
+        dist_checkpointing.save(state, str(path), sharded_strategy=InProcessSave())
     except CheckpointException as error:  # a failure of any rank, on every rank
         causes = [failure[0] for failure in error.failures.values()]
         cause = next((c for c in causes if isinstance(c, OSError)), causes[0])

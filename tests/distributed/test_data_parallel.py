@@ -20,10 +20,8 @@ import pytest
 import torch
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
-from megatron_prefix.data.tokenizers import load_tokenizer
-from megatron_prefix.data.tree import build_tree
-from megatron_prefix.testing import random_group
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.testing import write_random_set
 
 TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "rewards/margins": 1e-3}
 """Relative, the denominator at least 1e-2; weights differ by at most 1e-4."""
@@ -63,22 +61,13 @@ def two_processes(folder: Path, *commands: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def make_set(prefix: Path, seed: int, num_groups: int) -> str:
-    rng = np.random.default_rng(seed)
-    with DatasetWriter(prefix, load_tokenizer("bytes").describe()) as writer:
-        for record in range(num_groups):
-            writer.add(build_tree(*random_group(rng)), record)
-        writer.finish()
-    return str(prefix)
-
-
 class Runs:
     """A folder of runs by name, each with its config.yaml, metrics and checkpoints."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.data = make_set(folder / "train", 0, NUM_GROUPS)
-        self.valid = make_set(folder / "valid", 1, 5)
+        self.data = write_random_set(folder / "train", 0, NUM_GROUPS)
+        self.valid = write_random_set(folder / "valid", 1, 5)
 
     def output(self, name: str) -> Path:
         return self.folder / "runs" / name

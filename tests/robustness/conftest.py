@@ -5,36 +5,22 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 from commands import write_config
 
-from megatron_prefix.data.store import DatasetWriter
-from megatron_prefix.data.tokenizers import load_tokenizer
-from megatron_prefix.data.tree import build_tree
-from megatron_prefix.testing import random_group
-
-
-def make_set(prefix: Path, seed: int, num_groups: int) -> str:
-    """Random conversations of 15 to 100 tokens; the same for the same seed, wherever they lie."""
-    rng = np.random.default_rng(seed)
-    with DatasetWriter(prefix, load_tokenizer("bytes").describe()) as writer:
-        for record in range(num_groups):
-            writer.add(build_tree(*random_group(rng)), record)
-        writer.finish()
-    return str(prefix)
+from megatron_prefix.testing import write_random_set
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> str:
     """PREFIX of eight conversations."""
-    return make_set(tmp_path_factory.mktemp("data") / "set", 0, 8)
+    return write_random_set(tmp_path_factory.mktemp("data") / "set", 0, 8)
 
 
 @pytest.fixture(scope="session")
 def other(tmp_path_factory) -> str:
     """PREFIX of five other ones."""
-    return make_set(tmp_path_factory.mktemp("other") / "other", 1, 5)
+    return write_random_set(tmp_path_factory.mktemp("other") / "other", 1, 5)
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 from commands import TIMEOUT_S, command, forked, launch, lines, write_config
-from conftest import make_set
 
 from megatron_prefix.__main__ import main
+from megatron_prefix.testing import write_random_set
 from megatron_prefix.train import checkpoint, reference, sidecar
 from megatron_prefix.train.sidecar import PartialScores
 
@@ -184,7 +184,7 @@ def test_a_resumed_run_keeps_its_reference(dataset, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> str:
     """PREFIX of 70 conversations: with one a step, scoring saves twice on its way."""
-    return make_set(tmp_path_factory.mktemp("many") / "set", 2, 70)
+    return write_random_set(tmp_path_factory.mktemp("many") / "set", 2, 70)
 
 
 @pytest.mark.parametrize("moment", ["first save", "inside a save", "last save", "at the end"])

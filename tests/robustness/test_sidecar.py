@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import command, lines, refused, write_config
-from conftest import make_set
 from safetensors.numpy import load_file
 
 from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenizers import load_tokenizer
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.testing import random_group
+from megatron_prefix.testing import random_group, write_random_set
 from megatron_prefix.train.sidecar import PartialScores
 
 
@@ -94,7 +93,7 @@ def fingerprint(prefix: str) -> str:
 
 
 def test_another_data_set_is_refused(sidecar, dataset, tmp_path, capsys):
-    third = make_set(tmp_path / "third", 5, 4)
+    third = write_random_set(tmp_path / "third", 5, 4)
     message = refused(train(tmp_path, third, loss=known(sidecar)), capsys, sidecar, third)
     assert fingerprint(third) in message and fingerprint(dataset) in message
 
