@@ -13,10 +13,9 @@ import pytest
 
 from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.sampler import group_lengths
-from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
-from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree, ResponsePath, build_tree
-from megatron_prefix.testing import random_group
+from megatron_prefix.testing import write_random_set
 
 OPTIONS = BuildOptions(max_length=16384, overflow="drop")
 
@@ -32,25 +31,16 @@ def here():
         yield here
 
 
-def _random_dataset(prefix: Path, seed: int, num_groups: int = 12) -> str:
-    rng = np.random.default_rng(seed)
-    with DatasetWriter(prefix, load_tokenizer("bytes").describe()) as writer:
-        for record in range(num_groups):
-            writer.add(build_tree(*random_group(rng)), record)
-        writer.finish()
-    return str(prefix)
-
-
 @pytest.fixture(scope="session")
 def random_set(tmp_path_factory) -> str:
     """PREFIX of twelve random conversations of 15 to 100 tokens."""
-    return _random_dataset(tmp_path_factory.mktemp("random") / "set", seed=0)
+    return write_random_set(tmp_path_factory.mktemp("random") / "set", 0, 12)
 
 
 @pytest.fixture(scope="session")
 def other_random_set(tmp_path_factory) -> str:
     """PREFIX of another twelve."""
-    return _random_dataset(tmp_path_factory.mktemp("other") / "set", seed=1)
+    return write_random_set(tmp_path_factory.mktemp("other") / "set", 1, 12)
 
 
 def _smallest_groups(source: Path, folder: Path, num_groups: int, num_read: int) -> str:
