@@ -15,7 +15,7 @@ from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.sampler import group_lengths
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree, ResponsePath, build_tree
-from megatron_prefix.testing import write_random_set
+from megatron_prefix.testing import random_group, write_random_set
 
 OPTIONS = BuildOptions(max_length=16384, overflow="drop")
 
