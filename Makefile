@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+# Of `make bench`: a row of 8192 holds every tree of HH-RLHF in bytes (TOKENIZER=… changes them).
+ROW_CAPACITY ?= 8192
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .PHONY: install quickstart test test-all test-gpu lint bench mutants clean
@@ -40,8 +42,8 @@ bench: install
 	mkdir -p build
 	test -e build/hh.json || $(BIN)/megatron-prefix build --output build/hh --tokenizer $${TOKENIZER:-bytes} \
 	    --input $${MEGATRON_PREFIX_DATA:-../shared/data}/hh_pairs.jsonl.gz
-	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity 4096
-	$(BIN)/python tools/bench_training.py --data build/hh --row-capacity 4096
+	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity $(ROW_CAPACITY)
+	$(BIN)/python tools/bench_training.py --data build/hh --row-capacity $(ROW_CAPACITY)
 
 clean:
 	rm -rf $(VENV) build quickstart
