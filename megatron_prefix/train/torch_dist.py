@@ -12,7 +12,6 @@ holds tensors only.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -36,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_prefix.data.columns import sha256
 from megatron_prefix.errors import InputError
 
 COMPLETE = "metadata.json"
@@ -164,7 +164,7 @@ def write_checksums(path: Path) -> None:
     """
     own: dict[str, str] | OSError = {}
     try:
-        own = {name: _sha256(path / name) for name in _own_share(_files(path))}
+        own = {name: sha256(path / name) for name in _own_share(_files(path))}
     except OSError as error:
         own = error
     parts = _gathered(own)
@@ -187,7 +187,7 @@ def check_checksums(path: Path) -> None:
         expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
         names = sorted(set(expected) | set(_files(path)))
         for name in _own_share(names):
-            if not (path / name).is_file() or _sha256(path / name) != expected.get(name):
+            if not (path / name).is_file() or sha256(path / name) != expected.get(name):
                 own.append(name)
     except FileNotFoundError:
         own = []
@@ -226,14 +226,6 @@ def _files(path: Path) -> list[str]:
         for file in path.rglob("*")
         if file.is_file() and file.name not in (CHECKSUMS, COMPLETE)
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def save(state: dict, path: Path) -> None:
