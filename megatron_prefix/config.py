@@ -129,6 +129,11 @@ class ParallelConfig:
     """Stages that follow one another."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Chunks of layers that each stage holds, interleaved over the stages."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of each row through all layers."""
+    cp_comm: Literal["all_gather", "all_to_all", "needed_rows"] | None = None
+    """How context-parallel ranks get keys. `needed_rows` (default): the rows on the root paths of
+    their tokens; `all_gather`: all rows; `all_to_all`: all rows for a share of the heads."""
     use_distributed_optimizer: Switch = False
     """Each rank keeps its share of the optimizer's state (ZeRO stage 1)."""
 

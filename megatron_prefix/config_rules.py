@@ -134,6 +134,17 @@ def layout_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
                 f"model.{key} = {value} is not a multiple of "
                 f"parallel.tensor_model_parallel_size = {tensor}"
             )
+    heads = tensor * parallel.context_parallel_size
+    if parallel.cp_comm == "all_to_all":
+        for key in ("num_attention_heads", "num_query_groups"):
+            value = getattr(model, key) or model.num_attention_heads
+            if value % heads:
+                yield (
+                    f"model.{key} = {value} is not a multiple of parallel.context_parallel_size = "
+                    f"{parallel.context_parallel_size} x parallel.tensor_model_parallel_size = "
+                    f"{tensor}, which parallel.cp_comm: all_to_all divides heads by: use "
+                    "needed_rows or all_gather"
+                )
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     stages = parallel.pipeline_model_parallel_size
     together = model.recompute_num_layers
@@ -156,6 +167,11 @@ def _parallel_faults(parallel: ParallelConfig) -> Iterator[str]:
         yield (
             "parallel.sequence_parallel: true shares tokens among tensor-parallel ranks, and "
             "parallel.tensor_model_parallel_size = 1: raise it, or leave sequence_parallel out"
+        )
+    if parallel.cp_comm is not None and parallel.context_parallel_size == 1:
+        yield (
+            f"parallel.cp_comm = {parallel.cp_comm} with parallel.context_parallel_size = 1: it "
+            "counts for rows that several ranks share; raise the size, or leave cp_comm out"
         )
     chunks = parallel.virtual_pipeline_model_parallel_size
     if chunks is not None and (chunks == 1 or parallel.pipeline_model_parallel_size == 1):

@@ -19,6 +19,7 @@ from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.sampler import Sampler, StepPlan
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import RunError, Stopped
+from megatron_prefix.model.gpt import unwrap
 from megatron_prefix.train import checkpoint, nonfinite
 from megatron_prefix.train.evaluate import preference_metrics
 from megatron_prefix.train.first_loss import check_first_loss
@@ -77,7 +78,8 @@ class Run:
         start = time.monotonic()
         plan = self.sampler.step(self.step)
         rows = self.sampler.micro_batches(plan, self.world.data_rank)
-        batches = [to_device(row, self.world.device, plan.weight) for row in rows]
+        context = self.world.context(unwrap(self.policy[0]).config)
+        batches = [to_device(row, self.world.device, plan.weight, context) for row in rows]
         batches = self.reference.attach(rows, batches)
         logs = self._gradients(batches)
         means = self._means(plan, logs)

@@ -22,6 +22,7 @@ QWEN = {"add_qkv_bias": True, "qk_layernorm": True, "untie_embeddings_and_output
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 TP2SP = {**TP2, "sequence_parallel": True}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True}
 
 OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it follows
@@ -32,12 +33,21 @@ OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it foll
     "tp2sp qwen": (TP2SP, QWEN, "one qwen"),
     "pp2 qwen full": (PP2, {**QWEN, **FULL}, "one qwen"),
     "vpp2 selective": (VPP2, {"recompute_granularity": "selective"}, "one"),
+    "cp2 all_gather": ({**CP2, "cp_comm": "all_gather"}, {}, "one"),
+    "cp2 all_to_all": ({**CP2, "cp_comm": "all_to_all"}, {}, "one"),
+    "cp2 needed_rows": (CP2, {}, "one"),
+    "cp2 qwen full": (CP2, {**QWEN, **FULL}, "one qwen"),
 }
 OF_FOUR = {
     "tp2pp2sp": ({**TP2SP, **PP2}, {}, "one"),
     "tp2dp2 zero": ({**TP2, **ZERO}, {}, "one"),
     "pp2dp2 zero": ({**PP2, **ZERO}, QWEN, "one qwen"),
     "vpp2dp2": (VPP2, {}, "one"),
+    "cp4": ({"context_parallel_size": 4}, {}, "one"),
+    "tp2cp2sp": ({**TP2SP, **CP2}, {}, "one"),
+    "pp2cp2": ({**PP2, **CP2, "cp_comm": "all_gather"}, QWEN, "one qwen"),
+    "dp2cp2 zero": ({**CP2, **ZERO}, {}, "one"),
+    "dp2cp2 heads": ({**CP2, "cp_comm": "all_to_all"}, {}, "one"),
 }
 
 

@@ -387,10 +387,10 @@ def test_bad_arguments_are_named():
     for bad, message in [
         ((q[0], k, v, layout), "q needs shape"),
         ((q, k, v[:, :1], layout), "k and v"),
-        ((q, k[:8], v[:8], layout), "same tokens"),
+        ((q, k[:8], v[:8], layout), "which have 9 and 8"),
         ((q[:, :3], k, v, layout), "multiple of the key/value heads"),
         ((q, k, v.float(), layout), "one dtype"),
-        ((q[:8], k[:8], v[:8], layout), "9 tokens, q has 8"),
+        ((q[:8], k[:8], v[:8], layout), "which have 8 and 8"),
         ((q, k, v, TreePlan(layout, "meta")), "built for meta"),
         ((q, k, v, None), "TreeLayout or TreePlan"),
     ]:
