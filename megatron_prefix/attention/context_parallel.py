@@ -112,6 +112,12 @@ class AllGather:
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _with_keys(attend, q, k, v, self)
 
+    def bytes_sent(self, num_heads: int, num_groups: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that this rank sends for one layer, forward and backward."""
+        size = self.group.size()
+        rows = len(self.by_rank) // size * (size - 1)
+        return rows * 2 * num_groups * head_dim * (2 * itemsize + max(itemsize, 4))
+
     def bring(self, keys: Tensor) -> Tensor:
         """Own rows [L, ...] -> all rows [T, ...] in their order."""
         found = keys.new_empty(len(self.by_rank), *keys.shape[1:])
@@ -164,6 +170,11 @@ class NeededRows:
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _with_keys(attend, q, k, v, self)
 
+    def bytes_sent(self, num_heads: int, num_groups: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that this rank sends for one layer, forward and backward."""
+        row = 2 * num_groups * head_dim
+        return row * (2 * sum(self.sent) * itemsize + sum(self.received) * max(itemsize, 4))
+
     def bring(self, keys: Tensor) -> Tensor:
         """Own rows [L, ...] -> needed rows [S, ...] in their order."""
         found = keys.new_empty(sum(self.received), *keys.shape[1:])
@@ -203,6 +214,12 @@ class Heads:
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(*(_HeadsForRows.apply(x, self) for x in (q, k, v)))
         return _RowsForHeads.apply(out, self)
+
+    def bytes_sent(self, num_heads: int, num_groups: int, head_dim: int, itemsize: int) -> int:
+        """Bytes that this rank sends for one layer, forward and backward."""
+        size = self.group.size()
+        entries = len(self.by_rank) // size * (2 * num_heads + 2 * num_groups) * head_dim
+        return 2 * entries * (size - 1) // size * itemsize
 
     def to_rows(self, x: Tensor) -> Tensor:
         """Own rows of all heads [L, N, H] -> all rows of own heads [T, N / ranks, H]."""
