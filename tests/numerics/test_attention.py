@@ -84,15 +84,15 @@ def piece_scores(q, k, scale):
     return scores.masked_fill(~seen, float("-inf"))
 
 
-def stand_in_flash(layout):
-    plan = build_path_plan(layout, "cpu")
+def stand_in_flash(layout, *rows):
+    plan = build_path_plan(layout, "cpu", *rows)
     operators = Operators(varlen_forward, varlen_backward)
     return lambda q, k, v: flash_attention(q, k, v, plan, q.size(-1) ** -0.5, operators)
 
 
 def path_with(kernel):
-    def engine(layout):
-        plan = build_path_plan(layout, "cpu")
+    def engine(layout, *rows):
+        plan = build_path_plan(layout, "cpu", *rows)
         return lambda q, k, v: _PathAttention.apply(q, k, v, plan, q.size(-1) ** -0.5, kernel)
 
     return engine
