@@ -25,7 +25,7 @@ from megatron_prefix.train.evaluate import preference_metrics
 from megatron_prefix.train.first_loss import check_first_loss
 from megatron_prefix.train.initial import InitialModel
 from megatron_prefix.train.metrics import MetricsWriter, Progress
-from megatron_prefix.train.optimizer import gradient_norm, gradient_step
+from megatron_prefix.train.optimizer import finish_param_gather, gradient_norm, gradient_step
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.reference import Reference, score_dataset
 from megatron_prefix.train.step import PAIR_SUMS, TrainBatch, run_schedule, to_device
@@ -127,6 +127,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        finish_param_gather(self.policy)
         checkpoint.save_checkpoint(
             self.config.train.save,
             self.step,

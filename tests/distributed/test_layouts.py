@@ -24,6 +24,7 @@ TP2SP = {**TP2, "sequence_parallel": True}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True}
+OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it follows
     "tp2": (TP2, {}, "one"),
@@ -33,6 +34,9 @@ OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it foll
     "tp2sp qwen": (TP2SP, QWEN, "one qwen"),
     "pp2 qwen full": (PP2, {**QWEN, **FULL}, "one qwen"),
     "vpp2 selective": (VPP2, {"recompute_granularity": "selective"}, "one"),
+    "dp2 grad overlap": ({"overlap_grad_reduce": True}, {}, "one"),
+    "dp2 overlaps": (OVERLAP, QWEN, "one qwen"),
+    "pp2 uneven": ({**PP2, "num_layers_in_first_pipeline_stage": 1}, {}, "one"),
     "cp2 all_gather": ({**CP2, "cp_comm": "all_gather"}, {}, "one"),
     "cp2 all_to_all": ({**CP2, "cp_comm": "all_to_all"}, {}, "one"),
     "cp2 needed_rows": (CP2, {}, "one"),
@@ -43,6 +47,7 @@ OF_FOUR = {
     "tp2dp2 zero": ({**TP2, **ZERO}, {}, "one"),
     "pp2dp2 zero": ({**PP2, **ZERO}, QWEN, "one qwen"),
     "vpp2dp2": (VPP2, {}, "one"),
+    "vpp2dp2 overlaps": ({**VPP2, **OVERLAP}, QWEN, "one qwen"),
     "cp4": ({"context_parallel_size": 4}, {}, "one"),
     "tp2cp2sp": ({**TP2SP, **CP2}, {}, "one"),
     "pp2cp2": ({**PP2, **CP2, "cp_comm": "all_gather"}, QWEN, "one qwen"),
