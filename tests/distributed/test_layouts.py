@@ -82,6 +82,9 @@ def runs(tmp_path_factory) -> Runs:
     ones = [command(runs, "one", {}, {}), command(runs, "one qwen", {}, QWEN)]
     on_processes(1, runs.folder, ones, TIMEOUT_S)
     twos = [command(runs, name, layout, sizes) for name, (layout, sizes, _) in OF_TWO.items()]
+    saved = str(runs.output("unread") / "saved")
+    train = {"epochs": 1, "save": saved, "load": saved, "save_interval": CUT}
+    twos.append(runs.train("unread", parallel=OVERLAP, model=SIZES, train=train))
     on_processes(2, runs.folder, twos, 2 * TIMEOUT_S)
     return runs
 
@@ -97,8 +100,8 @@ def assert_same_history(found: list[dict], expected: list[dict]) -> None:
                 assert abs(a - b) <= tolerance * max(abs(b), 1e-2), (theirs["step"], key, a, b)
 
 
-def assert_same_weights(runs: Runs, name: str, follows: str) -> None:
-    ours, theirs = runs.weights(name), runs.weights(follows)
+def assert_same_weights(runs: Runs, name: str, follows: str, step: int = NUM_STEPS) -> None:
+    ours, theirs = runs.weights(name, step), runs.weights(follows, step)
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
         rows = min(len(ours[key]), len(expected))  # the vocabulary's padding depends on the layout
@@ -110,6 +113,11 @@ def test_two_processes_follow_one(runs, name):
     follows = OF_TWO[name][2]
     assert_same_history(runs.lines(name), runs.lines(follows))
     assert_same_weights(runs, name, follows)
+
+
+def test_weights_are_gathered_before_they_are_saved(runs):
+    """No evaluation came between the optimizer's step and the checkpoint."""
+    assert_same_weights(runs, "unread", "one", CUT)
 
 
 @pytest.mark.slow
