@@ -17,7 +17,6 @@ Shapes: T tokens, Q chunks, S segments, K rows needed of each chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,12 +24,16 @@ import numpy as np
 from megatron_prefix.layout import TreeLayout
 
 CHUNKS_PER_RANK = 32
+RUN_LENGTHS = (1, 4, 12)
+"""Chunks that change owners together: the first of a long tree brings its root path along, which
+pays for several at once."""
 TOLERANCE = 0.01
 """Swapping stops where the slowest rank is this little above the mean."""
 
-KEY_WEIGHTS = (1.0, 0.3, 0.1, 0.03, 0.0)
-"""What a key counts against area in a swap. The first chunk of a long tree that moves brings its
-whole root path along, so that a swap may have to be made at a loss for the next ones to pay."""
+KEY_WEIGHTS = (1.0, 0.5, 0.2, 0.0)
+"""What a key counts against area, one after another until a start ends in balance."""
+KEY_PRICE = 0.05
+"""What a key sent costs beside the time of the slower rank: of like swaps the one with fewer."""
 
 LINEAR_FLOPS, ATTENTION_FLOPS, LINK_BYTES = 500e12, 350e12, 100e9
 """A second of one Hopper GPU and its link, by order of magnitude; only their ratios matter."""
@@ -106,15 +109,16 @@ def tree_aware(layout: TreeLayout, size: int, cost: ContextCost) -> list[np.ndar
     if size == 1:
         return contiguous(layout, size)
     chunks = _Chunks.cut(layout, size)
-    start, found = chunks.owner.copy(), []
-    for weight in KEY_WEIGHTS:
+    starts = [(chunks.owner, weight) for weight in KEY_WEIGHTS]
+    found = []
+    for start, weight in [*starts, (_spread_area(chunks, size), 1.0)]:
         chunks.owner = start.copy()
-        _Swaps(chunks, size, replace(cost, per_key=weight * cost.per_key)).run()
-        polished = _Swaps(chunks, size, cost)
-        polished.run()
-        times = polished.times
-        found.append((times.max(), chunks.owner))
-        if times.max() <= (1 + TOLERANCE) * times.mean():
+        if weight < 1:
+            _Swaps(chunks, size, replace(cost, per_key=weight * cost.per_key)).run()
+        swaps = _Swaps(chunks, size, cost)
+        swaps.run()
+        found.append((swaps.times.max(), chunks.owner))
+        if swaps.is_balanced:
             break
     chunks.owner = min(found, key=lambda x: x[0])[1]
     return chunks.rows_by_rank(size)
@@ -124,15 +128,21 @@ def greedy_by_area(layout: TreeLayout, size: int) -> list[np.ndarray]:
     """Chunks of largest area first, each to the rank with the least area that has places left:
     balance without a thought for keys, to compare with."""
     chunks = _Chunks.cut(layout, size)
-    movable = np.flatnonzero(chunks.is_movable)
-    areas = np.bincount(chunks.owner, np.where(chunks.is_movable, 0, chunks.area), size)
+    chunks.owner = _spread_area(chunks, size)
+    return chunks.rows_by_rank(size)
+
+
+def _spread_area(chunks: _Chunks, size: int) -> np.ndarray:
+    """Owners of chunks whose area is spread evenly."""
+    owner, movable = chunks.owner.copy(), np.flatnonzero(chunks.is_movable)
+    areas = np.bincount(owner, np.where(chunks.is_movable, 0, chunks.area), size)
     places = np.full(size, len(movable) // size)
     for chunk in movable[np.argsort(-chunks.area[movable], kind="stable")]:
         rank = int(np.where(places > 0, areas, np.inf).argmin())
-        chunks.owner[chunk] = rank
+        owner[chunk] = rank
         areas[rank] += chunks.area[chunk]
         places[rank] -= 1
-    return chunks.rows_by_rank(size)
+    return owner
 
 
 @dataclass(eq=False)
@@ -203,10 +213,12 @@ class _Swaps:
     def run(self) -> None:
         for _ in range(4 * CHUNKS_PER_RANK * self.size):
             slow = int(self.times.argmax())
-            if self.times[slow] <= (1 + TOLERANCE) * self.times.mean():
+            if self.is_balanced or not self._swap(slow, self._best(slow)):
                 return
-            if not self._swap(slow, self._best(slow)):
-                return
+
+    @property
+    def is_balanced(self) -> bool:
+        return bool(self.times.max() <= (1 + TOLERANCE) * self.times.mean())
 
     def _needed(self, rank: int) -> np.ndarray:
         """Rows of each chunk that a rank needs, [Q]: the most that one of its chunks does."""
@@ -218,45 +230,67 @@ class _Swaps:
         received = self.needed[rank][~is_own].sum()
         return self.token_time + self.cost.per_entry * area + self.cost.per_key * received
 
-    def _best(self, slow: int) -> tuple[int, int] | None:
-        """The pair of chunks whose exchange leaves the slower of both ranks fastest."""
+    def _best(self, slow: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The runs of chunks whose exchange leaves the slower of both ranks fastest."""
         best, chosen = self.times[slow], None
-        given = self._movable(slow)
-        for rank in np.flatnonzero(self.times < self.times.mean()):
-            taken = self._movable(rank)
-            gain = self.cost.per_entry * (
-                self.chunks.area[given][:, None] - self.chunks.area[taken]
-            )
-            to_rank = self._extra_keys(rank, given)[:, None]
-            to_slow = self._extra_keys(slow, taken)[None, :]
-            later = np.maximum(self.times[slow] - gain + to_slow, self.times[rank] + gain + to_rank)
-            later = later + to_rank + to_slow
-            i, j = np.unravel_index(later.argmin(), later.shape)
-            if later[i, j] < best:
-                best, chosen = later[i, j], (int(given[i]), int(taken[j]))
+        for length in RUN_LENGTHS:
+            given = self._runs(slow, length)
+            for rank in np.flatnonzero(self.times < self.times.mean()):
+                taken = self._runs(rank, length)
+                if not (len(given) and len(taken)):
+                    continue
+                area = (self.chunks.area[x].sum(axis=1) for x in (given, taken))
+                gain = self.cost.per_entry * np.subtract.outer(*area)
+                from_slow, to_rank = self._spared(slow, given), self._added(rank, given)
+                from_rank, to_slow = self._spared(rank, taken), self._added(slow, taken)
+                later = np.maximum(
+                    self.times[slow] - gain + np.subtract.outer(-from_slow, -to_slow),
+                    self.times[rank] + gain + np.subtract.outer(to_rank, from_rank),
+                )
+                later = later + KEY_PRICE * np.add.outer(to_rank - from_slow, to_slow - from_rank)
+                i, j = np.unravel_index(later.argmin(), later.shape)
+                if later[i, j] < best:
+                    best, chosen = later[i, j], (given[i], taken[j])
         return chosen
 
-    def _movable(self, rank: int) -> np.ndarray:
-        return np.flatnonzero((self.chunks.owner == rank) & self.chunks.is_movable)
+    def _runs(self, rank: int, length: int) -> np.ndarray:
+        """Movable chunks of a rank, `length` together in its order, [runs, length]."""
+        own = np.flatnonzero((self.chunks.owner == rank) & self.chunks.is_movable)
+        if len(own) < length:
+            return own[:0].reshape(0, length)
+        return np.lib.stride_tricks.sliding_window_view(own, length)[:: max(length // 2, 1)]
 
-    def _extra_keys(self, rank: int, chunks: np.ndarray) -> np.ndarray:
-        """Modelled time of the keys that a rank would need anew with each of `chunks`."""
+    def _added(self, rank: int, runs: np.ndarray) -> np.ndarray:
+        """Modelled time of the keys that a rank would need anew with each of `runs`."""
         foreign = self.chunks.owner != rank
-        more = self.chunks.needs[chunks][:, foreign] - self.needed[rank][foreign]
+        needs = self.chunks.needs[runs].max(axis=1)[:, foreign]
+        more = needs - self.needed[rank][foreign]
         return self.cost.per_key * np.maximum(more, 0).sum(axis=1)
 
-    def _swap(self, slow: int, pair: tuple[int, int] | None) -> bool:
-        """Exchange a pair; False, and everything as it was, where that does not help."""
-        if pair is None:
+    def _spared(self, rank: int, runs: np.ndarray) -> np.ndarray:
+        """Modelled time of the keys that a rank would no longer need without each of `runs`."""
+        own = np.flatnonzero(self.chunks.owner == rank)
+        foreign = self.chunks.owner != rank
+        needs = self.chunks.needs[own][:, foreign]
+        nothing = np.zeros((1, needs.shape[1]), needs.dtype)
+        before = np.concatenate([nothing, np.maximum.accumulate(needs)])
+        behind = np.concatenate([np.maximum.accumulate(needs[::-1])[::-1], nothing])
+        first, last = np.searchsorted(own, runs[:, 0]), np.searchsorted(own, runs[:, -1])
+        kept = np.maximum(before[first], behind[last + 1])
+        return self.cost.per_key * (self.needed[rank][foreign] - kept).sum(axis=1)
+
+    def _swap(self, slow: int, runs: tuple[np.ndarray, np.ndarray] | None) -> bool:
+        """Exchange two runs; False, and everything as it was, where that does not help."""
+        if runs is None:
             return False
-        given, taken = pair
-        other = int(self.chunks.owner[taken])
+        given, taken = runs
+        other = int(self.chunks.owner[taken[0]])
         before = self.times[slow]
-        self.chunks.owner[[given, taken]] = other, slow
+        self.chunks.owner[given], self.chunks.owner[taken] = other, slow
         self._update(slow, other)
         if max(self.times[slow], self.times[other]) < before:
             return True
-        self.chunks.owner[[given, taken]] = slow, other
+        self.chunks.owner[given], self.chunks.owner[taken] = slow, other
         self._update(slow, other)
         return False
 
@@ -264,6 +298,3 @@ class _Swaps:
         for rank in ranks:
             self.needed[rank] = self._needed(rank)
             self.times[rank] = self._time(rank)
-
-
-Rule = Callable[[TreeLayout, int], list[np.ndarray]]
