@@ -94,12 +94,13 @@ class Runs:
     def train(self, name: str, **sections) -> list[str]:
         return ["train", "--config", self.config(name, **sections)]
 
-    def cut(self, source: str, name: str) -> None:
-        """What `source` had left if it had been killed behind step CUT + 1."""
+    def cut(self, source: str, name: str, step: int = CUT) -> None:
+        """What `source` had left if it had been killed behind its checkpoint of `step`."""
         shutil.copytree(self.output(source), self.output(name))
         saved = self.output(name) / "saved"
-        shutil.rmtree(saved / f"iter_{NUM_STEPS:07d}")
-        (saved / "latest_checkpointed_iteration.txt").write_text(str(CUT))
+        for later in range(step + 1, NUM_STEPS + 1):
+            shutil.rmtree(saved / f"iter_{later:07d}", ignore_errors=True)
+        (saved / "latest_checkpointed_iteration.txt").write_text(str(step))
 
     def lines(self, name: str) -> list[dict]:
         text = (self.output(name) / "metrics.jsonl").read_text()

@@ -141,6 +141,37 @@ def test_a_checkpoint_goes_on_in_another_layout(runs, saved, resumed):
     assert_same_history(runs.lines(name), runs.lines("one"))
 
 
+@pytest.mark.slow
+def test_one_step_in_each_of_four_layouts_is_one_history(runs):
+    """TP 2 -> PP 2 -> DP 2 with its optimizer distributed -> CP 2, each resuming the last."""
+    previous = None
+    for step, layout in enumerate([{**TP2, **ZERO}, {**PP2, **ZERO}, ZERO, {**CP2, **ZERO}]):
+        name = f"turn {step}"
+        if previous:
+            runs.cut(previous, name, step)
+        saved = str(runs.output(name) / "saved")
+        train = {"epochs": 1, "save": saved, "load": saved, "save_interval": 1}
+        train["eval_interval"] = CUT
+        argv = runs.train(name, parallel=layout, model=SIZES, train=train)
+        on_processes(2, runs.folder, [argv], TIMEOUT_S)
+        previous = name
+    assert_same_history(runs.lines(previous), runs.lines("one"))
+    assert_same_weights(runs, previous, "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [CP2, PP2, TP2SP], ids=["cp2", "pp2", "tp2sp"])
+def test_a_precomputed_reference_in_the_same_layout(runs, layout):
+    name = f"precomputed {next(iter(layout))}"
+    sidecar = str(runs.folder / name)
+    known = {"reference": "precomputed", "ref_logps": sidecar}
+    config = runs.config(f"score {name}", parallel=layout, model=SIZES)
+    score = ["score", "--config", config, "--output", sidecar]
+    train = runs.train(name, parallel=layout, model=SIZES, loss=known)
+    on_processes(2, runs.folder, [score, train], TIMEOUT_S)
+    assert_same_history(runs.lines(name), runs.lines("one"))
+
+
 @pytest.mark.parametrize(
     "layout, numbers",
     [
@@ -149,7 +180,13 @@ def test_a_checkpoint_goes_on_in_another_layout(runs, saved, resumed):
         ({**PP2, "virtual_pipeline_model_parallel_size": 3}, "num_layers = 4 is not a multiple"),
         ({"sequence_parallel": True}, "tensor_model_parallel_size = 1"),
         ({"virtual_pipeline_model_parallel_size": 2}, "needs two chunks and two stages"),
+        ({"context_parallel_size": 4, "cp_comm": "all_to_all"}, "num_query_groups = 2 is not a"),
+        ({"cp_comm": "all_gather"}, "context_parallel_size = 1"),
+        ({**PP2, "num_layers_in_first_pipeline_stage": 4}, "every stage needs a layer"),
+        ({"num_layers_in_last_pipeline_stage": 2}, "there is one stage"),
+        ({"overlap_param_gather": True}, "set parallel.use_distributed_optimizer"),
         (TP2, "1 processes were started"),
+        (CP2, "context_parallel_size = 2 asks for a multiple of 2"),
     ],
 )
 def test_what_does_not_divide_is_refused(runs, layout, numbers, capsys):
