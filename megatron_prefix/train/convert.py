@@ -45,6 +45,7 @@ from megatron_prefix.config import ModelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf_config import locate, read_hf_config
 from megatron_prefix.model.hf_files import HFTensors, copy_companions, write_safetensors
+from megatron_prefix.model.hf_reward import hf_kind
 from megatron_prefix.model.hf_weights import WeightMap, checkpoint_key, hf_names
 from megatron_prefix.model.provider import with_sizes
 from megatron_prefix.train.checkpoint import resolve_checkpoint
@@ -127,9 +128,8 @@ def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[t
 
 
 def _weight_map(directory: Path) -> WeightMap:
-    return WeightMap(
-        *with_sizes(ModelConfig(), read_hf_config(directory), f"{directory}/config.json")
-    )
+    config, source = read_hf_config(directory), f"{directory}/config.json"
+    return WeightMap(*with_sizes(ModelConfig(kind=hf_kind(config, source)), config, source))
 
 
 def _summary(dtypes: dict[str, torch.dtype], weights: WeightMap, companions: list) -> Converted:
