@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf_config import ARCHITECTURES
 
 LM, REWARD = "ForCausalLM", "ForSequenceClassification"
 
@@ -39,18 +40,16 @@ def reward_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     neither has one, or where it is an end-of-text token, which texts end in: transformers then
     scores single texts rightly and refuses batches, instead of scoring another token.
     """
-    names = [str(name).replace(LM, REWARD) for name in config.get("architectures") or []]
+    classifier = ARCHITECTURES[config["model_type"]].replace(LM, REWARD)
     pad = config.get("pad_token_id")
     pad = _tokenizer_pad(folder) if pad is None else pad
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    return config | {
-        "architectures": names,
-        "num_labels": 1,
-        "id2label": {"0": "reward"},
-        "label2id": {"reward": 0},
-        "pad_token_id": None if pad in ends else pad,
-    }
+    labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    if classifier in (config.get("architectures") or []):
+        labels = {}  # it has its own
+    padding = {"pad_token_id": None if pad in ends else pad}
+    return config | {"architectures": [classifier]} | labels | padding
 
 
 def _tokenizer_pad(folder: Path) -> int | None:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,8 @@ class Converted:
     num_bytes: int
     dtypes: tuple[str, ...]
     companions: tuple[str, ...]
+    note: str | None = None
+    """What a user should know of the result."""
 
 
 def import_checkpoint(hf: str, output: str | Path) -> Converted:
@@ -119,7 +121,14 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
             max_shard_bytes,
         )
         _write_config(read_hf_config(source), set(dtypes.values()), partial / "config.json")
-    return _summary(dtypes, weights, companions)
+    note = None
+    if weights.model.kind == "reward" and read_hf_config(source).get("pad_token_id") is None:
+        note = (
+            "no token is known that pads texts and never ends one, so pad_token_id is null: "
+            "transformers scores single texts; give tokenizer and config.json such a token to "
+            "score batches"
+        )
+    return replace(_summary(dtypes, weights, companions), note=note)
 
 
 def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[tuple[str, Tensor]]:

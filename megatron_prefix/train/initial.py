@@ -87,7 +87,7 @@ class InitialModel:
         folder = directory / HF_FOLDER
         if self.source is not None:
             copy_companions(self.source, folder)
-            if not self.draws_head:
+            if self.sizes.kind == "lm":
                 return
             config = read_hf_config(self.source)
         else:

@@ -9,7 +9,7 @@ import pytest
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf_reward import hf_kind, reward_config
 
-LM = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 2}
+LM = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 2}
 
 
 def test_kinds():
@@ -58,3 +58,10 @@ def test_padding_that_ends_texts_is_not_kept(ends, tmp_path):
     """transformers would score the token in front of the end."""
     found = reward_config({**LM, "pad_token_id": 5, "eos_token_id": ends}, tmp_path)
     assert found["pad_token_id"] is None
+
+
+def test_a_reward_models_own_labels_stay(tmp_path):
+    one = {"model_type": "qwen3", "id2label": {"0": "good"}}
+    one["architectures"] = ["Qwen3ForSequenceClassification"]
+    found = reward_config({**one, "pad_token_id": 2, "eos_token_id": 2}, tmp_path)
+    assert found == {**one, "pad_token_id": None, "eos_token_id": 2}
