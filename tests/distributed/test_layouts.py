@@ -116,7 +116,7 @@ def test_four_processes_follow_one(runs, name):
 
 @pytest.mark.parametrize(
     "saved, resumed",
-    [("tp2sp", VPP2), ("vpp2", {}), ("pp2", TP2), ("tp2sp reward", PP2), ("pp2 reward full", ZERO)],
+    [("tp2sp", VPP2), ("vpp2", {}), ("pp2", TP2), ("tp2sp reward", PP2), ("pp2 reward full", {})],
     ids=["tp-vpp", "vpp-dp", "pp-tp", "tp-pp reward", "pp-dp reward"],
 )
 def test_a_checkpoint_goes_on_in_another_layout(runs, saved, resumed):
