@@ -133,8 +133,21 @@ class ParallelConfig:
     """Stages that follow one another."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Chunks of layers that each stage holds, interleaved over the stages."""
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """Layers of the first stage, which also embeds; the other stages share the rest evenly."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """Layers of the last stage, which also projects to logits."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of each row through all layers."""
+    cp_comm: Literal["all_gather", "all_to_all", "needed_rows"] | None = None
+    """How context-parallel ranks get keys. `needed_rows` (default): the rows on the root paths of
+    their tokens; `all_gather`: all rows; `all_to_all`: all rows for a share of the heads."""
     use_distributed_optimizer: Switch = False
     """Each rank keeps its share of the optimizer's state (ZeRO stage 1)."""
+    overlap_grad_reduce: Switch = False
+    """Add gradients up over data-parallel ranks while backward still runs."""
+    overlap_param_gather: Switch = False
+    """With the distributed optimizer, gather updated weights while the next forward pass runs."""
 
 
 @_section

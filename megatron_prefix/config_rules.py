@@ -135,21 +135,55 @@ def layout_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
                 f"model.{key} = {value} is not a multiple of "
                 f"parallel.tensor_model_parallel_size = {tensor}"
             )
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    heads = tensor * parallel.context_parallel_size
+    if parallel.cp_comm == "all_to_all":
+        for key in ("num_attention_heads", "num_query_groups"):
+            value = getattr(model, key) or model.num_attention_heads
+            if value % heads:
+                yield (
+                    f"model.{key} = {value} is not a multiple of parallel.context_parallel_size = "
+                    f"{parallel.context_parallel_size} x parallel.tensor_model_parallel_size = "
+                    f"{tensor}, which parallel.cp_comm: all_to_all divides heads by: use "
+                    "needed_rows or all_gather"
+                )
+    yield from _stage_faults(model, parallel)
+
+
+def _stage_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Layers over pipeline stages and their chunks; the first and last may have their own count."""
     stages = parallel.pipeline_model_parallel_size
-    together = model.recompute_num_layers
-    if model.recompute_method == "uniform" and model.num_layers // (stages * chunks) % together:
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    named = {
+        key: getattr(parallel, key)
+        for key in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if getattr(parallel, key) is not None
+    }
+    given = "".join(f", parallel.{key} = {value}" for key, value in named.items())
+    others, left = stages - len(named), model.num_layers - sum(named.values())
+    if named and others < 0 or left < others or (others == 0 and left):
         yield (
-            f"model.recompute_num_layers = {together} does not divide the "
-            f"{model.num_layers // (stages * chunks)} layers of a stage, which "
-            "model.recompute_method: uniform needs: change it, or use block"
+            f"model.num_layers = {model.num_layers} cannot be divided with "
+            f"parallel.pipeline_model_parallel_size = {stages}{given}: every stage needs a layer, "
+            "and every layer a stage"
         )
-    if model.num_layers % (stages * chunks):
+        return
+    counts = [*named.values(), *([left // others] if others else [])]
+    if (others and left % others) or any(count % chunks for count in counts):
         yield (
             f"model.num_layers = {model.num_layers} is not a multiple of "
             f"parallel.pipeline_model_parallel_size = {stages} x "
             f"parallel.virtual_pipeline_model_parallel_size = {chunks}"
+            + (f", nor are the parts left by{given[1:]}" if named else "")
         )
+        return
+    together = model.recompute_num_layers
+    for count in counts:
+        if model.recompute_method == "uniform" and count // chunks % together:
+            yield (
+                f"model.recompute_num_layers = {together} does not divide the {count // chunks} "
+                "layers of a stage, which model.recompute_method: uniform needs: change it, or "
+                "use block"
+            )
 
 
 def _parallel_faults(parallel: ParallelConfig) -> Iterator[str]:
@@ -157,6 +191,25 @@ def _parallel_faults(parallel: ParallelConfig) -> Iterator[str]:
         yield (
             "parallel.sequence_parallel: true shares tokens among tensor-parallel ranks, and "
             "parallel.tensor_model_parallel_size = 1: raise it, or leave sequence_parallel out"
+        )
+    if parallel.cp_comm is not None and parallel.context_parallel_size == 1:
+        yield (
+            f"parallel.cp_comm = {parallel.cp_comm} with parallel.context_parallel_size = 1: it "
+            "counts for rows that several ranks share; raise the size, or leave cp_comm out"
+        )
+    if parallel.pipeline_model_parallel_size == 1:
+        for key in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+            if getattr(parallel, key) is not None:
+                yield (
+                    f"parallel.{key} = {getattr(parallel, key)} with "
+                    "parallel.pipeline_model_parallel_size = 1: there is one stage; leave it out"
+                )
+    if parallel.overlap_param_gather and not (
+        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        yield (
+            "parallel.overlap_param_gather: true gathers what the distributed optimizer updated: "
+            "set parallel.use_distributed_optimizer and parallel.overlap_grad_reduce too"
         )
     chunks = parallel.virtual_pipeline_model_parallel_size
     if chunks is not None and (chunks == 1 or parallel.pipeline_model_parallel_size == 1):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_prefix.data.tree import Pair, ResponsePath
 from megatron_prefix.layout import TreeLayout
@@ -143,3 +145,33 @@ def write_random_set(prefix: str | Path, seed: int, num_groups: int) -> str:
             writer.add(build_tree(*random_group(rng)), record)
         writer.finish()
     return str(prefix)
+
+
+class BytesSent(TorchDispatchMode):
+    """Counts, inside its context, the bytes that this rank sends to others of `group`.
+
+    A rank keeps its own part of a gather, a scatter and an exchange; a gather sends the rank's
+    part to each other rank, as a ring passes it on.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.rank, self.size, self.total = group.rank(), group.size(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d":
+            self.total += self._sent(name, args)
+        return func(*args, **(kwargs or {}))
+
+    def _sent(self, name: str, args: tuple) -> int:
+        others = self.size - 1
+        if name == "_allgather_base_":
+            return args[1].nbytes * others
+        if name == "_reduce_scatter_base_":
+            return args[1].nbytes * others // self.size
+        if name == "alltoall_base_":
+            _, sent, _, _, splits, *_ = args
+            parts = splits or [sent.size(0) // self.size] * self.size
+            return (sum(parts) - parts[self.rank]) * sent[:1].nbytes
+        raise NotImplementedError(f"bytes of c10d.{name}")

@@ -48,19 +48,19 @@ def tree_attention(
 
     `q` is [T, N, H], `k` and `v` are [T, G, H] with N a multiple of G (query head n uses the
     key/value head n // (N / G)); the result is [T, N, H]. `layout` says who sees whom; pass one
-    `TreePlan` for all layers to plan only once. `scale` multiplies the scores, 1 / sqrt(H) by
+    `TreePlan` for all layers to plan only once. With a plan of some rows only, `q` and the result
+    are the plan's queries, `k` and `v` its keys. `scale` multiplies the scores, 1 / sqrt(H) by
     default. Raises ValueError where shapes, dtypes, devices, the token count or the backend do
     not fit.
     """
-    _check(q, k, v, layout)
+    plan = _checked_plan(q, k, v, layout)
     backend = resolve_backend(backend, q.device, q.dtype)
-    plan = layout if isinstance(layout, TreePlan) else TreePlan(layout, q.device)
     if scale is None:
         scale = q.size(-1) ** -0.5
     if backend == "dense":
         from megatron_prefix.attention.dense import dense_attention
 
-        return dense_attention(q, k, v, plan.layout, scale)
+        return dense_attention(q, k, v, plan, scale)
     if backend == "path":
         from megatron_prefix.attention.path import path_attention
 
@@ -70,12 +70,12 @@ def tree_attention(
     return flash_attention(q, k, v, plan.path, scale)
 
 
-def _check(q, k, v, layout) -> None:
+def _checked_plan(q, k, v, layout: TreeLayout | TreePlan) -> TreePlan:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape:
         raise ValueError(f"q needs shape [T, N, H], k and v [T, G, H] alike; got {shapes}")
-    if q.size(0) != k.size(0) or q.size(2) != k.size(2):
-        raise ValueError(f"q, k and v need the same tokens T and head dim H; got {shapes}")
+    if q.size(2) != k.size(2):
+        raise ValueError(f"q, k and v need the same head dim H; got {shapes}")
     if k.size(1) == 0 or q.size(1) % k.size(1) or q.size(2) == 0:
         raise ValueError(f"query heads need to be a multiple of the key/value heads; got {shapes}")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
@@ -85,14 +85,17 @@ def _check(q, k, v, layout) -> None:
         )
     if isinstance(layout, TreePlan):
         _check_plan_device(layout, q.device)
-        layout = layout.layout
-    if not isinstance(layout, TreeLayout):
+    elif isinstance(layout, TreeLayout):
+        layout = TreePlan(layout, q.device)
+    else:
         raise ValueError(f"layout needs to be a TreeLayout or TreePlan, got {type(layout)}")
-    if layout.num_tokens != q.size(0):
+    if (layout.num_queries, layout.num_keys) != (q.size(0), k.size(0)):
         raise ValueError(
-            f"the layout has {layout.num_tokens} tokens, q has {q.size(0)}; pad with a tree of its "
-            "own, without loss, behind the others"
+            f"the layout has {layout.num_queries} tokens for q and {layout.num_keys} for k and v, "
+            f"which have {q.size(0)} and {k.size(0)}; pad with a tree of its own, without loss, "
+            "behind the others"
         )
+    return layout
 
 
 def _check_plan_device(plan: TreePlan, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.attention.api import tree_attention
+from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.attention.plan import TreePlan
 
 
@@ -28,10 +29,12 @@ class TreePackedSeqParams(PackedSeqParams):
     `plan` says who sees whom; `position_ids` int64 [T] is each token's depth along its root
     path; `projected_rows` int64 [U] are the rows that become logits, ascending; target i is
     `target_tokens[i]` under projected row `target_rows[i]` (index into `projected_rows`,
-    ascending), both int64 [I].
+    ascending), both int64 [I]. Under context parallelism `share` is this rank's part of the row,
+    and the arrays are those of its own tokens, counted among them.
     """
 
     plan: TreePlan | None = None
+    share: ContextShare | None = None
     position_ids: Tensor | None = None
     projected_rows: Tensor | None = None
     target_rows: Tensor | None = None
@@ -97,12 +100,10 @@ class TreeCoreAttention(MegatronModule):
             raise ValueError(
                 "tree attention takes its mask from the plan: pass neither mask nor bias"
             )
-        out = tree_attention(
-            query.squeeze(1),
-            key.squeeze(1),
-            value.squeeze(1),
-            packed_seq_params.plan,
-            backend=self.backend,
-            scale=self.softmax_scale,
-        )
+        qkv = (x.squeeze(1) for x in (query, key, value))
+        if packed_seq_params.share is None:
+            plan, backend, scale = packed_seq_params.plan, self.backend, self.softmax_scale
+            out = tree_attention(*qkv, plan, backend=backend, scale=scale)
+        else:
+            out = packed_seq_params.share.attend(*qkv, self.backend, self.softmax_scale)
         return out.flatten(1).unsqueeze(1)

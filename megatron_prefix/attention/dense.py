@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
 
 
@@ -37,7 +38,12 @@ def masked_attention(
 
 
 def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TreeLayout, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TreePlan, scale: float
 ) -> torch.Tensor:
     """Tree attention by the definition; arguments as `tree_attention` checks them."""
-    return masked_attention(q, k, v, visibility(layout, q.device), scale)
+    mask = visibility(plan.layout, q.device)
+    if plan.q_rows is not None:
+        mask = mask[torch.from_numpy(plan.q_rows).to(q.device)]
+    if plan.kv_rows is not None:
+        mask = mask[:, torch.from_numpy(plan.kv_rows).to(q.device)]
+    return masked_attention(q, k, v, mask, scale)

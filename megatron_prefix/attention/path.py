@@ -13,7 +13,8 @@ where they stand unless its ancestors are several separate runs of rows.
 Only q, k, v, the output and the log-sum-exp are kept for backward. Gradients of shared keys are
 added up in float32 or better, piece after piece, so the order is always the same.
 
-Shapes: T tokens, N query heads, G key/value heads, H head dim; L queries, S keys of one block.
+Shapes: T tokens (queries or keys), N query heads, G key/value heads, H head dim; L queries, S keys
+of one block.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class _PathAttention(torch.autograd.Function):
         lse = torch.empty(q.shape[:2], dtype=exact, device=q.device)
         by_head = _by_head(k.size(1), q, out, lse.unsqueeze(-1))
         k_heads, v_heads = _expanded(q.size(1), k, v)
-        for own, ancestors in _blocks(plan):
-            q_own, out_own, lse_own = (_rows(x, own) for x in by_head)
+        for queries, own, ancestors in _blocks(plan):
+            q_own, out_own, lse_own = (_rows(x, queries) for x in by_head)
             block_out, block_lse = kernel.forward(
                 q_own, _rows(k_heads, own), _rows(v_heads, own), True, scale
             )
@@ -81,8 +82,8 @@ class _PathAttention(torch.autograd.Function):
         dk, dv = (torch.zeros(k.shape, dtype=lse.dtype, device=k.device) for _ in range(2))
         by_head = _by_head(k.size(1), grad_out, q, out, lse.unsqueeze(-1), dq)
         k_heads, v_heads = _expanded(q.size(1), k, v)
-        for own, ancestors in _blocks(ctx.plan):
-            grad_own, q_own, out_own, lse_own, dq_own = (_rows(x, own) for x in by_head)
+        for queries, own, ancestors in _blocks(ctx.plan):
+            grad_own, q_own, out_own, lse_own, dq_own = (_rows(x, queries) for x in by_head)
             for rows, causal in ((own, True), (ancestors, False)):
                 if rows is None:
                     continue
@@ -103,13 +104,14 @@ class _PathAttention(torch.autograd.Function):
 
 
 def _blocks(plan: PathPlan) -> Iterator[tuple]:
-    """For each piece its own rows, and its ancestors' (None where it has none).
+    """For each piece its queries, and among the keys its own and its ancestors' (None where it
+    has none).
 
-    Rows are `(start, length)` or, for ancestors that are not contiguous, an index tensor.
+    Each is `(start, length)` or, for ancestors that are not contiguous, an index tensor.
     """
     q_start = kv_start = 0
-    for q_length, kv_length, ancestor_start in zip(
-        plan.q_lengths, plan.kv_lengths, plan.ancestor_starts, strict=True
+    for q_length, kv_length, own_start, ancestor_start in zip(
+        plan.q_lengths, plan.kv_lengths, plan.own_starts, plan.ancestor_starts, strict=True
     ):
         num_ancestors = kv_length - q_length
         if num_ancestors == 0:
@@ -118,7 +120,7 @@ def _blocks(plan: PathPlan) -> Iterator[tuple]:
             ancestors = (ancestor_start, num_ancestors)
         else:
             ancestors = plan.kv_index[kv_start : kv_start + num_ancestors]
-        yield (q_start, q_length), ancestors
+        yield (q_start, q_length), (own_start, q_length), ancestors
         q_start += q_length
         kv_start += kv_length
 

@@ -49,7 +49,10 @@ def build_optimizer(
     `num_steps` is the length of the run, over which the learning rate decays.
     """
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
     chunks = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
@@ -68,6 +71,7 @@ def build_optimizer(
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
         ),
         chunks,
         use_gloo_process_groups=False,
@@ -89,7 +93,17 @@ def build_optimizer(
     )
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = sum_gradients
+    if parallel.overlap_grad_reduce:  # gradients are added up behind the last row alone
+        pauses = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
     return chunks, optimizer, scheduler
+
+
+def finish_param_gather(chunks: list[torch.nn.Module]) -> None:
+    """Make every weight current before it is read other than by a forward pass; collective."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def gradient_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,8 +19,19 @@ from megatron.core.tensor_parallel.random import (
 )
 
 from megatron_prefix import platform
+from megatron_prefix.attention.context_parallel import ContextParallel
+from megatron_prefix.attention.ownership import ContextCost
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.errors import InputError, RunError
+from megatron_prefix.model.gpt import TreeTransformerConfig
+
+MODEL_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
+"""Settings whose product is the number of processes that hold one row's model."""
+DEFAULT_CP_COMM = "needed_rows"
 
 
 @dataclass(frozen=True)
@@ -46,20 +58,36 @@ class World:
     @property
     def leads_data_rank(self) -> bool:
         """Whether this is the one process that speaks for its data-parallel rank."""
-        return self.groups.tp.rank() == 0 and self.groups.pp.rank() == 0
+        groups = self.groups
+        return groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
 
     @property
     def rows(self) -> dict[str, int]:
         """What the layout asks of a sampler: ranks, and multiples of row lengths and counts."""
         parallel = self.parallel
         is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+        slices = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         return {
             "num_ranks": self.data_size,
-            "row_multiple": parallel.tensor_model_parallel_size
-            if parallel.sequence_parallel
-            else 1,
+            "row_multiple": slices * parallel.context_parallel_size,
             "count_multiple": parallel.pipeline_model_parallel_size if is_interleaved else 1,
         }
+
+    def context(self, config: TreeTransformerConfig) -> ContextParallel | None:
+        """Who shares this process's rows; None where nobody does."""
+        if self.parallel.context_parallel_size == 1:
+            return None
+        comm = self.parallel.cp_comm or DEFAULT_CP_COMM
+        size = config.params_dtype.itemsize
+        cost = ContextCost.of_layer(
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.ffn_hidden_size,
+            num_heads=config.num_attention_heads,
+            num_groups=config.num_query_groups,
+            head_dim=config.kv_channels,
+            key_bytes=size + size + max(size, 4),  # forward, again in backward, gradients
+        )
+        return ContextParallel(self.groups.cp, comm, cost)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks, in place."""
@@ -107,12 +135,12 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
     number of processes does not fit `parallel`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    model_size = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    sizes = {key: getattr(parallel, key) for key in MODEL_SIZES}
+    model_size = math.prod(sizes.values())
     if size % model_size:
+        named = " x ".join(f"parallel.{key} = {value}" for key, value in sizes.items())
         raise InputError(
-            f"{size} processes were started, and parallel.tensor_model_parallel_size = "
-            f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size = "
-            f"{parallel.pipeline_model_parallel_size} asks for a multiple of {model_size}"
+            f"{size} processes were started, and {named} asks for a multiple of {model_size}"
         )
     with platform.adapted():
         on_cuda = torch.cuda.is_available()
@@ -128,6 +156,7 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+                context_parallel_size=parallel.context_parallel_size,
                 create_gloo_process_groups=False,
             )
             if on_cuda:

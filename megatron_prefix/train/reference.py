@@ -17,6 +17,7 @@ from megatron_prefix.config import LossConfig
 from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.sampler import Sampler
 from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.model.gpt import unwrap
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.sidecar import PartialScores
 from megatron_prefix.train.step import TrainBatch, run_schedule, to_device
@@ -159,7 +160,8 @@ def score_dataset(
 def _score_step(chunks, sampler: Sampler, step: int, loss, world: World, sums: np.ndarray) -> None:
     """Add this rank's rows of a step to `sums`: log-probabilities, and how often each ran."""
     rows = sampler.micro_batches(sampler.step(step), world.data_rank)
-    found = score(chunks, [to_device(row, world.device) for row in rows], loss)
+    context = world.context(unwrap(chunks[0]).config)
+    found = score(chunks, [to_device(row, world.device, context=context) for row in rows], loss)
     for row, logps in zip(rows, found, strict=True):
         index = response_index(sampler.dataset, row)
         np.add.at(sums[0], index, logps.cpu().numpy())

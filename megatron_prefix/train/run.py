@@ -19,13 +19,14 @@ from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.sampler import Sampler, StepPlan
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import RunError, Stopped
+from megatron_prefix.model.gpt import unwrap
 from megatron_prefix.train import checkpoint, nonfinite
 from megatron_prefix.train.evaluate import preference_metrics
 from megatron_prefix.train.first_loss import check_first_loss
 from megatron_prefix.train.initial import InitialModel
 from megatron_prefix.train.metrics import MetricsWriter, Progress
 from megatron_prefix.train.objective import pair_metrics
-from megatron_prefix.train.optimizer import gradient_norm, gradient_step
+from megatron_prefix.train.optimizer import finish_param_gather, gradient_norm, gradient_step
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.reference import Reference, score_dataset
 from megatron_prefix.train.step import TrainBatch, run_schedule, to_device
@@ -78,7 +79,8 @@ class Run:
         start = time.monotonic()
         plan = self.sampler.step(self.step)
         rows = self.sampler.micro_batches(plan, self.world.data_rank)
-        batches = [to_device(row, self.world.device, plan.weight) for row in rows]
+        context = self.world.context(unwrap(self.policy[0]).config)
+        batches = [to_device(row, self.world.device, plan.weight, context) for row in rows]
         batches = self.reference.attach(rows, batches)
         logs = self._gradients(batches)
         means = self._means(plan, logs)
@@ -126,6 +128,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        finish_param_gather(self.policy)
         checkpoint.save_checkpoint(
             self.config.train.save,
             self.step,

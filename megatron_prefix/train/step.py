@@ -24,6 +24,7 @@ from megatron.core.parallel_state import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_prefix.attention.context_parallel import ContextParallel
 from megatron_prefix.attention.core import TreePackedSeqParams
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.config import LossConfig
@@ -39,7 +40,9 @@ class TrainBatch:
     tokens int64 [1, T]; `params` goes to the model; target i belongs to the response that
     `response_order` and `response_offsets` sort it under; pairs int64 [P, 2] index the row's
     responses; pair_weights and pair_margins float64 [P], a margin NaN where the data has none;
-    ref_logps float64 [R] or None where there is no reference; step_weight is the step's normaliser.
+    ref_logps float64 [R] or None where there is no reference; step_weight is the step's
+    normaliser. With `context`, tokens and targets are those that this rank owns, and responses
+    and pairs the whole row's.
     """
 
     tokens: Tensor
@@ -51,28 +54,40 @@ class TrainBatch:
     pair_margins: Tensor
     step_weight: float
     ref_logps: Tensor | None = None
+    context: ContextParallel | None = None
 
     def with_reference(self, ref_logps: Tensor) -> TrainBatch:
         return replace(self, ref_logps=ref_logps)
 
 
-def to_device(batch: MicroBatch, device: torch.device, step_weight: float = 1.0) -> TrainBatch:
-    """Move a row to `device` and plan its attention, once for all layers."""
-    rows, target_rows = np.unique(batch.source_row, return_inverse=True)
-    order = np.argsort(batch.response, kind="stable")
-    counts = np.bincount(batch.response, minlength=batch.num_responses)
+def to_device(
+    batch: MicroBatch,
+    device: torch.device,
+    step_weight: float = 1.0,
+    context: ContextParallel | None = None,
+) -> TrainBatch:
+    """Move a row, or this rank's part of it, to `device` and plan its attention, once for all
+    layers."""
+    share = None if context is None else context.share(batch.layout, device)
+    own = np.arange(len(batch.tokens)) if share is None else share.rows
+    is_own = np.isin(batch.source_row, own)
+    response = batch.response[is_own]
+    rows, target_rows = np.unique(batch.source_row[is_own], return_inverse=True)
+    order = np.argsort(response, kind="stable")
+    counts = np.bincount(response, minlength=batch.num_responses)
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
     return TrainBatch(
-        tokens=tensor(batch.tokens)[None],
+        tokens=tensor(batch.tokens[own])[None],
         params=TreePackedSeqParams(
-            plan=TreePlan(batch.layout, device),
-            position_ids=tensor(batch.layout.position_ids()),
-            projected_rows=tensor(rows),
+            plan=TreePlan(batch.layout, device) if share is None else share.plan,
+            share=share,
+            position_ids=tensor(batch.layout.position_ids()[own]),
+            projected_rows=tensor(np.searchsorted(own, rows)),
             target_rows=tensor(target_rows),
-            target_tokens=tensor(batch.target_token),
+            target_tokens=tensor(batch.target_token[is_own]),
         ),
         response_order=tensor(order),
         response_offsets=tensor(np.concatenate([[0], np.cumsum(counts)])),
@@ -80,6 +95,7 @@ def to_device(batch: MicroBatch, device: torch.device, step_weight: float = 1.0)
         pair_weights=tensor(batch.pair_weights),
         pair_margins=tensor(batch.pair_margins),
         step_weight=step_weight,
+        context=context,
     )
 
 
@@ -102,6 +118,8 @@ def preference_loss(
     reward model's score takes the place of a response's log-probability.
     """
     logps = response_logps(token_logps, batch.response_order, batch.response_offsets)
+    if batch.context is not None:
+        logps = batch.context.sum(logps)
     if non_loss_data:
         return logps.detach()
     pairs = pair_rewards(loss, logps, batch.ref_logps, batch.pairs, batch.pair_margins)
@@ -114,7 +132,9 @@ def preference_loss(
     if batch.ref_logps is not None:
         logs["rewards"] = torch.cat([pairs.chosen, pairs.rejected]).abs()
         logs["ref_logps"] = batch.ref_logps[torch.cat([chosen, rejected])].abs()
-    count = torch.tensor(len(batch.pairs), dtype=torch.int, device=token_logps.device)
+    is_first = batch.context is None or batch.context.group.rank() == 0  # it counts for all
+    num_pairs = len(batch.pairs) if is_first else 0
+    count = torch.tensor(num_pairs, dtype=torch.int, device=token_logps.device)
     return weighted / batch.step_weight, count, logs
 
 

@@ -105,13 +105,13 @@ class Runs:
         text = (self.output(name) / "metrics.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines()]
 
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
+    def weights(self, name: str, step: int = NUM_STEPS) -> dict[str, torch.Tensor]:
         from megatron.core import dist_checkpointing
 
         from megatron_prefix.config import ParallelConfig
         from megatron_prefix.train.parallel import world
 
-        path = self.output(name) / "saved" / f"iter_{NUM_STEPS:07d}"
+        path = self.output(name) / "saved" / f"iter_{step:07d}"
         with world(ParallelConfig(), seed=0):
             tensors = dist_checkpointing.load_plain_tensors(str(path))
         found = {k: x for k, x in tensors.items() if isinstance(x, torch.Tensor)}

@@ -24,7 +24,9 @@ REWARD = {"kind": "reward"}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 TP2SP = {**TP2, "sequence_parallel": True}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True}
+OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it follows
     "tp2": (TP2, {}, "one"),
@@ -34,18 +36,33 @@ OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it foll
     "tp2sp qwen": (TP2SP, QWEN, "one qwen"),
     "pp2 qwen full": (PP2, {**QWEN, **FULL}, "one qwen"),
     "vpp2 selective": (VPP2, {"recompute_granularity": "selective"}, "one"),
+    "dp2 grad overlap": ({"overlap_grad_reduce": True}, {}, "one"),
+    "dp2 overlaps": (OVERLAP, QWEN, "one qwen"),
+    "pp2 uneven": ({**PP2, "num_layers_in_first_pipeline_stage": 1}, {}, "one"),
+    "cp2 all_gather": ({**CP2, "cp_comm": "all_gather"}, {}, "one"),
+    "cp2 all_to_all": ({**CP2, "cp_comm": "all_to_all"}, {}, "one"),
+    "cp2 needed_rows": (CP2, {}, "one"),
+    "cp2 qwen full": (CP2, {**QWEN, **FULL}, "one qwen"),
     "tp2 reward": (TP2, REWARD, "one reward"),
     "tp2sp reward": (TP2SP, REWARD, "one reward"),
     "pp2 reward full": (PP2, {**REWARD, **FULL}, "one reward"),
     "vpp2 reward": (VPP2, REWARD, "one reward"),
+    "cp2 reward": (CP2, REWARD, "one reward"),
 }
 OF_FOUR = {
     "tp2pp2sp": ({**TP2SP, **PP2}, {}, "one"),
     "tp2dp2 zero": ({**TP2, **ZERO}, {}, "one"),
     "pp2dp2 zero": ({**PP2, **ZERO}, QWEN, "one qwen"),
     "vpp2dp2": (VPP2, {}, "one"),
+    "vpp2dp2 overlaps": ({**VPP2, **OVERLAP}, QWEN, "one qwen"),
+    "cp4": ({"context_parallel_size": 4}, {}, "one"),
+    "tp2cp2sp": ({**TP2SP, **CP2}, {}, "one"),
+    "pp2cp2": ({**PP2, **CP2, "cp_comm": "all_gather"}, QWEN, "one qwen"),
+    "dp2cp2 zero": ({**CP2, **ZERO}, {}, "one"),
+    "dp2cp2 heads": ({**CP2, "cp_comm": "all_to_all"}, {}, "one"),
     "tp2pp2sp reward": ({**TP2SP, **PP2}, REWARD, "one reward"),
     "tp2dp2 zero reward": ({**TP2, **ZERO}, REWARD, "one reward"),
+    "tp2cp2sp reward": ({**TP2SP, **CP2}, REWARD, "one reward"),
 }
 
 
@@ -76,6 +93,9 @@ def runs(tmp_path_factory) -> Runs:
     ones = [command(runs, name, {}, own) for name, own in sizes.items()]
     on_processes(1, runs.folder, ones, TIMEOUT_S)
     twos = [command(runs, name, layout, sizes) for name, (layout, sizes, _) in OF_TWO.items()]
+    saved = str(runs.output("unread") / "saved")
+    train = {"epochs": 1, "save": saved, "load": saved, "save_interval": CUT}
+    twos.append(runs.train("unread", parallel=OVERLAP, model=SIZES, train=train))
     on_processes(2, runs.folder, twos, 2 * TIMEOUT_S)
     return runs
 
@@ -91,8 +111,8 @@ def assert_same_history(found: list[dict], expected: list[dict]) -> None:
                 assert abs(a - b) <= tolerance * max(abs(b), 1e-2), (theirs["step"], key, a, b)
 
 
-def assert_same_weights(runs: Runs, name: str, follows: str) -> None:
-    ours, theirs = runs.weights(name), runs.weights(follows)
+def assert_same_weights(runs: Runs, name: str, follows: str, step: int = NUM_STEPS) -> None:
+    ours, theirs = runs.weights(name, step), runs.weights(follows, step)
     assert ours.keys() == theirs.keys()
     for key, expected in theirs.items():
         rows = min(len(ours[key]), len(expected))  # the vocabulary's padding depends on the layout
@@ -104,6 +124,11 @@ def test_two_processes_follow_one(runs, name):
     follows = OF_TWO[name][2]
     assert_same_history(runs.lines(name), runs.lines(follows))
     assert_same_weights(runs, name, follows)
+
+
+def test_weights_are_gathered_before_they_are_saved(runs):
+    """No evaluation came between the optimizer's step and the checkpoint."""
+    assert_same_weights(runs, "unread", "one", CUT)
 
 
 @pytest.mark.slow

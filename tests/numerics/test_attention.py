@@ -84,15 +84,15 @@ def piece_scores(q, k, scale):
     return scores.masked_fill(~seen, float("-inf"))
 
 
-def stand_in_flash(layout):
-    plan = build_path_plan(layout, "cpu")
+def stand_in_flash(layout, *rows):
+    plan = build_path_plan(layout, "cpu", *rows)
     operators = Operators(varlen_forward, varlen_backward)
     return lambda q, k, v: flash_attention(q, k, v, plan, q.size(-1) ** -0.5, operators)
 
 
 def path_with(kernel):
-    def engine(layout):
-        plan = build_path_plan(layout, "cpu")
+    def engine(layout, *rows):
+        plan = build_path_plan(layout, "cpu", *rows)
         return lambda q, k, v: _PathAttention.apply(q, k, v, plan, q.size(-1) ** -0.5, kernel)
 
     return engine
@@ -387,10 +387,10 @@ def test_bad_arguments_are_named():
     for bad, message in [
         ((q[0], k, v, layout), "q needs shape"),
         ((q, k, v[:, :1], layout), "k and v"),
-        ((q, k[:8], v[:8], layout), "same tokens"),
+        ((q, k[:8], v[:8], layout), "which have 9 and 8"),
         ((q[:, :3], k, v, layout), "multiple of the key/value heads"),
         ((q, k, v.float(), layout), "one dtype"),
-        ((q[:8], k[:8], v[:8], layout), "9 tokens, q has 8"),
+        ((q[:8], k[:8], v[:8], layout), "which have 8 and 8"),
         ((q, k, v, TreePlan(layout, "meta")), "built for meta"),
         ((q, k, v, None), "TreeLayout or TreePlan"),
     ]:

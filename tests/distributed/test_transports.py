@@ -1,0 +1,67 @@
+"""Attention over ranks that share a row equals attention over the whole row, in float64."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_data_parallel import TIMEOUT_S, free_port
+
+COMMS = ["all_gather", "needed_rows", "all_to_all"]
+SIZES = [2, 3]
+SEEDS = range(8)
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def results(request, tmp_path_factory) -> list[dict]:
+    """Each transport with two backends on random forests, from every rank."""
+    cases = [
+        {"comm": comm, "backend": backend, "seed": seed}
+        for comm, backend, seed in itertools.product(COMMS, ["dense", "path"], SEEDS)
+    ]
+    output = tmp_path_factory.mktemp("transports") / "found.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={request.param}"]
+    script = str(Path(__file__).with_name("transports.py"))
+    done = subprocess.run(
+        [*torchrun, f"--master-port={free_port()}", script, json.dumps(cases), str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(output.read_text())
+    assert len(found) == request.param * len(cases)
+    return found
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_every_transport_is_exact(results, comm):
+    worst = max(x["error"] for x in results if x["comm"] == comm)
+    assert worst <= 1e-12, worst
+
+
+@pytest.mark.parametrize("comm", COMMS)
+def test_bytes_are_those_predicted(results, comm):
+    """`dense` keeps copies of its own making and brings no keys again."""
+    found = [x for x in results if x["comm"] == comm and x["backend"] == "path"]
+    assert [x["sent"] for x in found] == [x["predicted"] for x in found]
+    assert any(x["sent"] for x in found)
+
+
+def test_needed_rows_sends_less_than_everything(results):
+    sent = {comm: sum(x["sent"] for x in results if x["comm"] == comm) for comm in COMMS}
+    assert sent["needed_rows"] < sent["all_gather"]
+
+
+def test_some_ranks_own_scattered_tokens(results):
+    assert not all(x["is_contiguous"] for x in results if x["comm"] != "all_to_all")
+
+
+def test_sums_run_over_all_ranks_and_gradients_do_not(results):
+    for x in results:
+        total, expected, gradient = x["tokens"]
+        assert total == expected and gradient == 1.0

@@ -1,0 +1,68 @@
+"""What test_transports.py runs on several processes: each transport against the whole row."""
+
+import json
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_prefix.attention import tree_attention
+from megatron_prefix.attention.context_parallel import ContextParallel
+from megatron_prefix.attention.ownership import ContextCost
+from megatron_prefix.layout import TreeLayout
+from megatron_prefix.testing import BytesSent, random_forest, random_heads
+
+# Attention alone: every swap that evens the area out is worth its keys.
+COST = ContextCost(per_token=0.0, per_entry=1.0, per_key=0.1)
+HEADS, GROUPS, DIM = 12, 6, 8
+
+
+def compare(comm: str, backend: str, seed: int) -> dict:
+    """Largest difference of output and gradients from attention over the whole row."""
+    rng, size = np.random.default_rng(seed), dist.get_world_size()
+    layout = random_forest(rng, num_trees=int(rng.integers(1, 6)))
+    missing = -layout.num_tokens % size
+    if missing:
+        layout = TreeLayout.concat([layout, TreeLayout.from_parents([missing], [-1])])
+    q, k, v, grad = random_heads(layout.num_tokens, HEADS, GROUPS, DIM, seed)
+    expected = tree_attention(q, k, v, layout, backend="dense")
+    expected.backward(grad)
+
+    context = ContextParallel(dist.group.WORLD, comm, COST)
+    share = context.share(layout, torch.device("cpu"))
+    own = torch.from_numpy(share.rows)
+    parts = [x.detach()[own].requires_grad_() for x in (q, k, v)]
+    with BytesSent(dist.group.WORLD) as sent:
+        found = share.attend(*parts, backend, None)
+        found.backward(grad[own])
+    pairs = [
+        (found, expected[own]),
+        *((a.grad, b.grad[own]) for a, b in zip(parts, (q, k, v), strict=True)),
+    ]
+    count = torch.tensor(float(len(own)), requires_grad=True)
+    total = context.sum(count)
+    total.backward()
+    return {
+        "error": max(float((a - b).abs().max()) for a, b in pairs),
+        "sent": sent.total,
+        "predicted": share.transport.bytes_sent(HEADS, GROUPS, DIM, q.element_size()),
+        "is_contiguous": bool((np.diff(share.rows) == 1).all()),
+        "tokens": [float(total), layout.num_tokens, float(count.grad)],
+    }
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    cases = json.loads(sys.argv[1])
+    found = [{**case, **compare(**case), "rank": dist.get_rank()} for case in cases]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    if dist.get_rank() == 0:
+        with open(sys.argv[2], "w") as file:
+            json.dump([x for part in everyone for x in part], file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
