@@ -14,6 +14,8 @@ _PUBLIC = {
     "PrefixTree": "data.tree",
     "PreferenceDataset": "data.store",
     "Sampler": "data.sampler",
+    "tree_targets": "data.collate",
+    "score_targets": "data.collate",
     "GroupBatches": "data.sampler",
     "RowBatches": "data.sampler",
     "MicroBatch": "data.collate",
@@ -32,6 +34,7 @@ _PUBLIC = {
     "sum_gradients": "train.step",
     "with_reference": "train.reference",
     "dpo_loss": "losses.preference",
+    "bradley_terry_loss": "losses.reward",
 }
 
 _MODULES = ("platform",)

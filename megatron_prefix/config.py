@@ -23,6 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from megatron_prefix.config_kinds import NOT_OF_REWARD, with_kind_defaults
 from megatron_prefix.config_rules import SIZES, check_rules
 from megatron_prefix.errors import InputError
 
@@ -81,6 +82,9 @@ class RopeScaling:
 class ModelConfig:
     """Where the model comes from or its sizes, precision, attention and recompute."""
 
+    kind: Literal["lm", "reward"] = "lm"
+    """`lm`: a language model, trained as a policy; `reward`: a scalar head on each response's
+    last token. A reward model may start from a language model; its head is then drawn."""
     hf: str | None = None
     """Hugging Face model (directory or id) that gives sizes and weights to policy and
     reference: Llama, Mistral, Qwen2, Qwen3. No size may be given beside it."""
@@ -150,19 +154,26 @@ class ParallelConfig:
 class LossConfig:
     """The objective over pairs of responses."""
 
-    loss_type: Literal["sigmoid"] = "sigmoid"
-    """`sigmoid`: DPO (Rafailov et al. 2023, equation 7)."""
+    loss_type: Literal["sigmoid", "bradley_terry"] = "sigmoid"
+    """`sigmoid`: DPO (Rafailov et al. 2023, equation 7); `bradley_terry`: of reward models, and
+    their default (Ouyang et al. 2022, equation 1)."""
     beta: Positive = 0.1
     """Reward per nat of log-probability ratio."""
     label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=0.5)] = 0.0
     """Probability that a label is wrong (conservative DPO)."""
     weighting: Literal["pair", "group"] = "pair"
     """`pair`: every pair weighs 1 (times its own weight); `group`: every comparison set does."""
-    reference: Literal["model", "precomputed"] = "model"
+    reference: Literal["model", "precomputed", "none"] = "model"
     """`model`: a frozen copy of the initial policy, run over each step's rows;
-    `precomputed`: log-probabilities that `score` wrote, read from `ref_logps`."""
+    `precomputed`: log-probabilities that `score` wrote, read from `ref_logps`; `none`: of reward
+    models, and their default."""
     ref_logps: str | None = None
     """Sidecar for `data.train` that `score --output` wrote; with `reference: precomputed`."""
+    margin: Switch = False
+    """Reward models: the chosen reward has to exceed the rejected one by the pair's own margin,
+    which every pair of the data sets must have."""
+    center_rewards_coefficient: Positive | None = None
+    """Reward models: adds this times (chosen + rejected reward)^2 to a pair's loss."""
 
 
 @_section
@@ -270,7 +281,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     """Check nested dictionaries against the sections. Raises InputError naming every fault."""
     try:
-        config = TypeAdapter(Config).validate_python(raw)
+        config = TypeAdapter(Config).validate_python(with_kind_defaults(raw))
     except ValidationError as error:
         faults = "; ".join(_explain(fault) for fault in error.errors(include_url=False))
         raise InputError(f"{source}: {faults}") from None
@@ -286,6 +297,8 @@ def dump_config(config: Config) -> str:
     tree = TypeAdapter(Config).dump_python(config, mode="json")
     if config.model.num_layers is None:  # they come from hf or checkpoint, next time too
         tree["model"] = {k: v for k, v in tree["model"].items() if k not in SIZES}
+    for section, key in NOT_OF_REWARD if config.model.kind == "reward" else ():
+        tree[section].pop(key, None)
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 

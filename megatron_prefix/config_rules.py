@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from megatron_prefix.config_kinds import kind_faults
 from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
     """
     faults = [*_data_faults(config.data), *_size_faults(raw.get("model"))]
     if not faults:
-        faults = [*_model_faults(config.model), *_run_faults(config)]
+        faults = [*_model_faults(config.model), *_run_faults(config), *kind_faults(config, raw)]
         faults += _parallel_faults(config.parallel)
     if not faults and config.model.num_layers is not None:
         faults = list(layout_faults(config.model, config.parallel))

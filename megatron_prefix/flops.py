@@ -5,7 +5,7 @@ N query heads, G key/value heads of size H and feed-forward size F (gated):
 
     linear, a token      2 C (N + 2G) H  +  2 N H C  +  6 C F
     attention, an entry  4 N H           (scores and weighted sum, a visible (q, k) entry)
-    head, a row          2 C V
+    head, a row          2 C V           (a reward model: 2 C)
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def forward_flops(model: ModelConfig, vocab_size: int, batch: MicroBatch) -> For
     width = model.hidden_size
     layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
     layer += 6 * width * model.ffn_hidden_size
+    columns = 1 if model.kind == "reward" else vocab_size
     return ForwardFlops(
         linear=float(model.num_layers * layer * len(batch.tokens)),
         attention=float(model.num_layers * 4 * heads * head_dim * batch.layout.area()),
-        head=float(2 * width * vocab_size * batch.num_projected),
+        head=float(2 * width * columns * batch.num_projected),
     )

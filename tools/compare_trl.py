@@ -1,4 +1,6 @@
-"""One run by two programs: `megatron_prefix` and TRL's `DPOTrainer`, compared step by step.
+"""One run by two programs: `megatron_prefix` and TRL, compared step by step.
+
+DPO against TRL's `DPOTrainer`, or with `--kind reward` a reward model against `RewardTrainer`.
 
 1. Pairs of text are taken from a preference file; a random model is made where none is given.
 2. Ours: build, train from the Hugging Face model (trees shared, packed into rows), export.
@@ -7,6 +9,7 @@
 
     python tools/compare_trl.py
     python tools/compare_trl.py --input pairs.jsonl.gz --hf DIR --label-smoothing 0.1
+    python tools/compare_trl.py --kind reward --margin --center 0.01
 
 Needs TRL: pip install trl
 """
@@ -22,142 +25,46 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
 import torch
 from bench_common import environment, table
-from torch import Tensor
+from trl_common import (
+    Outcome,
+    Setting,
+    TextPair,
+    farthest_weight,
+    make_model,
+    relative,
+    text_pairs,
+    with_margins,
+)
 
 from megatron_prefix.config import Config, parse_config
 from megatron_prefix.data.build import build_dataset
-from megatron_prefix.data.examples import DegenerateRecord, ExampleReader
-from megatron_prefix.data.records import read_records
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 DATA = os.environ.get(
     "MEGATRON_PREFIX_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"
 )
-TextPair = dict[str, str]
-"""Keys prompt, chosen, rejected."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What both programs are told. `batch_size` counts pairs a step, over all micro batches."""
-
-    steps: int = 8
-    batch_size: int = 8
-    lr: float = 1e-4
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    clip_grad: float = 1.0
-    precomputed: bool = False
-    """Reference log-probabilities are computed before training."""
-    row_capacity: int = 4096
-    """Tokens of our rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One program's run: a number a step, and the weights it ends with, by Hugging Face's names.
-
-    `num_tokens` counts both sides of every pair, each with its whole prompt; `num_run` the tokens
-    that went through the model, padding left out.
-    """
-
-    losses: list[float]
-    grad_norms: list[float]
-    num_tokens: list[int]
-    num_run: list[int]
-    weights: dict[str, Tensor]
-
-
-def make_tokenizer(directory: Path) -> None:
-    """A tokenizer of the 256 bytes, padding and end-of-text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<pad>", "<eos>"]
-    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-    made.save_pretrained(directory)
-
-
-def make_model(directory: Path, **sizes: int) -> Path:
-    """Save a random float32 Llama with a byte tokenizer; the same every time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    make_tokenizer(directory)
-    parts = {
-        "vocab_size": 258,
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.06,
-        "bos_token_id": None,
-        "pad_token_id": 256,
-        "eos_token_id": 257,
-        "tie_word_embeddings": False,
-    }
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**parts, **sizes})).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
-    return directory
-
-
-def text_pairs(source: Path, hf: Path, count: int, max_length: int) -> list[TextPair]:
-    """The first `count` pairs of a file whose sides take at most `max_length` tokens.
-
-    End-of-text is counted. Raises InputError where there are fewer, or where they are no text.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer, reader, found = AutoTokenizer.from_pretrained(hf), ExampleReader(), []
-    for record in read_records([source]):
-        if record.value is None:
-            raise InputError(f"{record.where}: {record.error}")
-        try:
-            responses = reader.read(record.value).responses
-        except DegenerateRecord:
-            continue
-        except InputError as error:
-            raise InputError(f"{record.where}: {error}") from None
-        if len(responses) != 2 or not all(isinstance(r.response, str) for r in responses):
-            raise InputError(f"{record.where}: the comparison takes pairs of text")
-        texts = [r.prompt + r.response for r in responses]
-        if max(len(tokenizer(text)["input_ids"]) for text in texts) + 1 > max_length:
-            continue
-        chosen, rejected = (r.response for r in responses)
-        found.append({"prompt": responses[0].prompt, "chosen": chosen, "rejected": rejected})
-        if len(found) == count:
-            return found
-    raise InputError(f"{source} has {len(found)} pairs of at most {max_length} tokens, not {count}")
 
 
 def our_config(folder: Path, hf: Path, setting: Setting) -> Config:
     """The run over the data set `folder`/set."""
     loss = {"beta": setting.beta, "label_smoothing": setting.label_smoothing}
-    if setting.precomputed:
+    if setting.kind == "reward":
+        loss = {"margin": setting.margin, "center_rewards_coefficient": setting.center}
+    elif setting.precomputed:
         loss |= {"reference": "precomputed", "ref_logps": str(folder / "reference")}
     data = {"train": str(folder / "set"), "sharing": "tree", "row_capacity": setting.row_capacity}
     return parse_config(
         {
             "data": {**data, "global_batch_size": setting.batch_size},
-            "model": {"hf": str(hf)},
+            "model": {"hf": str(hf), "kind": setting.kind},
             "loss": loss,
             "optimizer": {"lr": setting.lr, "clip_grad": setting.clip_grad},
             "train": {"steps": setting.steps, "save": str(folder / "checkpoints")},
@@ -170,8 +77,6 @@ def run_ours(
     pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path
 ) -> tuple[Outcome, list[TextPair]]:
     """Build, train, export. Returns the run and its pairs in the order in which it took them."""
-    from transformers import AutoModelForCausalLM
-
     from megatron_prefix.train.convert import export_checkpoint
     from megatron_prefix.train.inputs import training_sampler
     from megatron_prefix.train.loop import train
@@ -187,7 +92,7 @@ def run_ours(
         score_reference(plain, str(folder / "reference"))
     train(config)
     export_checkpoint(folder / "checkpoints", folder / "aligned", 10**10)
-    aligned = AutoModelForCausalLM.from_pretrained(folder / "aligned", dtype=torch.float32)
+    aligned = load(folder / "aligned", setting.kind)
     text = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     dataset = PreferenceDataset(folder / "set")
@@ -204,22 +109,21 @@ def run_ours(
     return outcome, [pairs[record] for record in records]
 
 
-def trl_arguments(setting: Setting) -> dict:
-    """`DPOConfig`'s arguments for the same run.
+def load(directory: Path, kind: str) -> torch.nn.Module:
+    """A model in float32, as transformers loads it."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    TRL 1.16 reads `label_smoothing` in other losses than `sigmoid`. Its `aot` sorts a micro
-    batch's log-ratios before it subtracts them; on one pair there is nothing to sort, and what
-    it then computes, smoothed, is the conservative DPO loss.
-    """
-    smoothed = setting.label_smoothing > 0
+    lm = kind == "lm"
+    auto = AutoModelForCausalLM if lm else AutoModelForSequenceClassification
+    return auto.from_pretrained(directory, dtype=torch.float32)
+
+
+def trl_arguments(setting: Setting) -> dict:
+    """Arguments of TRL's configurations that are the same run."""
+    own = _reward_arguments(setting) if setting.kind == "reward" else _dpo_arguments(setting)
     return {
-        "per_device_train_batch_size": 1 if smoothed else setting.batch_size,
-        "gradient_accumulation_steps": setting.batch_size if smoothed else 1,
+        **own,
         "max_steps": setting.steps,
-        "loss_type": ["aot"] if smoothed else ["sigmoid"],
-        "beta": setting.beta,
-        "label_smoothing": setting.label_smoothing,
-        "precompute_ref_log_probs": setting.precomputed,
         "learning_rate": setting.lr,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
@@ -236,13 +140,41 @@ def trl_arguments(setting: Setting) -> dict:
     }
 
 
+def _dpo_arguments(setting: Setting) -> dict:
+    """Of `DPOConfig`.
+
+    TRL 1.16 reads `label_smoothing` in other losses than `sigmoid`. Its `aot` sorts a micro
+    batch's log-ratios before it subtracts them; on one pair there is nothing to sort, and what
+    it then computes, smoothed, is the conservative DPO loss.
+    """
+    smoothed = setting.label_smoothing > 0
+    return {
+        "per_device_train_batch_size": 1 if smoothed else setting.batch_size,
+        "gradient_accumulation_steps": setting.batch_size if smoothed else 1,
+        "loss_type": ["aot"] if smoothed else ["sigmoid"],
+        "beta": setting.beta,
+        "label_smoothing": setting.label_smoothing,
+        "precompute_ref_log_probs": setting.precomputed,
+    }
+
+
+def _reward_arguments(setting: Setting) -> dict:
+    """Of `RewardConfig`, which takes margins wherever the data has them."""
+    return {
+        "per_device_train_batch_size": setting.batch_size,
+        "center_rewards_coefficient": setting.center,
+        "disable_dropout": True,
+    }
+
+
 def run_trl(pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path) -> Outcome:
     """TRL's run over `pairs` as they stand, the first `batch_size` of them in the first step."""
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
-    from trl import DPOConfig, DPOTrainer
+    from transformers import AutoTokenizer, PrinterCallback
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-    config = DPOConfig(
+    is_reward = setting.kind == "reward"
+    config = (RewardConfig if is_reward else DPOConfig)(
         output_dir=str(folder),
         logging_steps=1,
         report_to="none",
@@ -250,13 +182,14 @@ def run_trl(pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path)
         disable_tqdm=True,
         **trl_arguments(setting),
     )
+    reference = {} if is_reward else {"ref_model": load(hf, "lm")}
     with _without_bars():
-        trainer = DPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32),
-            ref_model=AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32),
+        trainer = (RewardTrainer if is_reward else DPOTrainer)(
+            model=load(hf, setting.kind),
             args=config,
             train_dataset=Dataset.from_list(list(pairs)),
             processing_class=AutoTokenizer.from_pretrained(hf),
+            **reference,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -285,19 +218,6 @@ def _without_bars() -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def relative(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """|a - b| / |b|, a step."""
-    return [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
-
-
-def farthest_weight(ours: Outcome, theirs: Outcome) -> float:
-    """Largest absolute difference of two weights. Raises ValueError where names differ."""
-    if ours.weights.keys() != theirs.weights.keys():
-        names = sorted(ours.weights.keys() ^ theirs.weights.keys())
-        raise ValueError(f"only one of the two models has the weights {', '.join(names)}")
-    return max(float((x - theirs.weights[name]).abs().max()) for name, x in ours.weights.items())
-
-
 def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
     """The comparison in Markdown; norms are of the gradient, before clipping."""
     losses = zip(ours.losses, theirs.losses, relative(ours.losses, theirs.losses), strict=True)
@@ -315,13 +235,18 @@ def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
         }
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1)
     ]
+    objective = (
+        f"beta {setting.beta:g}, label smoothing {setting.label_smoothing:g}, reference "
+        f"{'precomputed' if setting.precomputed else 'in memory'}"
+    )
+    if setting.kind == "reward":
+        objective = f"Bradley-Terry, margins {setting.margin}, centring {setting.center or 0:g}"
     notes = (
-        f"{setting.batch_size} pairs a step, learning rate {setting.lr:g}, beta {setting.beta:g}, "
-        f"label smoothing {setting.label_smoothing:g}, gradients clipped at "
-        f"{setting.clip_grad:g}, reference {'precomputed' if setting.precomputed else 'in memory'}"
-        f", float32. Final weights are at most {farthest_weight(ours, theirs):.1e} apart. Tokens "
-        f"of all pairs: {sum(ours.num_tokens):,} here, {sum(theirs.num_tokens):,} in TRL; tokens "
-        f"run: {sum(ours.num_run):,} here, {sum(theirs.num_run):,} and padding in TRL."
+        f"{setting.batch_size} pairs a step, learning rate {setting.lr:g}, {objective}, gradients "
+        f"clipped at {setting.clip_grad:g}, float32. Final weights are at most "
+        f"{farthest_weight(ours, theirs):.1e} apart. Tokens of all pairs: "
+        f"{sum(ours.num_tokens):,} here, {sum(theirs.num_tokens):,} in TRL; tokens run: "
+        f"{sum(ours.num_run):,} here, {sum(theirs.num_run):,} and padding in TRL."
     )
     where = environment()
     where |= {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
@@ -335,8 +260,9 @@ def compare(args: argparse.Namespace, setting: Setting) -> tuple[Outcome, Outcom
     warnings.filterwarnings("ignore")
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        hf = args.hf or make_model(Path(scratch) / "model")
+        hf = args.hf or make_model(Path(scratch) / "model", setting.kind)
         pairs = text_pairs(args.input, hf, args.num_pairs, args.max_length)
+        pairs = with_margins(pairs) if setting.margin else pairs
         ours, taken = run_ours(pairs, hf, setting, Path(scratch) / "ours")
         return ours, run_trl(taken, hf, setting, Path(scratch) / "trl")
 
@@ -364,12 +290,29 @@ def main() -> None:
     parser.add_argument(
         "--precomputed", action="store_true", help="reference log-probabilities before training"
     )
+    parser.add_argument(
+        "--kind",
+        choices=("lm", "reward"),
+        default="lm",
+        help="lm: DPO; reward: a reward model (default: lm)",
+    )
+    parser.add_argument(
+        "--margin", action="store_true", help="of reward models: margins of 0, 1/4, 1/2, 3/4"
+    )
+    parser.add_argument(
+        "--center", type=float, metavar="C", help="of reward models: center_rewards_coefficient"
+    )
     args = parser.parse_args()
+    own = ("beta", "label_smoothing", "precomputed") if args.kind == "reward" else ()
+    own = own or ("margin", "center")
+    if given := [name for name in own if getattr(args, name) != parser.get_default(name)]:
+        parser.error(f"--{given[0].replace('_', '-')} says nothing with --kind {args.kind}")
     if find_spec("trl") is None:
         parser.error("TRL is not installed: pip install trl")
     if not args.input.is_file():
         parser.error(f"{args.input}: no such file; give --input or set MEGATRON_PREFIX_DATA")
     names = ("steps", "batch_size", "lr", "beta", "label_smoothing", "precomputed")
+    names += ("kind", "margin", "center")
     setting = Setting(**{name: getattr(args, name) for name in names})
     setting = replace(setting, row_capacity=max(setting.row_capacity, 2 * args.max_length))
     try:

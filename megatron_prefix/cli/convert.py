@@ -16,7 +16,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "convert",
         help="Hugging Face safetensors <-> a distributed checkpoint",
         description="Convert Llama, Mistral, Qwen2 and Qwen3 models, a tensor at a time. Every "
-        "tensor keeps its precision; configuration and tokenizer travel along.",
+        "tensor keeps its precision; configuration and tokenizer travel along. Reward models are "
+        "AutoModelForSequenceClassification with num_labels=1.",
     )
     directions = parser.add_subparsers(dest="direction", metavar="import|export", required=True)
     inward = directions.add_parser("import", help="Hugging Face -> checkpoint")
@@ -68,6 +69,8 @@ def run_export(args: argparse.Namespace) -> None:
     print(f"wrote {args.hf}: {_amount(done)}")
     if not any(name.startswith("tokenizer") for name in done.companions):
         print("no tokenizer is beside the checkpoint, so none was exported")
+    if done.note is not None:
+        print(done.note)
 
 
 def _amount(done) -> str:

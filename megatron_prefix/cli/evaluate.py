@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "evaluate",
         help="accuracy, margins and loss on data.valid",
         description="Score every response of data.valid with the policy and the reference. "
-        "Without --load the policy is the initial model.",
+        "A reward model has no reference. Without --load the policy is the initial model.",
     )
     add_config(parser)
     parser.add_argument(
@@ -25,7 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--per-response",
         metavar="FILE.jsonl",
-        help="write group, response, record, logp (nats) and num_tokens of every response",
+        help="write group, response, record, logp (nats; reward for a reward model) and "
+        "num_tokens of every response",
     )
     parser.set_defaults(run=run)
 

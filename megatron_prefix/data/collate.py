@@ -7,12 +7,13 @@ A row [p p | a a | b b b] with responses a and b of the prompt p has the targets
     response      0  1  0  1  1
 
 sorted by source row, so that rows that predict nothing are never projected and row 1 is
-projected once. Shapes: T tokens, N targets, R responses, P pairs.
+projected once. A reward model scores the last row of each response instead: rows 3 and 6, one
+target a response. Shapes: T tokens, N targets, R responses, P pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.layout import TreeLayout
 
 PADDING_TOKEN = 0
+Targets = Callable[[PrefixTree], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""(source_row, target_token, response) of one tree: `tree_targets` or `score_targets`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +82,19 @@ def tree_targets(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.concatenate(x).astype(np.int64) for x in (rows, tokens, responses))
 
 
-def collate_packed(items: Sequence[RowItem], multiple: int = 1) -> MicroBatch:
+def score_targets(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(source_row, target_token, response) of one tree for a reward model.
+
+    The row of each response's last token, once a response; no token is predicted, and 0 stands
+    for it.
+    """
+    rows = tree.node_offsets[1:][tree.response_last].astype(np.int64) - 1
+    return rows, np.zeros_like(rows), np.arange(tree.num_responses, dtype=np.int64)
+
+
+def collate_packed(
+    items: Sequence[RowItem], multiple: int = 1, targets: Targets = tree_targets
+) -> MicroBatch:
     """One row of trees, its length rounded up to `multiple` by a padding tree without loss.
 
     Without items it is an empty row: `multiple` tokens of padding.
@@ -89,10 +104,12 @@ def collate_packed(items: Sequence[RowItem], multiple: int = 1) -> MicroBatch:
     parts = [_Part.whole(item.view.tree) for item in items]
     if padding:
         parts.append(_Part(np.full(padding, PADDING_TOKEN), [padding], [-1]))
-    return _assemble(items, parts)
+    return _assemble(items, parts, targets)
 
 
-def collate_padded(items: Sequence[RowItem], multiple: int = 1) -> MicroBatch:
+def collate_padded(
+    items: Sequence[RowItem], multiple: int = 1, targets: Targets = tree_targets
+) -> MicroBatch:
     """Sequences right-padded to the longest of them, one after another.
 
     Padding continues its sequence, so attention pays for it as it does in a padded batch.
@@ -103,7 +120,7 @@ def collate_padded(items: Sequence[RowItem], multiple: int = 1) -> MicroBatch:
     parts = [s.padded(longest) for s in sequences]
     if not parts:
         parts = [_Part(np.full(longest, PADDING_TOKEN), [longest], [-1])]
-    return _assemble(items, parts)
+    return _assemble(items, parts, targets)
 
 
 @dataclass(frozen=True)
@@ -141,7 +158,7 @@ class _Part:
         return _Part(tokens, lengths, parents, self.num_real)
 
 
-def _assemble(items: Sequence[RowItem], parts: Sequence[_Part]) -> MicroBatch:
+def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets) -> MicroBatch:
     """Join the parts of a row and move every item's targets to where its tokens stand."""
     is_real = np.concatenate([np.arange(len(p.tokens)) < p.num_real for p in parts])
     row_of = np.flatnonzero(is_real)  # k-th token of the data -> its row
@@ -149,7 +166,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part]) -> MicroBatch:
     num_tokens = num_responses = 0
     for item in items:
         tree = item.view.tree
-        source, target, response = tree_targets(tree)
+        source, target, response = targets(tree)
         rows.append(row_of[source + num_tokens])
         tokens.append(target)
         responses.append(response + num_responses)

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from megatron_prefix.data.collate import MicroBatch, RowItem, collate_packed, collate_padded
+from megatron_prefix.data.collate import (
+    MicroBatch,
+    RowItem,
+    Targets,
+    collate_packed,
+    collate_padded,
+    tree_targets,
+)
 from megatron_prefix.data.packing import deal, first_fit_decreasing, pack_step
 from megatron_prefix.data.sharing import Bundle, all_bundles, bundles_of, view
 from megatron_prefix.errors import InputError
@@ -182,8 +189,8 @@ class Sampler:
 
     `row_multiple` rounds row lengths up (tensor x context parallel size), `count_multiple` the
     rows a rank (pipeline size under virtual pipelining). `micro_batch_size` replaces packing
-    by that many sequences, padded. Raises InputError where any bundle of the data set does not
-    fit, before the first step.
+    by that many sequences, padded. `targets` says what the model is asked of each tree. Raises
+    InputError where any bundle of the data set does not fit, before the first step.
     """
 
     dataset: PreferenceDataset
@@ -195,6 +202,7 @@ class Sampler:
     num_ranks: int = 1
     row_multiple: int = 1
     count_multiple: int = 1
+    targets: Targets = tree_targets
 
     def __post_init__(self) -> None:
         if not (self.row_capacity or self.micro_batch_size):
@@ -248,7 +256,9 @@ class Sampler:
     def micro_batches(self, plan: StepPlan, rank: int = 0) -> list[MicroBatch]:
         """One rank's rows of a step, ready for the model."""
         collate = collate_padded if self.micro_batch_size else collate_packed
-        return [collate(self._items(row), self.row_multiple) for row in plan.rows[rank]]
+        return [
+            collate(self._items(row), self.row_multiple, self.targets) for row in plan.rows[rank]
+        ]
 
     def _rows(self, step: int, groups: np.ndarray) -> list[list[Bundle]]:
         multiple = self.num_ranks * self.count_multiple

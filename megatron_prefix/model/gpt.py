@@ -41,6 +41,8 @@ PARTITION_DIMS = {
 class TreeTransformerConfig(TransformerConfig):
     """Megatron-Core's TransformerConfig with what the whole model needs beside its layers."""
 
+    kind: str = "lm"
+    """`lm` or `reward`, as config.ModelConfig has it."""
     vocab_size: int = 0
     """Entries of the tokenizer's vocabulary; the embedding may be padded beyond them."""
     make_vocab_size_divisible_by: int = 64
@@ -54,6 +56,8 @@ class TreeTransformerConfig(TransformerConfig):
     """Rows projected to logits at a time."""
     init_seed: int | None = None
     """Seed of the initial weights, drawn by parameter name; None leaves Megatron-Core's."""
+    head_seed: int | None = None
+    """Seed of a reward model's head alone, for one whose other weights are loaded."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -136,7 +140,7 @@ class TreeGPTModel(GPTModel):
         packed_seq_params: TreePackedSeqParams,
         **_: object,
     ) -> Tensor:
-        """Hidden rows [T, 1, C] -> log-probability of every target, float32 [N]."""
+        """Hidden rows [T, 1, C] -> what `_head` makes of every target, float32 [N]."""
         if not self.post_process:
             return hidden_states
         if labels is not None:
@@ -146,15 +150,19 @@ class TreeGPTModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
+        rows = hidden_states.squeeze(1).index_select(0, packed_seq_params.projected_rows)
+        return self._head(rows, packed_seq_params)
+
+    def _head(self, rows_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
+        """Log-probability of every target, float32 [N]."""
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        rows = hidden_states.squeeze(1).index_select(0, packed_seq_params.projected_rows)
         return token_logps(
-            rows,
+            rows_UC,
             lambda chunk: self.output_layer(chunk.unsqueeze(1), weight=weight)[0].squeeze(1),
-            packed_seq_params.target_rows,
-            packed_seq_params.target_tokens,
+            params.target_rows,
+            params.target_tokens,
             vocab_size=self.config.vocab_size,
             chunk_size=self.config.lm_head_chunk_size,
             group=self.pg_collection.tp,

@@ -34,7 +34,10 @@ _OUTER = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
+    "score.weight": "score.weight",
 }
+REWARD_HEAD = "score.weight"
+"""A reward model's head, under one name in Megatron-Core, in checkpoints and in Hugging Face."""
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _QKV_WEIGHT, _QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"
 _FC1 = "mlp.linear_fc1.weight"
@@ -106,6 +109,7 @@ class WeightMap:
         inner = [rest for rest in _INNER if rest not in absent]
         layers = [f"decoder.layers.{i}.{rest}" for i in range(model.num_layers) for rest in inner]
         head = ["output_layer.weight"] if model.untie_embeddings_and_output_weights else []
+        head = [REWARD_HEAD] if model.kind == "reward" else head
         return [_VOCABULARY[0], *layers, "decoder.final_layernorm.weight", *head]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -162,6 +166,7 @@ class WeightMap:
         rows, columns = {
             "embed_tokens": (self.vocab_size, hidden),
             "lm_head": (self.vocab_size, hidden),
+            "score": (1, hidden),
             "q_proj": (query, hidden),
             "k_proj": (key, hidden),
             "v_proj": (key, hidden),

@@ -59,9 +59,13 @@ def whole_parameter(name: str, parameter: torch.nn.Parameter, model: TreeGPTMode
 
 
 @torch.no_grad()
-def initialize_weights(model: TreeGPTModel, seed: int) -> None:
-    """Draw every parameter of this rank by name; see the module's docstring."""
+def initialize_weights(model: TreeGPTModel, seed: int, only: str | None = None) -> None:
+    """Draw every parameter of this rank by name, or the one called `only`; see the module's
+    docstring. A reward model's head is drawn like other matrices, from N(0, init_method_std), as
+    Hugging Face draws it from N(0, initializer_range)."""
     for name, parameter in canonical_parameters(model):
+        if only is not None and name != only:
+            continue
         parameter.copy_(_initial(name, parameter, model.config, model.pg_collection.tp, seed))
 
 

@@ -17,9 +17,10 @@ from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.config_rules import layout_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
+from megatron_prefix.model.heads import TreeRewardModel
 from megatron_prefix.model.hf_config import sizes_from_hf
 from megatron_prefix.model.hf_files import HFTensors
-from megatron_prefix.model.hf_weights import WeightMap
+from megatron_prefix.model.hf_weights import REWARD_HEAD, WeightMap
 from megatron_prefix.model.init import canonical_parameters, initialize_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,12 +42,14 @@ def transformer_config(
     *,
     vocab_size: int,
     seed: int | None,
+    head_seed: int | None = None,
     parallel: ParallelConfig | None = None,
 ) -> TreeTransformerConfig:
     """Megatron-Core's view of `model`, for CUDA where there is one and else for CPU.
 
     `model` has sizes (see `with_sizes`). `seed` draws the initial weights; None leaves them
-    undefined, for weights that are loaded next. Raises InputError where the attention backend
+    undefined, for weights that are loaded next, but for a reward model's head, which `head_seed`
+    draws. Raises InputError where the attention backend
     cannot run here.
     """
     parallel = parallel or ParallelConfig()
@@ -111,12 +114,15 @@ def transformer_config(
         recompute_num_layers=model.recompute_num_layers,
         vocab_size=vocab_size,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        kind=model.kind,
+        share_embeddings_and_output_weights=model.kind == "lm"
+        and not model.untie_embeddings_and_output_weights,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
         tree_attention_backend=backend,
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
+        head_seed=head_seed if model.kind == "reward" else None,
     )
 
 
@@ -132,7 +138,7 @@ def model_provider(
 
     Takes the arguments with which Megatron-LM and Megatron-Bridge call their providers.
     """
-    model = TreeGPTModel(
+    model = (TreeRewardModel if config.kind == "reward" else TreeGPTModel)(
         config,
         pre_process=pre_process,
         post_process=post_process,
@@ -141,24 +147,34 @@ def model_provider(
     )
     if config.init_seed is not None:
         initialize_weights(model, config.init_seed)
+    elif config.head_seed is not None:
+        initialize_weights(model, config.head_seed, only=REWARD_HEAD)
     return model
 
 
 @torch.no_grad()
-def load_hf_weights(model: TreeGPTModel, sizes: ModelConfig, directory: Path) -> None:
+def load_hf_weights(
+    model: TreeGPTModel, sizes: ModelConfig, directory: Path, keeps_head: bool = False
+) -> None:
     """Fill this rank's part of the model from safetensors, a tensor at a time.
 
     Reads only the rows and columns that the tensor-parallel rank owns, and casts them to the
-    model's precision. `sizes` are those that the model was made with. Raises InputError.
+    model's precision. `sizes` are those that the model was made with; with `keeps_head` a reward
+    model keeps the head it has, for a directory without one. Raises InputError.
     """
     weights = WeightMap(sizes, model.config.vocab_size)
     tensors = HFTensors(directory)
-    tensors.check(weights.hf_shapes())
+    shapes = weights.hf_shapes()
+    if keeps_head:
+        del shapes[REWARD_HEAD]
+    tensors.check(shapes)
     group, padded = model.pg_collection.tp, model.config.padded_vocab_size
     tied = model.config.share_embeddings_and_output_weights
     for name, parameter in canonical_parameters(model):
         if tied and name == "output_layer.weight":  # the last pipeline stage's copy
             name = "embedding.word_embeddings.weight"
+        if keeps_head and name == REWARD_HEAD:
+            continue
         found = weights.read(name, tensors.read, group.rank(), group.size(), padded)
         assert found.shape == parameter.shape, f"{name}: {found.shape}, not {parameter.shape}"
         parameter.copy_(found)

@@ -25,11 +25,14 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.model.hf_weights import REWARD_HEAD
 from megatron_prefix.train import torch_dist
 from megatron_prefix.train.torch_dist import COMPLETE
 
 TRACKER = "latest_checkpointed_iteration.txt"
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_OF_HEADS = ("kind", "untie_embeddings_and_output_weights")
+"""What `model_sizes` says of a model's head."""
 
 
 def iteration_dir(root: str | Path, step: int) -> Path:
@@ -163,6 +166,7 @@ def load_checkpoint(
     """
     path = iteration_dir(root, step)
     common = torch_dist.load_common(path)
+    _check_kind(path, model_sizes(chunks)["kind"])
     _check_agreement(path, "run", common.get("run"), run)
     _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
     state = torch_dist.load(_sharded_state(chunks, optimizer, is_loading=True), path)
@@ -174,13 +178,43 @@ def load_checkpoint(
     scheduler.load_state_dict(common["scheduler"])
 
 
-def load_weights(path: str | Path, chunks: list[torch.nn.Module]) -> None:
-    """Load a checkpoint's weights alone; collective. Raises InputError."""
+def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bool = False) -> None:
+    """Load a checkpoint's weights alone; collective.
+
+    With `keeps_head` a reward model takes all but its head, which it keeps, from a language
+    model's checkpoint. Raises InputError.
+    """
     path = resolve_checkpoint(path)
-    saved = torch_dist.load_common(path).get("model_sizes")
+    saved, ours = torch_dist.load_common(path).get("model_sizes"), model_sizes(chunks)
+    state, unread = model_state(chunks), ()
+    if keeps_head:
+        unread = ("output_layer.weight",)
+        state = {name: _without_head(tensors) for name, tensors in state.items()}
+        ours = {key: value for key, value in ours.items() if key not in _OF_HEADS}
+        saved = saved and {key: value for key, value in saved.items() if key not in _OF_HEADS}
+    else:
+        _check_kind(path, ours["kind"])
     if saved is not None:
-        _check_agreement(path, "model", saved, model_sizes(chunks))
-    _load_model(chunks, torch_dist.load(model_state(chunks), path))
+        _check_agreement(path, "model", saved, ours)
+    _load_model(chunks, torch_dist.load(state, path, unread))
+
+
+def _without_head(tensors: dict) -> dict:
+    return {name: x for name, x in tensors.items() if name != REWARD_HEAD}
+
+
+def _check_kind(path: Path, kind: str) -> None:
+    found = torch_dist.model_kind(path)
+    if (found, kind) == ("reward", "lm"):
+        raise InputError(
+            f"{path}: a reward model's checkpoint, which has no language-model head, and "
+            "model.kind is lm: set model.kind: reward, or give a language model's checkpoint"
+        )
+    if (found, kind) == ("lm", "reward"):
+        raise InputError(
+            f"{path}: a language model's checkpoint, which scores nothing, and model.kind is "
+            "reward: give a reward model's, or train one from it with model.checkpoint"
+        )
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
@@ -196,6 +230,7 @@ def model_sizes(chunks: list[torch.nn.Module]) -> dict:
     config = unwrap(chunks[0]).config
     scaling = config.rope_scaling
     return {
+        "kind": config.kind,
         "vocab_size": config.vocab_size,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,

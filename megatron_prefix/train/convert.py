@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ from megatron_prefix.config import ModelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf_config import locate, read_hf_config
 from megatron_prefix.model.hf_files import HFTensors, copy_companions, write_safetensors
+from megatron_prefix.model.hf_reward import hf_kind
 from megatron_prefix.model.hf_weights import WeightMap, checkpoint_key, hf_names
 from megatron_prefix.model.provider import with_sizes
 from megatron_prefix.train.checkpoint import resolve_checkpoint
@@ -60,6 +61,8 @@ class Converted:
     num_bytes: int
     dtypes: tuple[str, ...]
     companions: tuple[str, ...]
+    note: str | None = None
+    """What a user should know of the result."""
 
 
 def import_checkpoint(hf: str, output: str | Path) -> Converted:
@@ -118,7 +121,14 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
             max_shard_bytes,
         )
         _write_config(read_hf_config(source), set(dtypes.values()), partial / "config.json")
-    return _summary(dtypes, weights, companions)
+    note = None
+    if weights.model.kind == "reward" and read_hf_config(source).get("pad_token_id") is None:
+        note = (
+            "no token is known that pads texts and never ends one, so pad_token_id is null: "
+            "transformers scores single texts; give tokenizer and config.json such a token to "
+            "score batches"
+        )
+    return replace(_summary(dtypes, weights, companions), note=note)
 
 
 def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[tuple[str, Tensor]]:
@@ -127,9 +137,8 @@ def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[t
 
 
 def _weight_map(directory: Path) -> WeightMap:
-    return WeightMap(
-        *with_sizes(ModelConfig(), read_hf_config(directory), f"{directory}/config.json")
-    )
+    config, source = read_hf_config(directory), f"{directory}/config.json"
+    return WeightMap(*with_sizes(ModelConfig(kind=hf_kind(config, source)), config, source))
 
 
 def _summary(dtypes: dict[str, torch.dtype], weights: WeightMap, companions: list) -> Converted:

@@ -27,8 +27,9 @@ from megatron_prefix.model.hf_config import (
     sliding_window,
 )
 from megatron_prefix.model.hf_files import copy_companions
+from megatron_prefix.model.hf_reward import hf_kind, reward_config
 from megatron_prefix.model.provider import load_hf_weights, transformer_config, with_sizes
-from megatron_prefix.train import checkpoint
+from megatron_prefix.train import checkpoint, torch_dist
 
 HF_FOLDER = "hf"
 """Folder of a checkpoint with config.json and tokenizer, as Hugging Face keeps them."""
@@ -39,13 +40,15 @@ class InitialModel:
     """What a run starts from: `sizes` are complete, `vocab_size` is the model's, unpadded.
 
     `source` is the directory with config.json and tokenizer, or None for a model from sizes;
-    `longest` is the longest path of the run's data in tokens.
+    `longest` is the longest path of the run's data in tokens. With `draws_head` the weights are a
+    language model's and a reward model's head is drawn.
     """
 
     sizes: ModelConfig
     vocab_size: int
     source: Path | None
     longest: int
+    draws_head: bool = False
 
     def transformer_config(
         self, seed: int, parallel: ParallelConfig | None = None
@@ -56,6 +59,7 @@ class InitialModel:
             self.sizes,
             vocab_size=self.vocab_size,
             seed=seed if drawn else None,
+            head_seed=seed if self.draws_head else None,
             parallel=parallel,
         )
 
@@ -63,21 +67,37 @@ class InitialModel:
         """Fill models made from `transformer_config` with the weights to start from."""
         if self.sizes.hf is not None:
             for chunk in chunks:
-                load_hf_weights(unwrap(chunk), self.sizes, self.source)
+                model = unwrap(chunk)
+                keeps_head = self.draws_head and model.post_process
+                load_hf_weights(model, self.sizes, self.source, keeps_head)
         elif self.sizes.checkpoint is not None:
-            checkpoint.load_weights(self.sizes.checkpoint, chunks)
+            checkpoint.load_weights(self.sizes.checkpoint, chunks, self.draws_head)
+
+    def note(self, seed: int) -> str | None:
+        """What a user should be told of how the model begins, if anything."""
+        if not self.draws_head:
+            return None
+        origin = f"model.hf = {self.sizes.hf}"
+        if self.sizes.hf is None:
+            origin = f"model.checkpoint = {self.sizes.checkpoint}"
+        return f"{origin} is a language model: the reward head is drawn from train.seed = {seed}"
 
     def attach(self, directory: Path) -> None:
         """Put config.json and tokenizer into a checkpoint of this run, for `convert export`."""
         folder = directory / HF_FOLDER
         if self.source is not None:
             copy_companions(self.source, folder)
-            return
-        try:
-            config = hf_from_sizes(self.sizes, self.vocab_size, self.longest)
-        except InputError:  # no architecture has these parts: the run goes on, export refuses
-            return
+            if self.sizes.kind == "lm":
+                return
+            config = read_hf_config(self.source)
+        else:
+            try:
+                config = hf_from_sizes(self.sizes, self.vocab_size, self.longest)
+            except InputError:  # no architecture has these parts: the run goes on, export refuses
+                return
         folder.mkdir(parents=True, exist_ok=True)
+        if self.sizes.kind == "reward":
+            config = reward_config(config, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -95,8 +115,15 @@ def initial_model(model: ModelConfig, datasets: Sequence[PreferenceDataset]) -> 
                 "the model's sizes: give them (model.num_layers, …)"
             )
         vocab_size = datasets[0].vocab_size
-        return InitialModel(sizes=model, vocab_size=vocab_size, source=None, longest=longest)
+        return InitialModel(
+            sizes=model,
+            vocab_size=vocab_size,
+            source=None,
+            longest=longest,
+            draws_head=_draws_head(model, None),
+        )
     config = read_hf_config(source)
+    draws_head = _draws_head(model, hf_kind(config, f"{source}/config.json"))
     sizes, vocab_size = with_sizes(model, config, f"{source}/config.json")
     if model.num_layers is not None:
         _same_sizes(model, sizes, source)
@@ -108,7 +135,28 @@ def initial_model(model: ModelConfig, datasets: Sequence[PreferenceDataset]) -> 
             f"the model in {source} attends to the last {window} tokens (sliding_window) and the "
             f"data's longest path has {longest}: build the data set with --max-length {window}"
         )
-    return InitialModel(sizes=sizes, vocab_size=vocab_size, source=source, longest=longest)
+    return InitialModel(
+        sizes=sizes,
+        vocab_size=vocab_size,
+        source=source,
+        longest=longest,
+        draws_head=draws_head,
+    )
+
+
+def _draws_head(model: ModelConfig, hf_kind: str | None) -> bool:
+    """Whether a reward model starts from a language model's weights. Raises InputError where a
+    language model is to start from a reward model's."""
+    if model.hf is not None and (hf_kind, model.kind) == ("reward", "lm"):
+        raise InputError(
+            f"model.hf = {model.hf} is a reward model, without a language-model head, and "
+            "model.kind is lm: set model.kind: reward, or give a language model"
+        )
+    if model.kind != "reward":
+        return False
+    if model.checkpoint is None:
+        return hf_kind == "lm"
+    return torch_dist.model_kind(checkpoint.resolve_checkpoint(model.checkpoint)) == "lm"
 
 
 def _check_vocabulary(dataset: PreferenceDataset, vocab_size: int, source: Path) -> None:
@@ -143,7 +191,10 @@ def _same_sizes(given: ModelConfig, known: ModelConfig, source: Path) -> None:
         "num_query_groups": given.num_attention_heads,
         "kv_channels": given.hidden_size // given.num_attention_heads,
     }
+    of_lm = {"untie_embeddings_and_output_weights"} if given.kind == "reward" else set()
     for key in SIZES:
+        if key in of_lm:
+            continue
         value = getattr(given, key)
         value = implied.get(key) if value is None else value
         if value != getattr(known, key):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prefix.config import Config
+from megatron_prefix.config import Config, LossConfig
+from megatron_prefix.data.collate import score_targets, tree_targets
 from megatron_prefix.data.sampler import GroupBatches, RowBatches, Sampler, group_lengths
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -14,6 +15,8 @@ from megatron_prefix.train.parallel import World
 
 EVALUATION_GROUPS = 64
 """Groups scored at a time where the configuration counts steps in rows."""
+TARGETS = {"lm": tree_targets, "reward": score_targets}
+"""What each kind of model is asked of a tree."""
 
 
 def open_verified(prefix: str, setting: str, world: World) -> PreferenceDataset:
@@ -27,6 +30,21 @@ def open_verified(prefix: str, setting: str, world: World) -> PreferenceDataset:
 
     world.once(verify)
     return PreferenceDataset(prefix)
+
+
+def check_margins(loss: LossConfig, dataset: PreferenceDataset, setting: str) -> None:
+    """Refuse a data set some of whose pairs have no margin, where the loss needs it."""
+    if not loss.margin:
+        return
+    missing = np.flatnonzero(np.isnan(dataset.pair_margins))
+    if len(missing):
+        group = int(np.searchsorted(dataset.group_pairs, missing[0], side="right")) - 1
+        raise InputError(
+            f"{setting}: {len(missing)} of the {len(dataset.pair_margins)} pairs in "
+            f"{dataset.prefix} have no margin (first in group {group}, record "
+            f"{int(dataset.group_records[group])}), and loss.margin: true needs one of each: give "
+            "every record a margin and build again, or leave loss.margin out"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,7 @@ def training_sampler(
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
+        targets=TARGETS[config.model.kind],
         **(world.rows if world is not None else {}),
     )
 
@@ -84,5 +103,6 @@ def evaluation_sampler(
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
+        targets=TARGETS[config.model.kind],
         **(world.rows if world is not None else {}),
     )

@@ -28,7 +28,8 @@ def save_rows(
     """Write a rank's rows of a step as one .npz of integer and float arrays, for replay.
 
     `row0_tokens`, `row0_lengths` and `row0_parents` (the layout's segments), the targets, the
-    pairs with their weights and margins, `row0_response_ids` (group, response), `row0_ref_logps`.
+    pairs with their weights and margins, `row0_response_ids` (group, response), and
+    `row0_ref_logps` where there is a reference.
     """
     arrays: dict[str, np.ndarray] = {"step": np.array(step)}
     for i, (row, batch) in enumerate(zip(rows, batches, strict=True)):
@@ -43,8 +44,9 @@ def save_rows(
             "pairs": row.pairs,
             "pair_weights": row.pair_weights,
             "pair_margins": row.pair_margins,
-            "ref_logps": batch.ref_logps.cpu().numpy(),
         }
+        if batch.ref_logps is not None:
+            own["ref_logps"] = batch.ref_logps.cpu().numpy()
         arrays |= {f"row{i}_{name}": array for name, array in own.items()}
     path = Path(directory) / file_name(step, rank)
     try:

@@ -11,12 +11,13 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.train import checkpoint
 from megatron_prefix.train.fingerprint import model_fingerprint
 from megatron_prefix.train.initial import InitialModel, initial_model
-from megatron_prefix.train.inputs import evaluation_sampler, training_sampler
+from megatron_prefix.train.inputs import check_margins, evaluation_sampler, training_sampler
 from megatron_prefix.train.metrics import MetricsWriter, Progress
 from megatron_prefix.train.optimizer import build_model, build_optimizer
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.reference import (
     ModelReference,
+    NoReference,
     PrecomputedReference,
     Reference,
     freeze,
@@ -37,6 +38,9 @@ def prepare_run(
     """
     _check_outputs(config, here)
     _check_valid(dataset, valid)
+    check_margins(config.loss, dataset, "data.train")
+    if valid is not None:
+        check_margins(config.loss, valid, "data.valid")
     sampler = training_sampler(config, dataset, here)
     num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
@@ -48,7 +52,7 @@ def prepare_run(
     model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, here)
     initial.load(chunks)
-    fingerprint = model_fingerprint(chunks)
+    fingerprint = model_fingerprint(chunks) if config.loss.reference != "none" else None
     reference = _reference(config, initial, fingerprint, dataset, valid, here)
     policy, optimizer, scheduler = build_optimizer(
         chunks, model_config, config.optimizer, config.parallel, num_steps
@@ -57,7 +61,7 @@ def prepare_run(
     step = _latest(config, here)
     if step:
         checkpoint.load_checkpoint(config.train.load, step, policy, optimizer, scheduler, identity)
-    _say_start(config, step, here)
+    _say_start(config, initial, step, here)
     opened: list[MetricsWriter] = []  # on the main process
     here.once(lambda: opened.append(_open_metrics(config, step)))
     return Run(
@@ -78,8 +82,11 @@ def prepare_run(
     )
 
 
-def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str) -> dict:
-    """What decides the order of the data and the rewards: a resumed run must agree with it."""
+def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | None) -> dict:
+    """What decides the order of the data and the rewards: a resumed run must agree with it.
+
+    `fingerprint` is the reference model's, None where there is none.
+    """
     data = config.data
     identity = {
         "data.train fingerprint": dataset.fingerprint,
@@ -87,8 +94,9 @@ def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str) -
         "data.global_batch_size": data.global_batch_size,
         "data.rows_per_step": data.rows_per_step,
         "train.epochs": config.train.epochs,
-        "reference model fingerprint": fingerprint,
     }
+    if fingerprint is not None:
+        identity["reference model fingerprint"] = fingerprint
     if data.rows_per_step:
         identity |= {"data.sharing": data.sharing, "data.row_capacity": data.row_capacity}
     return identity
@@ -97,11 +105,13 @@ def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str) -
 def _reference(
     config: Config,
     initial: InitialModel,
-    fingerprint: str,
+    fingerprint: str | None,
     dataset: PreferenceDataset,
     valid: PreferenceDataset | None,
     here: World,
 ) -> Reference:
+    if config.loss.reference == "none":
+        return NoReference()
     rounding = ROUNDING[config.model.dtype]
     if config.loss.reference == "precomputed":
         sets = [dataset] + ([valid] if valid is not None else [])
@@ -175,8 +185,10 @@ def _latest(config: Config, here: World) -> int:
     return here.once(lambda: checkpoint.latest_step(load) or 0)
 
 
-def _say_start(config: Config, step: int, here: World) -> None:
-    load = config.train.load
+def _say_start(config: Config, initial: InitialModel, step: int, here: World) -> None:
+    load, note = config.train.load, initial.note(config.train.seed)
+    if here.is_main and note is not None and not step:
+        print(note, flush=True)
     if here.is_main and load is not None:
         text = (
             f"resumed from {load} after step {step}"

@@ -1,7 +1,8 @@
 """Log-probabilities without gradients: the reference of a run, and whole data sets.
 
 A reference is a frozen copy of the initial policy that runs over each step's rows
-(`ModelReference`), or what such a copy said, read from a file (`PrecomputedReference`).
+(`ModelReference`), or what such a copy said, read from a file (`PrecomputedReference`). A reward
+model has none.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Reference(Protocol):
     def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
         """The same rows with reference log-probabilities."""
 
-    def score(self, sampler: Sampler) -> np.ndarray:
-        """Of every response of the sampler's data set, float64 [responses]."""
+    def score(self, sampler: Sampler) -> np.ndarray | None:
+        """Of every response of the sampler's data set, float64 [responses]; None where there is
+        no reference."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,20 @@ class PrecomputedReference:
         return self.logps[sampler.dataset.fingerprint]
 
 
+@dataclass(frozen=True)
+class NoReference:
+    """Of a reward model, whose scores are rewards by themselves."""
+
+    fingerprint: str = ""
+    rounding: float = 0.0
+
+    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+        return batches
+
+    def score(self, sampler: Sampler) -> None:
+        return None
+
+
 def response_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
     """Where a row's responses stand among all of the data set, int64 [R]."""
     groups, responses = row.response_ids[:, 0], row.response_ids[:, 1]
@@ -110,7 +126,8 @@ def score_dataset(
     world: World,
     partial: PartialScores | None = None,
 ) -> np.ndarray:
-    """Log-probability of every response of the sampler's data set, float64 [responses].
+    """Log-probability of every response of the sampler's data set, or a reward model's score of
+    it, float64 [responses].
 
     Responses are numbered through the whole data set in its order. One that runs several
     times (sharing `none`, several pairs) gets the mean of its runs. Every rank runs its rows

@@ -1,7 +1,7 @@
 """A run: its parts, its steps, and when it evaluates, saves and stops.
 
 Every step: rows of the plan -> reference log-probabilities -> forward and backward -> optimizer
--> one line of metrics. The first step of a fresh run must have loss ln 2.
+-> one line of metrics. The first step of a fresh run with a reference must have loss ln 2.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from megatron_prefix.train.evaluate import preference_metrics
 from megatron_prefix.train.first_loss import check_first_loss
 from megatron_prefix.train.initial import InitialModel
 from megatron_prefix.train.metrics import MetricsWriter, Progress
+from megatron_prefix.train.objective import pair_metrics
 from megatron_prefix.train.optimizer import finish_param_gather, gradient_norm, gradient_step
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.reference import Reference, score_dataset
-from megatron_prefix.train.step import PAIR_SUMS, TrainBatch, run_schedule, to_device
+from megatron_prefix.train.step import TrainBatch, run_schedule, to_device
 from megatron_prefix.train.stop import StopRequest
 
 
@@ -85,7 +86,7 @@ class Run:
         means = self._means(plan, logs)
         if not np.isfinite(list(means.values())).all():
             self._stop_nonfinite("loss", rows, batches, nonfinite.finite_rows(logs))
-        if self.step == 0:
+        if self.step == 0 and self.config.loss.reference != "none":
             check_first_loss(means["loss"], logs, self.config, self.reference, self.world)
         stepped = gradient_step(self.optimizer, self.scheduler)
         if stepped is None:
@@ -165,8 +166,9 @@ class Run:
     def _means(self, plan: StepPlan, logs: list[dict]) -> dict[str, float]:
         """The loss over its weight, everything else over pairs."""
         sums = self.world.sum(torch.stack([log["sums"] for log in logs]).sum(0)).tolist()
-        divisors = [plan.weight] + [plan.num_pairs] * (len(PAIR_SUMS) - 1)
-        return {key: s / d for key, s, d in zip(PAIR_SUMS, sums, divisors, strict=True)}
+        names = pair_metrics(self.config.loss)
+        divisors = [plan.weight] + [plan.num_pairs] * (len(names) - 1)
+        return {key: s / d for key, s, d in zip(names, sums, divisors, strict=True)}
 
     def _token_counts(self, plan: StepPlan, rows: list[MicroBatch]) -> dict[str, int]:
         dataset = self.sampler.dataset

@@ -20,6 +20,11 @@ def score_reference(config: Config, output: str) -> None:
 
     What is done is kept beside `output` while it runs. Raises InputError.
     """
+    if config.loss.reference == "none":
+        raise InputError(
+            "score computes a reference's log-probabilities, and a reward model (model.kind: "
+            "reward) has no reference: use evaluate --per-response for its rewards"
+        )
     if not Path(output).absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such directory; make it first")
     with world(config.parallel, config.train.seed) as here:

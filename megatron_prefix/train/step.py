@@ -29,19 +29,8 @@ from megatron_prefix.attention.core import TreePackedSeqParams
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.config import LossConfig
 from megatron_prefix.data.collate import MicroBatch
-from megatron_prefix.losses import dpo_loss
 from megatron_prefix.model.logps import response_logps
-
-PAIR_SUMS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
-"""What `preference_loss` sums over a row's pairs; the loss is weighted, the others are not."""
+from megatron_prefix.train.objective import pair_metrics, pair_rewards
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,9 +39,10 @@ class TrainBatch:
 
     tokens int64 [1, T]; `params` goes to the model; target i belongs to the response that
     `response_order` and `response_offsets` sort it under; pairs int64 [P, 2] index the row's
-    responses; pair_weights float64 [P]; ref_logps float64 [R] or None where there is no
-    reference; step_weight is the step's normaliser. With `context`, tokens and targets are those
-    that this rank owns, and responses and pairs the whole row's.
+    responses; pair_weights and pair_margins float64 [P], a margin NaN where the data has none;
+    ref_logps float64 [R] or None where there is no reference; step_weight is the step's
+    normaliser. With `context`, tokens and targets are those that this rank owns, and responses
+    and pairs the whole row's.
     """
 
     tokens: Tensor
@@ -61,6 +51,7 @@ class TrainBatch:
     response_offsets: Tensor
     pairs: Tensor
     pair_weights: Tensor
+    pair_margins: Tensor
     step_weight: float
     ref_logps: Tensor | None = None
     context: ContextParallel | None = None
@@ -102,6 +93,7 @@ def to_device(
         response_offsets=tensor(np.concatenate([[0], np.cumsum(counts)])),
         pairs=tensor(batch.pairs),
         pair_weights=tensor(batch.pair_weights),
+        pair_margins=tensor(batch.pair_margins),
         step_weight=step_weight,
         context=context,
     )
@@ -110,7 +102,8 @@ def to_device(
 def forward_step(
     data_iterator: Iterator[TrainBatch], model: torch.nn.Module, *, loss: LossConfig
 ) -> tuple[Tensor, Callable]:
-    """Megatron-Core's forward step: token log-probabilities, and what makes a loss of them."""
+    """Megatron-Core's forward step: token log-probabilities, or a reward model's scores, and what
+    makes a loss of them."""
     batch = next(data_iterator)
     output = model(batch.tokens, None, None, packed_seq_params=batch.params)
     return output, partial(preference_loss, batch=batch, loss=loss)
@@ -121,32 +114,24 @@ def preference_loss(
 ) -> Tensor | tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Share of the step's loss that this row has, with its pair count and sums for logging.
 
-    With `non_loss_data` the row's response log-probabilities, float64 [R], and nothing else.
+    With `non_loss_data` the row's response log-probabilities, float64 [R], and nothing else. A
+    reward model's score takes the place of a response's log-probability.
     """
     logps = response_logps(token_logps, batch.response_order, batch.response_offsets)
     if batch.context is not None:
         logps = batch.context.sum(logps)
     if non_loss_data:
         return logps.detach()
-    if batch.ref_logps is None:
-        raise ValueError("the batch has no ref_logps: give it some by TrainBatch.with_reference")
-    chosen, rejected = batch.pairs.unbind(1)
-    pairs = dpo_loss(
-        logps[chosen],
-        logps[rejected],
-        batch.ref_logps[chosen],
-        batch.ref_logps[rejected],
-        beta=loss.beta,
-        label_smoothing=loss.label_smoothing,
-    )
+    pairs = pair_rewards(loss, logps, batch.ref_logps, batch.pairs, batch.pair_margins)
     weighted = (batch.pair_weights * pairs.losses).sum()
-    values = (pairs.chosen, pairs.rejected, pairs.margins, pairs.accuracies, logps[chosen])
-    sums = [weighted, *(x.sum() for x in values), logps[rejected].sum()]
-    logs = {
-        "sums": torch.stack([x.detach() for x in sums]),
-        "rewards": torch.cat([pairs.chosen, pairs.rejected]).abs(),
-        "ref_logps": batch.ref_logps[torch.cat([chosen, rejected])].abs(),
-    }
+    chosen, rejected = batch.pairs.unbind(1)
+    values = (pairs.chosen, pairs.rejected, pairs.margins, pairs.accuracies)
+    values += (logps[chosen], logps[rejected])
+    sums = [weighted, *(x.sum() for x in values)][: len(pair_metrics(loss))]
+    logs = {"sums": torch.stack([x.detach() for x in sums])}
+    if batch.ref_logps is not None:
+        logs["rewards"] = torch.cat([pairs.chosen, pairs.rejected]).abs()
+        logs["ref_logps"] = batch.ref_logps[torch.cat([chosen, rejected])].abs()
     is_first = batch.context is None or batch.context.group.rank() == 0  # it counts for all
     num_pairs = len(batch.pairs) if is_first else 0
     count = torch.tensor(num_pairs, dtype=torch.int, device=token_logps.device)

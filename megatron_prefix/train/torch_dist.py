@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.data.columns import sha256
 from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf_weights import REWARD_HEAD
 
 COMPLETE = "metadata.json"
 CHECKSUMS = "checksums.json"
@@ -71,18 +73,27 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_harmless(path: Path) -> None:
-    """Raise InputError unless loading the checkpoint `path` can execute nothing."""
+def _read_entries(path: Path) -> dict:
+    """What the checkpoint `path` holds, by name. Raises InputError."""
     metadata_path = path / ".metadata"
     try:
         with metadata_path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        entries = metadata.state_dict_metadata.items()
+            return dict(_MetadataUnpickler(file).load().state_dict_metadata)
     except OSError as error:
         raise InputError(f"{metadata_path}: {error.strerror}; the checkpoint is damaged") from None
     except Exception as error:  # whatever a damaged or hostile pickle raises
         raise InputError(_refusal(metadata_path, error)) from None
-    for key, entry in entries:
+
+
+def model_kind(path: Path) -> str:
+    """`reward` for a checkpoint that holds a reward model's head, else `lm`. Raises InputError."""
+    return "reward" if REWARD_HEAD in _read_entries(path) else "lm"
+
+
+def check_harmless(path: Path) -> None:
+    """Raise InputError unless loading the checkpoint `path` can execute nothing."""
+    metadata_path = path / ".metadata"
+    for key, entry in _read_entries(path).items():
         if type(entry).__name__ != "TensorStorageMetadata":
             raise InputError(
                 f"{metadata_path}: refused, because {str(key)[:100]} is a pickled object, not a "
@@ -107,12 +118,12 @@ def _refusal(path: Path, error: Exception) -> str:
     )
 
 
-def check_same_tensors(request: dict, path: Path) -> None:
+def check_same_tensors(request: dict, path: Path, unread: Sequence[str] = ()) -> None:
     """Raise InputError unless the checkpoint's model is made of the requested tensors.
 
     A tensor that is asked for and missing fails by itself when it is loaded; one that is there
-    and not asked for (a head, for a model with tied embeddings) would be dropped silently.
-    Collective; every rank asks for its part.
+    and not asked for (a head, for a model with tied embeddings) would be dropped silently, and
+    may be there only where `unread` names it. Collective; every rank asks for its part.
     """
     own = {
         x.key
@@ -121,8 +132,7 @@ def check_same_tensors(request: dict, path: Path) -> None:
     }
     parts: list[set] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, own)
-    with (path / ".metadata").open("rb") as file:
-        saved = set(_MetadataUnpickler(file).load().state_dict_metadata)
+    saved = set(_read_entries(path)) - set(unread)
     surplus = sorted(n for n in saved - set().union(*parts) if not n.startswith("optimizer."))
     if surplus:
         raise InputError(
@@ -242,15 +252,16 @@ def save(state: dict, path: Path) -> None:
         raise OSError(None, f"torch could not write: {' '.join(str(error).split())}") from error
 
 
-def load(request: dict, path: Path) -> dict:
+def load(request: dict, path: Path, unread: Sequence[str] = ()) -> dict:
     """Fill `request`'s sharded tensors from the checkpoint `path`; collective.
 
-    Returns the tensors in place of the request, and what was saved beside them. Raises
-    InputError where the checkpoint is damaged, could execute code, or is of another model.
+    `unread` names tensors of the model that may be there and are left. Returns the tensors in
+    place of the request, and what was saved beside them. Raises InputError where the checkpoint
+    is damaged, could execute code, or is of another model.
     """
     check_checksums(path)
     check_harmless(path)
-    check_same_tensors(request, path)
+    check_same_tensors(request, path, unread)
     _read_common(path)
     return _explained(lambda: dist_checkpointing.load(request, str(path)), path)
 

@@ -1,4 +1,5 @@
-"""Tensor, sequence, pipeline and virtual pipeline parallelism follow the trajectory of one process.
+"""Tensor, sequence, pipeline and virtual pipeline parallelism follow the trajectory of one process,
+for language models and for reward models.
 
 All runs of two processes go through one `torchrun`. Rows differ in length, and the last step has a
 single group, so that stages also pass empty rows.
@@ -19,6 +20,7 @@ SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attenti
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 QWEN = {"add_qkv_bias": True, "qk_layernorm": True, "untie_embeddings_and_output_weights": False}
+REWARD = {"kind": "reward"}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 TP2SP = {**TP2, "sequence_parallel": True}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
@@ -41,6 +43,11 @@ OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it foll
     "cp2 all_to_all": ({**CP2, "cp_comm": "all_to_all"}, {}, "one"),
     "cp2 needed_rows": (CP2, {}, "one"),
     "cp2 qwen full": (CP2, {**QWEN, **FULL}, "one qwen"),
+    "tp2 reward": (TP2, REWARD, "one reward"),
+    "tp2sp reward": (TP2SP, REWARD, "one reward"),
+    "pp2 reward full": (PP2, {**REWARD, **FULL}, "one reward"),
+    "vpp2 reward": (VPP2, REWARD, "one reward"),
+    "cp2 reward": (CP2, REWARD, "one reward"),
 }
 OF_FOUR = {
     "tp2pp2sp": ({**TP2SP, **PP2}, {}, "one"),
@@ -53,6 +60,9 @@ OF_FOUR = {
     "pp2cp2": ({**PP2, **CP2, "cp_comm": "all_gather"}, QWEN, "one qwen"),
     "dp2cp2 zero": ({**CP2, **ZERO}, {}, "one"),
     "dp2cp2 heads": ({**CP2, "cp_comm": "all_to_all"}, {}, "one"),
+    "tp2pp2sp reward": ({**TP2SP, **PP2}, REWARD, "one reward"),
+    "tp2dp2 zero reward": ({**TP2, **ZERO}, REWARD, "one reward"),
+    "tp2cp2sp reward": ({**TP2SP, **CP2}, REWARD, "one reward"),
 }
 
 
@@ -79,7 +89,8 @@ def command(runs: Runs, name: str, layout: dict, sizes: dict) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     runs = Runs(tmp_path_factory.mktemp("layouts"))
-    ones = [command(runs, "one", {}, {}), command(runs, "one qwen", {}, QWEN)]
+    sizes = {"one": {}, "one qwen": QWEN, "one reward": REWARD}
+    ones = [command(runs, name, {}, own) for name, own in sizes.items()]
     on_processes(1, runs.folder, ones, TIMEOUT_S)
     twos = [command(runs, name, layout, sizes) for name, (layout, sizes, _) in OF_TWO.items()]
     saved = str(runs.output("unread") / "saved")
@@ -130,15 +141,16 @@ def test_four_processes_follow_one(runs, name):
 
 @pytest.mark.parametrize(
     "saved, resumed",
-    [("tp2sp", VPP2), ("vpp2", {}), ("pp2", TP2)],
-    ids=["tp-vpp", "vpp-dp", "pp-tp"],
+    [("tp2sp", VPP2), ("vpp2", {}), ("pp2", TP2), ("tp2sp reward", PP2), ("pp2 reward full", {})],
+    ids=["tp-vpp", "vpp-dp", "pp-tp", "tp-pp reward", "pp-dp reward"],
 )
 def test_a_checkpoint_goes_on_in_another_layout(runs, saved, resumed):
     name = f"{saved} then {'-'.join(resumed) or 'dp2'}"
     runs.cut(saved, name)
-    on_processes(2, runs.folder, [command(runs, name, resumed, {})], TIMEOUT_S)
+    _, sizes, follows = OF_TWO[saved]
+    on_processes(2, runs.folder, [command(runs, name, resumed, sizes)], TIMEOUT_S)
     assert CUT < NUM_STEPS
-    assert_same_history(runs.lines(name), runs.lines("one"))
+    assert_same_history(runs.lines(name), runs.lines(follows))
 
 
 @pytest.mark.slow

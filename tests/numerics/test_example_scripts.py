@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import yaml
+from small_runs import trained
 from toy import ROOT, make_toy
 
 from megatron_prefix.config import parse_config
@@ -35,3 +36,14 @@ def test_own_megatron_loop_learns_from_ln_2(tmp_path):
 def test_the_quickstarts_configuration_is_complete():
     raw = yaml.safe_load((EXAMPLES / "quickstart" / "dpo.yaml").read_text(encoding="utf-8"))
     assert parse_config(raw).data.sharing == "tree"
+
+
+def test_the_reward_model_of_the_examples_learns(tmp_path):
+    """Scaled down to the toy set of a few letters."""
+    raw = yaml.safe_load((EXAMPLES / "reward" / "reward.yaml").read_text(encoding="utf-8"))
+    raw["data"] |= {"train": make_toy(tmp_path), "valid": None}
+    raw["train"] |= {"steps": 20, "eval_interval": None, "save": None}
+    raw["logging"] = {"output": str(tmp_path / "run")}
+    rows = trained(parse_config(raw))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
+    assert rows[-1]["rewards/accuracies"] > 0.75

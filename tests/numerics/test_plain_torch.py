@@ -26,7 +26,7 @@ from megatron_prefix.train.loop import train
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
-from compare_trl import make_model  # noqa: E402
+from trl_common import make_model  # noqa: E402
 
 STEPS, LEARNING_RATE, BETA = 6, 3e-4, 0.2
 TOLERANCE = 1e-4

@@ -1,4 +1,5 @@
-"""TRL's `DPOTrainer` as a judge: the same losses, gradient norms and weights, step by step.
+"""TRL's `DPOTrainer` and `RewardTrainer` as judges: the same losses, gradient norms and weights,
+step by step.
 
 A random Hugging Face Llama in float32, 64 pairs, 8 steps of 8 pairs: the pairs of one epoch, in
 the order of our step plan. Ours are shared trees packed into rows, TRL's are separate sequences.
@@ -19,15 +20,15 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
-from compare_trl import (  # noqa: E402
+from compare_trl import run_ours, run_trl  # noqa: E402
+from trl_common import (  # noqa: E402
     Outcome,
     Setting,
     farthest_weight,
     make_model,
     relative,
-    run_ours,
-    run_trl,
     text_pairs,
+    with_margins,
 )
 
 pytestmark = [
@@ -41,6 +42,15 @@ SETTINGS = {
     "plain": Setting(),
     "label smoothing": Setting(label_smoothing=0.1),
     "precomputed reference": Setting(precomputed=True),
+}
+
+
+REWARD = Setting(kind="reward", lr=3e-4)
+REWARDS = {
+    "plain": REWARD,
+    "margin": replace(REWARD, margin=True),
+    "centring": replace(REWARD, center=0.1),
+    "margin and centring": replace(REWARD, margin=True, center=0.01),
 }
 
 
@@ -146,6 +156,67 @@ def test_another_run_is_told_from_it(change, pairs_change, made_pairs, model, ru
         ours,
         losses=ours.losses[:4],
         grad_norms=ours.grad_norms[:4],
+        num_tokens=theirs.num_tokens,
+        weights=theirs.weights,
+    )
+    with pytest.raises(AssertionError):
+        assert_same_run(ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory) -> Path:
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    folder = tmp_path_factory.mktemp("reward")
+    return make_model(folder, "reward", **sizes, initializer_range=0.12)
+
+
+@pytest.fixture(scope="module")
+def hh_pairs(data_dir, reward_model) -> list[dict]:
+    pairs = text_pairs(data_dir / "hh_pairs.jsonl.gz", reward_model, NUM_PAIRS, 250)
+    return with_margins(pairs)
+
+
+@pytest.fixture(scope="module")
+def reward_run(reward_model, hh_pairs, tmp_path_factory):
+    """Our reward model under a setting, each trained once: (outcome, pairs in their order)."""
+
+    @cache
+    def ours(setting: Setting):
+        return run_ours(hh_pairs, reward_model, setting, tmp_path_factory.mktemp("ours") / "run")
+
+    return ours
+
+
+def without_margins(pairs: list[dict], setting: Setting) -> list[dict]:
+    """TRL takes margins wherever it sees them."""
+    if setting.margin:
+        return pairs
+    return [{key: x for key, x in pair.items() if key != "margin"} for pair in pairs]
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_a_reward_model_trains_as_in_trl(name, reward_model, hh_pairs, reward_run, tmp_path):
+    setting = REWARDS[name]
+    ours, taken = reward_run(setting)
+    assert taken != hh_pairs and sorted(map(str, taken)) == sorted(map(str, hh_pairs))
+    assert len(ours.losses) == 8 and max(ours.losses) - min(ours.losses) > 0.1
+    assert max(ours.grad_norms) > 1.0, "clipping is never at work"
+    assert sum(ours.num_run) < 0.9 * sum(ours.num_tokens), "nothing is shared"
+    assert "score.weight" in ours.weights
+    pairs = without_margins(taken, setting)
+    assert_same_run(ours, run_trl(pairs, reward_model, setting, tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"center": 0.101}, {"margin": True}], ids=["c", "margin"])
+def test_another_reward_model_is_told_from_it(change, reward_model, reward_run, tmp_path):
+    """So the comparison can fail."""
+    ours, taken = reward_run(REWARDS["centring"])
+    setting = replace(REWARDS["centring"], steps=2, **change)
+    theirs = run_trl(without_margins(taken, setting), reward_model, setting, tmp_path)
+    ours = replace(
+        ours,
+        losses=ours.losses[:2],
+        grad_norms=ours.grad_norms[:2],
         num_tokens=theirs.num_tokens,
         weights=theirs.weights,
     )

@@ -1,0 +1,148 @@
+"""What the comparisons with TRL share: settings, outcomes, a model, and pairs of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.data.examples import DegenerateRecord, ExampleReader
+from megatron_prefix.data.records import read_records
+from megatron_prefix.errors import InputError
+
+TextPair = dict[str, str | float]
+"""Keys prompt, chosen, rejected, and where a margin is asked for, margin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What both programs are told. `batch_size` counts pairs a step, over all micro batches."""
+
+    steps: int = 8
+    batch_size: int = 8
+    lr: float = 1e-4
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    clip_grad: float = 1.0
+    precomputed: bool = False
+    """Reference log-probabilities are computed before training."""
+    row_capacity: int = 4096
+    """Tokens of our rows."""
+    kind: str = "lm"
+    """`lm`: DPO; `reward`: a reward model, to which beta, label smoothing and reference mean
+    nothing, and the next two do."""
+    margin: bool = False
+    center: float | None = None
+    """Coefficient of the centring of rewards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One program's run: a number a step, and the weights it ends with, by Hugging Face's names.
+
+    `num_tokens` counts both sides of every pair, each with its whole prompt; `num_run` the tokens
+    that went through the model, padding left out.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    num_tokens: list[int]
+    num_run: list[int]
+    weights: dict[str, Tensor]
+
+
+def make_tokenizer(directory: Path) -> None:
+    """A tokenizer of the 256 bytes, padding and end-of-text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<pad>", "<eos>"]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    made.save_pretrained(directory)
+
+
+def make_model(directory: Path, kind: str = "lm", **sizes: int) -> Path:
+    """Save a random float32 Llama, or with `kind` reward a reward model with its head, and a byte
+    tokenizer; the same every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    make_tokenizer(directory)
+    parts = {
+        "vocab_size": 258,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.06,
+        "bos_token_id": None,
+        "pad_token_id": 256,
+        "eos_token_id": 257,
+        "tie_word_embeddings": False,
+    }
+    if kind == "reward":
+        parts |= {"num_labels": 1}
+    torch.manual_seed(0)
+    made = LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM
+    model = made(LlamaConfig(**{**parts, **sizes})).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
+def text_pairs(source: Path, hf: Path, count: int, max_length: int) -> list[TextPair]:
+    """The first `count` pairs of a file whose sides take at most `max_length` tokens.
+
+    End-of-text is counted. Raises InputError where there are fewer, or where they are no text.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer, reader, found = AutoTokenizer.from_pretrained(hf), ExampleReader(), []
+    for record in read_records([source]):
+        if record.value is None:
+            raise InputError(f"{record.where}: {record.error}")
+        try:
+            responses = reader.read(record.value).responses
+        except DegenerateRecord:
+            continue
+        except InputError as error:
+            raise InputError(f"{record.where}: {error}") from None
+        if len(responses) != 2 or not all(isinstance(r.response, str) for r in responses):
+            raise InputError(f"{record.where}: the comparison takes pairs of text")
+        texts = [r.prompt + r.response for r in responses]
+        if max(len(tokenizer(text)["input_ids"]) for text in texts) + 1 > max_length:
+            continue
+        chosen, rejected = (r.response for r in responses)
+        found.append({"prompt": responses[0].prompt, "chosen": chosen, "rejected": rejected})
+        if len(found) == count:
+            return found
+    raise InputError(f"{source} has {len(found)} pairs of at most {max_length} tokens, not {count}")
+
+
+def with_margins(pairs: Sequence[TextPair]) -> list[TextPair]:
+    """The pairs with margins, which preference files seldom have: 0, 1/4, 1/2, 3/4, and again."""
+    return [{**pair, "margin": (i % 4) / 4} for i, pair in enumerate(pairs)]
+
+
+def relative(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """|a - b| / |b|, a step."""
+    return [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def farthest_weight(ours: Outcome, theirs: Outcome) -> float:
+    """Largest absolute difference of two weights. Raises ValueError where names differ."""
+    if ours.weights.keys() != theirs.weights.keys():
+        names = sorted(ours.weights.keys() ^ theirs.weights.keys())
+        raise ValueError(f"only one of the two models has the weights {', '.join(names)}")
+    return max(float((x - theirs.weights[name]).abs().max()) for name, x in ours.weights.items())
