@@ -21,6 +21,10 @@ SIZES = (
     "add_qkv_bias",
     "qk_layernorm",
     "untie_embeddings_and_output_weights",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_pre_softmax",
 )
 """Settings of the model section that `model.hf` gives, and an imported `model.checkpoint`."""
 
@@ -31,6 +35,7 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
     `raw` are the settings as given, before defaults.
     """
     faults = [*_data_faults(config.data), *_size_faults(raw.get("model"))]
+    faults += expert_faults(raw.get("model"))
     if not faults:
         faults = [*_model_faults(config.model), *_run_faults(config)]
         faults += _parallel_faults(config.parallel)
@@ -82,6 +87,15 @@ def _size_faults(raw: object) -> Iterator[str]:
         yield f"model.{missing[0]} is missing: give the model's sizes, or model.hf"
 
 
+def expert_faults(raw: object) -> Iterator[str]:
+    """Settings of experts for a model that has none."""
+    if not isinstance(raw, dict) or raw.get("num_layers") is None or raw.get("num_moe_experts"):
+        return
+    for key in ("moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax"):
+        if raw.get(key) is not None:
+            yield f"model.{key} = {raw[key]!r} without model.num_moe_experts: give both, or neither"
+
+
 def _model_faults(model: ModelConfig) -> Iterator[str]:
     scaling = model.rope_scaling
     if scaling is not None:
@@ -93,6 +107,11 @@ def _model_faults(model: ModelConfig) -> Iterator[str]:
                 )
     if model.num_layers is not None:
         yield from _shape_faults(model)
+    if model.moe_count != "tokens" and not model.moe_aux_loss_coeff:
+        yield (
+            f"model.moe_count = {model.moe_count} says what the auxiliary loss counts, and "
+            "model.moe_aux_loss_coeff = 0.0 gives it no weight: set one, or leave both out"
+        )
     recomputed = model.recompute_num_layers
     if recomputed is not None and model.num_layers is not None and recomputed > model.num_layers:
         yield f"model.recompute_num_layers = {recomputed} is above num_layers = {model.num_layers}"
@@ -134,6 +153,7 @@ def layout_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
                 f"model.{key} = {value} is not a multiple of "
                 f"parallel.tensor_model_parallel_size = {tensor}"
             )
+    yield from _mixture_faults(model, parallel)
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     stages = parallel.pipeline_model_parallel_size
     together = model.recompute_num_layers
@@ -148,6 +168,45 @@ def layout_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
             f"model.num_layers = {model.num_layers} is not a multiple of "
             f"parallel.pipeline_model_parallel_size = {stages} x "
             f"parallel.virtual_pipeline_model_parallel_size = {chunks}"
+        )
+
+
+def _mixture_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    experts, ranks = model.num_moe_experts, parallel.expert_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
+    if experts is None:
+        if ranks > 1 or model.moe_aux_loss_coeff:
+            yield (
+                f"parallel.expert_model_parallel_size = {ranks} and model.moe_aux_loss_coeff = "
+                f"{model.moe_aux_loss_coeff} are for models with experts, and this one has none: "
+                "leave them out"
+            )
+        return
+    if experts % ranks:
+        yield (
+            f"model.num_moe_experts = {experts} is not a multiple of "
+            f"parallel.expert_model_parallel_size = {ranks}"
+        )
+    if (model.moe_ffn_hidden_size or model.ffn_hidden_size) % tensor:
+        yield (
+            f"model.moe_ffn_hidden_size = {model.moe_ffn_hidden_size} is not a multiple of "
+            f"parallel.tensor_model_parallel_size = {tensor}"
+        )
+    if model.moe_router_topk > experts:
+        yield (
+            f"model.moe_router_topk = {model.moe_router_topk} is above "
+            f"model.num_moe_experts = {experts}"
+        )
+    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+        yield (
+            "model.moe_router_topk = 1 without model.moe_router_pre_softmax weighs the one chosen "
+            "expert with 1, and its router would never learn: set moe_router_pre_softmax: true"
+        )
+    if tensor > 1 and not parallel.sequence_parallel:
+        yield (
+            f"parallel.tensor_model_parallel_size = {tensor} with model.num_moe_experts = "
+            f"{experts} needs parallel.sequence_parallel: true, without which every rank would "
+            "send all tokens to the experts"
         )
 
 

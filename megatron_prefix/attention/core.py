@@ -29,6 +29,9 @@ class TreePackedSeqParams(PackedSeqParams):
     path; `projected_rows` int64 [U] are the rows that become logits, ascending; target i is
     `target_tokens[i]` under projected row `target_rows[i]` (index into `projected_rows`,
     ascending), both int64 [I].
+
+    For routers: `responses_served` [T] is how many of the row's responses each token is part of, 0
+    for padding; `step_count` is the sum of what counts over the step's rows on all ranks.
     """
 
     plan: TreePlan | None = None
@@ -36,6 +39,8 @@ class TreePackedSeqParams(PackedSeqParams):
     projected_rows: Tensor | None = None
     target_rows: Tensor | None = None
     target_tokens: Tensor | None = None
+    responses_served: Tensor | None = None
+    step_count: float = 0.0
 
     def __post_init__(self) -> None:
         if self.plan is None:

@@ -24,12 +24,12 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.model.gpt import TreeTransformerConfig, unwrap
 from megatron_prefix.train import torch_dist
 from megatron_prefix.train.torch_dist import COMPLETE
 
 TRACKER = "latest_checkpointed_iteration.txt"
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def iteration_dir(root: str | Path, step: int) -> Path:
@@ -209,6 +209,18 @@ def model_sizes(chunks: list[torch.nn.Module]) -> dict:
         "add_qkv_bias": config.add_qkv_bias,
         "qk_layernorm": config.qk_layernorm,
         "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+        **_expert_sizes(config),
+    }
+
+
+def _expert_sizes(config: TreeTransformerConfig) -> dict:
+    if config.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": config.num_moe_experts,
+        "moe_router_topk": config.moe_router_topk,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": config.moe_router_pre_softmax,
     }
 
 
@@ -266,10 +278,11 @@ def _load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     if not parts:
         optimizer.load_state_dict(state)
         return
-    (part,) = parts
-    parameters = state.pop("param_state")
-    part.load_state_dict(state)
-    steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
-    part.load_parameter_state_from_fully_reshardable(parameters)
-    for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step.clone()  # loading made them share one
+    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
+    for part, own_state in zip(parts, states, strict=True):
+        parameters = own_state.pop("param_state")
+        part.load_state_dict(own_state)
+        steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
+        part.load_parameter_state_from_fully_reshardable(parameters)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step.clone()  # loading made them share one

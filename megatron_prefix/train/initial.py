@@ -142,6 +142,7 @@ def _same_sizes(given: ModelConfig, known: ModelConfig, source: Path) -> None:
     implied: dict[str, Any] = {
         "num_query_groups": given.num_attention_heads,
         "kv_channels": given.hidden_size // given.num_attention_heads,
+        "moe_ffn_hidden_size": given.num_moe_experts and given.ffn_hidden_size,
     }
     for key in SIZES:
         value = getattr(given, key)

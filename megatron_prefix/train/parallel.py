@@ -114,6 +114,13 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
             f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size = "
             f"{parallel.pipeline_model_parallel_size} asks for a multiple of {model_size}"
         )
+    experts = parallel.expert_model_parallel_size
+    if size % (model_size * experts):
+        raise InputError(
+            f"{size} processes were started, and parallel.expert_model_parallel_size = {experts} "
+            f"shares experts among the data-parallel ranks: with {model_size} processes for each "
+            f"of them it asks for a multiple of {model_size * experts}"
+        )
     with platform.adapted():
         on_cuda = torch.cuda.is_available()
         if on_cuda:
@@ -128,6 +135,7 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+                expert_model_parallel_size=experts,
                 create_gloo_process_groups=False,
             )
             if on_cuda:

@@ -19,6 +19,7 @@ from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.sampler import Sampler, StepPlan
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import RunError, Stopped
+from megatron_prefix.model.moe import step_auxiliary
 from megatron_prefix.train import checkpoint, nonfinite
 from megatron_prefix.train.evaluate import preference_metrics
 from megatron_prefix.train.first_loss import check_first_loss
@@ -77,10 +78,13 @@ class Run:
         start = time.monotonic()
         plan = self.sampler.step(self.step)
         rows = self.sampler.micro_batches(plan, self.world.data_rank)
-        batches = [to_device(row, self.world.device, plan.weight) for row in rows]
+        count = self._step_count(rows)
+        batches = [to_device(row, self.world.device, plan.weight, count) for row in rows]
         batches = self.reference.attach(rows, batches)
         logs = self._gradients(batches)
         means = self._means(plan, logs)
+        if self.config.model.moe_aux_loss_coeff:
+            means["moe/aux_loss"] = step_auxiliary(self.policy, self.world.device)
         if not np.isfinite(list(means.values())).all():
             self._stop_nonfinite("loss", rows, batches, nonfinite.finite_rows(logs))
         if self.step == 0:
@@ -164,6 +168,15 @@ class Run:
         sums = self.world.sum(torch.stack([log["sums"] for log in logs]).sum(0)).tolist()
         divisors = [plan.weight] + [plan.num_pairs] * (len(PAIR_SUMS) - 1)
         return {key: s / d for key, s, d in zip(PAIR_SUMS, sums, divisors, strict=True)}
+
+    def _step_count(self, rows: list[MicroBatch]) -> float:
+        """What the auxiliary loss of experts divides by: the step's tokens, as it counts them."""
+        model = self.config.model
+        if not model.moe_aux_loss_coeff:
+            return 0.0
+        served = np.concatenate([row.served for row in rows])
+        counts = served if model.moe_count == "responses" else served > 0
+        return float(self.world.sum(torch.tensor(int(counts.sum()), device=self.world.device)))
 
     def _token_counts(self, plan: StepPlan, rows: list[MicroBatch]) -> dict[str, int]:
         dataset = self.sampler.dataset

@@ -66,8 +66,13 @@ class TrainBatch:
         return replace(self, ref_logps=ref_logps)
 
 
-def to_device(batch: MicroBatch, device: torch.device, step_weight: float = 1.0) -> TrainBatch:
-    """Move a row to `device` and plan its attention, once for all layers."""
+def to_device(
+    batch: MicroBatch, device: torch.device, step_weight: float = 1.0, step_count: float = 0.0
+) -> TrainBatch:
+    """Move a row to `device` and plan its attention, once for all layers.
+
+    `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
+    """
     rows, target_rows = np.unique(batch.source_row, return_inverse=True)
     order = np.argsort(batch.response, kind="stable")
     counts = np.bincount(batch.response, minlength=batch.num_responses)
@@ -83,6 +88,8 @@ def to_device(batch: MicroBatch, device: torch.device, step_weight: float = 1.0)
             projected_rows=tensor(rows),
             target_rows=tensor(target_rows),
             target_tokens=tensor(batch.target_token),
+            responses_served=None if batch.served is None else tensor(batch.served).float(),
+            step_count=step_count,
         ),
         response_order=tensor(order),
         response_offsets=tensor(np.concatenate([[0], np.cumsum(counts)])),

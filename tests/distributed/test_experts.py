@@ -1,0 +1,142 @@
+"""Experts shared among ranks follow the trajectory of one process that holds them all.
+
+The router's auxiliary loss has no weight here: it is the one thing that depends on rows. Data, steps
+and tolerances are those of the other layouts; the last step gives one rank an empty row.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_data_parallel import NUM_STEPS, TIMEOUT_S, Runs
+from test_layouts import assert_same_history, assert_same_weights, on_processes
+
+SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
+SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
+SIZES |= {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+QWEN = {"qk_layernorm": True, "moe_router_pre_softmax": True}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+BALANCED = {"moe_aux_loss_coeff": 0.05, "moe_count": "responses"}
+EP2, PP2 = {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+ZERO = {"use_distributed_optimizer": True}
+
+ONES = {"one": {}, "one qwen": QWEN, "one balanced": BALANCED}
+OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it follows
+    "ep2": (EP2, {}, "one"),
+    "ep2 zero qwen full": ({**EP2, **ZERO}, {**QWEN, **FULL}, "one qwen"),
+    "dp2": ({}, {}, "one"),
+    "tp2sp": (TP2SP, {}, "one"),
+    "pp2": (PP2, {}, "one"),
+}
+OF_FOUR = {
+    "dp2ep2": (EP2, {}, "one"),
+    "dp2ep2 zero": ({**EP2, **ZERO}, QWEN, "one qwen"),
+    "tp2sp ep2": ({**TP2SP, **EP2}, {}, "one"),
+    "pp2 ep2 full": ({**PP2, **EP2}, {**QWEN, **FULL}, "one qwen"),
+}
+WHOLE_ROWS = {  # the same rows, so the auxiliary loss is the same too
+    "tp2sp balanced": (TP2SP, BALANCED),
+    "pp2 full balanced": (PP2, {**BALANCED, **FULL}),
+}
+
+
+def command(runs: Runs, name: str, layout: dict, sizes: dict) -> list[str]:
+    return runs.train(name, parallel=layout, model={**SIZES, **sizes})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("experts"))
+    ones = [command(runs, name, {}, sizes) for name, sizes in ONES.items()]
+    on_processes(1, runs.folder, ones, TIMEOUT_S)
+    twos = [command(runs, name, layout, sizes) for name, (layout, sizes, _) in OF_TWO.items()]
+    twos += [command(runs, name, *given) for name, given in WHOLE_ROWS.items()]
+    on_processes(2, runs.folder, twos, 2 * TIMEOUT_S)
+    return runs
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes_follow_one(runs, name):
+    follows = OF_TWO[name][2]
+    assert_same_history(runs.lines(name), runs.lines(follows))
+    assert_same_weights(runs, name, follows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_follow_one(runs, name):
+    layout, sizes, follows = OF_FOUR[name]
+    on_processes(4, runs.folder, [command(runs, name, layout, sizes)], 2 * TIMEOUT_S)
+    assert_same_history(runs.lines(name), runs.lines(follows))
+    assert_same_weights(runs, name, follows)
+
+
+@pytest.mark.parametrize("name", WHOLE_ROWS)
+def test_layouts_that_share_rows_have_the_same_auxiliary_loss(runs, name):
+    found, expected = runs.lines(name), runs.lines("one balanced")
+    assert_same_history(found, expected)
+    balances = [row["moe/aux_loss"] for row in expected if "loss" in row]
+    assert min(balances) > 0.9 and max(balances) > 1.001, "the experts are chosen alike"
+    theirs = [row["moe/aux_loss"] for row in found if "loss" in row]
+    assert theirs == pytest.approx(balances, rel=1e-5)
+    plain = [row["grad_norm"] for row in runs.lines("one") if "loss" in row]
+    balanced = [row["grad_norm"] for row in expected if "loss" in row]
+    assert abs(plain[0] - balanced[0]) > 1e-4 * plain[0], "the auxiliary loss has no gradient"
+
+
+@pytest.mark.parametrize("saved", ["ep2", "ep2 zero qwen full"])
+def test_a_run_with_shared_experts_goes_on(runs, saved):
+    layout, sizes, follows = OF_TWO[saved]
+    runs.cut(saved, f"{saved} resumed")
+    on_processes(2, runs.folder, [command(runs, f"{saved} resumed", layout, sizes)], TIMEOUT_S)
+    assert_same_history(runs.lines(f"{saved} resumed"), runs.lines(follows))
+    assert_same_weights(runs, f"{saved} resumed", follows)
+
+
+@pytest.mark.parametrize("saved, layout", [("ep2", {}), ("one", EP2)])
+def test_optimizer_state_of_other_expert_parallelism_is_refused(runs, saved, layout, capsys):
+    from megatron_prefix.__main__ import main
+
+    name = f"{saved} to {layout or 'one'}"
+    runs.cut(saved, name)
+    again = command(runs, name, layout, {})
+    if not layout:
+        assert main(again) == 2
+        assert "expert_model_parallel_size" in capsys.readouterr().err
+        return
+    with pytest.raises(AssertionError, match="expert_model_parallel_size"):
+        on_processes(2, runs.folder, [again], TIMEOUT_S)
+
+
+def test_weights_of_shared_experts_are_read_by_one_process(runs):
+    path = str(runs.output("ep2") / "saved")
+    name = "from ep2"
+    start = command(runs, name, {}, {"checkpoint": path})
+    on_processes(1, runs.folder, [start], TIMEOUT_S)
+    expected = runs.weights("ep2")
+    found = [row for row in runs.lines(name) if row["step"] == 0]
+    last = [row for row in runs.lines("ep2") if row["step"] == NUM_STEPS]
+    assert found and last and expected["decoder.layers.mlp.router.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "layout, sizes, numbers",
+    [
+        ({"expert_model_parallel_size": 3}, {}, "num_moe_experts = 4 is not a multiple"),
+        (EP2, {}, "1 processes were started"),
+        (EP2, {"num_moe_experts": None}, "model.moe_router_topk = 2 without"),
+        ({"tensor_model_parallel_size": 2}, {}, "needs parallel.sequence_parallel: true"),
+        ({}, {"moe_router_topk": 5}, "moe_router_topk = 5 is above model.num_moe_experts = 4"),
+        ({}, {"moe_router_topk": 1}, "set moe_router_pre_softmax: true"),
+        (TP2SP, {"moe_ffn_hidden_size": 25}, "model.moe_ffn_hidden_size = 25"),
+        ({}, {"moe_count": "responses"}, "set one, or leave both out"),
+        ({}, {"moe_expert_capacity_factor": 1.0}, "unknown key model.moe_expert_capacity_factor"),
+    ],
+)
+def test_what_does_not_fit_is_refused(runs, layout, sizes, numbers, capsys):
+    from megatron_prefix.__main__ import main
+
+    assert main(command(runs, "refused", layout, sizes)) == 2
+    assert numbers in capsys.readouterr().err
+    assert torch.distributed.is_initialized() is False
