@@ -108,7 +108,7 @@ class ModelConfig:
     moe_router_topk: PositiveInt = 2
     """Experts that each token is sent to."""
     moe_ffn_hidden_size: PositiveInt | None = None
-    """`ffn_hidden_size` of an expert, which is as large where this is not given."""
+    """Size of an expert; `ffn_hidden_size`, that of layers without experts, where not given."""
     moe_router_pre_softmax: Switch = False
     """Weigh the chosen experts by their probability among all experts; without it, among the
     chosen ones."""

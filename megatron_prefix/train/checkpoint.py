@@ -167,6 +167,8 @@ def load_checkpoint(
     _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
     state = torch_dist.load(_sharded_state(chunks, optimizer, is_loading=True), path)
     _load_model(chunks, state)
+    if len(_by_part(common["optimizer"])) != len(optimizer.chained_optimizers):
+        state["optimizer"] = _with_own_groups(optimizer, state["optimizer"], step)
     settings = [_settings(group) for group in optimizer.param_groups]
     _load_optimizer(optimizer, state["optimizer"])
     for group, ours in zip(optimizer.param_groups, settings, strict=True):
@@ -199,7 +201,7 @@ def model_sizes(chunks: list[torch.nn.Module]) -> dict:
         "vocab_size": config.vocab_size,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_hidden_size,
+        "ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
         "num_query_groups": config.num_query_groups,
         "kv_channels": config.kv_channels,
@@ -219,7 +221,6 @@ def _expert_sizes(config: TreeTransformerConfig) -> dict:
     return {
         "num_moe_experts": config.num_moe_experts,
         "moe_router_topk": config.moe_router_topk,
-        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
         "moe_router_pre_softmax": config.moe_router_pre_softmax,
     }
 
@@ -272,14 +273,40 @@ def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimize
     return [p for p in parts if isinstance(p, DistributedOptimizer) and not HAVE_APEX_OR_TE]
 
 
+def _by_part(state: dict) -> list[dict]:
+    """Optimizer state by part: one, or where ranks share experts one for them beside it."""
+    return [state[i] for i in range(len(state))] if 0 in state else [state]
+
+
+def _with_own_groups(optimizer: MegatronOptimizer, state: dict, step: int) -> dict:
+    """`state`, of a run that shared experts or did not, with the groups of one that is otherwise.
+
+    Tensors are found by name whatever part they are saved in; what a part keeps beside them is
+    its groups, whose settings are the configuration's anyway, and the number of steps, which every
+    parameter has made.
+    """
+    parts = optimizer.chained_optimizers
+    kept = {k: x for k, x in state.items() if isinstance(k, int) == (len(parts) > 1)}
+    for part, own in zip(parts, _by_part(kept), strict=True):
+        groups = part.state_dict()
+        if isinstance(part, DistributedOptimizer):
+            for group in groups["optimizer"]["param_groups"]:
+                group["step"] = step
+            own["optimizer"] = groups["optimizer"]
+            continue
+        inner = own["optimizer"] if "optimizer" in groups else own
+        inner["param_groups"] = groups.get("optimizer", groups)["param_groups"]
+        inner["state"]["common_step"] = torch.tensor(float(step))
+    return kept
+
+
 @torch.no_grad()
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     parts = _distributed_parts(optimizer)
     if not parts:
         optimizer.load_state_dict(state)
         return
-    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
-    for part, own_state in zip(parts, states, strict=True):
+    for part, own_state in zip(parts, _by_part(state), strict=True):
         parameters = own_state.pop("param_state")
         part.load_state_dict(own_state)
         steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
