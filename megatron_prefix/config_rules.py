@@ -35,7 +35,6 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
     `raw` are the settings as given, before defaults.
     """
     faults = [*_data_faults(config.data), *_size_faults(raw.get("model"))]
-    faults += expert_faults(raw.get("model"))
     if not faults:
         faults = [*_model_faults(config.model), *_run_faults(config)]
         faults += _parallel_faults(config.parallel)
@@ -85,15 +84,6 @@ def _size_faults(raw: object) -> Iterator[str]:
     missing = [key for key in REQUIRED_SIZES if key not in given]
     if missing:
         yield f"model.{missing[0]} is missing: give the model's sizes, or model.hf"
-
-
-def expert_faults(raw: object) -> Iterator[str]:
-    """Settings of experts for a model that has none."""
-    if not isinstance(raw, dict) or raw.get("num_layers") is None or raw.get("num_moe_experts"):
-        return
-    for key in ("moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax"):
-        if raw.get(key) is not None:
-            yield f"model.{key} = {raw[key]!r} without model.num_moe_experts: give both, or neither"
 
 
 def _model_faults(model: ModelConfig) -> Iterator[str]:
@@ -175,6 +165,14 @@ def _mixture_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[st
     experts, ranks = model.num_moe_experts, parallel.expert_model_parallel_size
     tensor = parallel.tensor_model_parallel_size
     if experts is None:
+        unused = {
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": None,
+            "moe_router_pre_softmax": False,
+        }
+        for key, default in unused.items():
+            if (value := getattr(model, key)) != default:
+                yield f"model.{key} = {value} without model.num_moe_experts: give both, or neither"
         if ranks > 1 or model.moe_aux_loss_coeff:
             yield (
                 f"parallel.expert_model_parallel_size = {ranks} and model.moe_aux_loss_coeff = "

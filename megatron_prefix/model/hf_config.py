@@ -26,7 +26,8 @@ SCALINGS = ("linear", "llama3")
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """What is fetched of a model on the Hub: weights without pickles, configuration, tokenizer."""
 QWEN3_HEAD_DIM = 128
-"""What transformers takes where a Qwen3 configuration does not say."""
+MIXTRAL_ROPE_THETA = 1e6
+"""What transformers takes where a Qwen3 or a Mixtral configuration does not say."""
 
 
 def locate(model: str) -> Path:
@@ -171,7 +172,8 @@ def _rope_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{source}: rotary scaling {rope!r} is not an object")
-    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    absent = MIXTRAL_ROPE_THETA if config["model_type"] == "mixtral" else 10000.0
+    base = rope.get("rope_theta", config.get("rope_theta", absent))
     kind = rope.get("rope_type", rope.get("type", "default"))
     found: dict[str, Any] = {"rotary_base": _number({"rope_theta": base}, "rope_theta", source)}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:

@@ -24,10 +24,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    topk_routing_with_score_function,
-)
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -55,6 +52,23 @@ def row_balance(
         dist.all_reduce(totals, group=group)
     choices_E, total = totals[:-1], totals[-1].clamp(min=torch.finfo(probs_TE.dtype).tiny)
     return len(choices_E) / (topk * total) * (choices_E @ (counts_T @ probs_TE))
+
+
+class _AlsoMinimise(torch.autograd.Function):
+    """Hands on its first argument; backward, the second is a summand of the loss.
+
+    Megatron-Core's counterpart takes its scale from a variable of the process. Here none is
+    needed: neither float32 nor bfloat16 scales the loss.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, loss: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(loss)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_output, ctx.one
 
 
 class TreeRouter(TopKRouter):
@@ -93,7 +107,7 @@ class TreeRouter(TopKRouter):
             balance = row_balance(shares_TE, chosen_TE, self.counts, self.topk, group)
             share = balance / self.step_count
             self.auxiliary = self.auxiliary + share.detach()
-            probs_TE = MoEAuxLossAutoScaler.apply(probs_TE, coefficient * share)
+            probs_TE = _AlsoMinimise.apply(probs_TE, coefficient * share)
         return probs_TE, chosen_TE
 
 

@@ -132,7 +132,8 @@ def test_weights_of_shared_experts_are_read_by_one_process(resumed):
     [
         ({"expert_model_parallel_size": 3}, {}, "num_moe_experts = 4 is not a multiple"),
         (EP2, {}, "1 processes were started"),
-        (EP2, {"num_moe_experts": None}, "model.moe_router_topk = 2 without"),
+        ({}, {"num_moe_experts": None}, "model.moe_ffn_hidden_size = 24 without"),
+        (EP2, {"num_moe_experts": None}, "are for models with experts, and this one has none"),
         ({"tensor_model_parallel_size": 2}, {}, "needs parallel.sequence_parallel: true"),
         ({}, {"moe_router_topk": 5}, "moe_router_topk = 5 is above model.num_moe_experts = 4"),
         ({}, {"moe_router_topk": 1}, "set moe_router_pre_softmax: true"),
