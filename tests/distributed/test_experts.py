@@ -12,6 +12,8 @@ import torch
 from test_data_parallel import CUT, NUM_STEPS, TIMEOUT_S, Runs
 from test_layouts import assert_same_history, assert_same_weights, on_processes
 
+from megatron_prefix.train.convert import export_checkpoint
+
 SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
 SIZES |= {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
@@ -37,9 +39,11 @@ OF_FOUR = {
     "tp2sp ep2": ({**TP2SP, **EP2}, {}, "one"),
     "pp2 ep2 full": ({**PP2, **EP2}, {**QWEN, **FULL}, "one qwen"),
 }
-WHOLE_ROWS = {  # the same rows, so the auxiliary loss is the same too
-    "tp2sp balanced": (TP2SP, BALANCED),
-    "pp2 full balanced": (PP2, {**BALANCED, **FULL}),
+BY_ROWS = {  # the auxiliary loss is the same where the rows are
+    "tp2sp balanced": (TP2SP, BALANCED, "one balanced"),
+    "pp2 full balanced": (PP2, {**BALANCED, **FULL}, "one balanced"),
+    "dp2 balanced": ({}, BALANCED, "dp2 balanced"),
+    "ep2 balanced": (EP2, BALANCED, "dp2 balanced"),
 }
 RESUMED = {  # name: the run that was cut, the layout it goes on in, sizes beside SIZES
     "ep to ep": ("ep2", EP2, {}),
@@ -62,7 +66,7 @@ def runs(tmp_path_factory) -> Runs:
     ones = [command(runs, name, {}, sizes) for name, sizes in ONES.items()]
     on_processes(1, runs.folder, ones, TIMEOUT_S)
     twos = [command(runs, name, layout, sizes) for name, (layout, sizes, _) in OF_TWO.items()]
-    twos += [command(runs, name, *given) for name, given in WHOLE_ROWS.items()]
+    twos += [command(runs, name, *given[:2]) for name, given in BY_ROWS.items()]
     on_processes(2, runs.folder, twos, 2 * TIMEOUT_S)
     return runs
 
@@ -77,6 +81,9 @@ def resumed(runs) -> Runs:
         )
     path = str(runs.output("ep2") / "saved" / f"iter_{CUT:07d}")
     commands[1].append(command(runs, "from ep2", {}, {"checkpoint": path}))
+    exported = str(runs.folder / "hf")
+    export_checkpoint(runs.output("one") / "saved" / f"iter_{CUT:07d}", exported, 10**9)
+    commands[2].append(runs.train("from hf", parallel=EP2, model={"hf": exported}))
     for count, given in commands.items():
         on_processes(count, runs.folder, given, TIMEOUT_S)
     return runs
@@ -98,9 +105,9 @@ def test_four_processes_follow_one(runs, name):
     assert_same_weights(runs, name, follows)
 
 
-@pytest.mark.parametrize("name", WHOLE_ROWS)
+@pytest.mark.parametrize("name", BY_ROWS)
 def test_layouts_that_share_rows_have_the_same_auxiliary_loss(runs, name):
-    found, expected = runs.lines(name), runs.lines("one balanced")
+    found, expected = runs.lines(name), runs.lines(BY_ROWS[name][2])
     assert_same_history(found, expected)
     balances = [row["moe/aux_loss"] for row in expected if "loss" in row]
     assert min(balances) > 0.9 and max(balances) > 1.001, "the experts are chosen alike"
@@ -120,9 +127,11 @@ def test_a_checkpoint_goes_on(resumed, name):
     assert_same_weights(resumed, name, follows)
 
 
-def test_weights_of_shared_experts_are_read_by_one_process(resumed):
-    found = resumed.lines("from ep2")[0]
-    expected = next(r for r in resumed.lines("ep2") if "eval_loss" in r and r["step"] == CUT)
+@pytest.mark.parametrize("name, source", [("from ep2", "ep2"), ("from hf", "one")])
+def test_weights_are_read_by_other_ranks(resumed, name, source):
+    """What two ranks saved by one process; an exported model by two, each its own experts."""
+    found = resumed.lines(name)[0]
+    expected = next(r for r in resumed.lines(source) if "eval_loss" in r and r["step"] == CUT)
     chosen = "eval_logps/chosen"
     assert found[chosen] == pytest.approx(expected[chosen], rel=1e-5)
 
