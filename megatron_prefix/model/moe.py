@@ -114,6 +114,10 @@ class TreeRouter(TopKRouter):
 class TreeMoELayer(TransformerLayer):
     """A transformer layer that tells its router which tokens count."""
 
+    @property
+    def _counts_responses(self) -> bool:
+        return getattr(self.config, "moe_count", "tokens") == "responses"
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -124,7 +128,7 @@ class TreeMoELayer(TransformerLayer):
         """As TransformerLayer's; all that is read of `packed_seq_params` here are counts."""
         router, served = self.mlp.router, packed_seq_params.responses_served
         if served is not None:
-            counts = served if self.config.moe_count == "responses" else served.clamp(max=1)
+            counts = served if self._counts_responses else served.clamp(max=1)
             if self.config.sequence_parallel:
                 tensor = self.pg_collection.tp
                 counts = counts.chunk(tensor.size())[tensor.rank()]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from small_runs import configure, saved_weights, trained
+
+from megatron_prefix.config import load_config
 
 EXPERTS = {"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 LAYOUTS = {
@@ -49,3 +53,11 @@ def test_the_auxiliary_loss_spreads_tokens(few_hh, tmp_path):
         ends[coefficient] = [row["moe/aux_loss"] for row in trained(config)]
     assert ends[0.01][0] == ends[1.0][0] > 1.0
     assert ends[1.0][-1] < ends[0.01][-1]
+
+
+def test_the_example_runs(random_set, tmp_path):
+    example = Path(__file__).resolve().parents[2] / "examples" / "moe" / "dpo.yaml"
+    changes = [f"data.train={random_set}", "data.valid=null", "train.eval_interval=null"]
+    changes += ["train.steps=6", f"logging.output={tmp_path}"]
+    rows = trained(load_config(example, changes))
+    assert len(rows) == 6 and all(row["moe/aux_loss"] > 0.99 for row in rows)
