@@ -87,7 +87,7 @@ class ModelConfig:
     last token. A reward model may start from a language model; its head is then drawn."""
     hf: str | None = None
     """Hugging Face model (directory or id) that gives sizes and weights to policy and
-    reference: Llama, Mistral, Qwen2, Qwen3. No size may be given beside it."""
+    reference: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE. No size may be given beside it."""
     checkpoint: str | None = None
     """Distributed checkpoint whose weights the policy and the reference start from; sizes may
     be left out beside one that `convert import` wrote. Without it and `hf`, both start from
@@ -107,6 +107,20 @@ class ModelConfig:
     qk_layernorm: Switch = False
     """RMSNorm over each query and key head before rotation."""
     untie_embeddings_and_output_weights: Switch = True
+    num_moe_experts: PositiveInt | None = None
+    """Experts of every layer, in place of one feed-forward network."""
+    moe_router_topk: PositiveInt = 2
+    """Experts that each token is sent to."""
+    moe_ffn_hidden_size: PositiveInt | None = None
+    """Size of an expert; `ffn_hidden_size`, that of layers without experts, where not given."""
+    moe_router_pre_softmax: Switch = False
+    """Weigh the chosen experts by their probability among all experts; without it, among the
+    chosen ones."""
+    moe_aux_loss_coeff: NonNegative = 0.0
+    """Weight of the auxiliary loss that spreads tokens over experts; see docs/design.md."""
+    moe_count: Literal["tokens", "responses"] = "tokens"
+    """What the auxiliary loss counts: every `token` once, or once for each of the `responses` that
+    share it, as if each ran alone."""
     init_method_std: Positive = 0.02
     """Standard deviation of drawn weights; output projections are scaled by 1/sqrt(2 layers)."""
     make_vocab_size_divisible_by: PositiveInt = 64
@@ -142,6 +156,8 @@ class ParallelConfig:
     cp_comm: Literal["all_gather", "all_to_all", "needed_rows"] | None = None
     """How context-parallel ranks get keys. `needed_rows` (default): the rows on the root paths of
     their tokens; `all_gather`: all rows; `all_to_all`: all rows for a share of the heads."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Data-parallel ranks that share the experts of every layer."""
     use_distributed_optimizer: Switch = False
     """Each rank keeps its share of the optimizer's state (ZeRO stage 1)."""
     overlap_grad_reduce: Switch = False

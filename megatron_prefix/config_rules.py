@@ -22,6 +22,10 @@ SIZES = (
     "add_qkv_bias",
     "qk_layernorm",
     "untie_embeddings_and_output_weights",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_pre_softmax",
 )
 """Settings of the model section that `model.hf` gives, and an imported `model.checkpoint`."""
 
@@ -94,6 +98,11 @@ def _model_faults(model: ModelConfig) -> Iterator[str]:
                 )
     if model.num_layers is not None:
         yield from _shape_faults(model)
+    if model.moe_count != "tokens" and not model.moe_aux_loss_coeff:
+        yield (
+            f"model.moe_count = {model.moe_count} says what the auxiliary loss counts, and "
+            "model.moe_aux_loss_coeff = 0.0 gives it no weight: set one, or leave both out"
+        )
     recomputed = model.recompute_num_layers
     if recomputed is not None and model.num_layers is not None and recomputed > model.num_layers:
         yield f"model.recompute_num_layers = {recomputed} is above num_layers = {model.num_layers}"
@@ -147,6 +156,7 @@ def layout_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
                     "needed_rows or all_gather"
                 )
     yield from _stage_faults(model, parallel)
+    yield from _mixture_faults(model, parallel)
 
 
 def _stage_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -184,6 +194,53 @@ def _stage_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
                 "layers of a stage, which model.recompute_method: uniform needs: change it, or "
                 "use block"
             )
+
+
+def _mixture_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    experts, ranks = model.num_moe_experts, parallel.expert_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
+    if experts is None:
+        unused = {
+            "moe_router_topk": 2,
+            "moe_ffn_hidden_size": None,
+            "moe_router_pre_softmax": False,
+        }
+        for key, default in unused.items():
+            if (value := getattr(model, key)) != default:
+                yield f"model.{key} = {value} without model.num_moe_experts: give both, or neither"
+        if ranks > 1 or model.moe_aux_loss_coeff:
+            yield (
+                f"parallel.expert_model_parallel_size = {ranks} and model.moe_aux_loss_coeff = "
+                f"{model.moe_aux_loss_coeff} are for models with experts, and this one has none: "
+                "leave them out"
+            )
+        return
+    if experts % ranks:
+        yield (
+            f"model.num_moe_experts = {experts} is not a multiple of "
+            f"parallel.expert_model_parallel_size = {ranks}"
+        )
+    if (model.moe_ffn_hidden_size or model.ffn_hidden_size) % tensor:
+        yield (
+            f"model.moe_ffn_hidden_size = {model.moe_ffn_hidden_size} is not a multiple of "
+            f"parallel.tensor_model_parallel_size = {tensor}"
+        )
+    if model.moe_router_topk > experts:
+        yield (
+            f"model.moe_router_topk = {model.moe_router_topk} is above "
+            f"model.num_moe_experts = {experts}"
+        )
+    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+        yield (
+            "model.moe_router_topk = 1 without model.moe_router_pre_softmax weighs the one chosen "
+            "expert with 1, and its router would never learn: set moe_router_pre_softmax: true"
+        )
+    if tensor > 1 and not parallel.sequence_parallel:
+        yield (
+            f"parallel.tensor_model_parallel_size = {tensor} with model.num_moe_experts = "
+            f"{experts} needs parallel.sequence_parallel: true, without which every rank would "
+            "send all tokens to the experts"
+        )
 
 
 def _parallel_faults(parallel: ParallelConfig) -> Iterator[str]:

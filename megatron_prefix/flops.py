@@ -6,6 +6,9 @@ N query heads, G key/value heads of size H and feed-forward size F (gated):
     linear, a token      2 C (N + 2G) H  +  2 N H C  +  6 C F
     attention, an entry  4 N H           (scores and weighted sum, a visible (q, k) entry)
     head, a row          2 C V           (a reward model: 2 C)
+
+With experts, 6 C F is that of the k experts of size F that each token is sent to, and the router of
+E experts takes 2 C E.
 """
 
 from __future__ import annotations
@@ -43,7 +46,11 @@ def forward_flops(model: ModelConfig, vocab_size: int, batch: MicroBatch) -> For
     head_dim = model.kv_channels or model.hidden_size // heads
     width = model.hidden_size
     layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
-    layer += 6 * width * model.ffn_hidden_size
+    if model.num_moe_experts:
+        expert = 6 * width * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
+        layer += model.moe_router_topk * expert + 2 * width * model.num_moe_experts
+    else:
+        layer += 6 * width * model.ffn_hidden_size
     columns = 1 if model.kind == "reward" else vocab_size
     return ForwardFlops(
         linear=float(model.num_layers * layer * len(batch.tokens)),

@@ -11,15 +11,20 @@ it restores everything. Paths are inside megatron/core.
 | `torch.cuda.current_device()` -> cpu | rotary_pos_embedding.py:162, mappings.py:91 |
 | `torch.cuda.synchronize()` does nothing | p2p_communication.py:242, filesystem_async.py:230 |
 | CUDA random state is empty | random.py:55 and :76, saved and restored by recomputation |
+| a dispatcher of tokens has no side stream | moe/token_dispatcher.py:445, 871-895 |
+| its splits become lists, which gloo takes | moe/moe_utils.py:1093, mappings.py:444 |
+| parts of unequal length are gathered by an all-to-all | mappings.py:150, which gloo refuses |
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -40,14 +45,38 @@ class _CudaNamesOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _splits_as_lists(dispatcher, point: str, tokens_per_expert=None):
+    """Where a dispatcher would copy its splits to the host: as numbers, without a stream."""
+    if point == dispatcher.cuda_dtoh_point:
+        for name in ("input_splits", "output_splits"):
+            splits = getattr(dispatcher, name)
+            setattr(dispatcher, name, None if splits is None else splits.tolist())
+    return tokens_per_expert
+
+
+def _gather_unequal(original, input_, group, output_split_sizes=None, use_global_buffer=False):
+    """Parts of all ranks behind one another, of whatever lengths."""
+    if output_split_sizes is None or group.size() == 1:
+        return original(input_, group, output_split_sizes, use_global_buffer)
+    found = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+    copies = torch.cat([input_] * group.size())
+    own = [len(input_)] * group.size()
+    dist.all_to_all_single(found, copies, output_split_sizes, own, group=group)
+    return found
+
+
 @contextlib.contextmanager
 def adapted() -> Iterator[None]:
     """Run Megatron-Core on this machine's device. Nests; does nothing where CUDA is there."""
     if torch.cuda.is_available():
         yield
         return
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
+    dispatcher = MoEAlltoAllTokenDispatcher
+    gather = partial(_gather_unequal, mappings._gather_along_first_dim)
     no_state = torch.empty(0, dtype=torch.uint8)
     with (
         _CudaNamesOnCpu(),
@@ -56,6 +85,9 @@ def adapted() -> Iterator[None]:
         mock.patch.object(torch.cuda.random, "get_rng_state", lambda device="cuda": no_state),
         mock.patch.object(torch.cuda, "get_rng_state", lambda device="cuda": no_state),
         mock.patch.object(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None),
+        mock.patch.object(dispatcher, "cuda_dtoh_stream", "none on CPU"),
+        mock.patch.object(mappings, "_gather_along_first_dim", gather),
+        mock.patch.object(dispatcher, "_maybe_dtoh_and_synchronize", _splits_as_lists),
     ):
         yield
 

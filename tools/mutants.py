@@ -303,6 +303,34 @@ MUTANTS = (
         "grouped = [x.reshape(1, -1, *x.shape[1:]) for x in found]",
         "unit/test_hf_weights.py",
     ),
+    Mutant(
+        "a shared token counted once a response whatever is asked for",
+        "model/moe.py",
+        "served.clamp(max=1)",
+        "served",
+        "numerics/test_mixture.py",
+    ),
+    Mutant(
+        "padding counted by routers",
+        "data/collate.py",
+        "served_T = np.zeros(len(is_real), np.int64)",
+        "served_T = np.ones(len(is_real), np.int64)",
+        "numerics/test_mixture.py",
+    ),
+    Mutant(
+        "experts numbered by rank",
+        "model/init.py",
+        "first_expert = experts // group.size() * group.rank()",
+        "first_expert = 0",
+        "distributed/test_experts.py",
+    ),
+    Mutant(
+        "a row's balance over one rank's tokens",
+        "model/moe.py",
+        "if group is not None and group.size() > 1:",
+        "if False:",
+        "distributed/test_experts.py",
+    ),
 )
 
 

@@ -31,6 +31,9 @@ class TreePackedSeqParams(PackedSeqParams):
     `target_tokens[i]` under projected row `target_rows[i]` (index into `projected_rows`,
     ascending), both int64 [I]. Under context parallelism `share` is this rank's part of the row,
     and the arrays are those of its own tokens, counted among them.
+
+    For routers: `responses_served` [T] is how many of the row's responses each token is part of, 0
+    for padding; `step_count` is the sum of what counts over the step's rows on all ranks.
     """
 
     plan: TreePlan | None = None
@@ -39,6 +42,8 @@ class TreePackedSeqParams(PackedSeqParams):
     projected_rows: Tensor | None = None
     target_rows: Tensor | None = None
     target_tokens: Tensor | None = None
+    responses_served: Tensor | None = None
+    step_count: float = 0.0
 
     def __post_init__(self) -> None:
         if self.plan is None:

@@ -34,7 +34,8 @@ class MicroBatch:
     tokens_T int64 with padding; `layout` covers them all; source_row_N, target_token_N,
     response_N int64 as above. `response_ids_R2` are (group, response in the group);
     pairs_P2 index this row's responses; pair_weights_P are what each pair adds to the
-    step's normaliser. `num_tokens` counts tokens without padding.
+    step's normaliser. `num_tokens` counts tokens without padding. served_T is how many of the
+    row's responses each token is part of, 0 for padding; only routers of experts ask for it.
     """
 
     tokens: np.ndarray
@@ -47,6 +48,7 @@ class MicroBatch:
     pair_weights: np.ndarray
     pair_margins: np.ndarray
     num_tokens: int
+    served: np.ndarray | None = None
 
     @property
     def num_responses(self) -> int:
@@ -90,6 +92,15 @@ def score_targets(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """
     rows = tree.node_offsets[1:][tree.response_last].astype(np.int64) - 1
     return rows, np.zeros_like(rows), np.arange(tree.num_responses, dtype=np.int64)
+
+
+def responses_served(tree: PrefixTree) -> np.ndarray:
+    """How many responses each token is part of, prompt or own, int64 [tokens]."""
+    counts = np.bincount(tree.response_last, minlength=tree.num_nodes)
+    for node in range(tree.num_nodes - 1, -1, -1):  # children stand behind their parents
+        if tree.parents[node] >= 0:
+            counts[tree.parents[node]] += counts[node]
+    return np.repeat(counts, tree.node_lengths)
 
 
 def collate_packed(
@@ -162,7 +173,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
     """Join the parts of a row and move every item's targets to where its tokens stand."""
     is_real = np.concatenate([np.arange(len(p.tokens)) < p.num_real for p in parts])
     row_of = np.flatnonzero(is_real)  # k-th token of the data -> its row
-    rows, tokens, responses, ids, pairs, margins = [], [], [], [], [], []
+    rows, tokens, responses, ids, pairs, margins, served = [], [], [], [], [], [], []
     num_tokens = num_responses = 0
     for item in items:
         tree = item.view.tree
@@ -173,10 +184,13 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         ids += [(item.group, int(r)) for r in item.view.responses]
         pairs.append(tree.pairs.astype(np.int64) + num_responses)
         margins.append(tree.pair_margins)
+        served.append(responses_served(tree))
         num_tokens += tree.num_tokens
         num_responses += tree.num_responses
     source_row = _concatenate(rows, np.int64)
     order = np.argsort(source_row, kind="stable")
+    served_T = np.zeros(len(is_real), np.int64)
+    served_T[row_of] = _concatenate(served, np.int64)
     return MicroBatch(
         tokens=np.concatenate([p.tokens for p in parts]).astype(np.int64),
         layout=TreeLayout.concat([TreeLayout.from_parents(p.lengths, p.parents) for p in parts]),
@@ -188,6 +202,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         pair_weights=_concatenate([item.pair_weights for item in items], np.float64),
         pair_margins=_concatenate(margins, np.float64),
         num_tokens=num_tokens,
+        served=served_T,
     )
 
 

@@ -54,6 +54,8 @@ class TreeTransformerConfig(TransformerConfig):
     """One of attention.api.BACKENDS."""
     lm_head_chunk_size: int = 2048
     """Rows projected to logits at a time."""
+    moe_count: str = "tokens"
+    """What the router's auxiliary loss counts: `tokens`, or `responses` (those they serve)."""
     init_seed: int | None = None
     """Seed of the initial weights, drawn by parameter name; None leaves Megatron-Core's."""
     head_seed: int | None = None
@@ -103,7 +105,7 @@ class TreeGPTModel(GPTModel):
         the marks a slice counts as a duplicate and is left out of gradient norms.
         """
         for name, parameter in self.named_parameters():
-            kind = ".".join(name.split(".")[-2:])
+            kind = ".".join(name.split(".")[-2:]).rstrip("0123456789")  # grouped: weight0, …
             if kind in PARTITION_DIMS and not getattr(parameter, "tensor_model_parallel", False):
                 set_tensor_model_parallel_attributes(parameter, True, PARTITION_DIMS[kind], 1)
 

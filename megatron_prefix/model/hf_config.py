@@ -1,7 +1,8 @@
 """Hugging Face's `config.json` <-> the sizes of a model.
 
 Llama 2 and 3, Mistral, Qwen2 and 2.5, and Qwen3: what differs between them is which of biases,
-query-key norms, tied embeddings and rotary scaling they have.
+query-key norms, tied embeddings and rotary scaling they have. Mixtral is Mistral, and Qwen3-MoE is
+Qwen3, with a mixture of experts in every layer.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+MIXTURES = ("mixtral", "qwen3_moe")
 SCALINGS = ("linear", "llama3")
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """What is fetched of a model on the Hub: weights without pickles, configuration, tokenizer."""
 QWEN3_HEAD_DIM = 128
-"""What transformers takes where a Qwen3 configuration does not say."""
+MIXTRAL_ROPE_THETA = 1e6
+"""What transformers takes where a Qwen3 or a Mixtral configuration does not say."""
 
 
 def locate(model: str) -> Path:
@@ -91,10 +96,27 @@ def sizes_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
         "kv_channels": head_dim,
         "norm_epsilon": _number(config, "rms_norm_eps", source),
         "add_qkv_bias": kind == "qwen2",
-        "qk_layernorm": kind == "qwen3",
+        "qk_layernorm": kind in ("qwen3", "qwen3_moe"),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "vocab_size": _count(config, "vocab_size", source),
         **_rope_from_hf(config, source),
+        **(_experts_from_hf(config, source) if kind in MIXTURES else {}),
+    }
+
+
+def _experts_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Both of Hugging Face's names for their number: `num_local_experts`, `num_experts`."""
+    is_qwen = config["model_type"] == "qwen3_moe"
+    spelled = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    experts, topk = _count(config, spelled, source), _count(config, "num_experts_per_tok", source)
+    if topk > experts:
+        raise InputError(f"{source}: num_experts_per_tok is {topk}, above {spelled} = {experts}")
+    size = "moe_intermediate_size" if is_qwen else "intermediate_size"
+    return {
+        "num_moe_experts": experts,
+        "moe_router_topk": topk,
+        "moe_ffn_hidden_size": _count(config, size, source),
+        "moe_router_pre_softmax": is_qwen and not config.get("norm_topk_prob", False),
     }
 
 
@@ -118,10 +140,30 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
     for key in ("mlp_bias", "quantization_config"):
         if config.get(key):
             raise InputError(f"{source}: {key} is not supported")
-    if config["model_type"] in ("llama", "qwen3") and config.get("attention_bias"):
+    _refuse_mixtures(config, source)
+    if config["model_type"] in ("llama", "qwen3", "qwen3_moe") and config.get("attention_bias"):
         raise InputError(
             f"{source}: attention_bias of {config['model_type']} puts a bias on the output "
             "projection too, which is not supported"
+        )
+
+
+def _refuse_mixtures(config: dict[str, Any], source: str) -> None:
+    """Experts that are shared or absent in some layers, and routers that drop or shake tokens."""
+    reasons = {
+        "capacity_factor": "experts take every token that is sent to them, and drop none",
+        "expert_capacity": "experts take every token that is sent to them, and drop none",
+        "router_jitter_noise": "routing is a function of the weights",
+        "shared_expert_intermediate_size": "there are no shared experts",
+        "n_shared_experts": "there are no shared experts",
+        "mlp_only_layers": "every layer has experts",
+    }
+    for key, reason in reasons.items():
+        if config.get(key):
+            raise InputError(f"{source}: {key} = {config[key]!r} is not supported: {reason}")
+    if (step := config.get("decoder_sparse_step", 1)) != 1:
+        raise InputError(
+            f"{source}: decoder_sparse_step = {step!r} is not supported: every layer has experts"
         )
 
 
@@ -130,7 +172,8 @@ def _rope_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{source}: rotary scaling {rope!r} is not an object")
-    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    absent = MIXTRAL_ROPE_THETA if config["model_type"] == "mixtral" else 10000.0
+    base = rope.get("rope_theta", config.get("rope_theta", absent))
     kind = rope.get("rope_type", rope.get("type", "default"))
     found: dict[str, Any] = {"rotary_base": _number({"rope_theta": base}, "rope_theta", source)}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
@@ -160,7 +203,7 @@ def sliding_window(config: dict[str, Any]) -> int | None:
     window = config.get("sliding_window")
     if config.get("model_type") == "llama" or type(window) is not int:
         return None
-    if config.get("model_type") in ("qwen2", "qwen3"):
+    if config.get("model_type") in ("qwen2", "qwen3", "qwen3_moe"):
         first = config.get("max_window_layers", 0)
         types = config.get("layer_types") or ["sliding_attention"]
         if (
@@ -176,7 +219,8 @@ def hf_from_sizes(model: Any, vocab_size: int, max_positions: int) -> dict[str, 
     """A `config.json` for a model that did not come from Hugging Face.
 
     The plainest architecture that has what `model` (config.ModelConfig with sizes) has: Qwen3
-    with query-key norms, Qwen2 with query-key-value biases, else Llama.
+    with query-key norms, Qwen2 with query-key-value biases, else Llama; with experts Qwen3-MoE
+    with query-key norms, else Mixtral.
     """
     if model.add_qkv_bias and model.qk_layernorm:
         raise InputError(
@@ -184,6 +228,14 @@ def hf_from_sizes(model: Any, vocab_size: int, max_positions: int) -> dict[str, 
             "model.qk_layernorm: train with one of them to export"
         )
     kind = "qwen3" if model.qk_layernorm else "qwen2" if model.add_qkv_bias else "llama"
+    if model.num_moe_experts:
+        if kind == "qwen2" or (kind == "llama" and model.moe_router_pre_softmax):
+            raise InputError(
+                "no supported Hugging Face architecture has model.num_moe_experts with "
+                "model.add_qkv_bias, or with model.moe_router_pre_softmax and without "
+                "model.qk_layernorm: train without them to export"
+            )
+        kind = "qwen3_moe" if model.qk_layernorm else "mixtral"
     head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
     if kind == "qwen2" and head_dim * model.num_attention_heads != model.hidden_size:
         raise InputError(
@@ -212,4 +264,14 @@ def hf_from_sizes(model: Any, vocab_size: int, max_positions: int) -> dict[str, 
     }
     if kind != "qwen2":
         config["head_dim"] = head_dim
+    if kind in MIXTURES:
+        size = model.moe_ffn_hidden_size or model.ffn_hidden_size
+        config["num_experts_per_tok"] = model.moe_router_topk
+        config["num_local_experts"] = model.num_moe_experts
+        if kind == "mixtral":
+            config |= {"intermediate_size": size, "sliding_window": None}
+        else:
+            config["num_experts"] = config.pop("num_local_experts")
+            config["moe_intermediate_size"] = size
+            config["norm_topk_prob"] = not model.moe_router_pre_softmax
     return config

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
-from megatron_prefix.model.hf_weights import canonical_name
+from megatron_prefix.model.hf_weights import canonical_name, is_expert
 
 
 def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -24,9 +24,12 @@ def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Pa
 
     On the second of two pipeline stages with 2 layers each, `decoder.layers.0.mlp.…` is
     canonically `decoder.layers.2.mlp.…`; norms that Transformer Engine fuses into the linear
-    layer behind them have the names of Megatron-Core's local layers.
+    layer behind them have the names of Megatron-Core's local layers; an expert has its number
+    among those of all ranks.
     """
     layers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    experts, group = model.config.num_moe_experts or 0, model.pg_collection.ep
+    first_expert = experts // group.size() * group.rank()
     for name, parameter in model.named_parameters():
         offset = 0
         if name.startswith("decoder.layers."):
@@ -34,17 +37,23 @@ def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Pa
             offset = layers[index] - index
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of the first's
-        yield canonical_name(name, offset), parameter
+        yield canonical_name(name, offset, first_expert), parameter
 
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def tensor_group(name: str, model: TreeGPTModel) -> torch.distributed.ProcessGroup:
+    """The ranks that share the matrix of a canonical parameter."""
+    groups = model.pg_collection
+    return groups.expt_tp if is_expert(name) else groups.tp
 
 
 @torch.no_grad()
 def whole_parameter(name: str, parameter: torch.nn.Parameter, model: TreeGPTModel) -> Tensor:
     """A canonical parameter gathered from all tensor-parallel ranks, its vocabulary unpadded;
     collective over them."""
-    group, whole = model.pg_collection.tp, parameter.detach()
+    group, whole = tensor_group(name, model), parameter.detach()
     if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
         dim = parameter.partition_dim
         parts = [torch.empty_like(whole) for _ in range(group.size())]
@@ -66,7 +75,8 @@ def initialize_weights(model: TreeGPTModel, seed: int, only: str | None = None) 
     for name, parameter in canonical_parameters(model):
         if only is not None and name != only:
             continue
-        parameter.copy_(_initial(name, parameter, model.config, model.pg_collection.tp, seed))
+        group = tensor_group(name, model)
+        parameter.copy_(_initial(name, parameter, model.config, group, seed))
 
 
 def _initial(name, parameter, config: TreeTransformerConfig, group, seed: int) -> Tensor:

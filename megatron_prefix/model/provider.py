@@ -21,7 +21,8 @@ from megatron_prefix.model.heads import TreeRewardModel
 from megatron_prefix.model.hf_config import sizes_from_hf
 from megatron_prefix.model.hf_files import HFTensors
 from megatron_prefix.model.hf_weights import REWARD_HEAD, WeightMap
-from megatron_prefix.model.init import canonical_parameters, initialize_weights
+from megatron_prefix.model.init import canonical_parameters, initialize_weights, tensor_group
+from megatron_prefix.model.spec import has_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -55,6 +56,7 @@ def transformer_config(
     parallel = parallel or ParallelConfig()
     if faults := list(layout_faults(model, parallel)):
         raise InputError("; ".join(faults))
+    experts = model.num_moe_experts
     is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     on_cuda = torch.cuda.is_available()
     dtype = DTYPES[model.dtype]
@@ -106,6 +108,16 @@ def transformer_config(
         # Rows of a step differ in length; stages tell one another.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
         moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, without experts too
+        num_moe_experts=experts,
+        moe_ffn_hidden_size=experts and (model.moe_ffn_hidden_size or model.ffn_hidden_size),
+        moe_router_topk=model.moe_router_topk,
+        moe_router_pre_softmax=model.moe_router_pre_softmax,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # the router's own; see model/moe.py
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_count=model.moe_count,
+        moe_grouped_gemm=experts is not None and has_transformer_engine(),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
         # Interleaved stages on gloo get wrong gradients with batched sends (silently).
         batch_p2p_comm=not is_interleaved,
         overlap_p2p_comm=is_interleaved,
@@ -168,13 +180,14 @@ def load_hf_weights(
     if keeps_head:
         del shapes[REWARD_HEAD]
     tensors.check(shapes)
-    group, padded = model.pg_collection.tp, model.config.padded_vocab_size
+    padded = model.config.padded_vocab_size
     tied = model.config.share_embeddings_and_output_weights
     for name, parameter in canonical_parameters(model):
         if tied and name == "output_layer.weight":  # the last pipeline stage's copy
             name = "embedding.word_embeddings.weight"
         if keeps_head and name == REWARD_HEAD:
             continue
+        group = tensor_group(name, model)
         found = weights.read(name, tensors.read, group.rank(), group.size(), padded)
         assert found.shape == parameter.shape, f"{name}: {found.shape}, not {parameter.shape}"
         parameter.copy_(found)

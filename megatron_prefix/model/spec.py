@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention.core import TreeCoreAttention
+from megatron_prefix.model.moe import with_tree_router
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -40,13 +41,21 @@ def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleS
     """One transformer layer whose attention follows the tree in `packed_seq_params`.
 
     Transformer Engine's layers where it is installed, else Megatron-Core's local ones. `config`
-    says whether queries and keys are normed; `backend` is one of attention.api.BACKENDS.
+    says whether queries and keys are normed, and how many experts there are; `backend` is one of
+    attention.api.BACKENDS.
     """
+    experts = config.num_moe_experts
     if has_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     else:
         spec = get_gpt_layer_local_spec(
-            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+            num_experts=experts,
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
         )
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
@@ -56,7 +65,11 @@ def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleS
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=TreeCoreAttention, params={"backend": backend}
     )
-    return spec
+    if experts is None:
+        return spec
+    # Checkpoints have Transformer Engine's names, and it does not fuse this norm before experts.
+    spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return with_tree_router(spec)
 
 
 def tree_block_spec(

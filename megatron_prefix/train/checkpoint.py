@@ -24,13 +24,13 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.model.gpt import TreeTransformerConfig, unwrap
 from megatron_prefix.model.hf_weights import REWARD_HEAD
 from megatron_prefix.train import torch_dist
 from megatron_prefix.train.torch_dist import COMPLETE
 
 TRACKER = "latest_checkpointed_iteration.txt"
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _OF_HEADS = ("kind", "untie_embeddings_and_output_weights")
 """What `model_sizes` says of a model's head."""
 
@@ -171,6 +171,8 @@ def load_checkpoint(
     _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
     state = torch_dist.load(_sharded_state(chunks, optimizer, is_loading=True), path)
     _load_model(chunks, state)
+    if len(_by_part(common["optimizer"])) != len(optimizer.chained_optimizers):
+        state["optimizer"] = _with_own_groups(optimizer, state["optimizer"], step)
     settings = [_settings(group) for group in optimizer.param_groups]
     _load_optimizer(optimizer, state["optimizer"])
     for group, ours in zip(optimizer.param_groups, settings, strict=True):
@@ -234,7 +236,7 @@ def model_sizes(chunks: list[torch.nn.Module]) -> dict:
         "vocab_size": config.vocab_size,
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.ffn_hidden_size,
+        "ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,
         "num_attention_heads": config.num_attention_heads,
         "num_query_groups": config.num_query_groups,
         "kv_channels": config.kv_channels,
@@ -244,6 +246,17 @@ def model_sizes(chunks: list[torch.nn.Module]) -> dict:
         "add_qkv_bias": config.add_qkv_bias,
         "qk_layernorm": config.qk_layernorm,
         "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+        **_expert_sizes(config),
+    }
+
+
+def _expert_sizes(config: TreeTransformerConfig) -> dict:
+    if config.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": config.num_moe_experts,
+        "moe_router_topk": config.moe_router_topk,
+        "moe_router_pre_softmax": config.moe_router_pre_softmax,
     }
 
 
@@ -295,16 +308,43 @@ def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimize
     return [p for p in parts if isinstance(p, DistributedOptimizer) and not HAVE_APEX_OR_TE]
 
 
+def _by_part(state: dict) -> list[dict]:
+    """Optimizer state by part: one, or where ranks share experts one for them beside it."""
+    return [state[i] for i in range(len(state))] if 0 in state else [state]
+
+
+def _with_own_groups(optimizer: MegatronOptimizer, state: dict, step: int) -> dict:
+    """`state`, of a run that shared experts or did not, with the groups of one that is otherwise.
+
+    Tensors are found by name whatever part they are saved in; what a part keeps beside them is
+    its groups, whose settings are the configuration's anyway, and the number of steps, which every
+    parameter has made.
+    """
+    parts = optimizer.chained_optimizers
+    kept = {k: x for k, x in state.items() if isinstance(k, int) == (len(parts) > 1)}
+    for part, own in zip(parts, _by_part(kept), strict=True):
+        groups = part.state_dict()
+        if isinstance(part, DistributedOptimizer):
+            for group in groups["optimizer"]["param_groups"]:
+                group["step"] = step
+            own["optimizer"] = groups["optimizer"]
+            continue
+        inner = own["optimizer"] if "optimizer" in groups else own
+        inner["param_groups"] = groups.get("optimizer", groups)["param_groups"]
+        inner["state"]["common_step"] = torch.tensor(float(step))
+    return kept
+
+
 @torch.no_grad()
 def _load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
     parts = _distributed_parts(optimizer)
     if not parts:
         optimizer.load_state_dict(state)
         return
-    (part,) = parts
-    parameters = state.pop("param_state")
-    part.load_state_dict(state)
-    steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
-    part.load_parameter_state_from_fully_reshardable(parameters)
-    for parameter, step in steps.items():
-        part.optimizer.state[parameter]["step"] = step.clone()  # loading made them share one
+    for part, own_state in zip(parts, _by_part(state), strict=True):
+        parameters = own_state.pop("param_state")
+        part.load_state_dict(own_state)
+        steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
+        part.load_parameter_state_from_fully_reshardable(parameters)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step.clone()  # loading made them share one

@@ -46,7 +46,7 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf_config import locate, read_hf_config
 from megatron_prefix.model.hf_files import HFTensors, copy_companions, write_safetensors
 from megatron_prefix.model.hf_reward import hf_kind
-from megatron_prefix.model.hf_weights import WeightMap, checkpoint_key, hf_names
+from megatron_prefix.model.hf_weights import WeightMap
 from megatron_prefix.model.provider import with_sizes
 from megatron_prefix.train.checkpoint import resolve_checkpoint
 from megatron_prefix.train.initial import HF_FOLDER
@@ -108,9 +108,9 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
             "config.json and the tokenizer of its Hugging Face model there"
         )
     weights = _weight_map(source)
-    checkpoint = CheckpointTensors(path)
-    checkpoint.check(weights)
-    dtypes = {part: checkpoint.dtype(name) for name in weights.names() for part in hf_names(name)}
+    checkpoint = CheckpointTensors(path, weights)
+    checkpoint.check()
+    dtypes = {x: checkpoint.dtype(name) for name in weights.names() for x in weights.hf_names(name)}
     shapes = weights.hf_shapes()
     with _new_directory(Path(hf), "--hf") as partial:
         companions = copy_companions(source, partial)
@@ -133,7 +133,7 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
 
 def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[tuple[str, Tensor]]:
     for name in weights.names():
-        yield from weights.split(name, checkpoint.read(name, weights.shape(name))).items()
+        yield from weights.split(name, checkpoint.read(name)).items()
 
 
 def _weight_map(directory: Path) -> WeightMap:
@@ -180,8 +180,8 @@ def _write_items(weights: WeightMap, tensors: HFTensors) -> list[tuple[WriteItem
     items: list[tuple[WriteItem, str]] = []
     dtype_of: dict[str, torch.dtype] = {}
     for name in weights.names():
-        key, layer = checkpoint_key(name)
-        for part in hf_names(name):
+        key, index, leading = weights.checkpoint_key(name)
+        for part in weights.hf_names(name):
             dtype = dtype_of.setdefault(key, tensors.dtypes[part])
             if tensors.dtypes[part] != dtype:
                 raise InputError(
@@ -189,12 +189,11 @@ def _write_items(weights: WeightMap, tensors: HFTensors) -> list[tuple[WriteItem
                     f"that become one with it in {key} are {dtype}: save the model in one precision"
                 )
         shape = weights.shape(name)
-        layers = () if layer is None else (weights.model.num_layers,)
-        offsets = torch.Size((*(() if layer is None else (layer,)), *(0 for _ in shape)))
-        chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in layers), *shape)))
-        data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size((*layers, *shape)))
-        index = MetadataIndex(key, offsets)
-        items.append((WriteItem(index, WriteItemType.SHARD, tensor_data=data), name))
+        offsets = torch.Size((*index, *(0 for _ in shape)))
+        chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in index), *shape)))
+        data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size((*leading, *shape)))
+        entry = MetadataIndex(key, offsets)
+        items.append((WriteItem(entry, WriteItemType.SHARD, tensor_data=data), name))
     return items
 
 
@@ -213,9 +212,10 @@ class _ReadWhenWritten(DefaultSavePlanner):
 class CheckpointTensors:
     """The tensors of a distributed checkpoint, read whole, one parameter at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, weights: WeightMap) -> None:
         check_harmless(path)
         self.path = path
+        self._weights = weights
         self._reader = FileSystemReader(path)
         metadata = self._reader.read_metadata()
         self._entries = metadata.state_dict_metadata
@@ -225,15 +225,13 @@ class CheckpointTensors:
         """Precision of a canonical parameter."""
         return self._entry(name).properties.dtype
 
-    def check(self, weights: WeightMap) -> None:
+    def check(self) -> None:
         """Refuse a checkpoint without one of the parameters, or with another shape."""
-        for name in weights.names():
-            key, layer = checkpoint_key(name)
+        for name in self._weights.names():
+            key, _, leading = self._weights.checkpoint_key(name)
             found = tuple(self._entry(name).size)
-            expected = weights.shape(name)
-            if layer is not None:
-                expected = (weights.model.num_layers, *expected)
-            elif len(found) == 2 and found[0] >= expected[0]:  # a padded vocabulary
+            expected = (*leading, *self._weights.shape(name))
+            if not leading and len(found) == 2 and found[0] >= expected[0]:  # a padded vocabulary
                 found = (expected[0], found[1])
             if found != expected:
                 raise InputError(
@@ -241,12 +239,12 @@ class CheckpointTensors:
                     f"for {list(expected)}"
                 )
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The first rows of a canonical parameter, as many as `shape` has."""
-        key, layer = checkpoint_key(name)
-        offsets = () if layer is None else (layer,)
+    def read(self, name: str) -> Tensor:
+        """A canonical parameter, its vocabulary unpadded."""
+        key, index, _ = self._weights.checkpoint_key(name)
+        shape = self._weights.shape(name)
         wanted = ChunkStorageMetadata(
-            torch.Size((*offsets, *(0 for _ in shape))), torch.Size((*(1 for _ in offsets), *shape))
+            torch.Size((*index, *(0 for _ in shape))), torch.Size((*(1 for _ in index), *shape))
         )
         found = torch.empty(wanted.sizes, dtype=self.dtype(name))
         items = create_read_items_for_chunk_list(key, self._entry(name), [wanted])
@@ -259,10 +257,10 @@ class CheckpointTensors:
                 f"{self.path}: {key} cannot be read ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]})"
             ) from error
-        return found if layer is None else found[0]
+        return found.reshape(shape)
 
     def _entry(self, name: str) -> TensorStorageMetadata:
-        key, _ = checkpoint_key(name)
+        key, _, _ = self._weights.checkpoint_key(name)
         entry = self._entries.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             raise InputError(

@@ -190,11 +190,14 @@ def _same_sizes(given: ModelConfig, known: ModelConfig, source: Path) -> None:
     implied: dict[str, Any] = {
         "num_query_groups": given.num_attention_heads,
         "kv_channels": given.hidden_size // given.num_attention_heads,
+        "moe_ffn_hidden_size": given.num_moe_experts and given.ffn_hidden_size,
     }
     of_lm = {"untie_embeddings_and_output_weights"} if given.kind == "reward" else set()
     for key in SIZES:
         if key in of_lm:
             continue
+        if key == "ffn_hidden_size" and known.num_moe_experts:
+            continue  # of layers without experts: there are none
         value = getattr(given, key)
         value = implied.get(key) if value is None else value
         if value != getattr(known, key):

@@ -81,7 +81,9 @@ class World:
         size = config.params_dtype.itemsize
         cost = ContextCost.of_layer(
             hidden_size=config.hidden_size,
-            ffn_hidden_size=config.ffn_hidden_size,
+            ffn_hidden_size=config.moe_router_topk * config.moe_ffn_hidden_size
+            if config.num_moe_experts
+            else config.ffn_hidden_size,
             num_heads=config.num_attention_heads,
             num_groups=config.num_query_groups,
             head_dim=config.kv_channels,
@@ -142,6 +144,14 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
         raise InputError(
             f"{size} processes were started, and {named} asks for a multiple of {model_size}"
         )
+    experts = parallel.expert_model_parallel_size
+    stages = model_size // parallel.context_parallel_size
+    if size % (stages * experts):
+        raise InputError(
+            f"{size} processes were started, and parallel.expert_model_parallel_size = {experts} "
+            f"shares experts among the data- and context-parallel ranks: with {stages} processes "
+            f"for each of them it asks for a multiple of {stages * experts}"
+        )
     with platform.adapted():
         on_cuda = torch.cuda.is_available()
         if on_cuda:
@@ -157,6 +167,7 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
                 context_parallel_size=parallel.context_parallel_size,
+                expert_model_parallel_size=experts,
                 create_gloo_process_groups=False,
             )
             if on_cuda:

@@ -20,6 +20,7 @@ from megatron_prefix.data.sampler import Sampler, StepPlan
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import RunError, Stopped
 from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.model.moe import step_auxiliary
 from megatron_prefix.train import checkpoint, nonfinite
 from megatron_prefix.train.evaluate import preference_metrics
 from megatron_prefix.train.first_loss import check_first_loss
@@ -80,10 +81,16 @@ class Run:
         plan = self.sampler.step(self.step)
         rows = self.sampler.micro_batches(plan, self.world.data_rank)
         context = self.world.context(unwrap(self.policy[0]).config)
-        batches = [to_device(row, self.world.device, plan.weight, context) for row in rows]
+        count = self._step_count(rows)
+        batches = [
+            to_device(row, self.world.device, plan.weight, step_count=count, context=context)
+            for row in rows
+        ]
         batches = self.reference.attach(rows, batches)
         logs = self._gradients(batches)
         means = self._means(plan, logs)
+        if self.config.model.moe_aux_loss_coeff:
+            means["moe/aux_loss"] = step_auxiliary(self.policy, self.world.device)
         if not np.isfinite(list(means.values())).all():
             self._stop_nonfinite("loss", rows, batches, nonfinite.finite_rows(logs))
         if self.step == 0 and self.config.loss.reference != "none":
@@ -169,6 +176,15 @@ class Run:
         names = pair_metrics(self.config.loss)
         divisors = [plan.weight] + [plan.num_pairs] * (len(names) - 1)
         return {key: s / d for key, s, d in zip(names, sums, divisors, strict=True)}
+
+    def _step_count(self, rows: list[MicroBatch]) -> float:
+        """What the auxiliary loss of experts divides by: the step's tokens, as it counts them."""
+        model = self.config.model
+        if not model.moe_aux_loss_coeff:
+            return 0.0
+        served = np.concatenate([row.served for row in rows])
+        counts = served if model.moe_count == "responses" else served > 0
+        return float(self.world.sum(torch.tensor(int(counts.sum()), device=self.world.device)))
 
     def _token_counts(self, plan: StepPlan, rows: list[MicroBatch]) -> dict[str, int]:
         dataset = self.sampler.dataset

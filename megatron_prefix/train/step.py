@@ -64,10 +64,15 @@ def to_device(
     batch: MicroBatch,
     device: torch.device,
     step_weight: float = 1.0,
+    *,
+    step_count: float = 0.0,
     context: ContextParallel | None = None,
 ) -> TrainBatch:
     """Move a row, or this rank's part of it, to `device` and plan its attention, once for all
-    layers."""
+    layers.
+
+    `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
+    """
     share = None if context is None else context.share(batch.layout, device)
     own = np.arange(len(batch.tokens)) if share is None else share.rows
     is_own = np.isin(batch.source_row, own)
@@ -75,6 +80,7 @@ def to_device(
     rows, target_rows = np.unique(batch.source_row[is_own], return_inverse=True)
     order = np.argsort(response, kind="stable")
     counts = np.bincount(response, minlength=batch.num_responses)
+    served = None if batch.served is None else batch.served[own]
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
@@ -88,6 +94,8 @@ def to_device(
             projected_rows=tensor(np.searchsorted(own, rows)),
             target_rows=tensor(target_rows),
             target_tokens=tensor(batch.target_token[is_own]),
+            responses_served=None if served is None else tensor(served).float(),
+            step_count=step_count,
         ),
         response_order=tensor(order),
         response_offsets=tensor(np.concatenate([[0], np.cumsum(counts)])),

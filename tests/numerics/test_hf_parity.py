@@ -53,12 +53,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 16}
 KINDS = {
     "llama 3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}),
     "llama 2": ("llama", {"rope_parameters": LINEAR, "num_key_value_heads": 6}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": False}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3 moe": ("qwen3_moe", {**QWEN_MOE, "norm_topk_prob": True}),
+    "qwen3 moe, raw": ("qwen3_moe", {**QWEN_MOE, "norm_topk_prob": False, "head_dim": 12}),
 }
 
 
@@ -203,7 +207,7 @@ def test_export_after_import_is_bit_equal(kind, tmp_path):
     assert not leftovers
 
 
-@pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3", "mixtral", "qwen3 moe, raw"])
 def test_a_trained_model_leaves_as_it_is(kind, hh, tmp_path):
     """Three steps, exported: transformers finds the log-probabilities that we find."""
     directory = make(kind, tmp_path / "hf")
@@ -217,10 +221,18 @@ def test_a_trained_model_leaves_as_it_is(kind, hh, tmp_path):
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
 
 
-def test_a_model_from_sizes_leaves_too(random_set, tmp_path):
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"add_qkv_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"num_moe_experts": 4, "moe_ffn_hidden_size": 24},
+        {"num_moe_experts": 4, "moe_router_pre_softmax": True, "qk_layernorm": True},
+    ],
+    ids=["qwen2", "mixtral", "qwen3 moe"],
+)
+def test_a_model_from_sizes_leaves_too(parts, random_set, tmp_path):
     sizes = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4}
-    scaling = {"type": "linear", "factor": 2.0}
-    config = run_config(tmp_path, random_set, **sizes, add_qkv_bias=True, rope_scaling=scaling)
+    config = run_config(tmp_path, random_set, **sizes, **parts)
     train(config)
     done = export_checkpoint(tmp_path / "run" / "saved" / "iter_0000003", tmp_path / "out", 10**9)
     assert done.companions == ("config.json",)
@@ -233,7 +245,7 @@ def entries_of(path: Path) -> dict:
     return {key: (x.size, x.properties.dtype) for key, x in metadata.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3", "mixtral", "qwen3 moe"])
 def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_path):
     """The same tensors under the same keys, but for the padding of the vocabulary."""
     from megatron_prefix.train.optimizer import build_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_prefix.config import ModelConfig, RopeScaling
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf_config import hf_from_sizes, sizes_from_hf, sliding_window
+from megatron_prefix.model.hf_config import (
+    ARCHITECTURES,
+    hf_from_sizes,
+    sizes_from_hf,
+    sliding_window,
+)
 from megatron_prefix.model.rope import rotary_frequencies
 
 LLAMA3 = {
@@ -27,6 +34,15 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
+}
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        "head_dim": 16,
+    },
 }
 
 
@@ -68,10 +84,42 @@ def test_sizes_of_each_architecture():
 
 def test_what_transformers_fills_in_is_what_is_taken():
     """Where a configuration says nothing, transformers' default and ours must be one."""
-    for kind in ("llama", "mistral", "qwen2", "qwen3"):
-        raw = config(kind)
+    for kind in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"):
+        parts = MIXTURES.get(kind, {})
+        raw = config(kind, **parts)
         full = transformers.AutoConfig.for_model(**raw).to_dict()
         assert sizes_from_hf(raw, "raw") == sizes_from_hf(full, "full"), kind
+
+
+def test_mixtures_differ_in_what_weighs_the_chosen_experts():
+    mixtral = sizes(kind="mixtral", **MIXTURES["mixtral"])
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2}
+    assert {**mixtral, **experts, "moe_ffn_hidden_size": 96} == mixtral
+    assert not mixtral["moe_router_pre_softmax"] and not mixtral["qk_layernorm"]
+    for normed in (False, True):
+        qwen = sizes(kind="qwen3_moe", **MIXTURES["qwen3_moe"], norm_topk_prob=normed)
+        assert {**qwen, **experts, "moe_ffn_hidden_size": 24, "qk_layernorm": True} == qwen
+        assert qwen["moe_router_pre_softmax"] is not normed
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "named"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+        ("mixtral", {"capacity_factor": 1.25}, "capacity_factor = 1.25"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, above"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts is None"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = [0]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 24}, "there are no shared experts"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias"),
+        ("qwen2_moe", {}, "model_type 'qwen2_moe'"),
+    ],
+)
+def test_mixtures_that_are_not_supported_are_named(kind, change, named):
+    with pytest.raises(InputError) as caught:
+        sizes(kind=kind, **{**MIXTURES.get(kind, {}), **change})
+    assert named in str(caught.value) and "here" in str(caught.value)
 
 
 def test_both_spellings_of_rotary_scaling():
@@ -120,7 +168,7 @@ def test_sliding_windows():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"kind": "mixtral"}, "model_type 'mixtral'"),
+        ({"kind": "gemma"}, "model_type 'gemma'"),
         ({"kind": ["llama"]}, "model_type"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
@@ -153,6 +201,12 @@ def test_what_is_not_supported_is_named(change, named):
         ({"qk_layernorm": True, "kv_channels": 32}, "qwen3"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "llama"),
         ({"untie_embeddings_and_output_weights": False}, "llama"),
+        ({"num_moe_experts": 4}, "mixtral"),
+        ({"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "qk_layernorm": True}, "qwen3_moe"),
+        (
+            {"num_moe_experts": 4, "moe_router_pre_softmax": True, "qk_layernorm": True},
+            "qwen3_moe",
+        ),
     ],
 )
 def test_a_model_from_sizes_gets_a_configuration(parts, kind):
@@ -160,13 +214,18 @@ def test_a_model_from_sizes_gets_a_configuration(parts, kind):
     required = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96}
     model = ModelConfig(**required, num_attention_heads=4, rotary_base=2e4, **parts)
     raw = hf_from_sizes(model, 258, 512)
-    assert raw["model_type"] == kind and raw["architectures"] == [f"{kind.capitalize()}ForCausalLM"]
+    assert raw["model_type"] == kind and raw["architectures"] == [ARCHITECTURES[kind]]
+    assert hasattr(transformers, ARCHITECTURES[kind])
     found = sizes_from_hf(transformers.AutoConfig.for_model(**raw).to_dict(), "here")
     assert found.pop("vocab_size") == 258
     again = ModelConfig(**found)
     assert again.num_query_groups == 4 and again.kv_channels == parts.get("kv_channels", 16)
     for key in ("num_layers", "rotary_base", "rope_scaling", "add_qkv_bias", "qk_layernorm"):
         assert getattr(again, key) == getattr(model, key), key
+    for key in ("num_moe_experts", "moe_router_topk", "moe_router_pre_softmax"):
+        assert getattr(again, key) == getattr(model, key), key
+    if model.num_moe_experts:
+        assert again.moe_ffn_hidden_size == parts.get("moe_ffn_hidden_size", 96)
     tied = "untie_embeddings_and_output_weights"
     assert getattr(again, tied) == getattr(model, tied)
 
@@ -182,3 +241,7 @@ def test_a_model_without_an_architecture_is_refused():
     )
     with pytest.raises(InputError, match="both model.add_qkv_bias and model.qk_layernorm"):
         hf_from_sizes(model, 258, 512)
+    for parts in ({"add_qkv_bias": True}, {"add_qkv_bias": False, "moe_router_pre_softmax": True}):
+        mixture = replace(model, qk_layernorm=False, num_moe_experts=4, **parts)
+        with pytest.raises(InputError, match="model.num_moe_experts with"):
+            hf_from_sizes(mixture, 258, 512)

@@ -12,14 +12,12 @@ from safetensors.torch import load_file, save_file
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf_files import HFTensors, copy_companions, write_safetensors
-from megatron_prefix.model.hf_weights import (
-    WeightMap,
-    canonical_name,
-    checkpoint_key,
-    hf_names,
-)
+from megatron_prefix.model.hf_weights import WeightMap, canonical_name, is_expert
 
 VOCAB = 13
+MIXTURES = [
+    {"num_moe_experts": 3, "moe_ffn_hidden_size": 10, "qk_layernorm": x} for x in (False, True)
+]
 FUSED = "self_attention.linear_qkv.layer_norm_weight"
 
 
@@ -55,21 +53,51 @@ def test_both_layer_namings_become_one():
         assert canonical_name(name, 5) == name
     unchanged = "decoder.layers.3.self_attention.linear_qkv.bias"
     assert canonical_name(unchanged) == unchanged
-    assert checkpoint_key(engine) == (f"decoder.layers.{FUSED}", 2)
-    assert checkpoint_key("output_layer.weight") == ("output_layer.weight", None)
+    weights = weight_map()
+    assert weights.checkpoint_key(engine) == (f"decoder.layers.{FUSED}", (2,), (2,))
+    assert weights.checkpoint_key("output_layer.weight") == ("output_layer.weight", (), ())
+
+
+def test_experts_have_their_numbers_among_all_ranks():
+    local = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc2.weight"
+    grouped = "decoder.layers.0.mlp.experts.linear_fc2.weight1"
+    name = "decoder.layers.1.mlp.experts.5.linear_fc2.weight"
+    assert canonical_name(local, 1, 4) == canonical_name(grouped, 1, 4) == name
+    assert is_expert(name) and not is_expert("decoder.layers.1.mlp.router.weight")
+    weights = weight_map(num_moe_experts=6, moe_ffn_hidden_size=10)
+    key = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
+    assert weights.checkpoint_key(name) == (key, (1, 5), (2, 6))
+    norm = "decoder.layers.0.pre_mlp_layernorm.weight"  # which no linear layer fuses, with experts
+    assert weights.checkpoint_key(norm)[0] == "decoder.layers.pre_mlp_layernorm.weight"
+    assert weights.shape(name) == (8, 10) and len(weights.names()) == 2 * (5 + 2 * 6) + 3
+
+
+def test_the_two_mixtures_name_their_experts_differently():
+    mixtral = weight_map(num_moe_experts=2, moe_ffn_hidden_size=10)
+    qwen = weight_map(num_moe_experts=2, moe_ffn_hidden_size=10, qk_layernorm=True)
+    router = "decoder.layers.1.mlp.router.weight"
+    fused = "decoder.layers.1.mlp.experts.0.linear_fc1.weight"
+    prefix = "model.layers.1.block_sparse_moe"
+    assert mixtral.hf_names(router) == (f"{prefix}.gate.weight",)
+    assert mixtral.hf_names(fused) == tuple(f"{prefix}.experts.0.{w}.weight" for w in ("w1", "w3"))
+    assert qwen.hf_names(router) == ("model.layers.1.mlp.gate.weight",)
+    expert = "model.layers.1.mlp.experts.0"
+    assert qwen.hf_names(fused) == (f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight")
+    assert qwen.hf_shapes()[f"{expert}.down_proj.weight"] == (8, 10)
+    assert mixtral.hf_shapes()[f"{prefix}.gate.weight"] == (2, 8)
 
 
 def test_names_of_hugging_face():
     attention = "model.layers.1.self_attn"
-    assert hf_names("decoder.layers.1.self_attention.linear_qkv.bias") == (
+    plain, full = weight_map(), weight_map(add_qkv_bias=True, qk_layernorm=True)
+    assert full.hf_names("decoder.layers.1.self_attention.linear_qkv.bias") == (
         f"{attention}.q_proj.bias",
         f"{attention}.k_proj.bias",
         f"{attention}.v_proj.bias",
     )
-    assert hf_names("decoder.layers.1.pre_mlp_layernorm.weight") == (
+    assert plain.hf_names("decoder.layers.1.pre_mlp_layernorm.weight") == (
         "model.layers.1.post_attention_layernorm.weight",
     )
-    plain, full = weight_map(), weight_map(add_qkv_bias=True, qk_layernorm=True)
     tied = weight_map(untie_embeddings_and_output_weights=False)
     assert len(plain.names()) == 2 * 6 + 3 and len(full.names()) == 2 * 9 + 3
     assert plain.names()[:-1] == tied.names()
@@ -95,7 +123,7 @@ def test_heads_are_laid_group_after_group():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("parts", [{}, {"add_qkv_bias": True, "qk_layernorm": True}])
+@pytest.mark.parametrize("parts", [{}, {"add_qkv_bias": True, "qk_layernorm": True}, *MIXTURES])
 def test_split_undoes_read(parts, dtype):
     weights = weight_map(**parts)
     tensors = random_tensors(weights, dtype)
@@ -110,8 +138,9 @@ def test_split_undoes_read(parts, dtype):
         assert found[name].dtype == dtype and torch.equal(found[name], tensor), name
 
 
-def test_two_ranks_own_the_whole_and_read_no_more():
-    weights = weight_map(add_qkv_bias=True)
+@pytest.mark.parametrize("parts", [{"add_qkv_bias": True}, *MIXTURES])
+def test_two_ranks_own_the_whole_and_read_no_more(parts):
+    weights = weight_map(**parts)
     tensors = random_tensors(weights)
     for name in weights.names():
         seen: list[int] = []
@@ -123,11 +152,13 @@ def test_two_ranks_own_the_whole_and_read_no_more():
             halves = [torch.cat(x) for x in zip(a.chunk(2), b.chunk(2), strict=True)]
             assert torch.equal(torch.cat(halves), whole)
         elif a.shape == whole.shape:
-            assert "norm" in name and torch.equal(a, b) and torch.equal(a, whole)
+            assert (
+                ("norm" in name or "router" in name) and torch.equal(a, b) and torch.equal(a, whole)
+            )
             continue
         else:
             assert torch.equal(torch.cat([a, b]), whole)
-        assert sum(seen) == sum(tensors[part].numel() for part in hf_names(name)), name
+        assert sum(seen) == sum(tensors[part].numel() for part in weights.hf_names(name)), name
 
 
 def test_padding_is_zero_on_the_rank_that_has_it():
