@@ -22,7 +22,9 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 BALANCED = {"moe_aux_loss_coeff": 0.05, "moe_count": "responses"}
 EP2, PP2 = {"expert_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True}
+OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 ONES = {"one": {}, "one qwen": QWEN, "one balanced": BALANCED}
 OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it follows
@@ -32,8 +34,12 @@ OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it foll
     "dp2 zero qwen": (ZERO, QWEN, "one qwen"),
     "tp2sp": (TP2SP, {}, "one"),
     "pp2": (PP2, {}, "one"),
+    "cp2": (CP2, {}, "one"),
+    "cp2ep2": ({**CP2, **EP2}, {}, "one"),
+    "ep2 overlaps": ({**EP2, **OVERLAP}, QWEN, "one qwen"),
 }
 OF_FOUR = {
+    "dp2 cp2ep2": ({**CP2, **EP2}, {}, "one"),
     "dp2ep2": (EP2, {}, "one"),
     "dp2ep2 zero": ({**EP2, **ZERO}, QWEN, "one qwen"),
     "tp2sp ep2": ({**TP2SP, **EP2}, {}, "one"),
@@ -41,6 +47,8 @@ OF_FOUR = {
 }
 BY_ROWS = {  # the auxiliary loss is the same where the rows are
     "tp2sp balanced": (TP2SP, BALANCED, "one balanced"),
+    "cp2 balanced": (CP2, BALANCED, "one balanced"),
+    "cp2ep2 balanced": ({**CP2, **EP2}, BALANCED, "one balanced"),
     "pp2 full balanced": (PP2, {**BALANCED, **FULL}, "one balanced"),
     "dp2 balanced": ({}, BALANCED, "dp2 balanced"),
     "ep2 balanced": (EP2, BALANCED, "dp2 balanced"),
