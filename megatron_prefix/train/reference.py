@@ -18,9 +18,10 @@ from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.sampler import Sampler
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.train.feed import Feed, PreparedStep
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.sidecar import PartialScores
-from megatron_prefix.train.step import TrainBatch, run_schedule, to_device
+from megatron_prefix.train.step import TrainBatch, run_schedule
 
 SAVE_STEPS = 32
 """Steps of scoring between two saves of what is done."""
@@ -142,27 +143,33 @@ def score_dataset(
     for chunk in chunks:
         chunk.eval()
     num_steps = sampler.composition.num_steps(1)
-    for start in range(first, num_steps, SAVE_STEPS):
-        stop = min(start + SAVE_STEPS, num_steps)
-        found = np.zeros_like(sums)
-        for step in range(start, stop):
-            _score_step(chunks, sampler, step, loss, world, found)
-        sums += world.sum(torch.from_numpy(found).to(world.device)).cpu().numpy()
-        if partial is not None:
-            partial.sums = sums
-            world.once(lambda stop=stop: partial.save(stop))
+    context = world.context(unwrap(chunks[0]).config)
+    with Feed(sampler, world, context, num_steps) as feed:
+        for start in range(first, num_steps, SAVE_STEPS):
+            stop = min(start + SAVE_STEPS, num_steps)
+            found = np.zeros_like(sums)
+            for step in range(start, stop):
+                _add_scores(chunks, dataset, feed.step(step), loss, found)
+            sums += world.sum(torch.from_numpy(found).to(world.device)).cpu().numpy()
+            if partial is not None:
+                partial.sums = sums
+                world.once(lambda stop=stop: partial.save(stop))
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
     with np.errstate(invalid="ignore"):
         return sums[0] / sums[1]
 
 
-def _score_step(chunks, sampler: Sampler, step: int, loss, world: World, sums: np.ndarray) -> None:
+def _add_scores(
+    chunks: list[torch.nn.Module],
+    dataset: PreferenceDataset,
+    step: PreparedStep,
+    loss: LossConfig,
+    sums: np.ndarray,
+) -> None:
     """Add this rank's rows of a step to `sums`: log-probabilities, and how often each ran."""
-    rows = sampler.micro_batches(sampler.step(step), world.data_rank)
-    context = world.context(unwrap(chunks[0]).config)
-    found = score(chunks, [to_device(row, world.device, context=context) for row in rows], loss)
-    for row, logps in zip(rows, found, strict=True):
-        index = response_index(sampler.dataset, row)
+    found = score(chunks, step.batches, loss)
+    for row, logps in zip(step.rows, found, strict=True):
+        index = response_index(dataset, row)
         np.add.at(sums[0], index, logps.cpu().numpy())
         np.add.at(sums[1], index, 1)

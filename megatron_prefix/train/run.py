@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from megatron_prefix.model.gpt import unwrap
 from megatron_prefix.model.moe import step_auxiliary
 from megatron_prefix.train import checkpoint, nonfinite
 from megatron_prefix.train.evaluate import preference_metrics
+from megatron_prefix.train.feed import Feed
 from megatron_prefix.train.first_loss import check_first_loss
 from megatron_prefix.train.initial import InitialModel
 from megatron_prefix.train.metrics import MetricsWriter, Progress
@@ -30,7 +32,7 @@ from megatron_prefix.train.objective import pair_metrics
 from megatron_prefix.train.optimizer import finish_param_gather, gradient_norm, gradient_step
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.reference import Reference, score_dataset
-from megatron_prefix.train.step import TrainBatch, run_schedule, to_device
+from megatron_prefix.train.step import TrainBatch, run_schedule
 from megatron_prefix.train.stop import StopRequest
 
 
@@ -53,6 +55,12 @@ class Run:
     metrics: MetricsWriter | None
     progress: Progress
     valid_ref_logps: np.ndarray | None = None
+
+    @cached_property
+    def feed(self) -> Feed:
+        """Steps from the one that is next to the last."""
+        context = self.world.context(unwrap(self.policy[0]).config)
+        return Feed(self.sampler, self.world, context, self.num_steps)
 
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until `stop` is asked for."""
@@ -78,17 +86,14 @@ class Run:
     def train_step(self) -> dict:
         """One optimizer step. Returns its line of metrics."""
         start = time.monotonic()
-        plan = self.sampler.step(self.step)
-        rows = self.sampler.micro_batches(plan, self.world.data_rank)
-        context = self.world.context(unwrap(self.policy[0]).config)
-        count = self._step_count(rows)
-        batches = [
-            to_device(row, self.world.device, plan.weight, step_count=count, context=context)
-            for row in rows
-        ]
+        found = self.feed.step(self.step)
+        plan, rows, batches = found.plan, found.rows, found.batches
+        if self.config.model.moe_aux_loss_coeff:
+            count = self._step_count(rows)
+            batches = [batch.with_step_count(count) for batch in batches]
         batches = self.reference.attach(rows, batches)
         logs = self._gradients(batches)
-        means = self._means(plan, logs)
+        means, counts = self._totals(plan, rows, logs)
         if self.config.model.moe_aux_loss_coeff:
             means["moe/aux_loss"] = step_auxiliary(self.policy, self.world.device)
         if not np.isfinite(list(means.values())).all():
@@ -107,7 +112,7 @@ class Run:
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "num_pairs": plan.num_pairs,
-            **self._token_counts(plan, rows),
+            **counts,
             "step_time_s": round(seconds, 4),
             "pairs_per_second": round(plan.num_pairs / seconds, 3),
         }
@@ -147,6 +152,7 @@ class Run:
         )
 
     def close(self) -> None:
+        self.feed.close()
         self.progress.close()
         if self.metrics is not None:
             self.metrics.close()
@@ -170,38 +176,32 @@ class Run:
         self.optimizer.zero_grad()
         return run_schedule(self.policy, batches, self.config.loss)
 
-    def _means(self, plan: StepPlan, logs: list[dict]) -> dict[str, float]:
-        """The loss over its weight, everything else over pairs."""
-        sums = self.world.sum(torch.stack([log["sums"] for log in logs]).sum(0)).tolist()
-        names = pair_metrics(self.config.loss)
+    def _totals(
+        self, plan: StepPlan, rows: list[MicroBatch], logs: list[dict]
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        """Means of the step (the loss over its weight, everything else over pairs) and its token
+        counts, from one sum over ranks, in float64, which has all counts exactly."""
+        dataset, names = self.sampler.dataset, pair_metrics(self.config.loss)
+        counts = {
+            "tokens/executed": sum(len(row.tokens) for row in rows),
+            "tokens/targets": sum(len(row.source_row) for row in rows),
+            "rows/projected": sum(row.num_projected for row in rows),
+        }
+        sums = torch.stack([log["sums"] for log in logs]).sum(0)
+        totals = torch.cat([sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
+        totals = self.world.sum(totals).tolist()
         divisors = [plan.weight] + [plan.num_pairs] * (len(names) - 1)
-        return {key: s / d for key, s, d in zip(names, sums, divisors, strict=True)}
+        means = {key: s / d for key, s, d in zip(names, totals, divisors, strict=False)}
+        logical = sum(int(pair_lengths(dataset, int(g)).sum()) for g in plan.groups)
+        found = {key: int(x) for key, x in zip(counts, totals[len(names) :], strict=True)}
+        return means, {"tokens/logical": logical, **found}
 
     def _step_count(self, rows: list[MicroBatch]) -> float:
         """What the auxiliary loss of experts divides by: the step's tokens, as it counts them."""
         model = self.config.model
-        if not model.moe_aux_loss_coeff:
-            return 0.0
         served = np.concatenate([row.served for row in rows])
         counts = served if model.moe_count == "responses" else served > 0
         return float(self.world.sum(torch.tensor(int(counts.sum()), device=self.world.device)))
-
-    def _token_counts(self, plan: StepPlan, rows: list[MicroBatch]) -> dict[str, int]:
-        dataset = self.sampler.dataset
-        counts = [
-            sum(len(row.tokens) for row in rows),
-            sum(len(row.source_row) for row in rows),
-            sum(row.num_projected for row in rows),
-        ]
-        executed, targets, projected = self.world.sum(
-            torch.tensor(counts, device=self.world.device)
-        ).tolist()
-        return {
-            "tokens/logical": sum(int(pair_lengths(dataset, int(g)).sum()) for g in plan.groups),
-            "tokens/executed": executed,
-            "tokens/targets": targets,
-            "rows/projected": projected,
-        }
 
     def _finite_gradients(self, batches: list[TrainBatch]) -> list[bool]:
         """Whether each row alone has finite gradients; its peers on other ranks run with it.

@@ -59,6 +59,9 @@ class TrainBatch:
     def with_reference(self, ref_logps: Tensor) -> TrainBatch:
         return replace(self, ref_logps=ref_logps)
 
+    def with_step_count(self, step_count: float) -> TrainBatch:
+        return replace(self, params=replace(self.params, step_count=step_count))
+
 
 def to_device(
     batch: MicroBatch,
@@ -69,7 +72,7 @@ def to_device(
     context: ContextParallel | None = None,
 ) -> TrainBatch:
     """Move a row, or this rank's part of it, to `device` and plan its attention, once for all
-    layers.
+    layers; from pinned memory to CUDA, so that nobody waits for the copies.
 
     `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
     """
@@ -83,7 +86,9 @@ def to_device(
     served = None if batch.served is None else batch.served[own]
 
     def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+        host = torch.from_numpy(np.ascontiguousarray(array))
+        host = host.pin_memory() if device.type == "cuda" else host
+        return host.to(device, non_blocking=True)
 
     return TrainBatch(
         tokens=tensor(batch.tokens[own])[None],

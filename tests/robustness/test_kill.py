@@ -200,8 +200,10 @@ def test_a_killed_score_ends_in_the_same_file(many, tmp_path, capsys, monkeypatc
     assert forked(partial(_score_killed, argv, moment), tmp_path / "log") == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     scored = []
-    step = reference._score_step
-    monkeypatch.setattr(reference, "_score_step", lambda *a: scored.append(a[2]) or step(*a))
+    add = reference._add_scores
+    monkeypatch.setattr(
+        reference, "_add_scores", lambda *a: scored.append(a[2].plan.step) or add(*a)
+    )
     capsys.readouterr()
     assert main(argv) == 0
     first = {"first save": 32, "inside a save": 32, "last save": 70, "at the end": 70}[moment]
