@@ -76,6 +76,7 @@ class Run:
     def train_step(self) -> dict:
         """One optimizer step. Returns its line of metrics."""
         start = time.monotonic()
+        self.world.beat(f"step {self.step + 1}")
         plan = self.sampler.step(self.step)
         rows = self.sampler.micro_batches(plan, self.world.data_rank)
         context = self.world.context(unwrap(self.policy[0]).config)
@@ -108,6 +109,7 @@ class Run:
         """Score the held-out set and write an evaluation line."""
         if self.valid is None:
             return
+        self.world.beat(f"the evaluation after step {self.step}")
         if self.valid_ref_logps is None:
             self.valid_ref_logps = self.reference.score(self.valid)
         logps = score_dataset(self.policy, self.valid, self.config.loss, self.world)
@@ -127,6 +129,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        self.world.beat(f"the save of step {self.step}")
         finish_param_gather(self.policy)
         checkpoint.save_checkpoint(
             self.config.train.save,
