@@ -31,8 +31,10 @@ fault = sys.argv.pop(1)
 gradients, score_step, write = Run._gradients, reference._score_step, MetricsWriter.write
 
 def fail():
-    if fault in ("SIGKILL", "SIGSTOP"):
+    if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
         os.kill(os.getpid(), getattr(signal, fault))
+    elif fault == "host":
+        os._exit(3)
     elif fault == "sleep":
         time.sleep(600)
     elif fault == "input":
@@ -63,13 +65,16 @@ def poisoned(self, batches):
     return logs
 
 MetricsWriter.write = writing
-if os.environ["RANK"] == "1":
+if fault == "host":  # rank 0 then has the store
+    port = str(int(os.environ["MASTER_PORT"]) + 1)
+    os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+if os.environ["RANK"] == ("0" if fault == "host" else "1"):
     Run._gradients, reference._score_step = stepping, scoring
 if fault == "nan":
     Run._gradients = poisoned
 sys.exit(main())
 """
-"""The program, with a fault on rank 1; that of `disk` is on rank 0, that of `nan` on both."""
+"""The program, with a fault on rank 1; those of `disk` and `host` are on rank 0, `nan` on both."""
 
 
 def start(folder: Path, dataset: str, fault: str, command: str = "train", **sections) -> Launched:
@@ -184,6 +189,20 @@ def test_a_rank_killed_in_scoring_is_named(dataset, tmp_path, command):
     message = only_message(said(run))
     assert message.startswith(f"megatron-prefix {command}: error: rank 1 ended or hangs (")
     assert "last in scoring, step 3 of 4" in message
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_scoring_on_both(dataset, tmp_path):
+    text = said(start(tmp_path, dataset, "SIGTERM", "score"))
+    assert only_message(text).endswith("error: ended by SIGTERM")
+    assert text.count("exitcode  : 143") == 2
+
+
+@pytest.mark.slow
+def test_the_end_of_the_store_is_said(dataset, tmp_path):
+    message = only_message(said(start(tmp_path, dataset, "host")))
+    assert "the process groups' store does not answer: rank 0, or its launcher, has" in message
+    assert "(step 3)" in message
 
 
 @pytest.mark.slow
