@@ -108,7 +108,7 @@ class Liveness:
                 if not _is_plain(error):
                     return error  # Python prints its traceback
                 found = error if self._rank == 0 else type(error)(f"rank {self._rank}: {error}")
-                found.speaks = self._claim(is_first=self._rank == 0)
+                found.speaks = self._claim(0.0 if self._rank == 0 else HOLD_S / 2)
                 return found
             self._mark("signalled" if is_signal else "answers")
             self._store.compare_set("asked", "", "lost")
@@ -118,7 +118,7 @@ class Liveness:
                 found = error
             else:
                 found = RunError(text or f"{_first_line(error)}, though every rank answers")
-            found.speaks = self._claim(is_first=self._rank == lowest(states))
+            found.speaks = self._claim(0.0 if self._rank == lowest(states) else HOLD_S)
         except DistError:
             found = RunError(
                 "the process groups' store does not answer: rank 0, or its launcher, has ended, "
@@ -157,7 +157,7 @@ class Liveness:
         states = self._states()
         text = self._verdict(states, asked)
         is_signal = text is None and any(s["kind"] == "signalled" for s in states.values())
-        if self._claim(is_first=self._rank == lowest(states)):
+        if self._claim(0.0 if self._rank == lowest(states) else HOLD_S):
             said = text or ("ended by SIGTERM" if is_signal else "connections between ranks broke")
             os.write(2, f"megatron-prefix: error: {said}\n".encode())
         else:
@@ -186,9 +186,9 @@ class Liveness:
         marked = [rank for rank, key in keys.items() if self._store.check([key])]
         return {rank: json.loads(self._store.get(keys[rank])) for rank in marked}
 
-    def _claim(self, *, is_first: bool) -> bool:
-        """Whether it is for this rank to speak; the others leave it to the first for a while."""
-        deadline = time.monotonic() + (0.0 if is_first else HOLD_S)
+    def _claim(self, after_s: float) -> bool:
+        """Whether it is for this rank to speak; it leaves it to others for `after_s`."""
+        deadline = time.monotonic() + after_s
         while not self._store.check(["told"]) and time.monotonic() < deadline:
             time.sleep(0.05)
         return self._store.add("told", 1) == 1
