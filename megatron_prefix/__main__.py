@@ -2,7 +2,8 @@
 
 0 success; 2 bad usage or bad input, with one message on standard error; 1 a run that found itself
 wrong, with one message, or an internal failure, with its traceback; 130 interrupted; 143 training
-that a signal ended behind a step. Under torchrun every process exits alike and rank 0 speaks.
+that a signal ended behind a step. Under torchrun rank 0 speaks, or the lowest rank that can where
+not all ended alike (see train/liveness.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ COMMANDS = ("build", "inspect", "train", "score", "evaluate", "convert", "compar
 
 def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _speaks(error: InputError | RunError | Stopped) -> bool:
+    return _is_first_rank() if error.speaks is None else error.speaks
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except (InputError, RunError) as error:
-        if _is_first_rank():
+        if _speaks(error):
             print(f"megatron-prefix {args.command}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except Stopped as stopped:
-        if _is_first_rank():
+        if _speaks(stopped):
             print(f"megatron-prefix {args.command}: {stopped}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:

@@ -164,6 +164,8 @@ class ParallelConfig:
     """Add gradients up over data-parallel ranks while backward still runs."""
     overlap_param_gather: Switch = False
     """With the distributed optimizer, gather updated weights while the next forward pass runs."""
+    distributed_timeout_minutes: Positive = 30.0
+    """How long ranks may wait for one that does not get on, before all end and name it."""
 
 
 @_section

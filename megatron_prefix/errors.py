@@ -8,6 +8,9 @@ class InputError(ValueError):
     without a traceback and exit with 2.
     """
 
+    speaks: bool | None = None
+    """Whether this process prints it; where it is not said, rank 0 does."""
+
 
 class RunError(RuntimeError):
     """A run found itself to be wrong and stopped.
@@ -16,9 +19,15 @@ class RunError(RuntimeError):
     without a traceback and exit with 1.
     """
 
+    speaks: bool | None = None
+    """As of InputError."""
+
 
 class Stopped(Exception):
     """A run that a signal ended early, with its state saved where `train.save` is set.
 
     Commands print the message and exit with 143, as a program that SIGTERM ended does.
     """
+
+    speaks: bool | None = None
+    """As of InputError."""

@@ -28,6 +28,7 @@ def open_verified(prefix: str, setting: str, world: World) -> PreferenceDataset:
         except InputError as error:
             raise InputError(f"{setting}: {error}") from None
 
+    world.beat(f"checking {setting}")
     world.once(verify)
     return PreferenceDataset(prefix)
 

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron_prefix.attention.ownership import ContextCost
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model.gpt import TreeTransformerConfig
+from megatron_prefix.train.liveness import MARGIN_S, Liveness
 
 MODEL_SIZES = (
     "tensor_model_parallel_size",
@@ -41,6 +43,13 @@ class World:
     parallel: ParallelConfig
     groups: ProcessGroupCollection
     device: torch.device
+    alive: Liveness | None = None
+    """How the ranks know of one another; None where there is one."""
+
+    def beat(self, doing: str) -> None:
+        """Tell the other ranks what begins here, such as "step 12"."""
+        if self.alive is not None:
+            self.alive.beat(doing)
 
     @property
     def is_main(self) -> bool:
@@ -137,6 +146,50 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
     number of processes does not fit `parallel`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    _check_size(size, parallel)
+    minutes = parallel.distributed_timeout_minutes
+    timeout = timedelta(minutes=minutes, seconds=MARGIN_S)
+    with platform.adapted():
+        on_cuda = torch.cuda.is_available()
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        store, rank = _meet(timeout)
+        alive = Liveness(store, rank, size, minutes * 60) if size > 1 else None
+        try:
+            with alive or contextlib.nullcontext():
+                dist.init_process_group(
+                    backend,
+                    store=dist.PrefixStore("groups", store),
+                    rank=rank,
+                    world_size=size,
+                    timeout=timeout,
+                )
+                parallel_state.initialize_model_parallel(
+                    tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                    pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                    virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+                    context_parallel_size=parallel.context_parallel_size,
+                    expert_model_parallel_size=parallel.expert_model_parallel_size,
+                    create_gloo_process_groups=False,
+                    distributed_timeout_minutes=timeout.total_seconds() / 60,
+                )
+                if on_cuda:
+                    model_parallel_cuda_manual_seed(seed)
+                else:
+                    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+                groups = ProcessGroupCollection.use_mpu_process_groups()
+                yield World(parallel, groups, platform.device(), alive)
+        finally:
+            parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if alive is not None:
+                alive.close()
+
+
+def _check_size(size: int, parallel: ParallelConfig) -> None:
+    """Raise InputError unless `size` processes can be divided as `parallel` says."""
     sizes = {key: getattr(parallel, key) for key in MODEL_SIZES}
     model_size = math.prod(sizes.values())
     if size % model_size:
@@ -152,30 +205,11 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
             f"shares experts among the data- and context-parallel ranks: with {stages} processes "
             f"for each of them it asks for a multiple of {stages * experts}"
         )
-    with platform.adapted():
-        on_cuda = torch.cuda.is_available()
-        if on_cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-                virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-                context_parallel_size=parallel.context_parallel_size,
-                expert_model_parallel_size=experts,
-                create_gloo_process_groups=False,
-            )
-            if on_cuda:
-                model_parallel_cuda_manual_seed(seed)
-            else:
-                initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-            groups = ProcessGroupCollection.use_mpu_process_groups()
-            yield World(parallel, groups, platform.device())
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The store of the processes that `torchrun` started, or of this one alone, and the rank."""
+    if "WORLD_SIZE" not in os.environ:
+        return dist.HashStore(), 0
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return store, rank

@@ -36,6 +36,7 @@ def prepare_run(
 
     Raises InputError where the parts do not fit.
     """
+    here.beat("preparation")
     _check_outputs(config, here)
     _check_valid(dataset, valid)
     check_margins(config.loss, dataset, "data.train")
@@ -51,6 +52,7 @@ def prepare_run(
     initial = initial_model(config.model, [dataset] if valid is None else [dataset, valid])
     model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, here)
+    here.beat("the initial weights")
     initial.load(chunks)
     fingerprint = model_fingerprint(chunks) if config.loss.reference != "none" else None
     reference = _reference(config, initial, fingerprint, dataset, valid, here)
@@ -60,6 +62,7 @@ def prepare_run(
     identity = run_identity(config, dataset, fingerprint)
     step = _latest(config, here)
     if step:
+        here.beat(f"loading the checkpoint of step {step}")
         checkpoint.load_checkpoint(config.train.load, step, policy, optimizer, scheduler, identity)
     _say_start(config, initial, step, here)
     opened: list[MetricsWriter] = []  # on the main process

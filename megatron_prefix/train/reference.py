@@ -149,6 +149,7 @@ def score_dataset(
             stop = min(start + SAVE_STEPS, num_steps)
             found = np.zeros_like(sums)
             for step in range(start, stop):
+                world.beat(f"scoring, step {step + 1} of {num_steps}")
                 _add_scores(chunks, dataset, feed.step(step), loss, found)
             sums += world.sum(torch.from_numpy(found).to(world.device)).cpu().numpy()
             if partial is not None:

@@ -86,6 +86,7 @@ class Run:
     def train_step(self) -> dict:
         """One optimizer step. Returns its line of metrics."""
         start = time.monotonic()
+        self.world.beat(f"step {self.step + 1}")
         found = self.feed.step(self.step)
         plan, rows, batches = found.plan, found.rows, found.batches
         if self.config.model.moe_aux_loss_coeff:
@@ -121,6 +122,7 @@ class Run:
         """Score the held-out set and write an evaluation line."""
         if self.valid is None:
             return
+        self.world.beat(f"the evaluation after step {self.step}")
         if self.valid_ref_logps is None:
             self.valid_ref_logps = self.reference.score(self.valid)
         logps = score_dataset(self.policy, self.valid, self.config.loss, self.world)
@@ -140,6 +142,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        self.world.beat(f"the save of step {self.step}")
         finish_param_gather(self.policy)
         checkpoint.save_checkpoint(
             self.config.train.save,

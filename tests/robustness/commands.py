@@ -141,8 +141,10 @@ class Launched:
         assert not left, f"{len(left)} processes outlived the run"
 
 
-def launch(argv: list[str], log: Path) -> Launched:
-    """Start the program on two processes, in a process group of their launcher's own."""
+def launch(
+    argv: list[str], log: Path, program: tuple[str, ...] = ("-m", "megatron_prefix")
+) -> Launched:
+    """Start a program on two processes, in a process group of their launcher's own."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -150,7 +152,7 @@ def launch(argv: list[str], log: Path) -> Launched:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*torchrun, f"--master-port={port}", "-m", "megatron_prefix", *argv],
+            [*torchrun, f"--master-port={port}", *program, *argv],
             env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -22,9 +22,12 @@ STEPS = 8
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def config(folder: Path, name: str, dataset: str, **train) -> list[str]:
+def config(
+    folder: Path, name: str, dataset: str, parallel: dict | None = None, **train
+) -> list[str]:
     settings = {"steps": STEPS, "save_interval": None, **train}
-    path = write_config(folder / f"{name}.yaml", dataset, folder / name, train=settings)
+    sections = {"parallel": parallel or {}, "train": settings}
+    path = write_config(folder / f"{name}.yaml", dataset, folder / name, **sections)
     return ["train", "--config", path]
 
 
@@ -95,10 +98,19 @@ def test_a_second_signal_ends_the_run_at_once(dataset, tmp_path, expected):
     assert lines(tmp_path / "run") == expected[:3]
 
 
-def test_a_signal_to_one_process_stops_all(dataset, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {},
+        pytest.param({"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["dp2", "tp2", "pp2"],
+)
+def test_a_signal_to_one_process_stops_all(dataset, tmp_path, capsys, layout):
     """The run then goes on, on one process, to where an uninterrupted one ends."""
     steps = {"steps": 400, "save_interval": 20}
-    run = launch(config(tmp_path, "run", dataset, **steps), tmp_path / "log")
+    run = launch(config(tmp_path, "run", dataset, layout, **steps), tmp_path / "log")
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         assert run.process.poll() is None, run.log.read_text()

@@ -1,0 +1,244 @@
+"""A rank that dies, hangs or fails alone ends the other one, and the message names it.
+
+Two processes run the program; the fault happens to one of them in its third step. What torchrun
+itself prints behind that is not ours: no line of it comes from a traceback of the program.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from commands import Launched, launch, write_config
+
+from megatron_prefix.config import parse_config
+from megatron_prefix.errors import InputError
+from megatron_prefix.train.blame import is_lost, verdict
+
+LIMIT_S = 100
+FAULTY = """
+import os, signal, sys, time
+from megatron_prefix.__main__ import main
+from megatron_prefix.errors import InputError
+from megatron_prefix.train import reference
+from megatron_prefix.train.metrics import MetricsWriter
+from megatron_prefix.train.run import Run
+
+fault = sys.argv.pop(1)
+gradients, score_step, write = Run._gradients, reference._score_step, MetricsWriter.write
+
+def fail():
+    if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
+        os.kill(os.getpid(), getattr(signal, fault))
+    elif fault == "host":
+        os._exit(3)
+    elif fault == "sleep":
+        time.sleep(600)
+    elif fault == "input":
+        raise InputError("data.train: unreadable here")
+    elif fault == "defect":
+        raise KeyError("a defect")
+
+def stepping(self, batches):
+    if self.step == 2:
+        fail()
+    return gradients(self, batches)
+
+def scoring(chunks, sampler, step, *others):
+    if step == 2:
+        fail()
+    return score_step(chunks, sampler, step, *others)
+
+def writing(self, row):
+    if fault == "disk" and row["step"] == 3:
+        raise OSError(28, "No space left on device")
+    if fault == "nan" and row["step"] == 1:
+        raise AssertionError("step 1 was meant to be not finite")
+    write(self, row)
+
+def poisoned(self, batches):
+    logs = gradients(self, batches)
+    logs[0]["sums"][0] = float("nan")
+    return logs
+
+MetricsWriter.write = writing
+if fault == "host":  # rank 0 then has the store
+    port = str(int(os.environ["MASTER_PORT"]) + 1)
+    os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+if os.environ["RANK"] == ("0" if fault == "host" else "1"):
+    Run._gradients, reference._score_step = stepping, scoring
+if fault == "nan":
+    Run._gradients = poisoned
+sys.exit(main())
+"""
+"""The program, with a fault on rank 1; those of `disk` and `host` are on rank 0, `nan` on both."""
+
+
+def start(folder: Path, dataset: str, fault: str, command: str = "train", **sections) -> Launched:
+    sections.setdefault("train", {"save": None, "load": None, "save_interval": None})
+    config = write_config(folder / "run.yaml", dataset, folder / "run", **sections)
+    script = folder / "faulty.py"
+    script.write_text(FAULTY)
+    output = ["--output", str(folder / "ref")] if command == "score" else []
+    argv = [fault, command, "--config", config, *output]
+    return launch(argv, folder / "log", (str(script),))
+
+
+def said(run: Launched) -> str:
+    """What the run printed until torchrun ended; no process of it is left then."""
+    deadline = time.monotonic() + LIMIT_S
+    while run.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    text = run.log.read_text()
+    if run.process.poll() is None:
+        run.kill()
+        raise AssertionError(f"no end in {LIMIT_S} s: {text[-2000:]}")
+    assert run.process.returncode == 1 and not run.pids()
+    return text
+
+
+def only_message(text: str) -> str:
+    """The one message of the program, where there is no traceback of it."""
+    assert "megatron_prefix/train" not in text, text[-4000:]
+    (line,) = (x for x in text.splitlines() if x.startswith("megatron-prefix"))
+    return line
+
+
+def test_a_killed_rank_is_named(dataset, tmp_path):
+    message = only_message(said(start(tmp_path, dataset, "SIGKILL")))
+    assert message.startswith("megatron-prefix train: error: rank 1 ended or hangs (no answer; ")
+    assert "last in step 3" in message
+
+
+def test_a_stopped_rank_is_named_within_the_timeout(dataset, tmp_path):
+    """torchrun leaves a stopped process half a minute; the test kills it where we have spoken."""
+    timeout_s = 9
+    parallel = {"distributed_timeout_minutes": timeout_s / 60}
+    run = start(tmp_path, dataset, "SIGSTOP", parallel=parallel)
+    stopped, found, deadline = None, [], time.monotonic() + LIMIT_S
+    while "error: " not in run.log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+        if not found:
+            found = [pid for pid in run.ranks() if _state(pid) == "T"]
+            stopped = time.monotonic()
+    waited = time.monotonic() - stopped
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    message = only_message(said(run))
+    assert "nothing moved for 0.15 minutes (parallel.distributed_timeout_minutes)" in message
+    assert "rank 1 ended or hangs (no answer; last in step 3)" in message
+    assert "rank 0" not in message
+    assert timeout_s - 2 < waited < 3 * timeout_s
+
+
+def _state(pid: int) -> str:
+    """Of /proc: T is stopped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return ""
+
+
+def test_an_error_of_one_rank_alone_is_said_once(dataset, tmp_path):
+    text = said(start(tmp_path, dataset, "input"))
+    assert only_message(text) == (
+        "megatron-prefix train: error: rank 1: data.train: unreadable here"
+    )
+    assert "exitcode  : 2" in text
+
+
+@pytest.mark.slow
+def test_a_wrong_number_of_processes_ends_all_with_numbers(dataset, tmp_path):
+    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    text = said(start(tmp_path, dataset, "none", parallel=sizes))
+    message = only_message(text)
+    assert "2 processes were started" in message and "a multiple of 4" in message
+    assert "exitcode  : 1" not in text and "exitcode  : 2" in text
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(dataset, tmp_path):
+    parallel = {"distributed_timeout_minutes": 0.2}
+    message = only_message(said(start(tmp_path, dataset, "sleep", parallel=parallel)))
+    assert "rank 1 hangs in step 3 at " in message and "faulty.py:" in message
+    assert "rank 0" not in message
+
+
+@pytest.mark.slow
+def test_a_defect_on_one_rank_shows_its_traceback_and_is_named(dataset, tmp_path):
+    text = said(start(tmp_path, dataset, "defect"))
+    (message,) = (x for x in text.splitlines() if x.startswith("megatron-prefix"))
+    assert "rank 1 failed in step 3: KeyError: 'a defect'" in message
+    assert "[rank1]: KeyError" in text and "[rank0]:" not in text
+
+
+@pytest.mark.slow
+def test_metrics_that_cannot_be_written_end_both(dataset, tmp_path):
+    message = only_message(said(start(tmp_path, dataset, "disk")))
+    assert message.startswith("megatron-prefix train: error: logging.output = ")
+    assert "the metrics of step 3 could not be written" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["score", "evaluate"])
+def test_a_rank_killed_in_scoring_is_named(dataset, tmp_path, command):
+    run = start(tmp_path, dataset, "SIGKILL", command, data={"valid": dataset})
+    message = only_message(said(run))
+    assert message.startswith(f"megatron-prefix {command}: error: rank 1 ended or hangs (")
+    assert "last in scoring, step 3 of 4" in message
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_ends_scoring_on_both(dataset, tmp_path):
+    text = said(start(tmp_path, dataset, "SIGTERM", "score"))
+    assert only_message(text).endswith("error: ended by SIGTERM")
+    assert text.count("exitcode  : 143") == 2
+
+
+@pytest.mark.slow
+def test_the_end_of_the_store_is_said(dataset, tmp_path):
+    message = only_message(said(start(tmp_path, dataset, "host")))
+    assert "the process groups' store does not answer: rank 0, or its launcher, has" in message
+    assert "(step 3)" in message
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_stages(dataset, tmp_path):
+    sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    text = said(start(tmp_path, dataset, "nan", parallel=sizes, model={"num_layers": 4}))
+    assert "the loss of step 1 is not finite: rank 0 row 0 (groups " in only_message(text)
+    assert (tmp_path / "run" / "nonfinite-step0000001-rank0.npz").exists()
+    assert text.count("exitcode  : 1") == 2
+
+
+def test_the_verdict_prefers_who_is_gone():
+    waits = {"kind": "answers", "doing": "step 4", "idle": 60.0, "where": None}
+    busy = {**waits, "where": "train/run.py:9"}
+    failed = {"kind": "failed", "doing": "step 4", "text": "disk full"}
+    assert verdict({0: waits, 1: waits}, {}, None) is None
+    assert "rank 2 ended or hangs (no answer; never seen)" in verdict({0: waits}, {2: None}, None)
+    assert "rank 1 failed in step 4: disk full" in verdict({0: waits, 1: failed}, {}, None)
+    assert "rank 1" not in (verdict({0: waits, 1: busy}, {2: "step 3"}, None) or "")
+    late = verdict({0: waits, 1: busy}, {}, 60.0)
+    assert "nothing moved for 1 minutes" in late and "rank 0" not in late
+    assert "rank 1 hangs in step 4 at train/run.py:9" in late
+    young = {**busy, "idle": 1.0}
+    assert "rank 0 waits in step 4; rank 1 waits" in verdict({0: waits, 1: young}, {}, 60.0)
+    assert verdict({}, {rank: "step 1" for rank in range(99)}, None).count("rank ") == 8
+
+
+def test_lost_connections_are_told_from_own_errors():
+    gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9")
+    wrapped = InputError("not a checkpoint")
+    wrapped.__cause__ = gloo
+    assert is_lost(gloo) and is_lost(wrapped)
+    assert not is_lost(RuntimeError("shape mismatch")) and not is_lost(InputError("x"))
+
+
+def test_the_timeout_has_to_be_positive():
+    sections = {"parallel": {"distributed_timeout_minutes": 0}}
+    with pytest.raises(InputError, match="parallel.distributed_timeout_minutes = 0"):
+        parse_config(sections)
