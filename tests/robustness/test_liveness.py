@@ -28,7 +28,7 @@ from megatron_prefix.train.metrics import MetricsWriter
 from megatron_prefix.train.run import Run
 
 fault = sys.argv.pop(1)
-gradients, score_step, write = Run._gradients, reference._score_step, MetricsWriter.write
+gradients, add_scores, write = Run._gradients, reference._add_scores, MetricsWriter.write
 
 def fail():
     if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
@@ -47,10 +47,10 @@ def stepping(self, batches):
         fail()
     return gradients(self, batches)
 
-def scoring(chunks, sampler, step, *others):
-    if step == 2:
+def scoring(chunks, dataset, step, *others):
+    if step.plan.step == 2:
         fail()
-    return score_step(chunks, sampler, step, *others)
+    return add_scores(chunks, dataset, step, *others)
 
 def writing(self, row):
     if fault == "disk" and row["step"] == 3:
@@ -69,7 +69,7 @@ if fault == "host":  # rank 0 then has the store
     port = str(int(os.environ["MASTER_PORT"]) + 1)
     os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
 if os.environ["RANK"] == ("0" if fault == "host" else "1"):
-    Run._gradients, reference._score_step = stepping, scoring
+    Run._gradients, reference._add_scores = stepping, scoring
 if fault == "nan":
     Run._gradients = poisoned
 sys.exit(main())
