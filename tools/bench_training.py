@@ -25,6 +25,17 @@ POLICY_AND_REFERENCE = 4.0
 """Forward passes' worth of work a row: the reference's, the policy's, and two for backward."""
 
 
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Arguments for the data and the model of `make_config`."""
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="data set that build wrote")
+    parser.add_argument("--num-layers", type=int, default=6)
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--ffn-hidden-size", type=int, default=1408)
+    parser.add_argument("--row-capacity", type=int, default=4096, help="tokens")
+    parser.add_argument("--global-batch-size", type=int, default=32, help="groups a step")
+    parser.add_argument("--attention-backend", default="path")
+
+
 def make_config(args: argparse.Namespace, sharing: str, output: str) -> Config:
     return parse_config(
         {
@@ -81,14 +92,8 @@ def measure(args: argparse.Namespace) -> tuple[dict, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="PREFIX", help="data set that build wrote")
-    parser.add_argument("--num-layers", type=int, default=6)
-    parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--ffn-hidden-size", type=int, default=1408)
-    parser.add_argument("--row-capacity", type=int, default=4096, help="tokens")
-    parser.add_argument("--global-batch-size", type=int, default=32, help="groups a step")
+    add_shape(parser)
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each run")
-    parser.add_argument("--attention-backend", default="path")
     parser.add_argument("--name", default="training_cpu", help="of the files under results")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")

@@ -1,0 +1,156 @@
+"""Where the time of a training step goes, by named part, on CPU or CUDA.
+
+python tools/profile_step.py --data build/hh
+
+Ranges are put around the parts of the model; what runs in backward belongs to the part whose
+forward operation it differentiates. A part's time is what its operations and the Python between
+them take and no part inside it does. On CUDA it is the time of the kernels that it launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from bench_common import publish
+from bench_training import add_shape, make_config
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megatron_prefix.attention.core import TreeCoreAttention
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.train import run as run_module
+
+PREFIX = "part: "
+PARTS = (
+    ((ColumnParallelLinear, RowParallelLinear), "linear layers"),
+    (TreeCoreAttention, "attention"),
+    (torch.nn.RMSNorm, "norms"),
+    (MLP, "activations"),
+    (Attention, "rotary embedding, head layout"),
+    (TransformerLayer, "residual sums"),
+)
+"""Innermost first; a part without those inside it."""
+FREE = ("linear layers", "attention", "head", "optimizer")
+LARGEST = 0.03
+"""Of a step, what any other part may take."""
+
+
+def in_part(function: Callable, name: str) -> Callable:
+    def wrapped(*args, **kwargs):
+        with record_function(PREFIX + name):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def ranges(run) -> Iterator[None]:
+    """Put ranges around the run's parts for as long as the context."""
+    step, schedule = run_module.gradient_step, run_module.run_schedule
+    for chunk in [*run.policy, *run.reference.chunks]:
+        model = unwrap(chunk)
+        model._postprocess = in_part(model._postprocess, "head")
+        model._preprocess = in_part(model._preprocess, "embedding")
+        for module in model.decoder.modules():
+            for kinds, name in PARTS:
+                if isinstance(module, kinds):
+                    module.forward = in_part(module.forward, name)
+                    break
+    run_module.gradient_step = in_part(step, "optimizer")
+    run_module.run_schedule = in_part(schedule, "schedule, gradient buffers, loss")
+    try:
+        yield
+    finally:
+        run_module.gradient_step, run_module.run_schedule = step, schedule
+
+
+def parts_of(events: list, on_cuda: bool) -> dict[str, float]:
+    """Microseconds of every part, over the whole profile."""
+    part_of_sequence: dict[int, str] = {}
+    for event in events:
+        part = enclosing_part(event)
+        if part and event.sequence_nr >= 0 and not is_backward(event):
+            part_of_sequence.setdefault(event.sequence_nr, part)
+    found: dict[str, float] = defaultdict(float)
+    for event in events:
+        own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        found[part_of(event, part_of_sequence)] += own
+    return found
+
+
+def is_backward(event) -> bool:
+    return event.name.startswith("autograd::engine::evaluate_function")
+
+
+def enclosing_part(event) -> str | None:
+    while event is not None:
+        if event.name.startswith(PREFIX):
+            return event.name.removeprefix(PREFIX)
+        event = event.cpu_parent
+    return None
+
+
+def part_of(event, part_of_sequence: dict[int, str]) -> str:
+    """The part of the operation that an event differentiates, or else the one it stands in."""
+    parent = event
+    while parent is not None and not parent.name.startswith(PREFIX):
+        if is_backward(parent) and parent.sequence_nr in part_of_sequence:
+            return part_of_sequence[parent.sequence_nr]
+        parent = parent.cpu_parent
+    return enclosing_part(event) or "between parts"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_shape(parser)
+    parser.add_argument("--steps", type=int, default=3, help="profiled steps")
+    parser.add_argument("--sharing", default="tree")
+    parser.add_argument("--name", default="profile_cpu", help="of the files under results")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    from megatron_prefix.train.parallel import world
+    from megatron_prefix.train.prepare import prepare_run
+
+    on_cuda = torch.cuda.is_available()
+    args.rounds = 1 + args.steps
+    dataset = PreferenceDataset(args.data)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = make_config(args, args.sharing, scratch)
+        with world(config.parallel, 0) as here:
+            run = prepare_run(config, dataset, None, here)
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+            with ranges(run):
+                run.train_step()  # warms up
+                with profile(activities=activities) as profiled:
+                    for _ in range(args.steps):
+                        with record_function(PREFIX + "data, metrics"):
+                            run.train_step()
+            run.close()
+    found = parts_of(profiled.events(), on_cuda)
+    total = sum(found.values())
+    rows = [
+        {"part": part, "share of a step": f"{100 * time / total:.1f} %"}
+        for part, time in sorted(found.items(), key=lambda x: -x[1])
+    ]
+    over = [p for p, time in found.items() if p not in FREE and time > LARGEST * total]
+    notes = (
+        f"{args.num_layers} layers, hidden {args.hidden_size}, feed-forward "
+        f"{args.ffn_hidden_size}, rows of {args.row_capacity}, {args.global_batch_size} groups a "
+        f"step, reference computed each step, {args.steps} steps. Above "
+        f"{100 * LARGEST:.0f} % beside {', '.join(FREE)}: {', '.join(over) or 'nothing'}."
+    )
+    publish(args.name, rows, notes)
+
+
+if __name__ == "__main__":
+    main()
