@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,15 +21,10 @@ from megatron_prefix import platform
 from megatron_prefix.attention.context_parallel import ContextParallel
 from megatron_prefix.attention.ownership import ContextCost
 from megatron_prefix.config import ParallelConfig
+from megatron_prefix.config_rules import world_faults
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model.gpt import TreeTransformerConfig
 
-MODEL_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-)
-"""Settings whose product is the number of processes that hold one row's model."""
 DEFAULT_CP_COMM = "needed_rows"
 
 
@@ -137,21 +131,8 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
     number of processes does not fit `parallel`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = {key: getattr(parallel, key) for key in MODEL_SIZES}
-    model_size = math.prod(sizes.values())
-    if size % model_size:
-        named = " x ".join(f"parallel.{key} = {value}" for key, value in sizes.items())
-        raise InputError(
-            f"{size} processes were started, and {named} asks for a multiple of {model_size}"
-        )
-    experts = parallel.expert_model_parallel_size
-    stages = model_size // parallel.context_parallel_size
-    if size % (stages * experts):
-        raise InputError(
-            f"{size} processes were started, and parallel.expert_model_parallel_size = {experts} "
-            f"shares experts among the data- and context-parallel ranks: with {stages} processes "
-            f"for each of them it asks for a multiple of {stages * experts}"
-        )
+    if faults := list(world_faults(parallel, size)):
+        raise InputError(faults[0])
     with platform.adapted():
         on_cuda = torch.cuda.is_available()
         if on_cuda:
@@ -167,7 +148,7 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
                 pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
                 context_parallel_size=parallel.context_parallel_size,
-                expert_model_parallel_size=experts,
+                expert_model_parallel_size=parallel.expert_model_parallel_size,
                 create_gloo_process_groups=False,
             )
             if on_cuda:
