@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,27 @@ def layout_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]
                 )
     yield from _stage_faults(model, parallel)
     yield from _mixture_faults(model, parallel)
+
+
+def world_faults(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    """A number of processes that the sizes do not divide."""
+    keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    sizes = {key: getattr(parallel, key) for key in keys}
+    model_size = math.prod(sizes.values())
+    if world_size % model_size:
+        named = " x ".join(f"parallel.{key} = {value}" for key, value in sizes.items())
+        yield (
+            f"{world_size} processes were started, and {named} asks for a multiple of {model_size}"
+        )
+        return
+    experts = parallel.expert_model_parallel_size
+    stages = model_size // parallel.context_parallel_size
+    if world_size % (stages * experts):
+        yield (
+            f"{world_size} processes were started, and parallel.expert_model_parallel_size = "
+            f"{experts} shares experts among the data- and context-parallel ranks: with {stages} "
+            f"processes for each of them it asks for a multiple of {stages * experts}"
+        )
 
 
 def _stage_faults(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:

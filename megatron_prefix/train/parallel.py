@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,16 +22,11 @@ from megatron_prefix import platform
 from megatron_prefix.attention.context_parallel import ContextParallel
 from megatron_prefix.attention.ownership import ContextCost
 from megatron_prefix.config import ParallelConfig
+from megatron_prefix.config_rules import world_faults
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model.gpt import TreeTransformerConfig
 from megatron_prefix.train.liveness import MARGIN_S, Liveness
 
-MODEL_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-)
-"""Settings whose product is the number of processes that hold one row's model."""
 DEFAULT_CP_COMM = "needed_rows"
 
 
@@ -146,7 +140,8 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
     number of processes does not fit `parallel`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    _check_size(size, parallel)
+    if faults := list(world_faults(parallel, size)):
+        raise InputError(faults[0])
     minutes = parallel.distributed_timeout_minutes
     timeout = timedelta(minutes=minutes, seconds=MARGIN_S)
     with platform.adapted():
@@ -186,25 +181,6 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
                 dist.destroy_process_group()
             if alive is not None:
                 alive.close()
-
-
-def _check_size(size: int, parallel: ParallelConfig) -> None:
-    """Raise InputError unless `size` processes can be divided as `parallel` says."""
-    sizes = {key: getattr(parallel, key) for key in MODEL_SIZES}
-    model_size = math.prod(sizes.values())
-    if size % model_size:
-        named = " x ".join(f"parallel.{key} = {value}" for key, value in sizes.items())
-        raise InputError(
-            f"{size} processes were started, and {named} asks for a multiple of {model_size}"
-        )
-    experts = parallel.expert_model_parallel_size
-    stages = model_size // parallel.context_parallel_size
-    if size % (stages * experts):
-        raise InputError(
-            f"{size} processes were started, and parallel.expert_model_parallel_size = {experts} "
-            f"shares experts among the data- and context-parallel ranks: with {stages} processes "
-            f"for each of them it asks for a multiple of {stages * experts}"
-        )
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int]:

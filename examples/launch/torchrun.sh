@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Run a command of megatron_prefix on all GPUs of this node, or of several nodes.
+#
+#   examples/launch/torchrun.sh train --config examples/launch/8b/dpo.yaml
+#
+# On several nodes start the same line on each of them (slurm.sbatch does):
+#
+#   NNODES=4 RDZV_HOST=node001 RUN_ID=dpo-1 examples/launch/torchrun.sh train --config …
+#
+# NNODES         nodes (1)
+# GPUS_PER_NODE  processes a node (8)
+# RDZV_HOST      one of the nodes: the others meet there; needed with several nodes
+# RDZV_PORT      its free port (29500)
+# RUN_ID         any word that this launch's nodes share and no other's; needed with several nodes
+# PYTHON         interpreter (python)
+# DRY_RUN        print the command instead of running it
+#
+# SIGTERM or SIGUSR1 to this script lets training finish its step, save, and exit with 143; the same
+# line goes on from there where train.load is train.save.
+set -u
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+nnodes=${NNODES:-1}
+if [ "$nnodes" -eq 1 ]; then
+    rendezvous=(--standalone)
+else
+    rendezvous=(
+        --rdzv-backend=c10d
+        --rdzv-endpoint="${RDZV_HOST:?name one of the nodes}:${RDZV_PORT:-29500}"
+        --rdzv-id="${RUN_ID:?give a word that only the nodes of this launch share}"
+    )
+fi
+# No restarts by torchrun: a run goes on from its last checkpoint, by whoever starts it again.
+command=(
+    "${PYTHON:-python}" -m torch.distributed.run "${rendezvous[@]}"
+    --nnodes="$nnodes" --nproc-per-node="${GPUS_PER_NODE:-8}" --max-restarts=0
+    -m megatron_prefix "$@"
+)
+if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit 0
+fi
+
+# The signal goes to the training processes themselves, once: torchrun would kill them 30 seconds
+# after passing it on, which is too soon for a large model's checkpoint, and a second signal ends
+# them without one.
+stopping=
+stop() {
+    [ -n "$stopping" ] && return
+    stopping=1
+    local workers
+    read -r -a workers <"/proc/$launcher/task/$launcher/children"
+    kill -TERM "${workers[@]:-$launcher}"
+}
+trap stop TERM USR1
+(
+    trap '' USR1 # where the signal reaches the whole process group
+    exec "${command[@]}"
+) &
+launcher=$!
+while true; do # a signal ends `wait`, not the run
+    wait "$launcher"
+    code=$?
+    kill -0 "$launcher" 2>/dev/null || break
+done
+[ -n "$stopping" ] && [ "$code" -ne 0 ] && exit 143
+exit "$code"
