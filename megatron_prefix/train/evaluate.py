@@ -23,8 +23,8 @@ from megatron_prefix.train.fingerprint import model_fingerprint
 from megatron_prefix.train.initial import initial_model
 from megatron_prefix.train.inputs import evaluation_sampler, open_verified
 from megatron_prefix.train.optimizer import build_model
-from megatron_prefix.train.parallel import world
 from megatron_prefix.train.reference import freeze, score_dataset
+from megatron_prefix.train.running import running
 from megatron_prefix.train.sidecar import read_sidecar
 
 
@@ -40,7 +40,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         load = resolve_checkpoint(load)
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
-    with world(config.parallel, config.train.seed) as here:
+    with running(config) as here:
         dataset = open_verified(config.data.valid, "data.valid", here)
         sampler = evaluation_sampler(config, dataset, here)
         initial = initial_model(config.model, [dataset])

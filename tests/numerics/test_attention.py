@@ -9,8 +9,9 @@ import torch
 
 from megatron_prefix.attention import TreePlan, build_path_plan, resolve_backend, tree_attention
 from megatron_prefix.attention.dense import masked_attention, visibility
-from megatron_prefix.attention.flash import Operators, check_head_dim, flash_attention
+from megatron_prefix.attention.flash import Operators, flash_attention, why_not_head_dim
 from megatron_prefix.attention.path import CPU_FLASH, PLAIN, PLAIN_BLOCK, _PathAttention
+from megatron_prefix.attention.te import te_attention
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import (
     random_forest,
@@ -90,6 +91,50 @@ def stand_in_flash(layout, *rows):
     return lambda q, k, v: flash_attention(q, k, v, plan, q.size(-1) ** -0.5, operators)
 
 
+class VarlenAttention(torch.autograd.Function):
+    """Saves what it is given and what it computes, as kernels with a backward of their own do."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, scale):
+        out, lse, *states, _ = varlen_forward(
+            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, *states)
+        ctx.rest = (max_q, max_k, scale)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, lse, cu_q, cu_k, *states = ctx.saved_tensors
+        max_q, max_k, scale = ctx.rest
+        grad_out = grad_out.view_as(out)
+        grads = varlen_backward(
+            grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, *states, scale=scale
+        )
+        return *grads, None, None, None, None, None
+
+
+def te_module(num_heads, num_groups, head_dim, scale, is_deterministic):
+    """What Transformer Engine's module is taken to do with the arguments that te.py gives it."""
+
+    def forward(*, query_layer, key_layer, value_layer, qkv_format, attn_mask_type, **rest):
+        assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")
+        assert query_layer.shape[1:] == (num_heads, head_dim) and query_layer.is_contiguous()
+        assert key_layer.shape == value_layer.shape and key_layer.size(1) == num_groups
+        assert rest.pop("pad_between_seqs") is False
+        names = ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
+        sizes = [rest.pop(name) for name in names]
+        assert not rest and all(type(x) is int for x in sizes[2:])
+        return VarlenAttention.apply(query_layer, key_layer, value_layer, *sizes, scale)
+
+    return forward
+
+
+def stand_in_te(layout, *rows):
+    plan = build_path_plan(layout, "cpu", *rows)
+    return lambda q, k, v: te_attention(q, k, v, plan, q.size(-1) ** -0.5, te_module)
+
+
 def path_with(kernel):
     def engine(layout, *rows):
         plan = build_path_plan(layout, "cpu", *rows)
@@ -102,6 +147,7 @@ ENGINES = {
     "path": path_with(CPU_FLASH),
     "path_plain": path_with(PLAIN),
     "flash_bookkeeping": stand_in_flash,
+    "te_bookkeeping": stand_in_te,
 }
 
 
@@ -376,9 +422,13 @@ def test_backends_are_resolved():
         resolve_backend("flash", "cuda", torch.float32)
     with pytest.raises(ValueError, match="floating point"):
         resolve_backend("dense", "cpu", torch.int64)
-    for head_dim in (12, 264):
-        with pytest.raises(ValueError, match=f"got {head_dim}; use attention_backend path"):
-            check_head_dim(head_dim)
+    for head_dim, version in ((12, 2), (264, 3), (192, 4)):
+        assert f"got {head_dim}; use attention_backend path" in why_not_head_dim(head_dim, version)
+    assert why_not_head_dim(192) is None
+    with pytest.raises(ValueError, match="te cannot be used: it runs on CUDA, not on cpu"):
+        resolve_backend("te", "cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match="flex cannot be used: on CPU .* no backward pass"):
+        resolve_backend("flex", "cpu", torch.float32)
 
 
 def test_bad_arguments_are_named():
