@@ -2,7 +2,8 @@
 
 An entry names a device type, a device, dtypes, a range of head dims and a range of gather factors
 (gathered keys over keys, see plan.py), and the backend that was fastest there or that a rule
-gives. Entries are tried in order; one whose backend cannot run here is passed over.
+gives; `dense`, whose memory is quadratic, is never among them. Entries are tried in order; one
+whose backend cannot run here is passed over.
 """
 
 from __future__ import annotations

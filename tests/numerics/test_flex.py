@@ -76,7 +76,8 @@ def test_block_mask_lists_those_blocks(seed, kind):
         (mask.q_num_blocks, mask.q_indices, (some & ~whole).T),
         (mask.full_q_num_blocks, mask.full_q_indices, whole.T),
     ):
-        listed = [sorted(row[:n]) for n, row in zip(counts[0, 0].tolist(), indices[0, 0].tolist())]
+        rows = zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)
+        listed = [sorted(row[:n]) for n, row in rows]
         assert listed == [np.flatnonzero(row).tolist() for row in expected]
     assert mask.seq_lengths == walked(layout, own, held).shape
 
@@ -120,6 +121,7 @@ def test_forward_equals_dense_and_is_compiled_once(once):
         assert min(plan.num_queries, plan.num_keys) > BLOCK
         q, _, _, _ = random_heads(plan.num_queries, 4, 2, 16, seed=seed, dtype=torch.float32)
         _, k, v, _ = random_heads(plan.num_keys, 4, 2, 16, seed=9, dtype=torch.float32)
+        q, k, v = (x.detach() for x in (q, k, v))
         with torch.no_grad():
             out = flex_tree_attention(q, k, v, plan.block_mask, 0.25)
             expected = tree_attention(q, k, v, plan, backend="dense", scale=0.25)
