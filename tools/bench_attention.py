@@ -1,7 +1,7 @@
 """Attention alone, forward and backward: trees against the same kernel on sequences.
 
 Useful work is the area that tokens see: 4 N H operations a pair forward (N heads of H), 2.5 times
-that backward. For every row four things are timed in turn:
+that backward. For every row three things are timed in turn:
 
     tree       the row's trees
     unshared   each root-to-leaf path as a sequence of its own
@@ -26,7 +26,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from bench_common import environment, publish
-from bench_shapes import SPREAD, fill, plain_causal, shapes, tiled_area, unshared
+from bench_shapes import SPREAD, fill, first_paths, plain_causal, shapes, tiled_area, unshared
 from tqdm import tqdm
 
 from megatron_prefix.attention import TreePlan, tree_attention
@@ -34,22 +34,30 @@ from megatron_prefix.attention.api import BACKENDS, why_not
 from megatron_prefix.attention.auto import FIELDS, TABLE, read_table
 from megatron_prefix.attention.flash_version import flash_version, resolve_flash_version
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.testing import random_heads
 
 FORWARD_AND_BACKWARD = 3.5
-SLOW_FROM = 16384
-"""Longest row on which `dense` (quadratic in memory) and, on CUDA, `path` (a loop) are timed."""
+UP_TO = {"dense": 4096, "path": 32768}
+"""Longest sequence in tokens on which a backend is timed: `dense` is quadratic in memory, and on
+CUDA `path` is a loop over pieces."""
+MOST_UNSHARED = 524288
+"""Tokens of unshared paths that are timed; of longer rows' paths, the first ones. Rates tell."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GATHER_BOUNDS = ((None, 2.0), (2.0, 4.0), (4.0, None))
 """Ranges of gather factors that get an entry of the table each."""
 
 
-def step_of(layout: TreeLayout, backend: str, args: argparse.Namespace) -> Callable[[], None]:
+def inputs(num_tokens: int, args: argparse.Namespace) -> list[torch.Tensor]:
+    """q, k, v and the output's gradient, drawn on the device."""
+    torch.manual_seed(num_tokens)
+    shape = {"device": args.device, "dtype": DTYPES[args.dtype]}
+    heads = (args.heads, args.groups, args.groups, args.heads)
+    drawn = [torch.randn(num_tokens, n, args.head_dim, **shape) for n in heads]
+    return [*(x.requires_grad_() for x in drawn[:3]), drawn[3]]
+
+
+def step_of(plan: TreePlan, backend: str, tensors: list[torch.Tensor]) -> Callable[[], None]:
     """One forward and backward pass over a row."""
-    heads = (args.heads, args.groups, args.head_dim)
-    dtype = DTYPES[args.dtype]
-    q, k, v, grad = random_heads(layout.num_tokens, *heads, dtype=dtype, device=args.device)
-    plan = TreePlan(layout, args.device)
+    q, k, v, grad = tensors
 
     def step() -> None:
         out = tree_attention(q, k, v, plan, backend=backend)
@@ -78,23 +86,27 @@ def measure(
     name: str, layout: TreeLayout, backends: list[str], args: argparse.Namespace
 ) -> list[dict]:
     """One entry a backend: rates of the tree over those of sequences, and seconds."""
+    paths = unshared(layout)
     kinds = {
         "tree": layout,
-        "unshared": unshared(layout),
+        "unshared": first_paths(paths, MOST_UNSHARED),
         "causal": plain_causal(layout.area()),
     }
     on_cuda = args.device == "cuda"
-    slow = {"dense", "path"} if on_cuda else {"dense"}
-    chosen = [x for x in backends if layout.num_tokens <= SLOW_FROM or x not in slow]
+    longest = max(row.num_tokens for row in kinds.values())
+    is_slow = {"dense": True, "path": on_cuda}
+    chosen = [x for x in backends if not is_slow.get(x) or longest <= UP_TO[x]]
+    plans = {kind: TreePlan(row, args.device) for kind, row in kinds.items()}
+    tensors = {kind: inputs(row.num_tokens, args) for kind, row in kinds.items()}
     steps = {
-        (backend, kind): step_of(row, backend, args)
+        (backend, kind): step_of(plans[kind], backend, tensors[kind])
         for backend in chosen
-        for kind, row in kinds.items()
+        for kind in kinds
     }
     seconds = in_turn(steps, args.rounds, on_cuda)
     areas = {kind: row.area() for kind, row in kinds.items()}
     tiled = {kind: tiled_area(row, args.q_tile, args.kv_tile) for kind, row in kinds.items()}
-    factor = TreePlan(layout, "cpu").path.gather_factor
+    factor = plans["tree"].path.gather_factor
     table = []
     for backend in chosen:
         time_of = {kind: seconds[backend, kind] for kind in kinds}
@@ -110,7 +122,7 @@ def measure(
             "of unshared, tiled": f"{rate_tiled['tree'] / rate_tiled['unshared']:.3f}",
             "of causal": f"{rate['tree'] / rate['causal']:.3f}",
             "of causal, tiled": f"{rate_tiled['tree'] / rate_tiled['causal']:.3f}",
-            "time unshared / tree": f"{time_of['unshared'] / time_of['tree']:.3f}",
+            "time unshared / tree": f"{paths.area() / rate['unshared'] / time_of['tree']:.3f}",
             "time over fastest": f"{time_of['tree'] / min(seconds[b, 'tree'] for b in chosen):.2f}",
         }
         if on_cuda:
@@ -199,12 +211,14 @@ def main() -> None:
     backends = args.backends or [x for x, obstacle in obstacles.items() if obstacle is None]
     version = args.flash_version
     version = resolve_flash_version(version if version == "auto" else int(version), device)
-    rows = []
+    rows, too_long = [], []
     with flash_version(version):
         for num_tokens in args.rows:
             for name in tqdm(args.trees, desc=f"{num_tokens} tokens", disable=None):
                 rng = np.random.default_rng(num_tokens)
-                if (layout := fill(shapes()[name](rng), num_tokens)) is not None:
+                if (layout := fill(shapes()[name](rng), num_tokens)) is None:
+                    too_long.append(f"{name} in {num_tokens}")
+                else:
                     rows += measure(name, layout, backends, args)
     left_out = "; ".join(f"{x}: {obstacle}" for x, obstacle in obstacles.items() if obstacle)
     notes = (
@@ -212,7 +226,8 @@ def main() -> None:
         f"{args.dtype}, forward and backward; FlashAttention-{version} behind flash; lengths "
         f"log-normal around the published medians, spread {SPREAD} assumed; tiles of "
         f"{args.q_tile} x {args.kv_tile}; median of {args.rounds} rounds, each everything of one "
-        f"row once in turn. Not run here: {left_out or 'nothing'}."
+        f"row once in turn. Backends not run here: {left_out or 'none'}. Trees longer than "
+        f"the row: {', '.join(too_long) or 'none'}."
     )
     publish(args.name, rows, notes)
     if args.update_table:

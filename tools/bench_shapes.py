@@ -89,6 +89,12 @@ def unshared(layout: TreeLayout) -> TreeLayout:
     return TreeLayout.from_parents(paths, [-1] * len(paths))
 
 
+def first_paths(sequences: TreeLayout, most_tokens: int) -> TreeLayout:
+    """The first of these sequences, at least one, up to `most_tokens` tokens."""
+    count = max(int((np.cumsum(sequences.lengths, dtype=np.int64) <= most_tokens).sum()), 1)
+    return TreeLayout.from_parents(sequences.lengths[:count], [-1] * count)
+
+
 def plain_causal(area: int) -> TreeLayout:
     """One sequence with `area` visible pairs, as nearly as lengths allow."""
     return TreeLayout.from_parents([max(round(((8 * area + 1) ** 0.5 - 1) / 2), 1)], [-1])
