@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 
@@ -66,8 +65,10 @@ def step_of(plan: TreePlan, backend: str, tensors: list[torch.Tensor]) -> Callab
     return step
 
 
-def in_turn(steps: dict[str, Callable[[], None]], rounds: int, on_cuda: bool) -> dict[str, float]:
-    """Median seconds of each, over rounds in which all of them run once."""
+def in_turn(
+    steps: dict[str, Callable[[], None]], rounds: int, on_cuda: bool
+) -> dict[str, np.ndarray]:
+    """Seconds of each, [rounds]; in a round all of them run once."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):  # the first one warms up
         for name, step in steps.items():
@@ -79,7 +80,7 @@ def in_turn(steps: dict[str, Callable[[], None]], rounds: int, on_cuda: bool) ->
                 torch.cuda.synchronize()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: np.array(found) for name, found in seconds.items()}
 
 
 def measure(
@@ -96,6 +97,8 @@ def measure(
     longest = max(row.num_tokens for row in kinds.values())
     is_slow = {"dense": True, "path": on_cuda}
     chosen = [x for x in backends if not is_slow.get(x) or longest <= UP_TO[x]]
+    if not chosen:
+        return []
     plans = {kind: TreePlan(row, args.device) for kind, row in kinds.items()}
     tensors = {kind: inputs(row.num_tokens, args) for kind, row in kinds.items()}
     steps = {
@@ -107,29 +110,34 @@ def measure(
     areas = {kind: row.area() for kind, row in kinds.items()}
     tiled = {kind: tiled_area(row, args.q_tile, args.kv_tile) for kind, row in kinds.items()}
     factor = plans["tree"].path.gather_factor
+    fastest = min(chosen, key=lambda backend: np.median(seconds[backend, "tree"]))
     table = []
     for backend in chosen:
-        time_of = {kind: seconds[backend, kind] for kind in kinds}
-        rate = {kind: areas[kind] / time_of[kind] for kind in kinds}
-        rate_tiled = {kind: tiled[kind] / time_of[kind] for kind in kinds}
+        tree = seconds[backend, "tree"]
+
+        def rate_over(kind: str, area: dict[str, int], tree=tree, backend=backend) -> str:
+            """The tree's rate over another's, by their areas: the median of rounds."""
+            over = np.median(seconds[backend, kind] / tree)
+            return f"{over * area['tree'] / area[kind]:.3f}"
+
+        whole = paths.area() / areas["unshared"]
         entry = {
             "trees": name,
             "tokens": layout.num_tokens,
             "gather factor": f"{factor:.2f}",
             "useful / tiled": f"{areas['tree'] / tiled['tree']:.3f}",
             "backend": backend,
-            "of unshared": f"{rate['tree'] / rate['unshared']:.3f}",
-            "of unshared, tiled": f"{rate_tiled['tree'] / rate_tiled['unshared']:.3f}",
-            "of causal": f"{rate['tree'] / rate['causal']:.3f}",
-            "of causal, tiled": f"{rate_tiled['tree'] / rate_tiled['causal']:.3f}",
-            "time unshared / tree": f"{paths.area() / rate['unshared'] / time_of['tree']:.3f}",
-            "time over fastest": f"{time_of['tree'] / min(seconds[b, 'tree'] for b in chosen):.2f}",
+            "of unshared": rate_over("unshared", areas),
+            "of unshared, tiled": rate_over("unshared", tiled),
+            "of causal": rate_over("causal", areas),
+            "of causal, tiled": rate_over("causal", tiled),
+            "time unshared / tree": f"{whole * np.median(seconds[backend, 'unshared'] / tree):.3f}",
+            "time over fastest": f"{np.median(tree / seconds[fastest, 'tree']):.2f}",
         }
         if on_cuda:
-            flops = 4 * args.heads * args.head_dim * FORWARD_AND_BACKWARD
-            entry["TFLOP/s"] = f"{flops * rate['tree'] / 1e12:.1f}"
-            entry["TFLOP/s unshared"] = f"{flops * rate['unshared'] / 1e12:.1f}"
-            entry["TFLOP/s causal"] = f"{flops * rate['causal'] / 1e12:.1f}"
+            flops = 4 * args.heads * args.head_dim * FORWARD_AND_BACKWARD / 1e12
+            for kind, area in areas.items():
+                entry[f"TFLOP/s {kind}"] = f"{flops * area / np.median(seconds[backend, kind]):.1f}"
         table.append(entry)
     return table
 
@@ -225,9 +233,9 @@ def main() -> None:
         f"{args.heads} query heads, {args.groups} key/value heads of {args.head_dim}, "
         f"{args.dtype}, forward and backward; FlashAttention-{version} behind flash; lengths "
         f"log-normal around the published medians, spread {SPREAD} assumed; tiles of "
-        f"{args.q_tile} x {args.kv_tile}; median of {args.rounds} rounds, each everything of one "
-        f"row once in turn. Backends not run here: {left_out or 'none'}. Trees longer than "
-        f"the row: {', '.join(too_long) or 'none'}."
+        f"{args.q_tile} x {args.kv_tile}; ratios are medians of {args.rounds} rounds, each "
+        f"everything of one row once in turn. Backends not run here: {left_out or 'none'}. "
+        f"Trees longer than the row: {', '.join(too_long) or 'none'}."
     )
     publish(args.name, rows, notes)
     if args.update_table:
