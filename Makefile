@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 ROW_CAPACITY ?= 8192
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: install quickstart test test-all test-gpu lint bench mutants clean
+.PHONY: install quickstart test test-all test-gpu gpu-check lint bench mutants clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ mutants: install
 test-gpu: install
 	$(PYTEST) -q -m gpu -rs tests/gpu
 
+# Without a network: WHEELS=directory, or - where everything is installed (docs/gpu.md).
+gpu-check:
+	PYTHON=$(PYTHON) sh tools/gpu_check.sh $${WHEELS:--}
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +46,7 @@ bench: install
 	mkdir -p build
 	test -e build/hh.json || $(BIN)/megatron-prefix build --output build/hh --tokenizer $${TOKENIZER:-bytes} \
 	    --input $${MEGATRON_PREFIX_DATA:-../shared/data}/hh_pairs.jsonl.gz
+	$(BIN)/python tools/bench_attention.py
 	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity $(ROW_CAPACITY)
 	$(BIN)/python tools/bench_training.py --data build/hh --row-capacity $(ROW_CAPACITY)
 

@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_prefix", "megatron_prefix.*"]),
+    package_data={"megatron_prefix.attention": ["auto_table.json"]},
     install_requires=[
         "torch>=2.8",
         "megatron-core>=0.16,<0.17",

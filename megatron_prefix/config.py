@@ -126,7 +126,12 @@ class ModelConfig:
     make_vocab_size_divisible_by: PositiveInt = 64
     """The embedding is padded with zero rows, never predicted, to a multiple of this."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention_backend: Literal["auto", "dense", "path", "flash"] = "auto"
+    attention_backend: Literal["auto", "dense", "path", "flash", "te", "flex"] = "auto"
+    """`dense` and `path` run anywhere; `flash`, `te` (Transformer Engine) and `flex`
+    (FlexAttention) on CUDA; `auto` as attention/auto_table.json says."""
+    flash_version: Literal["auto", 2, 3, 4] = "auto"
+    """FlashAttention behind `attention_backend: flash`: torch's own 2, or 3 or 4 where they are
+    installed; `auto` is 3 on Hopper where that is installed, else 2."""
     lm_head_chunk_size: PositiveInt = 2048
     """Rows projected to logits at a time; more rows are projected again in backward."""
     recompute_granularity: Literal["selective", "full"] | None = None

@@ -97,6 +97,11 @@ def _model_faults(model: ModelConfig) -> Iterator[str]:
                     f"model.rope_scaling.{key} = {getattr(scaling, key)}: needed with type "
                     "llama3, and only there"
                 )
+    if model.flash_version != "auto" and model.attention_backend != "flash":
+        yield (
+            f"model.flash_version = {model.flash_version} counts only with "
+            f"model.attention_backend: flash, which is {model.attention_backend}: leave it out"
+        )
     if model.num_layers is not None:
         yield from _shape_faults(model)
     if model.moe_count != "tokens" and not model.moe_aux_loss_coeff:

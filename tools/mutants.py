@@ -150,6 +150,20 @@ MUTANTS = (
         "numerics/test_attention.py",
     ),
     Mutant(
+        "gathered keys kept until backward",
+        "attention/bring.py",
+        "return x if which is None or x.shape != shapes[which] else which",
+        "return x",
+        "numerics/test_bring.py",
+    ),
+    Mutant(
+        "block of keys taken for seen as a whole where a subtree ends in it",
+        "attention/flex.py",
+        "all_end = end.min(1, initial=num_queries) // block",
+        "all_end = -(-end.min(1, initial=num_queries) // block)",
+        "numerics/test_flex.py",
+    ),
+    Mutant(
         "rotary halves swapped",
         "model/rope.py",
         "torch.cat([angles, angles], dim=-1)",

@@ -7,33 +7,53 @@ from __future__ import annotations
 
 import torch
 
+from megatron_prefix.attention.auto import candidates, read_table
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
 
-BACKENDS = ("auto", "dense", "path", "flash")
+BACKENDS = ("auto", "dense", "path", "flash", "te", "flex")
 
 
-def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The backend that `name` stands for on `device` in `dtype`: dense, path or flash.
+def resolve_backend(
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int | None = None,
+    gather_factor: float | None = None,
+) -> str:
+    """The backend that `name` stands for: dense, path, flash, te or flex.
 
-    `auto` is flash where its kernels run (CUDA in bfloat16 or float16), else path. Raises
-    ValueError, with the remedy, for an unknown name or a backend that cannot run there; call it
-    at start so that a run fails before it computes anything.
+    `auto` is the first entry of auto_table.json that fits the arguments and runs there; entries
+    that ask for what is not given do not fit. Raises ValueError, with the remedy, for an unknown
+    name or a backend that cannot run there; call it at start so that a run fails before it
+    computes anything.
     """
     device = torch.device(device)
     if name not in BACKENDS:
         raise ValueError(f"attention_backend {name!r} is unknown; use one of {', '.join(BACKENDS)}")
     if not dtype.is_floating_point:
         raise ValueError(f"attention computes in floating point, got dtype {dtype}")
-    if name in ("auto", "flash"):
-        from megatron_prefix.attention.flash import why_not_flash
-
-        obstacle = why_not_flash(device, dtype)
-        if name == "auto":
-            return "flash" if obstacle is None else "path"
-        if obstacle is not None:
-            raise ValueError(f"attention_backend flash cannot be used: {obstacle}")
+    if name == "auto":
+        fitting = candidates(read_table(), device, dtype, head_dim, gather_factor)
+        return next(x for x in fitting if why_not(x, device, dtype, head_dim) is None)
+    if obstacle := why_not(name, device, dtype, head_dim):
+        raise ValueError(f"attention_backend {name} cannot be used: {obstacle}")
     return name
+
+
+def why_not(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+) -> str | None:
+    """What keeps `backend` from running on `device`, with the remedy; else None."""
+    if backend == "flash":
+        from megatron_prefix.attention.flash import why_not_flash as why_not_this
+    elif backend == "te":
+        from megatron_prefix.attention.te import why_not_te as why_not_this
+    elif backend == "flex":
+        from megatron_prefix.attention.flex import why_not_flex as why_not_this
+    else:  # dense and path run anywhere
+        return None
+    return why_not_this(device, dtype, head_dim)
 
 
 def tree_attention(
@@ -54,7 +74,8 @@ def tree_attention(
     not fit.
     """
     plan = _checked_plan(q, k, v, layout)
-    backend = resolve_backend(backend, q.device, q.dtype)
+    factor = plan.path.gather_factor if backend == "auto" else None
+    backend = resolve_backend(backend, q.device, q.dtype, q.size(-1), factor)
     if scale is None:
         scale = q.size(-1) ** -0.5
     if backend == "dense":
@@ -65,6 +86,14 @@ def tree_attention(
         from megatron_prefix.attention.path import path_attention
 
         return path_attention(q, k, v, plan.path, scale)
+    if backend == "flex":
+        from megatron_prefix.attention.flex import flex_tree_attention
+
+        return flex_tree_attention(q, k, v, plan.block_mask, scale)
+    if backend == "te":
+        from megatron_prefix.attention.te import te_attention
+
+        return te_attention(q, k, v, plan.path, scale)
     from megatron_prefix.attention.flash import flash_attention
 
     return flash_attention(q, k, v, plan.path, scale)

@@ -19,16 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_prefix.attention import ownership
 from megatron_prefix.attention.api import tree_attention
+from megatron_prefix.attention.bring import Pair, Way, attend_to_brought
 from megatron_prefix.attention.ownership import ContextCost
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
@@ -260,53 +259,16 @@ class _RowsForHeads(torch.autograd.Function):
         return ctx.transport.to_rows(grad), None
 
 
-class _BringKeys(torch.autograd.Function):
-    """Keys and values from their owners, and their gradients back."""
-
-    @staticmethod
-    def forward(ctx, k, v, transport):
-        ctx.transport = transport
-        return _brought(k, v, transport)
-
-    @staticmethod
-    def backward(ctx, grad_k, grad_v):
-        grads = ctx.transport.give_back(torch.stack([grad_k, grad_v], dim=1))
-        return *grads.unbind(1), None
-
-
-def _brought(k: Tensor, v: Tensor, transport: AllGather | NeededRows) -> tuple[Tensor, Tensor]:
-    both = transport.bring(torch.stack([k, v], dim=1))
-    return both[:, 0].contiguous(), both[:, 1].contiguous()
-
-
 def _with_keys(
     attend: Attend, q: Tensor, k: Tensor, v: Tensor, transport: AllGather | NeededRows
 ) -> Tensor:
-    """Attention to brought keys that keeps only own ones for backward, and brings them again."""
-    brought = _BringKeys.apply(k, v, transport)
-    again = _Again(k.detach(), v.detach(), transport)
-    where = {x.data_ptr(): i for i, x in enumerate(brought)}
+    """Attention to keys that travel in one message with their values, and again in backward."""
 
-    def pack(x: Tensor) -> object:
-        which = where.get(x.data_ptr())
-        is_brought = which is not None and x.shape == brought[which].shape
-        return which if is_brought else x
+    def both(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Pair]:
+        def moved(k: Tensor, v: Tensor) -> Pair:
+            found = move(torch.stack([k, v], dim=1))
+            return found[:, 0].contiguous(), found[:, 1].contiguous()
 
-    def unpack(kept: object) -> Tensor:
-        return again.keys[kept] if isinstance(kept, int) else kept
+        return moved
 
-    with saved_tensors_hooks(pack, unpack):
-        return attend(q, *brought)
-
-
-@dataclass(frozen=True, eq=False)
-class _Again:
-    """Own keys and values, and in backward the brought ones."""
-
-    k: Tensor
-    v: Tensor
-    transport: AllGather | NeededRows
-
-    @cached_property
-    def keys(self) -> tuple[Tensor, Tensor]:
-        return _brought(self.k, self.v, self.transport)
+    return attend_to_brought(attend, q, k, v, Way(both(transport.bring), both(transport.give_back)))

@@ -5,9 +5,9 @@ queries and keys; its causal mask is aligned bottom-right, which on leaf paths i
 The gathered keys live only during the call: backward keeps the compact q, k, v, the output and
 the log-sum-exp, gathers again, and sums the copies' gradients in float32 in a fixed order.
 
-The same operators serve FlashAttention-3 and -4 where torch has them activated. dK and dV have
-the same bits every time; dQ has them under `torch.use_deterministic_algorithms(True)`, which the
-kernel obeys (without it, it adds up dQ atomically).
+The same operators serve FlashAttention-3 and -4 while flash_version.py has them there. dK and dV
+have the same bits every time; dQ has them under `torch.use_deterministic_algorithms(True)`, which
+the kernel obeys (without it, it adds up dQ atomically).
 
 Shapes: T tokens, T_kv gathered keys, N query heads, G key/value heads, H head dim.
 """
@@ -19,10 +19,12 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_prefix.attention.flash_version import active_version
 from megatron_prefix.attention.plan import PathPlan
 
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = {2: 256, 3: 256, 4: 128}
+"""By the version of FlashAttention behind the operators."""
 HEAD_DIM_MULTIPLE = 8
 MIN_CAPABILITY = (8, 0)
 
@@ -41,7 +43,9 @@ def aten_operators() -> Operators:
     )
 
 
-def why_not_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_flash(
+    device: torch.device, dtype: torch.dtype, head_dim: int | None = None
+) -> str | None:
     """What keeps this backend from running on `device` in `dtype`, with the remedy; else None."""
     if device.type != "cuda":
         return f"it runs on CUDA, not on {device.type}; use attention_backend path or auto"
@@ -60,21 +64,17 @@ def why_not_flash(device: torch.device, dtype: torch.dtype) -> str | None:
             f"it needs compute capability {MIN_CAPABILITY}, this device has {capability}; "
             "use attention_backend path"
         )
-    return None
+    return None if head_dim is None else why_not_head_dim(head_dim, active_version())
 
 
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this backend runs on `device` in `dtype`."""
-    return why_not_flash(device, dtype) is None
-
-
-def check_head_dim(head_dim: int) -> None:
-    """Raise ValueError where the kernels do not take this head dim."""
-    if head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE:
-        raise ValueError(
-            f"attention_backend flash needs a head dim that is a multiple of {HEAD_DIM_MULTIPLE} "
-            f"and at most {MAX_HEAD_DIM}, got {head_dim}; use attention_backend path"
-        )
+def why_not_head_dim(head_dim: int, version: int = 2) -> str | None:
+    """What keeps FlashAttention `version` from this head dim, with the remedy; else None."""
+    if head_dim <= MAX_HEAD_DIM[version] and head_dim % HEAD_DIM_MULTIPLE == 0:
+        return None
+    return (
+        f"FlashAttention-{version} needs a head dim that is a multiple of {HEAD_DIM_MULTIPLE} "
+        f"and at most {MAX_HEAD_DIM[version]}, got {head_dim}; use attention_backend path"
+    )
 
 
 def flash_attention(
@@ -89,7 +89,6 @@ def flash_attention(
 
     `operators` are torch's unless given; a pair with the same arguments can stand in.
     """
-    check_head_dim(q.size(-1))
     if q.size(0) == 0:  # no kernel takes an empty batch; keep all three in the graph
         return q + (k.sum() + v.sum())
     return _FlashPathAttention.apply(q, k, v, plan, scale, operators or aten_operators())

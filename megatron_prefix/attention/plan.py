@@ -118,8 +118,15 @@ class TreePlan:
 
     @cached_property
     def path(self) -> PathPlan:
-        """The leaf-path plan, for the backends `path` and `flash`."""
+        """The leaf-path plan, for the backends `path`, `flash` and `te`."""
         return build_path_plan(self.layout, self.device, self.q_rows, self.kv_rows)
+
+    @cached_property
+    def block_mask(self):
+        """torch's `BlockMask`, for the backend `flex`."""
+        from megatron_prefix.attention.flex import block_mask
+
+        return block_mask(self.layout, self.device, self.q_rows, self.kv_rows)
 
 
 def build_path_plan(

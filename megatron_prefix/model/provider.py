@@ -12,7 +12,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from pydantic import ValidationError
 
 from megatron_prefix.attention.api import resolve_backend
-from megatron_prefix.attention.flash import check_head_dim
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.config_rules import layout_faults
 from megatron_prefix.errors import InputError
@@ -63,9 +62,7 @@ def transformer_config(
     device = torch.device("cuda" if on_cuda else "cpu")
     head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
     try:
-        backend = resolve_backend(model.attention_backend, device, dtype)
-        if backend == "flash":
-            check_head_dim(head_dim)
+        resolve_backend(model.attention_backend, device, dtype, head_dim)
     except ValueError as error:
         raise InputError(f"model.{error}") from None
     return TreeTransformerConfig(
@@ -131,7 +128,7 @@ def transformer_config(
         and not model.untie_embeddings_and_output_weights,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
-        tree_attention_backend=backend,
+        tree_attention_backend=model.attention_backend,
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
         head_seed=head_seed if model.kind == "reward" else None,

@@ -24,8 +24,9 @@ from megatron_prefix.train.initial import initial_model
 from megatron_prefix.train.inputs import check_margins, evaluation_sampler, open_verified
 from megatron_prefix.train.objective import LOGP_METRICS, pair_rewards
 from megatron_prefix.train.optimizer import build_model
-from megatron_prefix.train.parallel import World, world
+from megatron_prefix.train.parallel import World
 from megatron_prefix.train.reference import freeze, score_dataset
+from megatron_prefix.train.running import running
 from megatron_prefix.train.sidecar import read_sidecar
 
 PER_RESPONSE = {"lm": "logp", "reward": "reward"}
@@ -45,7 +46,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         load = resolve_checkpoint(load)
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
-    with world(config.parallel, config.train.seed) as here:
+    with running(config) as here:
         dataset = open_verified(config.data.valid, "data.valid", here)
         sampler = evaluation_sampler(config, dataset, here)
         initial = initial_model(config.model, [dataset])

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from megatron_prefix.config import Config
 from megatron_prefix.train.inputs import open_verified
-from megatron_prefix.train.parallel import world
 from megatron_prefix.train.prepare import prepare_run
+from megatron_prefix.train.running import running
 from megatron_prefix.train.stop import StopRequest
 
 
@@ -21,7 +21,7 @@ def train(config: Config) -> None:
     Raises InputError before any training where it cannot run, RunError where the run finds
     itself wrong, and Stopped where a signal ended it early.
     """
-    with world(config.parallel, config.train.seed) as here, StopRequest(here) as stop:
+    with running(config) as here, StopRequest(here) as stop:
         dataset = open_verified(config.data.train, "data.train", here)
         valid = None
         if config.data.valid:

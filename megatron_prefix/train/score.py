@@ -10,8 +10,9 @@ from megatron_prefix.train.fingerprint import model_fingerprint
 from megatron_prefix.train.initial import initial_model
 from megatron_prefix.train.inputs import evaluation_sampler, open_verified
 from megatron_prefix.train.optimizer import build_model
-from megatron_prefix.train.parallel import World, world
+from megatron_prefix.train.parallel import World
 from megatron_prefix.train.reference import freeze, score_dataset
+from megatron_prefix.train.running import running
 from megatron_prefix.train.sidecar import PartialScores, write_sidecar
 
 
@@ -27,7 +28,7 @@ def score_reference(config: Config, output: str) -> None:
         )
     if not Path(output).absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such directory; make it first")
-    with world(config.parallel, config.train.seed) as here:
+    with running(config) as here:
         settings = {"data.train": config.data.train, "data.valid": config.data.valid}
         datasets = {
             dataset.fingerprint: dataset

@@ -6,10 +6,11 @@ Shapes: T tokens, N query heads, G key/value heads, H head dim.
 import numpy as np
 import pytest
 import torch
+from stand_ins import stand_in_flash, stand_in_te, varlen_backward, varlen_forward
 
 from megatron_prefix.attention import TreePlan, build_path_plan, resolve_backend, tree_attention
 from megatron_prefix.attention.dense import masked_attention, visibility
-from megatron_prefix.attention.flash import Operators, check_head_dim, flash_attention
+from megatron_prefix.attention.flash import Operators, flash_attention, why_not_head_dim
 from megatron_prefix.attention.path import CPU_FLASH, PLAIN, PLAIN_BLOCK, _PathAttention
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import (
@@ -36,60 +37,6 @@ def assert_close(actual, expected, tolerance=EXACT):
         assert error <= tolerance, f"{name} differs by {error}"
 
 
-def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
-    """What the flash operator is taken to compute: bottom-right causal pieces, densely."""
-    assert causal and not debug and dropout == 0.0
-    assert max_q >= cu_q.diff().max() and max_k == cu_k.diff().max()
-    out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0))
-    for q_rows, k_rows in pieces(cu_q, cu_k):
-        scores = piece_scores(q[q_rows], k[k_rows], scale)
-        lse[:, q_rows] = scores.logsumexp(-1)
-        out[q_rows] = torch.einsum("nqk,knh->qnh", scores.softmax(-1), grouped(v[k_rows], q))
-    marker = torch.tensor([len(cu_q), len(cu_k)])
-    return out, lse, marker, marker.clone(), torch.empty(0)
-
-
-def varlen_backward(
-    grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng, unused, *, scale
-):
-    """Its gradient, written out; insists on the forward's random state coming back."""
-    assert rng.tolist() == unused.tolist() == [len(cu_q), len(cu_k)]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    for q_rows, k_rows in pieces(cu_q, cu_k):
-        qp, kp, g = q[q_rows], k[k_rows], grad_out[q_rows]
-        weights = (piece_scores(qp, kp, scale) - lse[:, q_rows, None]).exp()
-        d_weights = torch.einsum("qnh,knh->nqk", g, grouped(v[k_rows], q))
-        mean = (g * out[q_rows]).sum(-1).T.unsqueeze(-1)
-        d_scores = weights * (d_weights - mean) * scale
-        dq[q_rows] = torch.einsum("nqk,knh->qnh", d_scores, grouped(kp, q))
-        by_group = (-1, k.size(1), q.size(1) // k.size(1), k.size(2))
-        dk[k_rows] = torch.einsum("nqk,qnh->knh", d_scores, qp).reshape(by_group).sum(2)
-        dv[k_rows] = torch.einsum("nqk,qnh->knh", weights, g).reshape(by_group).sum(2)
-    return dq, dk, dv
-
-
-def pieces(cu_q, cu_k):
-    q_rows = [slice(a, b) for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)]
-    k_rows = [slice(a, b) for a, b in zip(cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True)]
-    return zip(q_rows, k_rows, strict=True)
-
-
-def grouped(x, q):
-    return x.repeat_interleave(q.size(1) // x.size(1), 1)
-
-
-def piece_scores(q, k, scale):
-    scores = torch.einsum("qnh,knh->nqk", q, grouped(k, q)) * scale
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.size(0) - q.size(0))
-    return scores.masked_fill(~seen, float("-inf"))
-
-
-def stand_in_flash(layout, *rows):
-    plan = build_path_plan(layout, "cpu", *rows)
-    operators = Operators(varlen_forward, varlen_backward)
-    return lambda q, k, v: flash_attention(q, k, v, plan, q.size(-1) ** -0.5, operators)
-
-
 def path_with(kernel):
     def engine(layout, *rows):
         plan = build_path_plan(layout, "cpu", *rows)
@@ -102,6 +49,7 @@ ENGINES = {
     "path": path_with(CPU_FLASH),
     "path_plain": path_with(PLAIN),
     "flash_bookkeeping": stand_in_flash,
+    "te_bookkeeping": stand_in_te,
 }
 
 
@@ -376,9 +324,13 @@ def test_backends_are_resolved():
         resolve_backend("flash", "cuda", torch.float32)
     with pytest.raises(ValueError, match="floating point"):
         resolve_backend("dense", "cpu", torch.int64)
-    for head_dim in (12, 264):
-        with pytest.raises(ValueError, match=f"got {head_dim}; use attention_backend path"):
-            check_head_dim(head_dim)
+    for head_dim, version in ((12, 2), (264, 3), (192, 4)):
+        assert f"got {head_dim}; use attention_backend path" in why_not_head_dim(head_dim, version)
+    assert why_not_head_dim(192) is None
+    with pytest.raises(ValueError, match="te cannot be used: it runs on CUDA, not on cpu"):
+        resolve_backend("te", "cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match="flex cannot be used: on CPU .* no backward pass"):
+        resolve_backend("flex", "cpu", torch.float32)
 
 
 def test_bad_arguments_are_named():

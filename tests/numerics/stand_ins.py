@@ -1,0 +1,109 @@
+"""What CUDA's kernels are taken to compute, in plain torch, so that what stands around them can be
+tested on any device.
+
+Shapes: L queries, S keys of a piece, N query heads, G key/value heads, H head dim.
+"""
+
+import torch
+
+from megatron_prefix.attention import build_path_plan
+from megatron_prefix.attention.flash import Operators, flash_attention
+from megatron_prefix.attention.te import te_attention
+
+
+def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
+    """What the flash operator is taken to compute: bottom-right causal pieces, densely."""
+    assert causal and not debug and dropout == 0.0
+    assert max_q >= cu_q.diff().max() and max_k == cu_k.diff().max()
+    out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0))
+    for q_rows, k_rows in pieces(cu_q, cu_k):
+        scores = piece_scores(q[q_rows], k[k_rows], scale)
+        lse[:, q_rows] = scores.logsumexp(-1)
+        out[q_rows] = torch.einsum("nqk,knh->qnh", scores.softmax(-1), grouped(v[k_rows], q))
+    marker = torch.tensor([len(cu_q), len(cu_k)])
+    return out, lse, marker, marker.clone(), torch.empty(0)
+
+
+def varlen_backward(
+    grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng, unused, *, scale
+):
+    """Its gradient, written out; insists on the forward's random state coming back."""
+    assert rng.tolist() == unused.tolist() == [len(cu_q), len(cu_k)]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    for q_rows, k_rows in pieces(cu_q, cu_k):
+        qp, kp, g = q[q_rows], k[k_rows], grad_out[q_rows]
+        weights = (piece_scores(qp, kp, scale) - lse[:, q_rows, None]).exp()
+        d_weights = torch.einsum("qnh,knh->nqk", g, grouped(v[k_rows], q))
+        mean = (g * out[q_rows]).sum(-1).T.unsqueeze(-1)
+        d_scores = weights * (d_weights - mean) * scale
+        dq[q_rows] = torch.einsum("nqk,knh->qnh", d_scores, grouped(kp, q))
+        by_group = (-1, k.size(1), q.size(1) // k.size(1), k.size(2))
+        dk[k_rows] = torch.einsum("nqk,qnh->knh", d_scores, qp).reshape(by_group).sum(2)
+        dv[k_rows] = torch.einsum("nqk,qnh->knh", weights, g).reshape(by_group).sum(2)
+    return dq, dk, dv
+
+
+def pieces(cu_q, cu_k):
+    q_rows = [slice(a, b) for a, b in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)]
+    k_rows = [slice(a, b) for a, b in zip(cu_k[:-1].tolist(), cu_k[1:].tolist(), strict=True)]
+    return zip(q_rows, k_rows, strict=True)
+
+
+def grouped(x, q):
+    return x.repeat_interleave(q.size(1) // x.size(1), 1)
+
+
+def piece_scores(q, k, scale):
+    scores = torch.einsum("qnh,knh->nqk", q, grouped(k, q)) * scale
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.size(0) - q.size(0))
+    return scores.masked_fill(~seen, float("-inf"))
+
+
+def stand_in_flash(layout, *rows):
+    plan = build_path_plan(layout, "cpu", *rows)
+    operators = Operators(varlen_forward, varlen_backward)
+    return lambda q, k, v: flash_attention(q, k, v, plan, q.size(-1) ** -0.5, operators)
+
+
+class VarlenAttention(torch.autograd.Function):
+    """Saves what it is given and what it computes, as kernels with a backward of their own do."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, scale):
+        out, lse, *states, _ = varlen_forward(
+            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, *states)
+        ctx.rest = (max_q, max_k, scale)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        q, k, v, out, lse, cu_q, cu_k, *states = ctx.saved_tensors
+        max_q, max_k, scale = ctx.rest
+        grad_out = grad_out.view_as(out)
+        grads = varlen_backward(
+            grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, *states, scale=scale
+        )
+        return *grads, None, None, None, None, None
+
+
+def te_module(num_heads, num_groups, head_dim, scale, is_deterministic):
+    """What Transformer Engine's module is taken to do with the arguments that te.py gives it."""
+
+    def forward(*, query_layer, key_layer, value_layer, qkv_format, attn_mask_type, **rest):
+        assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")
+        assert query_layer.shape[1:] == (num_heads, head_dim) and query_layer.is_contiguous()
+        assert key_layer.shape == value_layer.shape and key_layer.size(1) == num_groups
+        assert rest.pop("pad_between_seqs") is False
+        names = ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
+        sizes = [rest.pop(name) for name in names]
+        assert not rest and all(type(x) is int for x in sizes[2:])
+        return VarlenAttention.apply(query_layer, key_layer, value_layer, *sizes, scale)
+
+    return forward
+
+
+def stand_in_te(layout, *rows):
+    plan = build_path_plan(layout, "cpu", *rows)
+    return lambda q, k, v: te_attention(q, k, v, plan, q.size(-1) ** -0.5, te_module)

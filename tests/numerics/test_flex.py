@@ -1,0 +1,139 @@
+"""FlexAttention's masks against a walk up the parents, and its forward pass against dense."""
+
+import numpy as np
+import pytest
+import torch
+from test_partial_plans import some_rows
+
+from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention.flex import (
+    BLOCK,
+    block_mask,
+    block_ranges,
+    compiled,
+    flex_tree_attention,
+    query_intervals,
+)
+from megatron_prefix.attention.ownership import needed_rows
+from megatron_prefix.layout import TreeLayout
+from megatron_prefix.testing import random_forest, random_heads, visibility_by_walking
+
+
+def parts(seed, kind):
+    """A layout, and rows of it for queries and keys."""
+    rng = np.random.default_rng(seed)
+    layout = random_forest(rng, num_trees=int(rng.integers(1, 6)))
+    if kind == "whole":
+        return layout, None, None
+    own = some_rows(layout, rng)
+    return layout, own, needed_rows(layout, own) if kind == "compact" else None
+
+
+def walked(layout, own, held):
+    """bool [L, S] from the definition."""
+    visible = visibility_by_walking(layout.lengths, layout.parents)
+    visible = visible if own is None else visible[own]
+    return visible if held is None else visible[:, held]
+
+
+def blockwise(visible, block):
+    """Of each block of queries and keys whether some pair sees, and whether all of B x B do."""
+    shape = [-(-n // block) * block for n in visible.shape]
+    padded = np.zeros(shape, bool)
+    padded[: visible.shape[0], : visible.shape[1]] = visible
+    blocks = padded.reshape(shape[0] // block, block, shape[1] // block, block)
+    return blocks.any((1, 3)), blocks.all((1, 3))
+
+
+KINDS = ["whole", "some_queries", "compact"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(40))
+def test_intervals_and_block_ranges_are_what_a_walk_sees(seed, kind):
+    layout, own, held = parts(seed, kind)
+    visible = walked(layout, own, held)
+    intervals = query_intervals(layout, own, held)
+    q = np.arange(len(visible))[:, None]
+    assert np.array_equal((intervals[0] <= q) & (q < intervals[1]), visible)
+    for block in (1, 2, 4, 7, 16):
+        some, whole = blockwise(visible, block)
+        ranges = block_ranges(intervals, len(visible), block)
+        q_block = np.arange(len(some))[:, None]
+        assert np.array_equal((ranges[0] <= q_block) & (q_block < ranges[1]), some)
+        assert np.array_equal((ranges[2] <= q_block) & (q_block < ranges[3]), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(10))
+def test_block_mask_lists_those_blocks(seed, kind):
+    layout, own, held = parts(seed, kind)
+    some, whole = blockwise(walked(layout, own, held), 8)
+    mask = block_mask(layout, torch.device("cpu"), own, held, block=8)
+    for counts, indices, expected in (
+        (mask.kv_num_blocks, mask.kv_indices, some & ~whole),
+        (mask.full_kv_num_blocks, mask.full_kv_indices, whole),
+        (mask.q_num_blocks, mask.q_indices, (some & ~whole).T),
+        (mask.full_q_num_blocks, mask.full_q_indices, whole.T),
+    ):
+        rows = zip(counts[0, 0].tolist(), indices[0, 0].tolist(), strict=True)
+        listed = [sorted(row[:n]) for n, row in rows]
+        assert listed == [np.flatnonzero(row).tolist() for row in expected]
+    assert mask.seq_lengths == walked(layout, own, held).shape
+
+
+def test_block_mask_of_the_module_is_torchs_own():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    layout = TreeLayout.from_parents([300, 200, 170, 90], [-1, 0, 0, -1])
+    plan = TreePlan(layout, "cpu")
+    own = plan.block_mask
+    theirs = create_block_mask(own.mask_mod, 1, 1, 760, 760, device="cpu", BLOCK_SIZE=BLOCK)
+    assert plan.block_mask is own
+    assert torch.equal(own.to_dense(), theirs.to_dense())
+    assert torch.equal(own.full_kv_num_blocks, theirs.full_kv_num_blocks)
+
+
+def long_forest(seed):
+    return random_forest(np.random.default_rng(seed), num_trees=4, max_length=40)
+
+
+@pytest.fixture
+def once():
+    """A fresh compiler, and one again behind the test."""
+    compiled.cache_clear()
+    torch._dynamo.reset()
+    yield
+    compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_forward_equals_dense_and_is_compiled_once(once):
+    """Rows of several lengths, whole and in part, all after the first two without compiling."""
+    num_compiled = []
+    for seed, kind in enumerate(["whole", "compact", "whole", "compact", "whole", "compact"]):
+        layout = long_forest(seed)
+        rng = np.random.default_rng(seed)
+        own = some_rows(layout, rng) if kind == "compact" else None
+        held = needed_rows(layout, own) if kind == "compact" else None
+        plan = TreePlan(layout, "cpu", own, held)
+        assert min(plan.num_queries, plan.num_keys) > BLOCK
+        q, _, _, _ = random_heads(plan.num_queries, 4, 2, 16, seed=seed, dtype=torch.float32)
+        _, k, v, _ = random_heads(plan.num_keys, 4, 2, 16, seed=9, dtype=torch.float32)
+        q, k, v = (x.detach() for x in (q, k, v))
+        with torch.no_grad():
+            out = flex_tree_attention(q, k, v, plan.block_mask, 0.25)
+            expected = tree_attention(q, k, v, plan, backend="dense", scale=0.25)
+        assert out.shape == expected.shape
+        assert (out - expected).abs().max() <= 1e-5
+        num_compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert num_compiled[1:] == num_compiled[1:2] * 5
+
+
+def test_empty_row_and_training_on_cpu():
+    layout = TreeLayout.concat([])
+    q, k, v, _ = random_heads(0)
+    assert flex_tree_attention(q, k, v, None, 1.0).shape == (0, 4, 8)
+    with pytest.raises(ValueError, match="on CPU FlexAttention has no backward pass; use .* path"):
+        tree_attention(q, k, v, layout, backend="flex")

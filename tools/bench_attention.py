@@ -1,0 +1,246 @@
+"""Attention alone, forward and backward: trees against the same kernel on sequences.
+
+Useful work is the area that tokens see: 4 N H operations a pair forward (N heads of H), 2.5 times
+that backward. For every row three things are timed in turn:
+
+    tree       the row's trees
+    unshared   each root-to-leaf path as a sequence of its own
+    causal     one plain causal sequence of the tree's area
+
+`of unshared` and `of causal` are the tree's rate over theirs, by area; `tiled` says the same with
+areas rounded up to the kernel's tiles, so that short responses do not count against it. Absolute
+rates are printed on CUDA only.
+
+    python tools/bench_attention.py --rows 2048
+    python tools/bench_attention.py --update-table        # and let `auto` follow
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from bench_common import environment, publish
+from bench_shapes import SPREAD, fill, first_paths, plain_causal, shapes, tiled_area, unshared
+from tqdm import tqdm
+
+from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention.api import BACKENDS, why_not
+from megatron_prefix.attention.auto import FIELDS, TABLE, read_table
+from megatron_prefix.attention.flash_version import flash_version, resolve_flash_version
+from megatron_prefix.layout import TreeLayout
+
+FORWARD_AND_BACKWARD = 3.5
+UP_TO = {"dense": 4096, "path": 32768}
+"""Longest sequence in tokens on which a backend is timed: `dense` is quadratic in memory, and on
+CUDA `path` is a loop over pieces."""
+MOST_UNSHARED = 524288
+"""Tokens of unshared paths that are timed; of longer rows' paths, the first ones. Rates tell."""
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+GATHER_BOUNDS = ((None, 2.0), (2.0, 4.0), (4.0, None))
+"""Ranges of gather factors that get an entry of the table each."""
+
+
+def inputs(num_tokens: int, args: argparse.Namespace) -> list[torch.Tensor]:
+    """q, k, v and the output's gradient, drawn on the device."""
+    torch.manual_seed(num_tokens)
+    shape = {"device": args.device, "dtype": DTYPES[args.dtype]}
+    heads = (args.heads, args.groups, args.groups, args.heads)
+    drawn = [torch.randn(num_tokens, n, args.head_dim, **shape) for n in heads]
+    return [*(x.requires_grad_() for x in drawn[:3]), drawn[3]]
+
+
+def step_of(plan: TreePlan, backend: str, tensors: list[torch.Tensor]) -> Callable[[], None]:
+    """One forward and backward pass over a row."""
+    q, k, v, grad = tensors
+
+    def step() -> None:
+        out = tree_attention(q, k, v, plan, backend=backend)
+        torch.autograd.grad(out, (q, k, v), grad)
+
+    return step
+
+
+def in_turn(
+    steps: dict[str, Callable[[], None]], rounds: int, on_cuda: bool
+) -> dict[str, np.ndarray]:
+    """Seconds of each, [rounds]; in a round all of them run once."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):  # the first one warms up
+        for name, step in steps.items():
+            if on_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if on_cuda:
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(found) for name, found in seconds.items()}
+
+
+def measure(
+    name: str, layout: TreeLayout, backends: list[str], args: argparse.Namespace
+) -> list[dict]:
+    """One entry a backend: rates of the tree over those of sequences, and seconds."""
+    paths = unshared(layout)
+    kinds = {
+        "tree": layout,
+        "unshared": first_paths(paths, MOST_UNSHARED),
+        "causal": plain_causal(layout.area()),
+    }
+    on_cuda = args.device == "cuda"
+    longest = max(row.num_tokens for row in kinds.values())
+    is_slow = {"dense": True, "path": on_cuda}
+    chosen = [x for x in backends if not is_slow.get(x) or longest <= UP_TO[x]]
+    if not chosen:
+        return []
+    plans = {kind: TreePlan(row, args.device) for kind, row in kinds.items()}
+    tensors = {kind: inputs(row.num_tokens, args) for kind, row in kinds.items()}
+    steps = {
+        (backend, kind): step_of(plans[kind], backend, tensors[kind])
+        for backend in chosen
+        for kind in kinds
+    }
+    seconds = in_turn(steps, args.rounds, on_cuda)
+    areas = {kind: row.area() for kind, row in kinds.items()}
+    tiled = {kind: tiled_area(row, args.q_tile, args.kv_tile) for kind, row in kinds.items()}
+    factor = plans["tree"].path.gather_factor
+    fastest = min(chosen, key=lambda backend: np.median(seconds[backend, "tree"]))
+    table = []
+    for backend in chosen:
+        tree = seconds[backend, "tree"]
+
+        def rate_over(kind: str, area: dict[str, int], tree=tree, backend=backend) -> str:
+            """The tree's rate over another's, by their areas: the median of rounds."""
+            over = np.median(seconds[backend, kind] / tree)
+            return f"{over * area['tree'] / area[kind]:.3f}"
+
+        whole = paths.area() / areas["unshared"]
+        entry = {
+            "trees": name,
+            "tokens": layout.num_tokens,
+            "gather factor": f"{factor:.2f}",
+            "useful / tiled": f"{areas['tree'] / tiled['tree']:.3f}",
+            "backend": backend,
+            "of unshared": rate_over("unshared", areas),
+            "of unshared, tiled": rate_over("unshared", tiled),
+            "of causal": rate_over("causal", areas),
+            "of causal, tiled": rate_over("causal", tiled),
+            "time unshared / tree": f"{whole * np.median(seconds[backend, 'unshared'] / tree):.3f}",
+            "time over fastest": f"{np.median(tree / seconds[fastest, 'tree']):.2f}",
+        }
+        if on_cuda:
+            flops = 4 * args.heads * args.head_dim * FORWARD_AND_BACKWARD / 1e12
+            for kind, area in areas.items():
+                entry[f"TFLOP/s {kind}"] = f"{flops * area / np.median(seconds[backend, kind]):.1f}"
+        table.append(entry)
+    return table
+
+
+def table_entries(rows: list[dict], args: argparse.Namespace) -> list[dict]:
+    """For every range of gather factors that was measured, the backend that was fastest there.
+
+    Fastest by the geometric mean of times over the fastest one's; only backends that ran on all
+    of the range's rows compete, and `dense` does not: its memory is quadratic.
+    """
+    found = []
+    for low, high in GATHER_BOUNDS:
+        times: dict[str, dict] = {}
+        for row in rows:
+            factor = float(row["gather factor"])
+            if (low is None or factor >= low) and (high is None or factor < high):
+                case = (row["trees"], row["tokens"])
+                times.setdefault(row["backend"], {})[case] = float(row["time over fastest"])
+        most = max(map(len, times.values()), default=0)
+        means = {
+            backend: round(float(np.exp(np.mean(np.log(list(of.values()))))), 3)
+            for backend, of in times.items()
+            if len(of) == most
+        }
+        competing = {backend: mean for backend, mean in means.items() if backend != "dense"}
+        if competing:
+            entry = dict.fromkeys(FIELDS)
+            entry |= {
+                "device_type": args.device,
+                "device": torch.cuda.get_device_name() if args.device == "cuda" else None,
+                "dtypes": [args.dtype],
+                "head_dim": [args.head_dim, args.head_dim + 1],
+                "gather_factor": [low, high],
+                "backend": min(competing, key=competing.get),
+                "measured": {**environment(), "rows": most, "time over fastest": means},
+            }
+            found.append(entry)
+    return found
+
+
+def update_table(entries: list[dict]) -> None:
+    """Put measured entries in front, in place of those for the same device and sizes."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    place = FIELDS[: FIELDS.index("backend")]
+    new = [[entry[key] for key in place] for entry in entries]
+    kept = [old for old in table["entries"] if [old[key] for key in place] not in new]
+    table["entries"] = entries + kept
+    TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    read_table.cache_clear()
+
+
+def arguments() -> argparse.Namespace:
+    on_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    rows = [2048, 8192, 32768, 131072] if on_cuda else [2048]
+    parser.add_argument("--rows", type=int, nargs="+", default=rows, help="tokens")
+    parser.add_argument("--trees", nargs="+", default=list(shapes()), choices=list(shapes()))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS[1:], help="default: all here")
+    parser.add_argument("--heads", type=int, default=32 if on_cuda else 4)
+    parser.add_argument("--groups", type=int, default=8 if on_cuda else 2)
+    parser.add_argument("--head-dim", type=int, default=128 if on_cuda else 64)
+    dtype = "bfloat16" if on_cuda else "float32"
+    parser.add_argument("--dtype", choices=list(DTYPES), default=dtype)
+    parser.add_argument("--flash-version", default="auto", choices=["auto", "2", "3", "4"])
+    parser.add_argument("--rounds", type=int, default=10 if on_cuda else 5)
+    parser.add_argument("--q-tile", type=int, default=128, help="queries a tile of the kernel")
+    parser.add_argument("--kv-tile", type=int, default=128, help="keys a tile of the kernel")
+    parser.add_argument("--update-table", action="store_true", help="write what auto stands for")
+    parser.add_argument("--name", default=f"attention_{'cuda' if on_cuda else 'cpu'}")
+    args = parser.parse_args()
+    args.device = "cuda" if on_cuda else "cpu"
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    obstacles = {x: why_not(x, device, dtype, args.head_dim) for x in BACKENDS[1:]}
+    backends = args.backends or [x for x, obstacle in obstacles.items() if obstacle is None]
+    version = args.flash_version
+    version = resolve_flash_version(version if version == "auto" else int(version), device)
+    rows, too_long = [], []
+    with flash_version(version):
+        for num_tokens in args.rows:
+            for name in tqdm(args.trees, desc=f"{num_tokens} tokens", disable=None):
+                rng = np.random.default_rng(num_tokens)
+                if (layout := fill(shapes()[name](rng), num_tokens)) is None:
+                    too_long.append(f"{name} in {num_tokens}")
+                else:
+                    rows += measure(name, layout, backends, args)
+    left_out = "; ".join(f"{x}: {obstacle}" for x, obstacle in obstacles.items() if obstacle)
+    notes = (
+        f"{args.heads} query heads, {args.groups} key/value heads of {args.head_dim}, "
+        f"{args.dtype}, forward and backward; FlashAttention-{version} behind flash; lengths "
+        f"log-normal around the published medians, spread {SPREAD} assumed; tiles of "
+        f"{args.q_tile} x {args.kv_tile}; ratios are medians of {args.rounds} rounds, each "
+        f"everything of one row once in turn. Backends not run here: {left_out or 'none'}. "
+        f"Trees longer than the row: {', '.join(too_long) or 'none'}."
+    )
+    publish(args.name, rows, notes)
+    if args.update_table:
+        update_table(table_entries(rows, args))
+
+
+if __name__ == "__main__":
+    main()
