@@ -20,7 +20,7 @@ from megatron_prefix.errors import InputError, RunError, Stopped
 
 PR_SET_PDEATHSIG = 1
 """Of Linux, prctl(2): which signal a process gets when its parent dies."""
-COMMANDS = ("build", "inspect", "train", "score", "evaluate", "convert", "compare")
+COMMANDS = ("build", "merge", "pack", "inspect", "train", "score", "evaluate", "convert", "compare")
 
 
 def _is_first_rank() -> bool:

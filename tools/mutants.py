@@ -165,14 +165,14 @@ MUTANTS = (
     ),
     Mutant(
         "order of the data the same in every epoch",
-        "data/sampler.py",
+        "data/composition.py",
         'seeded("order", fingerprint, seed, epoch)',
         'seeded("order", fingerprint, seed)',
         "unit/test_sampler.py",
     ),
     Mutant(
         "fingerprint ignored in the order of the data",
-        "data/sampler.py",
+        "data/composition.py",
         'seeded("order", fingerprint, seed, epoch)',
         'seeded("order", seed, epoch)',
         "unit/test_sampler.py",

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_prefix.config import Config, dump_config
+from megatron_prefix.data.plan_file import PackedPlan
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.train import checkpoint
@@ -29,7 +30,11 @@ ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
 
 
 def prepare_run(
-    config: Config, dataset: PreferenceDataset, valid: PreferenceDataset | None, here: World
+    config: Config,
+    dataset: PreferenceDataset,
+    valid: PreferenceDataset | None,
+    here: World,
+    plan: PackedPlan | None = None,
 ) -> Run:
     """A run up to its next step, resumed where `train.load` has a checkpoint; collective.
 
@@ -37,7 +42,7 @@ def prepare_run(
     """
     _check_outputs(config, here)
     _check_valid(dataset, valid)
-    sampler = training_sampler(config, dataset, here)
+    sampler = training_sampler(config, dataset, here, plan)
     num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
         raise InputError(
@@ -91,6 +96,10 @@ def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str) -
     }
     if data.rows_per_step:
         identity |= {"data.sharing": data.sharing, "data.row_capacity": data.row_capacity}
+        if data.packing_method != "first-fit":
+            identity["data.packing_method"] = data.packing_method
+    if data.sort_by_length:
+        identity["data.sort_by_length"] = True
     return identity
 
 
