@@ -26,6 +26,9 @@ COLUMNS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
 }
 """Name -> (dtype, shape of one entry). The first word says what an entry belongs to."""
 
+OFFSETS = ("group_nodes", "group_responses", "group_pairs")
+"""Columns that begin with 0 and have an entry more than there are groups."""
+
 
 class ColumnWriter:
     """Appends entries of one dtype and shape to a .npy file."""
