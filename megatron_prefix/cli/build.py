@@ -74,6 +74,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="records with nothing to compare are an error (default: dropped and counted)",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the work; the bytes written are the same (default: 1)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -88,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         append_eos=not args.no_append_eos,
         on_error=args.on_error,
         strict=args.strict,
+        workers=args.workers,
     )
     with _Progress() as progress:
         report = build_dataset(args.input, args.tokenizer, args.output, options, progress)

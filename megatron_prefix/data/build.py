@@ -1,4 +1,4 @@
-"""Raw preferences -> a data set on disk, one record at a time.
+"""Raw preferences -> a data set on disk, a chunk of records at a time.
 
     file -> Record -> Example -> token paths -> what fits and differs -> PrefixTree -> store
 
@@ -9,11 +9,16 @@ compare) is dropped and counted by reason, or stops the build with `strict`.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from megatron_prefix.data.blocks import Block
+from megatron_prefix.data.combine import combine
 from megatron_prefix.data.examples import DEGENERATE, DegenerateRecord, ExampleReader
 from megatron_prefix.data.paths import OVERFLOW_MODES, PathEncoder, Selection, TooLong, select
 from megatron_prefix.data.records import Record, check_inputs, read_records
@@ -21,7 +26,11 @@ from megatron_prefix.data.report import BuildReport
 from megatron_prefix.data.store import DatasetWriter
 from megatron_prefix.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree, build_tree
+from megatron_prefix.data.workers import ordered
 from megatron_prefix.errors import InputError
+
+CHUNK = 64
+"""Records that are read, built and written together."""
 
 Progress = Callable[[int, int, int], None]
 
@@ -32,7 +41,8 @@ class BuildOptions:
 
     `max_length` bounds one root-to-leaf path in tokens, end-of-text included. `overflow` says
     what happens to longer ones: "error", "truncate-prompt" or "drop". `on_error` is "stop" or
-    "skip" for wrong records; `strict` makes degenerate records an error.
+    "skip" for wrong records; `strict` makes degenerate records an error. `workers` processes
+    share the work and change no byte.
     """
 
     format: str = "auto"
@@ -41,8 +51,11 @@ class BuildOptions:
     append_eos: bool = True
     on_error: str = "stop"
     strict: bool = False
+    workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"--workers is {self.workers}: at least one process has to work")
         if self.overflow not in OVERFLOW_MODES:
             raise InputError(
                 f"overflow {self.overflow!r} is not one of {', '.join(OVERFLOW_MODES)}"
@@ -67,7 +80,7 @@ def build_dataset(
 ) -> BuildReport:
     """Build data set `output` and return what happened.
 
-    `progress` hears (bytes read, bytes in all, groups written) after each record. Raises
+    `progress` hears (bytes read, bytes in all, groups written) after each chunk. Raises
     InputError for bad input or settings; then nothing is left behind.
     """
     options = options or BuildOptions()
@@ -78,23 +91,86 @@ def build_dataset(
         tokenizer = load_tokenizer(tokenizer)
     encoder = PathEncoder(tokenizer, options.append_eos)
     report, total, started = BuildReport(), sum(p.stat().st_size for p in paths), time.monotonic()
-    position = [0]
     kept = {**asdict(options), "inputs": [str(path) for path in paths]}
-    with DatasetWriter(output, tokenizer.describe(), kept) as writer:
-        for record in read_records(paths, lambda count: position.__setitem__(0, count)):
-            report.num_records += 1
-            tree = _tree_of(record, reader, encoder, options, report)
-            if tree is not None:
-                writer.add(tree, record.index)
+    kept.pop("workers")  # they change no byte
+    state = vars(reader).copy()
+    with (
+        DatasetWriter(output, tokenizer.describe(), kept) as writer,
+        contextlib.closing(
+            ordered(
+                ChunkBuilder(reader, encoder, options),
+                (replace(chunk, reader=state) for chunk in _chunks(paths)),
+                options.workers,
+            )
+        ) as results,
+    ):
+        for chunk, result in results:
+            if chunk.reader != state:  # records before it set another rule meanwhile
+                result = ChunkBuilder(reader, encoder, options)(replace(chunk, reader=state))
+            state = result.reader
+            combine(report, result.report)
+            if result.block is not None:
+                writer.add_block(result.block)
             if progress is not None:
-                progress(position[0], total, writer.statistics.counts["groups"])
-        report.format = reader.format
-        report.num_tokens_made = encoder.num_tokens
+                progress(chunk.position, total, writer.statistics.counts["groups"])
         if not writer.statistics.counts["groups"]:
             raise InputError(_nothing_left(paths, report))
         report.manifest = writer.finish(report.as_dict())
-    report.seconds = time.monotonic() - started - writer.seconds_importing
+    report.seconds = time.monotonic() - started
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Records that are built together; `reader` is the state of the ExampleReader before them,
+    `position` how many bytes of the input were read behind them."""
+
+    records: list[Record]
+    position: int
+    reader: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkResult:
+    """A chunk's groups (None where none is left), its report, and the reader's state behind it."""
+
+    block: Block | None
+    report: BuildReport
+    reader: dict[str, Any]
+
+
+class ChunkBuilder:
+    """Chunk -> ChunkResult, a function of the chunk alone, in whichever process."""
+
+    def __init__(self, reader: ExampleReader, encoder: PathEncoder, options: BuildOptions) -> None:
+        self._reader, self._encoder, self._options = reader, encoder, options
+
+    def __call__(self, chunk: Chunk) -> ChunkResult:
+        reader, encoder, report = self._reader, self._encoder, BuildReport()
+        vars(reader).update(chunk.reader)
+        encoder.num_tokens = 0
+        trees, records = [], []
+        for record in chunk.records:
+            report.num_records += 1
+            tree = _tree_of(record, reader, encoder, self._options, report)
+            if tree is not None:
+                trees.append(tree)
+                records.append(record.index)
+        report.format, report.num_tokens_made = reader.format, encoder.num_tokens
+        block = Block.of_trees(trees, records) if trees else None
+        return ChunkResult(block=block, report=report, reader=vars(reader).copy())
+
+
+def _chunks(paths: Sequence[Path]) -> Iterator[Chunk]:
+    position = 0
+
+    def heard(count: int) -> None:
+        nonlocal position
+        position = count
+
+    records = read_records(paths, heard)
+    while chunk := list(islice(records, CHUNK)):
+        yield Chunk(records=chunk, position=position)
 
 
 def _tree_of(

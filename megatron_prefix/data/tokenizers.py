@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.data.fields import Message
+from megatron_prefix.data.reuse import PromptReuse
 from megatron_prefix.errors import InputError
 
 PLAIN_MARKERS = {
@@ -129,6 +130,7 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{path} is not a SentencePiece model: give a model file, the directory of a "
                 "Hugging Face tokenizer, or bytes"
             ) from error
+        self._reuse = PromptReuse(self._model)
         self.name = str(path.resolve())
         self.vocab_size = self._model.vocab_size()
         self.bos_id = self._defined(self._model.bos_id())
@@ -140,7 +142,7 @@ class SentencePieceTokenizer(Tokenizer):
         return token if token >= 0 else None
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text), np.int64)
+        return self._reuse.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         text, run = [], []
