@@ -97,8 +97,8 @@ class DatasetWriter:
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise InputError(f"output {self.prefix} cannot be written: {error}") from error
 
-    def add(self, tree: PrefixTree, record: int) -> None:
-        """Append one group; `record` is the index of the input record it comes from."""
+    def add(self, tree: PrefixTree, record: int, num_records: int = 1) -> None:
+        """Append one group; `record` is the index of the (first) input record it comes from."""
         vocab_size = self.tokenizer["vocab_size"]
         low, high = int(tree.tokens.min()), int(tree.tokens.max())
         if low < 0 or high >= vocab_size:
@@ -117,6 +117,7 @@ class DatasetWriter:
             "group_responses": [counts["responses"]],
             "group_pairs": [counts["pairs"]],
             "group_records": [record],
+            "group_num_records": [num_records],
             "node_parents": tree.parents,
             "response_first": tree.response_first,
             "response_last": tree.response_last,
@@ -207,10 +208,11 @@ class PreferenceDataset:
     """A data set as `build` leaves it, memory-mapped: `dataset[i]` is group i as a PrefixTree.
 
     The columns of docs/data_format.md are attributes: `group_nodes` [G+1], `group_responses`
-    [G+1], `group_pairs` [G+1], `group_records` [G], `node_parents` [M], `response_first`,
-    `response_last`, `response_lengths`, `response_prompts`, `response_sets`, `response_ranks`,
-    `response_scores` [R], `pair_responses` [P, 2], `pair_weights`, `pair_margins` [P]; so are
-    `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and `tokens` [T].
+    [G+1], `group_pairs` [G+1], `group_records`, `group_num_records` [G], `node_parents` [M],
+    `response_first`, `response_last`, `response_lengths`, `response_prompts`, `response_sets`,
+    `response_ranks`, `response_scores` [R], `pair_responses` [P, 2], `pair_weights`,
+    `pair_margins` [P]; so are `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and
+    `tokens` [T].
 
     Opening checks that every file is there, with its size and shape; `verify_checksums` reads
     all bytes, `verify` also checks what they mean. All raise InputError.
@@ -220,6 +222,7 @@ class PreferenceDataset:
     group_responses: np.ndarray
     group_pairs: np.ndarray
     group_records: np.ndarray
+    group_num_records: np.ndarray
     node_parents: np.ndarray
     response_first: np.ndarray
     response_last: np.ndarray

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_prefix.config import Config
-from megatron_prefix.data.sampler import GroupBatches, RowBatches, Sampler, group_lengths
+from megatron_prefix.data.record_batches import group_batches
+from megatron_prefix.data.sampler import RowBatches, Sampler, group_lengths
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.train.parallel import World
@@ -17,7 +18,10 @@ EVALUATION_GROUPS = 64
 
 
 def open_verified(prefix: str, setting: str, world: World) -> PreferenceDataset:
-    """Open the data set that `setting` names; the main process checks every checksum."""
+    """Open the data set that `setting` names; the main process checks every checksum.
+
+    Raises InputError where it is damaged, or holds nothing to compare.
+    """
 
     def verify() -> None:
         try:
@@ -26,7 +30,14 @@ def open_verified(prefix: str, setting: str, world: World) -> PreferenceDataset:
             raise InputError(f"{setting}: {error}") from None
 
     world.once(verify)
-    return PreferenceDataset(prefix)
+    dataset = PreferenceDataset(prefix)
+    if not dataset.manifest["counts"]["pairs"]:
+        raise InputError(
+            f"{setting}: {prefix} holds {len(dataset.response_lengths)} responses and no pair (it "
+            "was built from unpaired records), and the loss compares pairs: build from records "
+            "with chosen and rejected responses"
+        )
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -50,9 +61,7 @@ def training_sampler(
     """The training sampler that the data section describes."""
     data, train = config.data, config.train
     if data.global_batch_size:
-        composition = GroupBatches(
-            len(dataset), data.global_batch_size, dataset.fingerprint, data.seed, train.epochs
-        )
+        composition = group_batches(dataset, data.global_batch_size, data.seed, train.epochs)
     else:
         composition = RowBatches(
             group_lengths(dataset, data.sharing),
