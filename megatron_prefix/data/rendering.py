@@ -23,19 +23,28 @@ WARNINGS = (NOTE_TRIMMED, NOTE_MOVED, NOTE_LOST, NOTE_TOOLS, NOTE_SPECIAL)
 def template_changes(messages: Sequence[Message], text: str) -> list[str]:
     """Notes on how `text` differs from the messages' contents in their order, each at most once.
 
-    Contents are looked for one behind the other, so a repeated one must stand there twice.
+    Contents are looked for one behind the other, so a repeated one must stand there twice; where
+    that fails, without the white space around them.
     """
-    notes: dict[str, None] = {}
-    at = 0
-    for message in messages:
-        content = message.content
+    contents = [message.content for message in messages]
+    if not _missing(contents, text):
+        return []
+    missing = _missing([content.strip() for content in contents], text)
+    found = {
+        NOTE_TRIMMED: not missing or any(c not in text and c.strip() in text for c in contents),
+        NOTE_MOVED: any(content in text for content in missing),
+        NOTE_LOST: any(content not in text for content in missing),
+    }
+    return [note for note, holds in found.items() if holds]
+
+
+def _missing(contents: Sequence[str], text: str) -> list[str]:
+    """The contents that do not stand in `text` behind those before them."""
+    missing, at = [], 0
+    for content in contents:
         found = text.find(content, at)
-        if found < 0 and (stripped := content.strip()) != content:
-            notes[NOTE_TRIMMED] = None
-            content = stripped
-            found = text.find(content, at)
-        if found >= 0:
-            at = found + len(content)
+        if found < 0:
+            missing.append(content)
         else:
-            notes[NOTE_MOVED if content in text else NOTE_LOST] = None
-    return list(notes)
+            at = found + len(content)
+    return missing
