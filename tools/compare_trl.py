@@ -33,7 +33,8 @@ from torch import Tensor
 
 from megatron_prefix.config import Config, parse_config
 from megatron_prefix.data.build import build_dataset
-from megatron_prefix.data.examples import DegenerateRecord, ExampleReader
+from megatron_prefix.data.examples import ExampleReader
+from megatron_prefix.data.formats.base import DegenerateRecord
 from megatron_prefix.data.records import read_records
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError

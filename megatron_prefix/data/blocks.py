@@ -35,8 +35,14 @@ class Block:
         return len(self.columns["group_nodes"])
 
     @classmethod
-    def of_trees(cls, trees: Sequence[PrefixTree], records: Sequence[int]) -> Block:
-        """Groups of which the i-th comes from input record `records[i]`."""
+    def of_trees(
+        cls,
+        trees: Sequence[PrefixTree],
+        records: Sequence[int],
+        num_records: Sequence[int] | None = None,
+    ) -> Block:
+        """Groups of which the i-th comes from input record `records[i]`, and holds
+        `num_records[i]` records (one where not given)."""
 
         def joined(name: str) -> np.ndarray:
             return np.concatenate([getattr(tree, name) for tree in trees])
@@ -47,6 +53,7 @@ class Block:
             "group_responses": np.array([len(tree.response_last) for tree in trees]),
             "group_pairs": np.array([len(tree.pairs) for tree in trees]),
             "group_records": np.asarray(records, np.int64),
+            "group_num_records": np.asarray(num_records or [1] * len(trees), np.int64),
             "node_parents": joined("parents"),
             "response_first": joined("response_first"),
             "response_last": joined("response_last"),

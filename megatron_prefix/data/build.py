@@ -19,11 +19,14 @@ from typing import Any
 
 from megatron_prefix.data.blocks import Block
 from megatron_prefix.data.combine import combine
-from megatron_prefix.data.examples import DEGENERATE, DegenerateRecord, ExampleReader
+from megatron_prefix.data.duplicates import content_digest, prompt_digest
+from megatron_prefix.data.examples import ExampleReader
+from megatron_prefix.data.formats.base import DEGENERATE, DegenerateRecord
 from megatron_prefix.data.paths import OVERFLOW_MODES, PathEncoder, Selection, TooLong, select
-from megatron_prefix.data.records import Record, check_inputs, read_records
+from megatron_prefix.data.prompt_groups import merge_prompts, place_before_merging
+from megatron_prefix.data.records import Record, check_inputs, input_bytes, read_records
 from megatron_prefix.data.report import BuildReport
-from megatron_prefix.data.store import DatasetWriter
+from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree, build_tree
 from megatron_prefix.data.workers import ordered
@@ -41,11 +44,17 @@ class BuildOptions:
 
     `max_length` bounds one root-to-leaf path in tokens, end-of-text included. `overflow` says
     what happens to longer ones: "error", "truncate-prompt" or "drop". `on_error` is "stop" or
-    "skip" for wrong records; `strict` makes degenerate records an error. `workers` processes
-    share the work and change no byte.
+    "skip" for wrong records; `strict` makes degenerate records an error. `columns` maps columns
+    to the dotted paths of their values, `split` names a part of a Hugging Face data set,
+    `parse_special` lets texts spell special tokens, and `merge_prompts` makes one group of all
+    records with the same prompt. `workers` processes share the work and change no byte.
     """
 
     format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+    parse_special: bool = False
+    merge_prompts: bool = False
     max_length: int | None = None
     overflow: str = "error"
     append_eos: bool = True
@@ -84,13 +93,30 @@ def build_dataset(
     InputError for bad input or settings; then nothing is left behind.
     """
     options = options or BuildOptions()
+    if not options.merge_prompts:
+        return _build(inputs, tokenizer, output, options, progress)
+    with place_before_merging(output) as place:
+        separate = replace(options, merge_prompts=False)
+        report = _build(inputs, tokenizer, place, separate, progress)
+        merge_prompts(PreferenceDataset(place), report, output)
+    return report
+
+
+def _build(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Tokenizer,
+    output: str | Path,
+    options: BuildOptions,
+    progress: Progress | None,
+) -> BuildReport:
+    """A group a record."""
     paths = [Path(path) for path in inputs]
-    reader = ExampleReader(options.format)
-    check_inputs(paths)
+    reader = ExampleReader(options.format, options.columns)
+    check_inputs(paths, options.split)
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, options.parse_special)
     encoder = PathEncoder(tokenizer, options.append_eos)
-    report, total, started = BuildReport(), sum(p.stat().st_size for p in paths), time.monotonic()
+    report, total, started = BuildReport(), input_bytes(paths), time.monotonic()
     kept = {**asdict(options), "inputs": [str(path) for path in paths]}
     kept.pop("workers")  # they change no byte
     state = vars(reader).copy()
@@ -99,7 +125,7 @@ def build_dataset(
         contextlib.closing(
             ordered(
                 ChunkBuilder(reader, encoder, options),
-                (replace(chunk, reader=state) for chunk in _chunks(paths)),
+                (replace(chunk, reader=state) for chunk in _chunks(paths, options.split)),
                 options.workers,
             )
         ) as results,
@@ -161,14 +187,14 @@ class ChunkBuilder:
         return ChunkResult(block=block, report=report, reader=vars(reader).copy())
 
 
-def _chunks(paths: Sequence[Path]) -> Iterator[Chunk]:
+def _chunks(paths: Sequence[Path], split: str | None) -> Iterator[Chunk]:
     position = 0
 
     def heard(count: int) -> None:
         nonlocal position
         position = count
 
-    records = read_records(paths, heard)
+    records = read_records(paths, heard, split)
     while chunk := list(islice(records, CHUNK)):
         yield Chunk(records=chunk, position=position)
 
@@ -213,8 +239,9 @@ def _tree_of(
             ) from None
         report.skip_wrong(where, str(error))
         return None
-    if not selection.pairs:
+    if not selection.paths:
         return None
+    report.digests.add(record.index, content_digest(example), prompt_digest(example))
     for note in (*example.notes, *notes):
         report.note(note)
     report.num_cut_groups += selection.num_cut > 0
@@ -231,7 +258,7 @@ def _count_dropped(
         for reason in selection.dropped:
             if reason in DEGENERATE:
                 raise DegenerateRecord(reason)
-    if not selection.pairs:
+    if not selection.paths:
         report.drop(next(iter(selection.dropped)), where, groups=1)
         return
     for reason, (responses, pairs) in selection.dropped.items():

@@ -244,7 +244,14 @@ class PlanSettings:
                 sort_by_length=self.sort_by_length,
                 method=self.packing_method,
             )
+        if not self.sort_by_length:
+            from megatron_prefix.data.record_batches import group_batches
+
+            return group_batches(dataset, self.global_batch_size, self.seed, self.epochs)
+        if (dataset.group_num_records[:] != 1).any():
+            raise InputError(
+                f"{dataset.prefix} was built with --merge-prompts, so that groups hold several "
+                "records: sort_by_length needs data.rows_per_step there"
+            )
         key = self.global_batch_size, dataset.fingerprint, self.seed
-        if self.sort_by_length:
-            return SortedBatches(dataset.groups_num_tokens(), *key)
-        return GroupBatches(len(dataset), *key, self.epochs)
+        return SortedBatches(dataset.groups_num_tokens(), *key)

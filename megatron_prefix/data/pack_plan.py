@@ -10,14 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_prefix.data.columns import ColumnWriter, file_entry
-from megatron_prefix.data.composition import GroupBatches, PlanSettings, RowBatches
+from megatron_prefix.data.composition import PlanSettings, RowBatches
 from megatron_prefix.data.manifest import manifest_digest
 from megatron_prefix.data.packing import pack
 from megatron_prefix.data.plan_file import COLUMNS, FORMAT, MANIFEST, VERSION, files_seen
@@ -96,9 +96,6 @@ def _write(
     bundles = _Bundles(dataset, settings.sharing, settings.row_capacity)
     composition = settings.composition(dataset)
     num_steps = composition.num_steps(settings.epochs)
-    is_cut = isinstance(composition, GroupBatches) and bool(
-        len(dataset) * settings.epochs % settings.global_batch_size
-    )
     writer, tally = _PlanWriter(work), _Tally(settings.row_capacity)
     for step in range(num_steps):
         groups = composition.groups(step)
@@ -122,13 +119,25 @@ def _write(
             "seen": files_seen(dataset),
         },
         "settings": asdict(settings),
-        "counts": {**counts, "whole_steps": num_steps - is_cut},
+        "counts": {**counts, "whole_steps": _whole_steps(dataset, settings, num_steps)},
         **tally.summary(),
         "files": {f"{name}.npy": file_entry(work / f"{name}.npy") for name in COLUMNS},
     }
     manifest["sha256"] = manifest_digest(manifest)
     (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def _whole_steps(dataset: PreferenceDataset, settings: PlanSettings, num_steps: int) -> int:
+    """Steps that a run without an end has as well: all but a last one that the end cuts."""
+    if settings.rows_per_step or settings.sort_by_length:
+        return num_steps
+    last = num_steps - 1
+    ending, endless = (
+        replace(settings, epochs=epochs).composition(dataset).groups(last)
+        for epochs in (settings.epochs, None)
+    )
+    return num_steps if np.array_equal(ending, endless) else last
 
 
 class _PlanWriter:

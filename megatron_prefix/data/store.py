@@ -70,7 +70,7 @@ class DatasetWriter:
         self._made: list[Path] = []
         self._columns: dict[str, ColumnWriter] = {}
         self._index: IndexedWriter | None = None
-        self._waiting: tuple[list[PrefixTree], list[int]] = [], []
+        self._waiting: tuple[list[PrefixTree], list[tuple[int, int]]] = [], []
 
     def __enter__(self) -> DatasetWriter:
         if self.prefix.name in ("", "..") or self._given.endswith(os.sep):
@@ -97,11 +97,11 @@ class DatasetWriter:
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise InputError(f"output {self.prefix} cannot be written: {error}") from error
 
-    def add(self, tree: PrefixTree, record: int) -> None:
-        """Append one group; `record` is the index of the input record it comes from."""
+    def add(self, tree: PrefixTree, record: int, num_records: int = 1) -> None:
+        """Append one group; `record` is the index of the (first) input record it comes from."""
         trees, records = self._waiting
         trees.append(tree)
-        records.append(record)
+        records.append((record, num_records))
         if len(trees) == BLOCK:
             self._flush()
 
@@ -114,7 +114,7 @@ class DatasetWriter:
         trees, records = self._waiting
         self._waiting = [], []
         if trees:
-            self._write(Block.of_trees(trees, records))
+            self._write(Block.of_trees(trees, *zip(*records, strict=True)))
 
     def _write(self, block: Block) -> None:
         vocab_size = self.tokenizer["vocab_size"]
@@ -208,10 +208,11 @@ class PreferenceDataset:
     """A data set as `build` leaves it, memory-mapped: `dataset[i]` is group i as a PrefixTree.
 
     The columns of docs/data_format.md are attributes: `group_nodes` [G+1], `group_responses`
-    [G+1], `group_pairs` [G+1], `group_records` [G], `node_parents` [M], `response_first`,
-    `response_last`, `response_lengths`, `response_prompts`, `response_sets`, `response_ranks`,
-    `response_scores` [R], `pair_responses` [P, 2], `pair_weights`, `pair_margins` [P]; so are
-    `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and `tokens` [T].
+    [G+1], `group_pairs` [G+1], `group_records`, `group_num_records` [G], `node_parents` [M],
+    `response_first`, `response_last`, `response_lengths`, `response_prompts`, `response_sets`,
+    `response_ranks`, `response_scores` [R], `pair_responses` [P, 2], `pair_weights`,
+    `pair_margins` [P]; so are `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and
+    `tokens` [T].
 
     Opening checks that every file is there, with its size and shape; `verify_checksums` reads
     all bytes, `verify` also checks what they mean. All raise InputError.
@@ -221,6 +222,7 @@ class PreferenceDataset:
     group_responses: np.ndarray
     group_pairs: np.ndarray
     group_records: np.ndarray
+    group_num_records: np.ndarray
     node_parents: np.ndarray
     response_first: np.ndarray
     response_last: np.ndarray

@@ -24,7 +24,8 @@ def open_verified(
 ) -> PreferenceDataset:
     """Open the data set that `setting` names; the main process checks every checksum.
 
-    With a `plan` for which `pack` read the very same files, they are not read again.
+    With a `plan` for which `pack` read the very same files, they are not read again. Raises
+    InputError where it is damaged, or holds nothing to compare.
     """
 
     def verify() -> None:
@@ -36,7 +37,14 @@ def open_verified(
             raise InputError(f"{setting}: {error}") from None
 
     world.once(verify)
-    return PreferenceDataset(prefix)
+    dataset = PreferenceDataset(prefix)
+    if not dataset.manifest["counts"]["pairs"]:
+        raise InputError(
+            f"{setting}: {prefix} holds {len(dataset.response_lengths)} responses and no pair (it "
+            "was built from unpaired records), and the loss compares pairs: build from records "
+            "with chosen and rejected responses"
+        )
+    return dataset
 
 
 def open_plan(config: Config, world: World) -> PackedPlan | None:

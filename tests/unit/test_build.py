@@ -166,7 +166,7 @@ def test_settings_that_cannot_be_used(tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err and left(tmp_path) == []
 
 
-@pytest.mark.parametrize("flags", [["--merge-prompts"], ["--workers", "2"], ["--format", "x"], []])
+@pytest.mark.parametrize("flags", [["--workers", "x"], ["--format", "x"], []])
 def test_unknown_flags_and_missing_ones_are_bad_usage(tmp_path, capsys, flags):
     with pytest.raises(SystemExit) as stop:
         main(["build", "--tokenizer", "bytes", "--output", str(tmp_path / "x"), *flags])
