@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from megatron_prefix.data.duplicates import content_digest, prompt_digest
@@ -108,8 +109,7 @@ def _build(
     position = [0]
     kept = {**asdict(options), "inputs": [str(path) for path in paths]}
     with DatasetWriter(output, tokenizer.describe(), kept) as writer:
-        heard = lambda count: position.__setitem__(0, count)  # noqa: E731
-        for record in read_records(paths, heard, options.split):
+        for record in read_records(paths, partial(position.__setitem__, 0), options.split):
             report.num_records += 1
             tree = _tree_of(record, reader, encoder, options, report)
             if tree is not None:
