@@ -64,7 +64,7 @@ class DatasetWriter:
         self.prefix, self._given = Path(prefix), str(prefix)
         self.tokenizer = dict(tokenizer)
         self.options = dict(options or {})
-        self.statistics = Statistics()
+        self._statistics = Statistics()
         self.dtype = np.uint16 if self.tokenizer["vocab_size"] <= 1 << 16 else np.int32
         self._work = building_folder(self.prefix)
         self._made: list[Path] = []
@@ -96,6 +96,12 @@ class DatasetWriter:
         self._discard()
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise InputError(f"output {self.prefix} cannot be written: {error}") from error
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of all that was added."""
+        self._flush()
+        return self._statistics
 
     def add(self, tree: PrefixTree, record: int, num_records: int = 1) -> None:
         """Append one group; `record` is the index of the (first) input record it comes from."""
@@ -131,8 +137,8 @@ class DatasetWriter:
             )
         if self._index is None:
             self._open()
-        before = dict(self.statistics.counts)
-        self.statistics.add(block)
+        before = dict(self._statistics.counts)
+        self._statistics.add(block)
         self._index.write(block.tokens, block.node_lengths)
         for name, column in self._columns.items():
             values = block.columns[name]
@@ -153,9 +159,9 @@ class DatasetWriter:
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": fingerprint(files, self.tokenizer),
-            "counts": self.statistics.counts,
-            "tokens": self.statistics.tokens,
-            "lengths": self.statistics.lengths(),
+            "counts": self._statistics.counts,
+            "tokens": self._statistics.tokens,
+            "lengths": self._statistics.lengths(),
             "dtype": np.dtype(self.dtype).name,
             "tokenizer": self.tokenizer,
             "options": self.options,

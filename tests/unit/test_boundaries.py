@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_prefix.data.build import build_dataset
 from megatron_prefix.data.fields import Message
 from megatron_prefix.data.formats.base import Example, ExampleResponse
 from megatron_prefix.data.paths import NOTE_MERGED, PathEncoder
@@ -209,6 +210,21 @@ def test_what_a_template_changed():
     assert template_changes(turns, "a,a: be kind") == [NOTE_TRIMMED, NOTE_MOVED]
     assert template_changes(turns, "kind: a, a") == [NOTE_LOST]
     assert template_changes([message("user", "")], "") == []
+
+
+class Lying(type(load_tokenizer("bytes"))):
+    """Says it has 258 tokens and gives one that no uint16 can hold."""
+
+    def encode(self, text):
+        return np.append(super().encode(text), 70000)
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(InputError, match="token id 70000, and the vocabulary .* has 258"):
+        build_dataset([path], Lying(), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 UNICODE = {
