@@ -33,9 +33,7 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> dict[s
     first = parts[0].manifest
     inputs = [path for part in parts for path in part.manifest["options"].get("inputs", [])]
     options = {**first["options"], "inputs": inputs} if inputs else first["options"]
-    report = copy.deepcopy(first["report"])
-    for part in parts[1:]:
-        report = combine(report, part.manifest["report"])
+    report: dict[str, Any] = {}
     with DatasetWriter(output, first["tokenizer"], options) as writer:
         before = 0
         for part in parts:
@@ -43,8 +41,18 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> dict[s
                 block = Block.of_dataset(part, start, min(start + GROUPS, len(part)))
                 block.columns["group_records"] = block.columns["group_records"] + before
                 writer.add_block(block)
+            combine(report, _report_behind(part, before))
             before += _num_records(part)
         return writer.finish(report)
+
+
+def _report_behind(part: PreferenceDataset, before: int) -> dict[str, Any]:
+    """A part's report where `before` records come first; only repetitions go by their number."""
+    report = copy.deepcopy(part.manifest["report"])
+    if "duplicates" in report:
+        pairs = report["duplicates"]["records"]
+        report["duplicates"]["records"] = [[before + a, before + b] for a, b in pairs]
+    return report
 
 
 def _num_records(part: PreferenceDataset) -> int:

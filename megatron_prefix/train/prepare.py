@@ -16,6 +16,7 @@ from megatron_prefix.train.inputs import evaluation_sampler, training_sampler
 from megatron_prefix.train.metrics import MetricsWriter, Progress
 from megatron_prefix.train.optimizer import build_model, build_optimizer
 from megatron_prefix.train.parallel import World
+from megatron_prefix.train.plan_report import describe_steps
 from megatron_prefix.train.reference import (
     ModelReference,
     PrecomputedReference,
@@ -49,6 +50,8 @@ def prepare_run(
             f"optimizer.lr_warmup_steps = {config.optimizer.lr_warmup_steps} does not end "
             f"within the run's {num_steps} steps: shorten it"
         )
+    if here.is_main:
+        print(describe_steps(sampler, num_steps), flush=True)
     initial = initial_model(config.model, [dataset] if valid is None else [dataset, valid])
     model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, here)
