@@ -90,7 +90,7 @@ def _best_fit(
     is the lowest bit left of a shift.
     """
     open_rooms, opened = 0, 0
-    rows_with: list[list[int]] = [[] for _ in range(capacity)]
+    rows_with: dict[int, list[int]] = {}
     rows, amounts = [], []
     for length, count in zip(values, counts, strict=True):
         while count:
@@ -107,9 +107,8 @@ def _best_fit(
             rows.append(row)
             amounts.append(fitting)
             left -= fitting * length
-            if not rows_with[left]:
-                open_rooms |= 1 << left
-            rows_with[left].append(row)
+            open_rooms |= 1 << left
+            rows_with.setdefault(left, []).append(row)
     assert opened <= max_rows, (opened, max_rows)
     return rows, amounts
 
