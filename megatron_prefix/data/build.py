@@ -10,6 +10,7 @@ compare) is dropped and counted by reason, or stops the build with `strict`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -176,15 +177,28 @@ class ChunkBuilder:
         vars(reader).update(chunk.reader)
         encoder.num_tokens = 0
         trees, records = [], []
-        for record in chunk.records:
-            report.num_records += 1
-            tree = _tree_of(record, reader, encoder, self._options, report)
-            if tree is not None:
-                trees.append(tree)
-                records.append(record.index)
+        with _collector_paused():
+            for record in chunk.records:
+                report.num_records += 1
+                tree = _tree_of(record, reader, encoder, self._options, report)
+                if tree is not None:
+                    trees.append(tree)
+                    records.append(record.index)
         report.format, report.num_tokens_made = reader.format, encoder.num_tokens
         block = Block.of_trees(trees, records) if trees else None
         return ChunkResult(block=block, report=report, reader=vars(reader).copy())
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for cyclic garbage: records make none, and everything loaded is searched."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _chunks(paths: Sequence[Path], split: str | None) -> Iterator[Chunk]:

@@ -61,7 +61,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(self._definition().encode()).hexdigest()
         self._parse_special = parse_special
         self._special = _special_tokens(self._tokenizer)
-        self._special_ids = np.array(sorted(self._special.values()), np.int64)
+        self._special_set = frozenset(self._special.values())
         self._starts = {text[:2] for text in self._special}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -82,7 +82,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         ids = self._encode(text)
-        if self._parse_special or not np.isin(ids, self._special_ids).any():
+        if self._parse_special or self._special_set.isdisjoint(ids.tolist()):
             return ids
         return self._encode(text, split_special_tokens=True)
 
@@ -96,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
         )
         parts: list[int] = []
         for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
-            if token in self._special_ids and (start, end) in rendered.literal:
+            if token in self._special_set and (start, end) in rendered.literal:
                 parts += self._as_text(rendered.text[start:end])
             else:
                 parts.append(token)
