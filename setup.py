@@ -18,6 +18,8 @@ setup(
         "torch>=2.8",
         "megatron-core>=0.16,<0.17",
         "numpy",
+        "datasets",
+        "pyarrow",
         "sentencepiece",
         "transformers",
         "huggingface_hub",
@@ -31,7 +33,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "test": ["pytest", "pytest-timeout", "ruff", "trl>=1.16", "datasets"],
+        "test": ["pytest", "pytest-timeout", "ruff", "trl>=1.16", "hypothesis"],
     },
     entry_points={"console_scripts": ["megatron-prefix = megatron_prefix.__main__:main"]},
 )

@@ -9,19 +9,27 @@ not all ended alike (see train/liveness.py).
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_prefix.errors import InputError, RunError, Stopped
+from megatron_prefix.platform_linux import end_with_parent
 
-PR_SET_PDEATHSIG = 1
-"""Of Linux, prctl(2): which signal a process gets when its parent dies."""
-COMMANDS = ("build", "inspect", "train", "score", "evaluate", "convert", "plan", "compare")
+COMMANDS = (
+    "build",
+    "merge",
+    "pack",
+    "inspect",
+    "train",
+    "score",
+    "evaluate",
+    "convert",
+    "plan",
+    "compare",
+)
 
 
 def _is_first_rank() -> bool:
@@ -45,12 +53,9 @@ def _end_with_launcher() -> None:
     torchrun gives every process a session of its own, so a kill of its process group does not
     reach them; they would go on writing beside the run that is started next.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != launcher:  # it died before the kernel was asked
-        os._exit(128 + signal.SIGKILL)
+    end_with_parent()
 
 
 def make_parser() -> argparse.ArgumentParser:

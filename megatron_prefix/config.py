@@ -49,6 +49,9 @@ class DataConfig:
     """Held-out data set for evaluation: a PREFIX, or nothing for no evaluation."""
     seed: NonNegativeInt = 1234
     """Seed of the order of the groups."""
+    plan: str | None = None
+    """Packed index of `train` that `pack --output` wrote for these settings; without it the run
+    packs its steps by itself, alike."""
     sharing: Sharing = "tree"
     """What is computed once: `tree` every token, `pair` a pair's prompt, `response` each
     response with its own prompt, `none` nothing (a sequence per pair and side)."""
@@ -63,6 +66,11 @@ class DataConfig:
     """Groups a step, over all data-parallel ranks. This or `rows_per_step`."""
     rows_per_step: PositiveInt | None = None
     """Packed rows a step, over all data-parallel ranks; packing decides who shares a step."""
+    packing_method: Literal["first-fit", "best-fit"] = "first-fit"
+    """Which row with room takes the next shorter tree: the first one, or the fullest."""
+    sort_by_length: Switch = False
+    """Steps of groups of like length, their order permuted: less padding and evener steps, but
+    length decides who shares a step."""
 
 
 @_section

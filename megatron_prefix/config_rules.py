@@ -61,6 +61,11 @@ def _data_faults(data: DataConfig) -> Iterator[str]:
             f"data.rows_per_step = {data.rows_per_step} counts packed rows: "
             "set data.packing: true, or use data.global_batch_size"
         )
+    if not data.packing and (data.plan is not None or data.packing_method != "first-fit"):
+        yield (
+            f"data.plan = {data.plan} and data.packing_method = {data.packing_method} are for "
+            "packed rows: set data.packing: true, or leave them out"
+        )
     if (data.global_batch_size is None) == (data.rows_per_step is None):
         yield (
             f"data.global_batch_size = {data.global_batch_size} and "

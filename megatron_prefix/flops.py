@@ -39,21 +39,43 @@ class ForwardFlops:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Operations of one forward pass as a sum over what a row holds, see this module's head."""
+
+    per_token: float
+    """FLOP a token executed: the linear layers."""
+    per_entry: float
+    """FLOP a visible (q, k) entry: attention."""
+    per_row: float
+    """FLOP a row of logits: the head."""
+
+    @classmethod
+    def of_model(cls, model: ModelConfig, vocab_size: int) -> CostModel:
+        """The constants of a model whose sizes are known."""
+        heads = model.num_attention_heads
+        groups, width = model.num_query_groups or heads, model.hidden_size
+        head_dim = model.kv_channels or width // heads
+        layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
+        if model.num_moe_experts:
+            expert = 6 * width * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
+            layer += model.moe_router_topk * expert + 2 * width * model.num_moe_experts
+        else:
+            layer += 6 * width * model.ffn_hidden_size
+        columns = 1 if model.kind == "reward" else vocab_size
+        return cls(
+            per_token=float(model.num_layers * layer),
+            per_entry=float(model.num_layers * 4 * heads * head_dim),
+            per_row=float(2 * width * columns),
+        )
+
+
 def forward_flops(model: ModelConfig, vocab_size: int, batch: MicroBatch) -> ForwardFlops:
     """Operations of one forward pass over a row: linear layers on every token it executes,
     attention on the area its tokens see, the head on the rows that predict."""
-    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    head_dim = model.kv_channels or model.hidden_size // heads
-    width = model.hidden_size
-    layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
-    if model.num_moe_experts:
-        expert = 6 * width * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
-        layer += model.moe_router_topk * expert + 2 * width * model.num_moe_experts
-    else:
-        layer += 6 * width * model.ffn_hidden_size
-    columns = 1 if model.kind == "reward" else vocab_size
+    cost = CostModel.of_model(model, vocab_size)
     return ForwardFlops(
-        linear=float(model.num_layers * layer * len(batch.tokens)),
-        attention=float(model.num_layers * 4 * heads * head_dim * batch.layout.area()),
-        head=float(2 * width * columns * batch.num_projected),
+        linear=cost.per_token * len(batch.tokens),
+        attention=cost.per_entry * batch.layout.area(),
+        head=cost.per_row * batch.num_projected,
     )

@@ -9,7 +9,8 @@ import argparse
 
 from bench_common import publish
 
-from megatron_prefix.data.sampler import WINDOW, RowBatches, group_lengths
+from megatron_prefix.data.composition import WINDOW, RowBatches
+from megatron_prefix.data.sharing import group_lengths
 from megatron_prefix.data.store import PreferenceDataset
 
 

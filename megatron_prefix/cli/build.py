@@ -6,6 +6,18 @@ import argparse
 import sys
 import time
 
+FORMAT_NAMES = (
+    "hh",
+    "trl",
+    "unpaired",
+    "ms-swift",
+    "nemo-rl",
+    "nemo-aligner",
+    "alpaca",
+    "sharegpt",
+    "ultrafeedback",
+    "oasst",
+)
 INTERVAL = 10.0
 """Seconds between lines of progress where standard error is not a terminal."""
 
@@ -22,8 +34,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--input",
         nargs="+",
         required=True,
-        metavar="FILE",
-        help="JSON Lines, or a JSON array of objects; either may be gzipped",
+        metavar="FILE_OR_DATASET",
+        help="JSON Lines or a JSON array of objects, plain or compressed with gzip or zstd; a "
+        "Parquet file; a Hugging Face data set, its directory or its id",
+    )
+    parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help="which split of a Hugging Face data set (default: the only one it has)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -36,11 +54,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("auto", "hh", "trl", "sharegpt", "oasst"),
+        choices=("auto", *FORMAT_NAMES),
         default="auto",
-        help="auto: by the first record's columns. hh: chosen and rejected are whole dialogues. "
-        "trl: prompt, chosen, rejected. sharegpt: conversations, chosen, rejected. oasst: "
-        "OpenAssistant message trees (default: auto)",
+        help="what the columns mean, see docs/data_format.md. auto: found by the columns of the "
+        "first record. hh: chosen and rejected are whole dialogues (default: auto)",
+    )
+    parser.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="COLUMN=PATH",
+        help="take a column from a dotted path into the record, lists by number, as in "
+        "chosen=answers.0.text; may be given several times",
     )
     parser.add_argument(
         "--max-length",
@@ -64,6 +89,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "template put one)",
     )
     parser.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="let texts and messages spell the special tokens of a Hugging Face tokenizer "
+        "(default: what looks like one in them is text, and counted)",
+    )
+    parser.add_argument(
+        "--merge-prompts",
+        action="store_true",
+        help="make one group of all records with the same prompt, which stands once; batches go "
+        "on counting records (default: a group a record)",
+    )
+    parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
@@ -74,20 +111,33 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="records with nothing to compare are an error (default: dropped and counted)",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the work; the bytes written are the same (default: 1)",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Build and print the summary."""
     from megatron_prefix.data.build import BuildOptions, build_dataset
+    from megatron_prefix.data.examples import parse_columns
 
     options = BuildOptions(
         format=args.format,
+        columns=parse_columns(args.map),
+        split=args.split,
+        parse_special=args.parse_special,
+        merge_prompts=args.merge_prompts,
         max_length=args.max_length,
         overflow=args.overflow,
         append_eos=not args.no_append_eos,
         on_error=args.on_error,
         strict=args.strict,
+        workers=args.workers,
     )
     with _Progress() as progress:
         report = build_dataset(args.input, args.tokenizer, args.output, options, progress)
@@ -113,12 +163,14 @@ class _Progress:
         if not sys.stderr.isatty():
             if time.monotonic() >= self._next:
                 self._next = time.monotonic() + INTERVAL
-                share = 100 * position / max(total, 1)
-                print(f"build: {groups:,} groups, {share:.0f} % of the input", file=sys.stderr)
+                share = f", {100 * position / total:.0f} % of the input" if total else ""
+                print(f"build: {groups:,} groups{share}", file=sys.stderr)
             return
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="build", leave=False)
+            self._bar = tqdm(
+                total=total or None, unit="B", unit_scale=True, desc="build", leave=False
+            )
         self._bar.set_postfix_str(f"{groups:,} groups", refresh=False)
         self._bar.update(position - self._bar.n)

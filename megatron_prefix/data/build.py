@@ -1,4 +1,4 @@
-"""Raw preferences -> a data set on disk, one record at a time.
+"""Raw preferences -> a data set on disk, a chunk of records at a time.
 
     file -> Record -> Example -> token paths -> what fits and differs -> PrefixTree -> store
 
@@ -9,19 +9,32 @@ compare) is dropped and counted by reason, or stops the build with `strict`.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from megatron_prefix.data.examples import DEGENERATE, DegenerateRecord, ExampleReader
+from megatron_prefix.data.blocks import Block
+from megatron_prefix.data.combine import combine
+from megatron_prefix.data.duplicates import content_digest, prompt_digest
+from megatron_prefix.data.examples import ExampleReader
+from megatron_prefix.data.formats.base import DEGENERATE, DegenerateRecord
 from megatron_prefix.data.paths import OVERFLOW_MODES, PathEncoder, Selection, TooLong, select
-from megatron_prefix.data.records import Record, check_inputs, read_records
+from megatron_prefix.data.prompt_groups import merge_prompts, place_before_merging
+from megatron_prefix.data.records import Record, check_inputs, input_bytes, read_records
 from megatron_prefix.data.report import BuildReport
-from megatron_prefix.data.store import DatasetWriter
+from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree, build_tree
+from megatron_prefix.data.workers import ordered
 from megatron_prefix.errors import InputError
+
+CHUNK = 64
+"""Records that are read, built and written together."""
 
 Progress = Callable[[int, int, int], None]
 
@@ -32,17 +45,27 @@ class BuildOptions:
 
     `max_length` bounds one root-to-leaf path in tokens, end-of-text included. `overflow` says
     what happens to longer ones: "error", "truncate-prompt" or "drop". `on_error` is "stop" or
-    "skip" for wrong records; `strict` makes degenerate records an error.
+    "skip" for wrong records; `strict` makes degenerate records an error. `columns` maps columns
+    to the dotted paths of their values, `split` names a part of a Hugging Face data set,
+    `parse_special` lets texts spell special tokens, and `merge_prompts` makes one group of all
+    records with the same prompt. `workers` processes share the work and change no byte.
     """
 
     format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+    parse_special: bool = False
+    merge_prompts: bool = False
     max_length: int | None = None
     overflow: str = "error"
     append_eos: bool = True
     on_error: str = "stop"
     strict: bool = False
+    workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"--workers is {self.workers}: at least one process has to work")
         if self.overflow not in OVERFLOW_MODES:
             raise InputError(
                 f"overflow {self.overflow!r} is not one of {', '.join(OVERFLOW_MODES)}"
@@ -67,34 +90,127 @@ def build_dataset(
 ) -> BuildReport:
     """Build data set `output` and return what happened.
 
-    `progress` hears (bytes read, bytes in all, groups written) after each record. Raises
+    `progress` hears (bytes read, bytes in all, groups written) after each chunk. Raises
     InputError for bad input or settings; then nothing is left behind.
     """
     options = options or BuildOptions()
+    if not options.merge_prompts:
+        return _build(inputs, tokenizer, output, options, progress)
+    with place_before_merging(output) as place:
+        separate = replace(options, merge_prompts=False)
+        report = _build(inputs, tokenizer, place, separate, progress)
+        merge_prompts(PreferenceDataset(place), report, output)
+    return report
+
+
+def _build(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Tokenizer,
+    output: str | Path,
+    options: BuildOptions,
+    progress: Progress | None,
+) -> BuildReport:
+    """A group a record."""
     paths = [Path(path) for path in inputs]
-    reader = ExampleReader(options.format)
-    check_inputs(paths)
+    reader = ExampleReader(options.format, options.columns)
+    check_inputs(paths, options.split)
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = load_tokenizer(tokenizer)
+        tokenizer = load_tokenizer(tokenizer, options.parse_special)
     encoder = PathEncoder(tokenizer, options.append_eos)
-    report, total, started = BuildReport(), sum(p.stat().st_size for p in paths), time.monotonic()
-    position = [0]
+    report, total, started = BuildReport(), input_bytes(paths), time.monotonic()
     kept = {**asdict(options), "inputs": [str(path) for path in paths]}
-    with DatasetWriter(output, tokenizer.describe(), kept) as writer:
-        for record in read_records(paths, lambda count: position.__setitem__(0, count)):
-            report.num_records += 1
-            tree = _tree_of(record, reader, encoder, options, report)
-            if tree is not None:
-                writer.add(tree, record.index)
+    kept.pop("workers")  # they change no byte
+    state = vars(reader).copy()
+    with (
+        DatasetWriter(output, tokenizer.describe(), kept) as writer,
+        contextlib.closing(
+            ordered(
+                ChunkBuilder(reader, encoder, options),
+                (replace(chunk, reader=state) for chunk in _chunks(paths, options.split)),
+                options.workers,
+            )
+        ) as results,
+    ):
+        for chunk, result in results:
+            if chunk.reader != state:  # records before it set another rule meanwhile
+                result = ChunkBuilder(reader, encoder, options)(replace(chunk, reader=state))
+            state = result.reader
+            combine(report, result.report)
+            if result.block is not None:
+                writer.add_block(result.block)
             if progress is not None:
-                progress(position[0], total, writer.statistics.counts["groups"])
-        report.format = reader.format
-        report.num_tokens_made = encoder.num_tokens
+                progress(chunk.position, total, writer.statistics.counts["groups"])
         if not writer.statistics.counts["groups"]:
             raise InputError(_nothing_left(paths, report))
         report.manifest = writer.finish(report.as_dict())
-    report.seconds = time.monotonic() - started - writer.seconds_importing
+    report.seconds = time.monotonic() - started
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Records that are built together; `reader` is the state of the ExampleReader before them,
+    `position` how many bytes of the input were read behind them."""
+
+    records: list[Record]
+    position: int
+    reader: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkResult:
+    """A chunk's groups (None where none is left), its report, and the reader's state behind it."""
+
+    block: Block | None
+    report: BuildReport
+    reader: dict[str, Any]
+
+
+class ChunkBuilder:
+    """Chunk -> ChunkResult, a function of the chunk alone, in whichever process."""
+
+    def __init__(self, reader: ExampleReader, encoder: PathEncoder, options: BuildOptions) -> None:
+        self._reader, self._encoder, self._options = reader, encoder, options
+
+    def __call__(self, chunk: Chunk) -> ChunkResult:
+        reader, encoder, report = self._reader, self._encoder, BuildReport()
+        vars(reader).update(chunk.reader)
+        encoder.num_tokens = 0
+        trees, records = [], []
+        with _collector_paused():
+            for record in chunk.records:
+                report.num_records += 1
+                tree = _tree_of(record, reader, encoder, self._options, report)
+                if tree is not None:
+                    trees.append(tree)
+                    records.append(record.index)
+        report.format, report.num_tokens_made = reader.format, encoder.num_tokens
+        block = Block.of_trees(trees, records) if trees else None
+        return ChunkResult(block=block, report=report, reader=vars(reader).copy())
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for cyclic garbage: records make none, and everything loaded is searched."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _chunks(paths: Sequence[Path], split: str | None) -> Iterator[Chunk]:
+    position = 0
+
+    def heard(count: int) -> None:
+        nonlocal position
+        position = count
+
+    records = read_records(paths, heard, split)
+    while chunk := list(islice(records, CHUNK)):
+        yield Chunk(records=chunk, position=position)
 
 
 def _tree_of(
@@ -137,8 +253,9 @@ def _tree_of(
             ) from None
         report.skip_wrong(where, str(error))
         return None
-    if not selection.pairs:
+    if not selection.paths:
         return None
+    report.digests.add(record.index, content_digest(example), prompt_digest(example))
     for note in (*example.notes, *notes):
         report.note(note)
     report.num_cut_groups += selection.num_cut > 0
@@ -155,7 +272,7 @@ def _count_dropped(
         for reason in selection.dropped:
             if reason in DEGENERATE:
                 raise DegenerateRecord(reason)
-    if not selection.pairs:
+    if not selection.paths:
         report.drop(next(iter(selection.dropped)), where, groups=1)
         return
     for reason, (responses, pairs) in selection.dropped.items():

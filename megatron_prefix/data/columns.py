@@ -17,7 +17,7 @@ HEADER_BYTES = 128
 COLUMNS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
     name: (np.dtype(dtype), (2,) if name == "pair_responses" else ())
     for dtype, names in {
-        "<i8": "group_nodes group_responses group_pairs group_records",
+        "<i8": "group_nodes group_responses group_pairs group_records group_num_records",
         "<i4": "node_parents response_first response_last response_lengths response_prompts "
         "response_sets response_ranks pair_responses",
         "<f8": "response_scores pair_weights pair_margins",
@@ -25,6 +25,9 @@ COLUMNS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
     for name in names.split()
 }
 """Name -> (dtype, shape of one entry). The first word says what an entry belongs to."""
+
+OFFSETS = ("group_nodes", "group_responses", "group_pairs")
+"""Columns that begin with 0 and have an entry more than there are groups."""
 
 
 class ColumnWriter:

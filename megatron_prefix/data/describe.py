@@ -49,7 +49,7 @@ def statistics(dataset: PreferenceDataset, row_capacity: int | None = None) -> d
 
 def _rows(dataset: PreferenceDataset, row_capacity: int) -> Any:
     """The rows `rows_per_step: 1` would train on with seed 0; refuses groups that do not fit."""
-    from megatron_prefix.data.sampler import RowBatches
+    from megatron_prefix.data.composition import RowBatches
 
     lengths = dataset.groups_num_tokens()
     if lengths.max() > row_capacity:

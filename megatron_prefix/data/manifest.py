@@ -12,7 +12,7 @@ from megatron_prefix.data.columns import COLUMNS
 from megatron_prefix.errors import InputError
 
 FORMAT = "megatron_prefix preference data set"
-VERSION = 1
+VERSION = 2
 COUNTS = ("groups", "nodes", "responses", "pairs", "tokens")
 FILES = (".bin", ".idx", *(f".tree/{name}.npy" for name in COLUMNS))
 

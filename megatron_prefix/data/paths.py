@@ -6,6 +6,12 @@ leave those of the prompt alone, so a token merged across the boundary belongs t
     prompt "Say: ", response "yes"     encode(prompt)            [Say] [:] [_]
                                        encode(prompt + response) [Say] [:] [_yes]
     begin-of-text and end-of-text      [bos] [Say] [:] | [_yes] [eos]     loss from depth 3 on
+
+Where a response changes how tokens before the boundary are cut, the loss begins at the first
+token that holds some of the response, or, where siblings part earlier, where they part:
+
+    prompt "ab", responses "c", "ce"   encode(prompt)            [ab]
+                                       encode(prompt + response) [a] | [bc]  and  [a] | [bc] [e]
 """
 
 from __future__ import annotations
@@ -15,16 +21,17 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_prefix.data.examples import (
+from megatron_prefix.data.fields import Message, Text
+from megatron_prefix.data.formats.base import (
     EQUAL,
     NO_PROMPT_TOKEN,
     NO_RESPONSE_TOKEN,
     Example,
     ExampleResponse,
-    common_prefix,
 )
-from megatron_prefix.data.fields import Message, Text
-from megatron_prefix.data.tokenizers import Tokenizer
+from megatron_prefix.data.formats.trl import common_prefix
+from megatron_prefix.data.rendering import NOTE_SPECIAL, NOTE_TOOLS, template_changes
+from megatron_prefix.data.tokenizers import Rendered, Tokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath
 from megatron_prefix.errors import InputError
 
@@ -32,6 +39,7 @@ TOO_LONG = "over --max-length"
 UNPAIRED = "left without a pair"
 TOO_LONG_CUT = "over --max-length with the shortest prompt"
 NOTE_TEMPLATE = "responses whose chat template writes the prompt otherwise once it is answered"
+NOTE_MERGED = "responses that share a token with the prompt's end (it is the response's)"
 OVERFLOW_MODES = ("error", "truncate-prompt", "drop")
 
 
@@ -42,8 +50,9 @@ class TooLong(InputError):
 def common_tokens(a: np.ndarray, b: np.ndarray) -> int:
     """Number of leading tokens two paths share."""
     n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
+    different = a[:n] != b[:n]
+    first = int(different.argmax()) if n else 0
+    return first if n and different[first] else n
 
 
 class PathEncoder:
@@ -62,58 +71,105 @@ class PathEncoder:
         self.append_eos = append_eos
         self.num_tokens = 0
         """Tokens made so far, prompts counted once."""
-        self._prompts: dict[Text, tuple[str, np.ndarray]] = {}
+        self._prompts: dict[Text, tuple[Rendered, np.ndarray]] = {}
+        self._tools = ""
 
     def encode(self, example: Example) -> tuple[list[ResponsePath], list[str]]:
         """The path of every response, in order, and notes on what was unusual."""
         self._prompts.clear()
+        self._tools = example.tools
         notes: list[str] = []
-        paths = [self._path(response, notes) for response in example.responses]
+        found = [self._path(response, notes) for response in example.responses]
+        paths = [path for path, _ in found]
         self.num_tokens += sum(len(path.tokens) for path in paths)
-        return (_align(paths) if notes else paths), notes
+        if any(path.loss_start < within for path, within in found):
+            paths = _advance(paths, [within for _, within in found])
+        return (_align(paths) if NOTE_TEMPLATE in notes else paths), notes
 
     def kept_tokens(self, prompt: Text) -> int:
         """Tokens of a prompt that truncation keeps: begin-of-text and the system message."""
         text, ids = self._prompt(prompt)
         kept = 0
         if not isinstance(prompt, str) and prompt[0].role == "system":
-            system = self._system_text(prompt, text)
-            kept = common_tokens(self.tokenizer.encode(system), ids)
+            system = self.tokenizer.encode_rendered(self._system_text(prompt, text))
+            kept = common_tokens(system, ids)
         return max(kept + self._adds_bos(ids), int(self.tokenizer.bos_id is not None))
 
-    def _prompt(self, prompt: Text) -> tuple[str, np.ndarray]:
+    def _prompt(self, prompt: Text) -> tuple[Rendered, np.ndarray]:
         if prompt not in self._prompts:
-            text = prompt if isinstance(prompt, str) else self.tokenizer.render(prompt, True)
-            ids = self.tokenizer.encode(text)
+            text = Rendered(prompt) if isinstance(prompt, str) else self._render(prompt, True)
+            ids = self._ids(prompt, text)
             self.num_tokens += len(ids)
             self._prompts[prompt] = text, ids
         return self._prompts[prompt]
 
-    def _path(self, response: ExampleResponse, notes: list[str]) -> ResponsePath:
+    def _render(self, turns: tuple[Message, ...], add_generation_prompt: bool) -> Rendered:
+        return self.tokenizer.render(turns, add_generation_prompt, self._tools)
+
+    def _ids(self, text: Text, rendered: Rendered) -> np.ndarray:
+        """Tokens of a text as it is, or of messages as they were rendered."""
+        if isinstance(text, str):
+            return self.tokenizer.encode(rendered.text)
+        return self.tokenizer.encode_rendered(rendered)
+
+    def _path(self, response: ExampleResponse, notes: list[str]) -> tuple[ResponsePath, int]:
+        """The path, and how many of its tokens hold nothing of the response."""
         prompt, prompt_ids = self._prompt(response.prompt)
+        boundary = len(prompt.text)
         if isinstance(response.prompt, str):
-            text = prompt + response.response
+            if self._tools:
+                raise InputError("column 'tools' needs prompt and responses that are messages")
+            text = Rendered(prompt.text + response.response)
+            special = self.tokenizer.spells_special(text.text)
         else:
-            text = self.tokenizer.render((*response.prompt, *response.response), False)
-            shared = common_prefix(prompt, text)
-            if shared < len(prompt):
+            text = self._render((*response.prompt, *response.response), False)
+            special = bool(text.literal)
+            notes += self._template_notes(response, text)
+            boundary = common_prefix(prompt.text, text.text)
+            if boundary < len(prompt.text):
                 notes.append(NOTE_TEMPLATE)
-                prompt_ids = self.tokenizer.encode(prompt[:shared])
-        ids = self.tokenizer.encode(text)
-        loss_start = common_tokens(prompt_ids, ids)
-        parts = [ids]
-        if self._adds_bos(ids):
+                prompt_ids = self._ids(response.prompt, prompt.head(boundary))
+        notes += [NOTE_SPECIAL] * special
+        ids = self._ids(response.prompt, text)
+        loss_start = within = common_tokens(prompt_ids, ids)
+        if loss_start < len(prompt_ids):
+            notes.append(NOTE_MERGED)
+            within = max(loss_start, self._tokens_within(ids, text.text[:boundary]))
+        parts, lead = [ids], int(self._adds_bos(ids))
+        if lead:
             parts.insert(0, np.array([self.tokenizer.bos_id]))
-            loss_start += 1
-        if self.append_eos and not self._ends(ids, loss_start, response.response):
+        if self.append_eos and not self._ends(ids, loss_start + lead, response.response):
             parts.append(np.array([self.tokenizer.eos_id]))
-        return ResponsePath(
+        path = ResponsePath(
             tokens=np.concatenate(parts).astype(np.int64),
-            loss_start=loss_start,
+            loss_start=loss_start + lead,
             set_id=response.set_id,
             rank=response.rank,
             score=response.score,
         )
+        return path, within + lead
+
+    def _template_notes(self, response: ExampleResponse, text: Rendered) -> list[str]:
+        if not self.tokenizer.has_chat_template:
+            return []
+        turns = (*response.prompt, *response.response)
+        notes = template_changes(turns, text.text)
+        if self._tools and self.tokenizer.render(turns, False).text == text.text:
+            notes.append(NOTE_TOOLS)
+        return notes
+
+    def _tokens_within(self, ids: np.ndarray, prompt: str) -> int:
+        """The most leading tokens that spell a part of `prompt`; 0 where spelling is inexact."""
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(self.tokenizer.decode(ids[:middle].tolist())) <= len(prompt):
+                low = middle
+            else:
+                high = middle - 1
+        while low and not prompt.startswith(self.tokenizer.decode(ids[:low].tolist())):
+            low -= 1  # the bytes of half a character
+        return low
 
     def _adds_bos(self, ids: np.ndarray) -> bool:
         bos = self.tokenizer.bos_id
@@ -128,16 +184,29 @@ class PathEncoder:
             return False
         return not self.tokenizer.decode(ids[ends[-1] + 1 :].tolist()).strip()
 
-    def _system_text(self, prompt: tuple[Message, ...], text: str) -> str:
+    def _system_text(self, prompt: tuple[Message, ...], text: Rendered) -> Rendered:
         """The part of a rendered prompt that the system message takes."""
         empty = replace(prompt[1], content="") if len(prompt) > 1 else None
         try:
-            system = self.tokenizer.render(prompt[:1], False)
+            system = self._render(prompt[:1], False)
         except InputError:  # templates that want a user's turn: all up to that turn's text
             if empty is None:
                 raise
-            system = self.tokenizer.render((prompt[0], empty), False)
-        return text[: common_prefix(system, text)]
+            system = self._render((prompt[0], empty), False)
+        return text.head(common_prefix(system.text, text.text))
+
+
+def _advance(paths: list[ResponsePath], withins: Sequence[int]) -> list[ResponsePath]:
+    """Let losses begin at the first token that holds some of the response.
+
+    Where a set's paths part before that, the loss begins where they part at the latest.
+    """
+    advanced = list(paths)
+    for i, path in enumerate(paths):
+        siblings = [p.tokens for p in paths if p.set_id == path.set_id]
+        shared = min(common_tokens(path.tokens, tokens) for tokens in siblings)
+        advanced[i] = replace(path, loss_start=max(path.loss_start, min(withins[i], shared)))
+    return advanced
 
 
 def _align(paths: list[ResponsePath]) -> list[ResponsePath]:
@@ -215,7 +284,10 @@ def select(
             dropped[reason] = _plus(dropped.get(reason), (0, 1))
         else:
             pairs.append(pair)
-    kept_paths, kept_pairs = _renumber(fitted, pairs)
+    if example.pairs:
+        kept_paths, kept_pairs = _renumber(fitted, pairs)
+    else:  # responses that are judged alone
+        kept_paths, kept_pairs = [p for i, p in enumerate(fitted) if i not in lost], []
     if left := len(paths) - len(lost) - len(kept_paths):
         dropped[UNPAIRED] = (left, 0)
     return Selection(
@@ -235,6 +307,8 @@ def _renumber(
     paths: Sequence[ResponsePath], pairs: Sequence[Pair]
 ) -> tuple[list[ResponsePath], list[Pair]]:
     kept = sorted({side for pair in pairs for side in (pair.chosen, pair.rejected)})
+    if kept == list(range(len(paths))) and not any(path.set_id for path in paths):
+        return list(paths), list(pairs)
     new = {old: i for i, old in enumerate(kept)}
     sets: dict[int, int] = {}
     for old in kept:

@@ -1,8 +1,9 @@
-"""Files of preference records, read one record at a time, each with the line it stands on.
+"""Preference records of any source, read one at a time, each with the line it stands on.
 
-A file holds one JSON object a line, or one JSON array of objects; either may be gzipped. What a
-file is, is decided by its first bytes, not by its name. Lines are streamed; an array is read
-whole, because JSON gives no other safe place to cut it.
+A file holds one JSON object a line, or one JSON array of objects, plain or compressed with gzip
+or zstd; or it is a Parquet file. What a file is, is decided by its first bytes, not by its name.
+Lines are streamed; an array is read whole, because JSON gives no other safe place to cut it. A
+directory or an id of the hub is a Hugging Face data set (tables.py).
 
 A record that cannot be read is handed on with its `error` in place of a value, so that the
 caller decides whether to stop there or to count it and go on.
@@ -11,6 +12,7 @@ caller decides whether to stop there or to count it and go on.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,23 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_prefix.data.tables import is_dataset, open_dataset, read_dataset, read_parquet
 from megatron_prefix.errors import InputError
 
 GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+PARQUET_MAGIC = b"PAR1"
 BOM = b"\xef\xbb\xbf"
-EXPECTED = "one JSON object a line, or one array of objects, plain or gzipped"
-OTHER_KINDS = {
-    b"PAR1": "a Parquet file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"PK\x03\x04": "a zip",
-}
+EXPECTED = "one JSON object a line, or one array of objects, plain or compressed, or Parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One record of the input. `index` counts records over all inputs, unreadable ones too.
 
-    `line` counts from 1; exactly one of `value` and `error` is set.
+    `line` (of a table the row) counts from 1; exactly one of `value` and `error` is set.
     """
 
     index: int
@@ -42,19 +42,25 @@ class Record:
     line: int
     value: dict[str, Any] | None = None
     error: str | None = None
+    unit: str = "line"
 
     @property
     def where(self) -> str:
-        return f"{self.path}, line {self.line}"
+        return f"{self.path}, {self.unit} {self.line}"
 
 
-def check_inputs(paths: Sequence[Path]) -> None:
+def check_inputs(paths: Sequence[Path], split: str | None = None) -> None:
     """Refuse inputs that are missing or of another kind, before anything is read or written."""
     if not paths:
         raise InputError("no input file was given: name at least one with --input")
     for path in paths:
-        if path.is_dir():
-            raise InputError(f"{path} is a directory: name the files in it ({EXPECTED})")
+        if is_dataset(path):
+            open_dataset(path, split)
+            continue
+        if split is not None:
+            raise InputError(
+                f"--split {split}: {path} is no Hugging Face data set; only those have splits"
+            )
         if not path.exists():
             raise InputError(f"{path}: no such file. An input is a file with {EXPECTED}")
         try:
@@ -62,33 +68,76 @@ def check_inputs(paths: Sequence[Path]) -> None:
                 start = file.read(4)
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror})") from error
-        if start in OTHER_KINDS:
-            raise InputError(
-                f"{path} is {OTHER_KINDS[start]}, which is not read: write it as {EXPECTED}"
-            )
+        if start == b"PK\x03\x04":
+            raise InputError(f"{path} is a zip, which is not read: write it as {EXPECTED}")
+
+
+def input_bytes(paths: Sequence[Path]) -> int:
+    """Bytes of all input files; Hugging Face data sets count as none."""
+    return sum(path.stat().st_size for path in paths if not is_dataset(path))
 
 
 def read_records(
-    paths: Sequence[Path], on_bytes: Callable[[int], None] | None = None
+    paths: Sequence[Path],
+    on_bytes: Callable[[int], None] | None = None,
+    split: str | None = None,
 ) -> Iterator[Record]:
-    """Every record of the files, in order. `on_bytes` hears how many bytes were read so far."""
+    """Every record of the inputs, in order. `on_bytes` hears how many bytes were read so far."""
     index, before = 0, 0
     for path in paths:
-        with path.open("rb") as raw:
-            for line, value, error in _read_file(raw):
-                if on_bytes is not None:
-                    on_bytes(before + raw.tell())
-                yield Record(index=index, path=path, line=line, value=value, error=error)
-                index += 1
-        before += path.stat().st_size
+        for (line, value, error), position, unit in _read_input(path, split):
+            if on_bytes is not None:
+                on_bytes(before + position)
+            yield Record(index=index, path=path, line=line, value=value, error=error, unit=unit)
+            index += 1
+        before += input_bytes([path])
 
 
 Item = tuple[int, dict[str, Any] | None, str | None]
 
 
+def _read_input(path: Path, split: str | None) -> Iterator[tuple[Item, int, str]]:
+    """(item, bytes read so far, what the item's number counts) of one input."""
+    if is_dataset(path):
+        for item in read_dataset(path, split):
+            yield item, 0, "row"
+        return
+    with path.open("rb") as raw:
+        if raw.peek(4)[:4] == PARQUET_MAGIC:
+            for item, share in read_parquet(path):
+                yield item, int(share * path.stat().st_size), "row"
+            return
+        for item in _read_file(raw):
+            yield item, raw.tell(), "line"
+
+
+def _opened(raw: BinaryIO) -> tuple[BinaryIO, str]:
+    """The file's contents, decompressed, and the name of the compression or ""."""
+    start = raw.peek(4)[:4]  # type: ignore[attr-defined]
+    if start[:2] == GZIP_MAGIC:
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw)), "gzip"
+    if start == ZSTD_MAGIC:
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(_Unclosed(raw), "zstd")), "zstd"
+    return raw, ""
+
+
+class _Unclosed(io.RawIOBase):
+    """A file for a reader that closes what it reads from."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._file.readinto(buffer)  # type: ignore[attr-defined]
+
+
 def _read_file(raw: BinaryIO) -> Iterator[Item]:
-    zipped = raw.peek(2)[:2] == GZIP_MAGIC  # type: ignore[attr-defined]
-    file = gzip.GzipFile(fileobj=raw) if zipped else raw
+    file, compression = _opened(raw)
     line, found = 0, False
     try:
         if _starts_array(file):
@@ -99,22 +148,16 @@ def _read_file(raw: BinaryIO) -> Iterator[Item]:
             found = True
             yield line, value, error
     except (EOFError, OSError, zlib.error) as error:
-        what = "the gzip data is damaged or cut off" if zipped else "the file cannot be read"
-        yield line + 1, None, f"{what} ({error})"
+        what = f"the {compression} data is damaged or cut off"
+        yield line + 1, None, f"{what if compression else 'the file cannot be read'} ({error})"
         return
     if not found:
         yield 1, None, f"the file holds no record: {EXPECTED} is expected"
 
 
 def _starts_array(file: Any) -> bool:
-    """Whether the first character that is not white space opens an array; the file is rewound."""
-    while block := file.read(4096):
-        text = block.removeprefix(BOM).lstrip()
-        if text:
-            file.seek(0)
-            return text[:1] == b"["
-    file.seek(0)
-    return False
+    """Whether an array opens behind at most a buffer of white space; nothing is consumed."""
+    return file.peek(4096).removeprefix(BOM).lstrip()[:1] == b"["
 
 
 def _read_lines(file: Any) -> Iterator[Item]:
@@ -197,4 +240,4 @@ def json_type(value: Any) -> str:
     if isinstance(value, bool):
         return "a boolean"
     names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names[type(value)]
+    return names.get(type(value), f"a value of type {type(value).__name__}")

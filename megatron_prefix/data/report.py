@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_prefix.data.duplicates import Digests
+from megatron_prefix.data.rendering import WARNINGS
 from megatron_prefix.data.statistics import align, format_counts
 
 MAX_LISTED = 1000
@@ -37,7 +39,10 @@ class Losses:
 
 @dataclass
 class BuildReport:
-    """Counts of one build. `wrong` are unreadable records that `--on-error skip` passed over."""
+    """Counts of one build. `wrong` are unreadable records that `--on-error skip` passed over.
+
+    `digests` has an entry a group that was kept; `merged` is what `--merge-prompts` saved.
+    """
 
     format: str = "auto"
     num_records: int = 0
@@ -50,6 +55,8 @@ class BuildReport:
     num_cut_responses: int = 0
     num_cut_tokens: int = 0
     notes: dict[str, int] = field(default_factory=dict)
+    digests: Digests = field(default_factory=Digests)
+    merged: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str, **lost: int) -> None:
@@ -76,6 +83,8 @@ class BuildReport:
                 "tokens": self.num_cut_tokens,
             },
             "notes": self.notes,
+            "duplicates": self.digests.duplicates(MAX_LISTED),
+            "merged": self.merged,
         }
 
     def summary(self) -> str:
@@ -83,7 +92,7 @@ class BuildReport:
         manifest = self.manifest
         lines = align([["records read", f"{self.num_records:,}"], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
-        lines += self._lost_lines()
+        lines += self._lost_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
         lines += [
             "",
@@ -104,10 +113,31 @@ class BuildReport:
                 f"truncated  {self.num_cut_tokens:,} prompt tokens of {self.num_cut_responses:,} "
                 f"responses in {self.num_cut_groups:,} groups"
             ]
-        lines += [f"note  {count:,} {text}" for text, count in sorted(self.notes.items())]
+        lines += [
+            f"{'warning' if text in WARNINGS else 'note'}  {count:,} {text}"
+            for text, count in sorted(self.notes.items())
+        ]
         lines += [f"wrong  {reason}" for reason in self.wrong_reasons[:10]]
         if self.wrong.num_records > 10:
             lines.append(f"wrong  and {self.wrong.num_records - 10:,} more, see the manifest")
+        return lines
+
+    def _repeated_lines(self) -> list[str]:
+        lines = []
+        repeated = self.digests.duplicates(MAX_LISTED)
+        if repeated["num_records"]:
+            later, first = repeated["records"][0]
+            lines.append(
+                f"duplicates  {repeated['num_records']:,} records repeat the texts and labels of "
+                f"an earlier one (kept; record {later} is as record {first})"
+            )
+        if self.merged:
+            before, after = self.merged["tokens_before"], self.merged["tokens"]
+            lines.append(
+                f"merged  {self.merged['records']:,} records into {self.merged['groups']:,} groups "
+                f"by their prompts: {before:,} tokens as trees became {after:,} "
+                f"({before / after:.2f} x)"
+            )
         return lines
 
 

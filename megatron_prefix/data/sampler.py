@@ -1,10 +1,9 @@
 """The step plan: which groups make a step, in which rows, on which data-parallel rank.
 
-1. A **composition** says which groups share step s: a pure function of (data set fingerprint,
-   seed, step). `GroupBatches` takes `global_batch_size` groups off a seeded permutation;
-   `RowBatches` packs seeded windows first and takes `rows_per_step` rows.
+1. A **composition** (composition.py) says which groups share step s: a pure function of (data
+   set fingerprint, seed, step).
 2. The **sampler** cuts the step's groups into bundles under its `sharing` mode, packs them
-   into rows, adds as few empty rows as make all ranks equal, and deals rows to ranks.
+   into rows, adds as few empty rows as make all ranks equal, and deals rows to ranks by cost.
 3. The step's normaliser is known here, before anything is computed.
 
 There is no iterator state: resuming at step s, or on another number of ranks, is `step(s)`.
@@ -12,11 +11,9 @@ There is no iterator state: resuming at step s, or on another number of ranks, i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,138 +25,24 @@ from megatron_prefix.data.collate import (
     collate_padded,
     tree_targets,
 )
-from megatron_prefix.data.packing import deal, first_fit_decreasing, pack_step
+from megatron_prefix.data.composition import Composition, RowBatches
+from megatron_prefix.data.packing import deal, pack_step
+from megatron_prefix.data.plan_file import PackedPlan
 from megatron_prefix.data.sharing import Bundle, all_bundles, bundles_of, view
+from megatron_prefix.data.work import bundle_work
 from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
     from megatron_prefix.data.store import PreferenceDataset
-
-WINDOW = 8192
-"""Groups packed together by `RowBatches`: enough that the one unfilled row a window is < 1 %."""
-
-
-class Composition(Protocol):
-    """Which groups make a step."""
-
-    def groups(self, step: int) -> np.ndarray:
-        """Group indices of step `step`, counted from 0."""
-
-    def num_steps(self, epochs: int) -> int:
-        """Steps that `epochs` passes over the data take."""
-
-
-def seeded(*key: object) -> np.random.Generator:
-    """A random stream that is a function of `key` alone."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
-
-
-@dataclass(frozen=True)
-class GroupBatches:
-    """`batch_size` groups a step off one permutation an epoch, running on over epochs' ends.
-
-    With 5 groups and batches of 2, epochs [4 0 2 1 3] and [1 3 0 4 2] give the steps
-    [4 0] [2 1] [3 1] [3 0] [4 2].
-    """
-
-    num_groups: int
-    batch_size: int
-    fingerprint: str
-    seed: int
-    limit: int | None = None
-    """Epochs after which the last step is cut short; without it steps run on for ever."""
-
-    def groups(self, step: int) -> np.ndarray:
-        start, stop = step * self.batch_size, (step + 1) * self.batch_size
-        if self.limit is not None:
-            stop = min(stop, self.limit * self.num_groups)
-        parts = []
-        while start < stop:
-            epoch, offset = divmod(start, self.num_groups)
-            part = self._order(epoch)[offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-    def num_steps(self, epochs: int) -> int:
-        return -(-self.num_groups * epochs // self.batch_size)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return _permutation(self.num_groups, self.fingerprint, self.seed, epoch)
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_groups: int, fingerprint: str, seed: int, epoch: int) -> np.ndarray:
-    return seeded("order", fingerprint, seed, epoch).permutation(num_groups)
-
-
-@dataclass(frozen=True, eq=False)
-class RowBatches:
-    """`rows_per_step` packed rows a step.
-
-    An epoch's groups are permuted, packed first-fit-decreasing in windows of `window` groups,
-    and the rows of all windows are permuted. A row holds whole groups, so a group is in one
-    step only; its last step has the rows that remain.
-    """
-
-    lengths: np.ndarray
-    """Tokens of each group under the sharing mode that is packed, [groups]."""
-    capacity: int
-    rows_per_step: int
-    fingerprint: str
-    seed: int
-    window: int = WINDOW
-
-    def __post_init__(self) -> None:
-        longest = int(self.lengths.argmax())
-        if self.lengths[longest] > self.capacity:
-            raise InputError(
-                f"group {longest} has {self.lengths[longest]} tokens and data.row_capacity is "
-                f"{self.capacity}; with data.rows_per_step a row holds whole groups: raise it, "
-                "build with a smaller --max-length, or use data.global_batch_size"
-            )
-
-    def rows(self, step: int) -> list[np.ndarray]:
-        """The groups of each row of the step."""
-        epoch, first = 0, 0
-        while step >= (last := first + self._steps_of(epoch)):
-            epoch, first = epoch + 1, last
-        start = (step - first) * self.rows_per_step
-        return self._epoch(epoch)[start : start + self.rows_per_step]
-
-    def groups(self, step: int) -> np.ndarray:
-        return np.concatenate(self.rows(step))
-
-    def num_steps(self, epochs: int) -> int:
-        return sum(self._steps_of(epoch) for epoch in range(epochs))
-
-    @cache  # noqa: B019 (a run has one composition, alive as long as the run)
-    def _steps_of(self, epoch: int) -> int:
-        """Each epoch is packed anew, so that epochs may differ by a row."""
-        return -(-len(self._epoch(epoch)) // self.rows_per_step)
-
-    def fill(self, epoch: int = 0) -> float:
-        """Tokens over capacity, over all rows of an epoch, at most 1."""
-        return float(self.lengths.sum() / (self.capacity * len(self._epoch(epoch))))
-
-    @lru_cache(maxsize=2)  # noqa: B019 (a run has one composition, alive as long as the run)
-    def _epoch(self, epoch: int) -> list[np.ndarray]:
-        order = seeded("order", self.fingerprint, self.seed, epoch).permutation(len(self.lengths))
-        rows = []
-        for start in range(0, len(order), self.window):
-            groups = order[start : start + self.window]
-            packed = first_fit_decreasing(self.lengths[groups], self.capacity)
-            rows += [groups[items] for items in packed]
-        shuffle = seeded("rows", self.fingerprint, self.seed, epoch).permutation(len(rows))
-        return [rows[i] for i in shuffle]
+    from megatron_prefix.flops import CostModel
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepPlan:
     """One step: `rows[rank]` lists that rank's rows, each a list of bundles.
 
-    `weight` is the sum of pair weights over the whole step: the loss's denominator.
+    `weight` is the sum of pair weights over the whole step: the loss's denominator. `costs[rank]`
+    is what that rank's rows cost, in FLOP of a forward pass, or tokens without a cost model.
     """
 
     step: int
@@ -167,6 +50,7 @@ class StepPlan:
     rows: list[list[list[Bundle]]]
     weight: float
     num_pairs: int
+    costs: list[float]
 
 
 def loss_weights(dataset: PreferenceDataset, group: int, weighting: str) -> np.ndarray:
@@ -189,7 +73,8 @@ class Sampler:
 
     `row_multiple` rounds row lengths up (tensor x context parallel size), `count_multiple` the
     rows a rank (pipeline size under virtual pipelining). `micro_batch_size` replaces packing
-    by that many sequences, padded. `targets` says what the model is asked of each tree. Raises
+    by that many sequences, padded. `targets` says what the model is asked of each tree; `cost` is
+    what ranks get alike of, tokens without it. Raises
     InputError where any bundle of the data set does not fit, before the first step.
     """
 
@@ -203,16 +88,19 @@ class Sampler:
     row_multiple: int = 1
     count_multiple: int = 1
     targets: Targets = tree_targets
+    packing_method: str = "first-fit"
+    cost: CostModel | None = None
 
     def __post_init__(self) -> None:
         if not (self.row_capacity or self.micro_batch_size):
             raise ValueError("a sampler needs row_capacity (tokens) or micro_batch_size")
-        self._check_fit()
+        if not isinstance(self.composition, PackedPlan):  # what is packed fits
+            self._check_fit()
 
     def _check_fit(self) -> None:
-        group, item, tokens = all_bundles(self.dataset, self.sharing)
+        group, _, tokens = all_bundles(self.dataset, self.sharing)
         if self.micro_batch_size:
-            self._check_sequences(group, item)
+            self._check_sequences(group)
             if self.sharing in ("none", "response"):
                 tokens = np.asarray(self.dataset.response_lengths, np.int64)
                 group = np.repeat(
@@ -227,23 +115,29 @@ class Sampler:
                 f"{self.row_capacity}: raise it, or build with a smaller --max-length"
             )
 
-    def _check_sequences(self, group: np.ndarray, item: np.ndarray) -> None:
-        for g, i in zip(group.tolist(), item.tolist(), strict=True):
-            sequences = self._num_sequences(Bundle(g, i, 0))
-            if sequences > self.micro_batch_size:
-                raise InputError(
-                    f"{self.dataset.prefix}: group {g} is {sequences} sequences under "
-                    f"data.sharing: {self.sharing} that must share a micro batch, and "
-                    f"data.micro_batch_size is {self.micro_batch_size}: raise it"
-                )
-            if self.sharing != "response":
-                return  # alike for all groups
+    def _check_sequences(self, group: np.ndarray) -> None:
+        if self.sharing == "response":  # as many as a comparison set has responses
+            firsts = np.asarray(self.dataset.group_responses)
+            owner = np.repeat(np.arange(len(self.dataset)), np.diff(firsts))
+            sets = np.asarray(self.dataset.response_sets, np.int64)
+            most = int(sets.max()) + 1
+            counts = np.unique(owner * most + sets, return_counts=True)[1]
+        else:
+            counts = np.full(len(group), 2 if self.sharing == "none" else 1)
+        worst = int(np.argmax(counts > self.micro_batch_size))
+        if counts[worst] > self.micro_batch_size:
+            raise InputError(
+                f"{self.dataset.prefix}: group {group[worst]} is {counts[worst]} sequences under "
+                f"data.sharing: {self.sharing} that must share a micro batch, and "
+                f"data.micro_batch_size is {self.micro_batch_size}: raise it"
+            )
 
     def step(self, step: int) -> StepPlan:
         """The plan of step `step`, counted from 0."""
         groups = self.composition.groups(step)
         rows = self._rows(step, groups)
-        dealt = deal([sum(b.num_tokens for b in row) for row in rows], self.num_ranks)
+        costs = [sum(map(self._cost, row)) for row in rows]
+        dealt = deal(costs, self.num_ranks)
         weights = [loss_weights(self.dataset, int(g), self.weighting) for g in groups]
         return StepPlan(
             step=step,
@@ -251,6 +145,7 @@ class Sampler:
             rows=[[rows[i] for i in share] for share in dealt],
             weight=float(sum(w.sum() for w in weights)),
             num_pairs=sum(len(w) for w in weights),
+            costs=[sum(costs[i] for i in share) for share in dealt],
         )
 
     def micro_batches(self, plan: StepPlan, rank: int = 0) -> list[MicroBatch]:
@@ -262,16 +157,43 @@ class Sampler:
 
     def _rows(self, step: int, groups: np.ndarray) -> list[list[Bundle]]:
         multiple = self.num_ranks * self.count_multiple
-        if isinstance(self.composition, RowBatches) and not self.micro_batch_size:
-            packed = [self._bundles(row) for row in self.composition.rows(step)]
-            if all(sum(b.num_tokens for b in row) <= self.row_capacity for row in packed):
-                return packed + [[] for _ in range(-len(packed) % multiple)]
-        bundles = self._bundles(groups)
         if self.micro_batch_size:
-            rows = self._fixed_size(bundles)
+            rows = self._fixed_size(self._bundles(groups))
             return rows + [[] for _ in range(-len(rows) % multiple)]
-        packed = pack_step([b.num_tokens for b in bundles], self.row_capacity, multiple)
+        bundles, tokens, packed, is_fixed = self._packed(step, groups)
+        if is_fixed:
+            packed += [[] for _ in range(-len(packed) % multiple)]
+        else:
+            costs = [self._cost(bundle) for bundle in bundles] if multiple > 1 else None
+            packed = pack_step(
+                tokens, self.row_capacity, multiple, costs, packed, self.packing_method
+            )
         return [[bundles[i] for i in row] for row in packed]
+
+    def _packed(
+        self, step: int, groups: np.ndarray
+    ) -> tuple[list[Bundle], list[int], list[list[int]] | None, bool]:
+        """Bundles, their tokens, the rows that the composition has for them (indices of bundles;
+        None where it has none), and whether those rows are what makes the step."""
+        composition = self.composition
+        if isinstance(composition, RowBatches):
+            parts = [self._bundles(row) for row in composition.rows(step)]
+            bundles = [bundle for part in parts for bundle in part]
+            index = iter(range(len(bundles)))
+            rows = [[next(index) for _ in part] for part in parts]
+            fits = all(sum(b.num_tokens for b in p) <= self.row_capacity for p in parts)
+            tokens = [bundle.num_tokens for bundle in bundles]
+            return bundles, tokens, rows if fits else None, fits
+        bundles = self._bundles(groups)
+        tokens = [bundle.num_tokens for bundle in bundles]
+        if isinstance(composition, PackedPlan):
+            return bundles, tokens, composition.rows(step, tokens), composition.has_fixed_rows
+        return bundles, tokens, None, False
+
+    def _cost(self, bundle: Bundle) -> float:
+        if self.cost is None:
+            return float(bundle.num_tokens)
+        return bundle_work(self.dataset, bundle, self.sharing).cost(self.cost)
 
     def _bundles(self, groups: Sequence[int]) -> list[Bundle]:
         return [b for g in groups for b in bundles_of(self.dataset, int(g), self.sharing)]
@@ -304,9 +226,3 @@ class Sampler:
             weights = loss_weights(self.dataset, bundle.group, self.weighting)[part.pairs]
             items.append(RowItem(group=bundle.group, view=part, pair_weights=weights))
         return items
-
-
-def group_lengths(dataset: PreferenceDataset, sharing: str) -> np.ndarray:
-    """Tokens of each group under a sharing mode, int64 [groups]."""
-    group, _, tokens = all_bundles(dataset, sharing)
-    return np.bincount(group, tokens, len(dataset)).astype(np.int64)

@@ -72,10 +72,11 @@ def all_bundles(dataset: PreferenceDataset, sharing: str) -> tuple[np.ndarray, .
     firsts = np.asarray(dataset.group_responses)
     if sharing == "response":
         group = np.repeat(np.arange(num_groups), np.diff(firsts))
-        keys = np.stack([group, np.asarray(dataset.response_sets, np.int64)])
-        sets, inverse = np.unique(keys, axis=1, return_inverse=True)
-        tokens = np.bincount(inverse.reshape(-1), lengths, sets.shape[1])
-        return sets[0], sets[1], tokens.astype(np.int64)
+        sets = np.asarray(dataset.response_sets, np.int64)
+        most = int(sets.max()) + 1
+        keys, inverse = np.unique(group * most + sets, return_inverse=True)
+        tokens = np.bincount(inverse, lengths, len(keys))
+        return keys // most, keys % most, tokens.astype(np.int64)
     pair_offsets = np.asarray(dataset.group_pairs)
     group = np.repeat(np.arange(num_groups), np.diff(pair_offsets))
     sides = np.asarray(dataset.pair_responses, np.int64) + firsts[group][:, None]
@@ -83,6 +84,12 @@ def all_bundles(dataset: PreferenceDataset, sharing: str) -> tuple[np.ndarray, .
     if sharing == "pair":
         tokens -= np.asarray(dataset.response_prompts, np.int64)[sides].min(axis=1)
     return group, np.arange(len(group)) - pair_offsets[group], tokens
+
+
+def group_lengths(dataset: PreferenceDataset, sharing: str) -> np.ndarray:
+    """Tokens of each group under a sharing mode, int64 [groups]."""
+    group, _, tokens = all_bundles(dataset, sharing)
+    return np.bincount(group, tokens, len(dataset)).astype(np.int64)
 
 
 def view(tree: PrefixTree, sharing: str, item: int) -> View:

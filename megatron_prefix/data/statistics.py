@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.data.blocks import Block, starts
 from megatron_prefix.data.tree import PrefixTree
 
 SHARING_TOKENS = ("none", "response", "pair", "tree")
@@ -24,17 +25,21 @@ def path_lengths(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray]:
     return depth[tree.response_last], depth[first] - np.array(lengths, np.int64)[first]
 
 
-def sharing_tokens(tree: PrefixTree, lengths: np.ndarray, prompts: np.ndarray) -> dict[str, int]:
-    """Tokens of one group under each sharing mode, from `path_lengths`.
+def sharing_tokens(block: Block) -> dict[str, int]:
+    """Tokens of a block's groups under each sharing mode.
 
     Prompt of 10, responses of 2 and 3, one pair: none and response 25, pair and tree 15.
     """
-    sides = lengths[tree.pairs]
+    columns = block.columns
+    first = np.repeat(starts(columns["group_responses"]), columns["group_pairs"])
+    sides = columns["pair_responses"] + first[:, None]
+    lengths, prompts = columns["response_lengths"], columns["response_prompts"]
+    unshared = int(lengths[sides].sum(dtype=np.int64))
     return {
-        "none": int(sides.sum()),
-        "response": int(lengths.sum()),
-        "pair": int(sides.sum() - prompts[tree.pairs].min(axis=1).sum()) if len(sides) else 0,
-        "tree": tree.num_tokens,
+        "none": unshared,
+        "response": int(lengths.sum(dtype=np.int64)),
+        "pair": unshared - int(prompts[sides].min(axis=1).sum(dtype=np.int64)),
+        "tree": len(block.tokens),
     }
 
 
@@ -49,7 +54,7 @@ class Histogram:
             grown = np.zeros(max(top + 1, 2 * len(self._counts)), np.int64)
             grown[: len(self._counts)] = self._counts
             self._counts = grown
-        np.add.at(self._counts, values, 1)
+        self._counts += np.bincount(values, minlength=len(self._counts))
 
     def summary(self) -> dict[str, float]:
         """min, median, p95, p99, max (values that occur, the lower one at ties) and mean."""
@@ -71,14 +76,19 @@ class Statistics:
         self.tokens = dict.fromkeys(SHARING_TOKENS, 0)
         self._lengths = {name: Histogram() for name in ("prompt", "response", "path", "tree")}
 
-    def add(self, tree: PrefixTree, lengths: np.ndarray, prompts: np.ndarray) -> None:
-        """One group; `lengths` and `prompts` as `path_lengths` gives them."""
-        counted = (1, tree.num_nodes, tree.num_responses, tree.num_pairs, tree.num_tokens)
+    def add(self, block: Block) -> None:
+        """All groups of a block."""
+        columns = block.columns
+        sizes = (columns["group_nodes"], columns["response_last"], columns["pair_weights"])
+        nodes = len(block.node_lengths)
+        counted = (len(sizes[0]), nodes, len(sizes[1]), len(sizes[2]), len(block.tokens))
         for name, count in zip(self.counts, counted, strict=True):
             self.counts[name] += count
-        for name, count in sharing_tokens(tree, lengths, prompts).items():
+        for name, count in sharing_tokens(block).items():
             self.tokens[name] += count
-        parts = (prompts, lengths - prompts, lengths, np.array([tree.num_tokens]))
+        lengths, prompts = columns["response_lengths"], columns["response_prompts"]
+        trees = np.add.reduceat(block.node_lengths, starts(columns["group_nodes"]))
+        parts = (prompts, lengths - prompts, lengths, trees)
         for histogram, values in zip(self._lengths.values(), parts, strict=True):
             histogram.add(values)
 

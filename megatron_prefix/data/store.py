@@ -5,8 +5,8 @@
     PREFIX.json              the manifest, written last: counts, tokenizer, checksums
 
 A data set is written into a directory of its own beside PREFIX and moved into place at the end,
-the manifest last; without a manifest nothing is read. Writing holds one group and, a node, two
-list entries of Megatron-Core's index builder; reading holds what is touched.
+the manifest last; without a manifest nothing is read. Writing holds one block of groups, reading
+what is touched.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import contextlib
 import json
 import os
 import shutil
-import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.columns import COLUMNS, ColumnWriter, file_entry
+from megatron_prefix.data.blocks import Block, starts
+from megatron_prefix.data.columns import COLUMNS, OFFSETS, ColumnWriter, file_entry
+from megatron_prefix.data.index import DTYPES, HEADER, MAGIC, IndexedWriter
+from megatron_prefix.data.leftovers import building_folder, clear_leftovers
 from megatron_prefix.data.manifest import (
     FILES,
     FORMAT,
@@ -34,13 +35,12 @@ from megatron_prefix.data.manifest import (
     manifest_digest,
     suffix_path,
 )
-from megatron_prefix.data.statistics import Statistics, path_lengths
+from megatron_prefix.data.statistics import Statistics
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
 
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = 34  # magic 9, version 8, dtype 1, number of sequences 8, of documents 8
-INDEX_DTYPES = {4: np.int32, 8: np.uint16}
+BLOCK = 256
+"""Groups that `add` holds before they are written."""
 
 
 class DatasetWriter:
@@ -64,14 +64,13 @@ class DatasetWriter:
         self.prefix, self._given = Path(prefix), str(prefix)
         self.tokenizer = dict(tokenizer)
         self.options = dict(options or {})
-        self.statistics = Statistics()
+        self._statistics = Statistics()
         self.dtype = np.uint16 if self.tokenizer["vocab_size"] <= 1 << 16 else np.int32
-        self._work = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.building")
+        self._work = building_folder(self.prefix)
         self._made: list[Path] = []
         self._columns: dict[str, ColumnWriter] = {}
-        self._builder: Any = None
-        self.seconds_importing = 0.0
-        """Time that loading Megatron-Core took, which is no part of writing."""
+        self._index: IndexedWriter | None = None
+        self._waiting: tuple[list[PrefixTree], list[tuple[int, int]]] = [], []
 
     def __enter__(self) -> DatasetWriter:
         if self.prefix.name in ("", "..") or self._given.endswith(os.sep):
@@ -80,6 +79,7 @@ class DatasetWriter:
             for parent in reversed([d for d in self.prefix.parents if not d.exists()]):
                 parent.mkdir()
                 self._made.append(parent)
+            clear_leftovers(self.prefix)
             shutil.rmtree(self._work, ignore_errors=True)
             (self._work / "tree").mkdir(parents=True)
         except OSError as error:
@@ -97,57 +97,71 @@ class DatasetWriter:
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise InputError(f"output {self.prefix} cannot be written: {error}") from error
 
-    def add(self, tree: PrefixTree, record: int) -> None:
-        """Append one group; `record` is the index of the input record it comes from."""
+    @property
+    def statistics(self) -> Statistics:
+        """Of all that was added."""
+        self._flush()
+        return self._statistics
+
+    def add(self, tree: PrefixTree, record: int, num_records: int = 1) -> None:
+        """Append one group; `record` is the index of the (first) input record it comes from."""
+        trees, records = self._waiting
+        trees.append(tree)
+        records.append((record, num_records))
+        if len(trees) == BLOCK:
+            self._flush()
+
+    def add_block(self, block: Block) -> None:
+        """Append groups that come behind all that were added before."""
+        self._flush()
+        self._write(block)
+
+    def _flush(self) -> None:
+        trees, records = self._waiting
+        self._waiting = [], []
+        if trees:
+            self._write(Block.of_trees(trees, *zip(*records, strict=True)))
+
+    def _write(self, block: Block) -> None:
         vocab_size = self.tokenizer["vocab_size"]
-        low, high = int(tree.tokens.min()), int(tree.tokens.max())
+        low, high = int(block.tokens.min()), int(block.tokens.max())
         if low < 0 or high >= vocab_size:
+            at = int(np.flatnonzero((block.tokens < 0) | (block.tokens >= vocab_size))[0])
+            ends = np.cumsum(
+                np.add.reduceat(block.node_lengths, starts(block.columns["group_nodes"]))
+            )
+            record = block.columns["group_records"][np.searchsorted(ends, at, "right")]
             raise InputError(
-                f"record {record} has token id {low if low < 0 else high}, and the vocabulary of "
+                f"record {record} has token id {block.tokens[at]}, and the vocabulary of "
                 f"tokenizer {self.tokenizer['name']} has {vocab_size}: the tokenizer is damaged"
             )
-        if self._builder is None:
+        if self._index is None:
             self._open()
-        lengths, prompts = path_lengths(tree)
-        self.statistics.add(tree, lengths, prompts)
-        self._builder.add_document(tree.tokens, tree.node_lengths.tolist())
-        counts = self.statistics.counts
-        values = {
-            "group_nodes": [counts["nodes"]],
-            "group_responses": [counts["responses"]],
-            "group_pairs": [counts["pairs"]],
-            "group_records": [record],
-            "node_parents": tree.parents,
-            "response_first": tree.response_first,
-            "response_last": tree.response_last,
-            "response_lengths": lengths,
-            "response_prompts": prompts,
-            "response_sets": tree.response_sets,
-            "response_ranks": tree.ranks,
-            "response_scores": tree.scores,
-            "pair_responses": tree.pairs,
-            "pair_weights": tree.pair_weights,
-            "pair_margins": tree.pair_margins,
-        }
+        before = dict(self._statistics.counts)
+        self._statistics.add(block)
+        self._index.write(block.tokens, block.node_lengths)
         for name, column in self._columns.items():
-            column.write(values[name])
+            values = block.columns[name]
+            if name in OFFSETS:
+                values = before[name.split("_")[1]] + np.cumsum(values)
+            column.write(values)
 
     def finish(self, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Put the data set in its place and return its manifest, which keeps `report`."""
-        if self._builder is None:
+        self._flush()
+        if self._index is None:
             raise InputError(f"nothing is left to write to {self.prefix}: no group has a pair")
         for column in self._columns.values():
             column.close()
-        self._builder.finalize(str(self._work / "idx"))
-        self._builder = None
+        self._index.finish(np.load(self._work / "tree" / "group_nodes.npy", mmap_mode="r"))
         files = {name: file_entry(self._work / name[1:]) for name in FILES}
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "fingerprint": fingerprint(files, self.tokenizer),
-            "counts": self.statistics.counts,
-            "tokens": self.statistics.tokens,
-            "lengths": self.statistics.lengths(),
+            "counts": self._statistics.counts,
+            "tokens": self._statistics.tokens,
+            "lengths": self._statistics.lengths(),
             "dtype": np.dtype(self.dtype).name,
             "tokenizer": self.tokenizer,
             "options": self.options,
@@ -166,16 +180,10 @@ class DatasetWriter:
         return manifest
 
     def _open(self) -> None:
-        started = time.monotonic()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of optional GPU packages that are not installed
-            from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-        self.seconds_importing = time.monotonic() - started
-
-        self._builder = IndexedDatasetBuilder(str(self._work / "bin"), dtype=self.dtype)
+        self._index = IndexedWriter(self._work, self.dtype)
         for name, (dtype, tail) in COLUMNS.items():
             self._columns[name] = ColumnWriter(self._work / "tree" / f"{name}.npy", dtype, tail)
-        for name in ("group_nodes", "group_responses", "group_pairs"):
+        for name in OFFSETS:
             self._columns[name].write([0])
 
     def _move(self) -> None:
@@ -190,8 +198,7 @@ class DatasetWriter:
         os.replace(self._work / "json", suffix_path(self.prefix, ".json"))
 
     def _discard(self) -> None:
-        files = [] if self._builder is None else [self._builder.data_file]
-        self._builder = None
+        files = [] if self._index is None else [self._index]
         for file in (*files, *self._columns.values()):
             with contextlib.suppress(OSError):  # a full disk does not take the rest of a buffer
                 file.close()
@@ -207,10 +214,11 @@ class PreferenceDataset:
     """A data set as `build` leaves it, memory-mapped: `dataset[i]` is group i as a PrefixTree.
 
     The columns of docs/data_format.md are attributes: `group_nodes` [G+1], `group_responses`
-    [G+1], `group_pairs` [G+1], `group_records` [G], `node_parents` [M], `response_first`,
-    `response_last`, `response_lengths`, `response_prompts`, `response_sets`, `response_ranks`,
-    `response_scores` [R], `pair_responses` [P, 2], `pair_weights`, `pair_margins` [P]; so are
-    `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and `tokens` [T].
+    [G+1], `group_pairs` [G+1], `group_records`, `group_num_records` [G], `node_parents` [M],
+    `response_first`, `response_last`, `response_lengths`, `response_prompts`, `response_sets`,
+    `response_ranks`, `response_scores` [R], `pair_responses` [P, 2], `pair_weights`,
+    `pair_margins` [P]; so are `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and
+    `tokens` [T].
 
     Opening checks that every file is there, with its size and shape; `verify_checksums` reads
     all bytes, `verify` also checks what they mean. All raise InputError.
@@ -220,6 +228,7 @@ class PreferenceDataset:
     group_responses: np.ndarray
     group_pairs: np.ndarray
     group_records: np.ndarray
+    group_num_records: np.ndarray
     node_parents: np.ndarray
     response_first: np.ndarray
     response_last: np.ndarray
@@ -314,14 +323,14 @@ class PreferenceDataset:
         counts, path = self.manifest["counts"], suffix_path(self.prefix, ".idx")
         dtype = np.dtype(self.manifest["dtype"])
         with path.open("rb") as file:
-            head = file.read(INDEX_HEADER)
+            head = file.read(HEADER)
         expected = (1, counts["nodes"], counts["groups"] + 1)
         found = tuple(int.from_bytes(head[a:b], "little") for a, b in ((9, 17), (18, 26), (26, 34)))
-        if head[:9] != INDEX_MAGIC or found != expected or INDEX_DTYPES.get(head[17]) != dtype:
+        if head[:9] != MAGIC or found != expected or DTYPES.get(head[17]) != dtype:
             raise InputError(f"{path} is not the index its manifest describes: build it again")
         nodes = counts["nodes"]
         layout = (("node_lengths", np.int32, nodes), ("node_pointers", np.int64, nodes))
-        at = INDEX_HEADER
+        at = HEADER
         for name, kind, length in (*layout, ("documents", np.int64, counts["groups"] + 1)):
             if at + np.dtype(kind).itemsize * length > path.stat().st_size:
                 raise InputError(f"{path} is cut off: build the data set again")
@@ -343,8 +352,7 @@ class PreferenceDataset:
             except Exception as error:  # whatever a damaged header makes NumPy raise
                 raise InputError(f"{path} cannot be read ({error}): build it again") from error
             kind = name.split("_")[0] + "s"
-            is_offset = name in ("group_nodes", "group_responses", "group_pairs")
-            shape = (counts[kind] + is_offset, *tail)
+            shape = (counts[kind] + (name in OFFSETS), *tail)
             if column.shape != shape or column.dtype != dtype:
                 raise InputError(
                     f"{path} is {column.dtype} {column.shape}, its manifest asks for {dtype} "

@@ -6,21 +6,22 @@
 
 `encode` never adds special tokens: where a text begins and ends is decided in paths.py. Messages
 become text by the tokenizer's chat template; a tokenizer without one writes them as HH-RLHF
-does, see `plain_layout`.
+does, see `plain_layout`. Hugging Face tokenizers stand in hf_tokenizer.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_prefix.data.fields import Message
+from megatron_prefix.data.word_cache import WordCache
 from megatron_prefix.errors import InputError
 
 PLAIN_MARKERS = {
@@ -43,10 +44,31 @@ def plain_layout(messages: Sequence[Message], add_generation_prompt: bool) -> st
                 f"role {message.role!r} is not one of {', '.join(PLAIN_MARKERS)}, and the "
                 "tokenizer has no chat template that could know it"
             )
+        if message.extra:
+            raise InputError(
+                "a message calls a tool or answers one, and the tokenizer has no chat template "
+                "that could write it"
+            )
         parts.append(f"{PLAIN_MARKERS[message.role]} {message.content}")
     if add_generation_prompt:
         parts.append(PLAIN_MARKERS["assistant"])
     return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Messages as one text.
+
+    `literal` are the half-open spans of it, in characters, where a message itself spells a
+    special token that is to stay text.
+    """
+
+    text: str
+    literal: tuple[tuple[int, int], ...] = ()
+
+    def head(self, length: int) -> Rendered:
+        """The first `length` characters."""
+        return Rendered(self.text[:length], tuple(s for s in self.literal if s[1] <= length))
 
 
 class Tokenizer(ABC):
@@ -72,9 +94,27 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Readable text, special tokens shown where the tokenizer can show them."""
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Messages as one text; `add_generation_prompt` opens the assistant's next turn."""
-        return plain_layout(messages, add_generation_prompt)
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: str = ""
+    ) -> Rendered:
+        """Messages as one text; `add_generation_prompt` opens the assistant's next turn.
+
+        `tools` is the JSON text of a list of functions, or "".
+        """
+        if tools:
+            raise InputError(
+                f"column 'tools' needs a chat template, and tokenizer {self.name} has none: "
+                "remove the column, or give another tokenizer"
+            )
+        return Rendered(plain_layout(messages, add_generation_prompt))
+
+    def encode_rendered(self, rendered: Rendered) -> np.ndarray:
+        """Token ids of rendered messages, int64 [T]; the template's special tokens are such."""
+        return self.encode(rendered.text)
+
+    def spells_special(self, text: str) -> bool:
+        """Whether `text` spells a special token that `encode` takes as text."""
+        return False
 
     def describe(self) -> dict[str, Any]:
         """What a data set's manifest says about the tokenizer."""
@@ -129,6 +169,7 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{path} is not a SentencePiece model: give a model file, the directory of a "
                 "Hugging Face tokenizer, or bytes"
             ) from error
+        self._words = WordCache(self._model)
         self.name = str(path.resolve())
         self.vocab_size = self._model.vocab_size()
         self.bos_id = self._defined(self._model.bos_id())
@@ -140,7 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
         return token if token >= 0 else None
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text), np.int64)
+        return self._words.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         text, run = [], []
@@ -153,80 +194,21 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join([*text, self._model.decode(run)])
 
 
-class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer directory or hub id, with its chat template; code in it is never run."""
+def load_tokenizer(spec: str | Path, parse_special: bool = False) -> Tokenizer:
+    """The tokenizer named by `spec`, see this module's head. Raises InputError.
 
-    kind = "huggingface"
-
-    def __init__(self, spec: str) -> None:
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise InputError(
-                f"tokenizer {spec!r} needs the package transformers: pip install transformers"
-            ) from error
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"tokenizer {spec!r} cannot be loaded ({first}): give bytes, a SentencePiece "
-                "model file, a directory with a Hugging Face tokenizer, or a hub id in reach"
-            ) from error
-        self._tokenizer.model_max_length = 1 << 40  # the limit here is --max-length
-        path = Path(spec)
-        self.name = str(path.resolve()) if path.is_dir() else spec
-        ids = self._tokenizer.get_vocab().values()
-        self.vocab_size = max(len(self._tokenizer), max(ids, default=-1) + 1)
-        self.bos_id = self._tokenizer.bos_token_id
-        self.eos_id = self._tokenizer.eos_token_id
-        self.has_chat_template = bool(self._tokenizer.chat_template)
-        self.fingerprint = hashlib.sha256(self._definition().encode()).hexdigest()
-
-    def _definition(self) -> str:
-        """Everything that decides ids and rendered text, as canonical JSON."""
-        tokenizer = self._tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocab_file = getattr(tokenizer, "vocab_file", None)
-        if backend is not None:
-            core = backend.to_str()
-        else:
-            core = [type(tokenizer).__name__, tokenizer.get_vocab()]
-            if vocab_file and Path(vocab_file).is_file():
-                core.append(hashlib.sha256(Path(vocab_file).read_bytes()).hexdigest())
-        parts = [core, tokenizer.chat_template, self.bos_id, self.eos_id]
-        return json.dumps(parts, sort_keys=True)
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False), np.int64)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        if not self.has_chat_template:
-            return plain_layout(messages, add_generation_prompt)
-        from jinja2.exceptions import TemplateError
-
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            return self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise InputError(
-                f"the tokenizer's chat template refuses the messages ({error}): their roles are "
-                f"{', '.join(m.role for m in messages)}"
-            ) from error
-
-
-def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer named by `spec`, see this module's head. Raises InputError."""
-    if str(spec) == "bytes":
-        return ByteTokenizer()
+    With `parse_special` a text that spells a special token becomes that token.
+    """
     path = Path(spec)
-    if path.is_file():
-        return SentencePieceTokenizer(path)
+    if str(spec) == "bytes" or path.is_file():
+        if parse_special:
+            raise InputError(
+                f"--parse-special: tokenizer {spec} finds no special tokens in texts, only a "
+                "Hugging Face tokenizer does: leave the flag out"
+            )
+        return ByteTokenizer() if str(spec) == "bytes" else SentencePieceTokenizer(path)
     if not path.exists() and str(spec).endswith(".model"):
         raise InputError(f"tokenizer {spec}: no such file")
-    return HuggingFaceTokenizer(str(spec))
+    from megatron_prefix.data.hf_tokenizer import HuggingFaceTokenizer
+
+    return HuggingFaceTokenizer(str(spec), parse_special)

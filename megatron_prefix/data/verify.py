@@ -52,12 +52,15 @@ def verify_layout(dataset: PreferenceDataset) -> None:
     counts, prefix = dataset.manifest["counts"], dataset.prefix
     for name, total in (("nodes", "nodes"), ("responses", "responses"), ("pairs", "pairs")):
         offsets = np.asarray(getattr(dataset, f"group_{name}"))
-        if offsets[0] != 0 or offsets[-1] != counts[total] or (np.diff(offsets) < 1).any():
+        least = 0 if name == "pairs" and not counts["pairs"] else 1
+        if offsets[0] != 0 or offsets[-1] != counts[total] or (np.diff(offsets) < least).any():
             raise InputError(f"{prefix}.tree/group_{name}.npy: offsets do not ascend: {REMEDY}")
     if not np.array_equal(dataset.documents, dataset.group_nodes):
         raise InputError(f"{prefix}.idx: documents are not the groups: {REMEDY}")
     if (np.diff(dataset.group_records) <= 0).any() or dataset.group_records[0] < 0:
         raise InputError(f"{prefix}.tree/group_records.npy: records do not ascend: {REMEDY}")
+    if (dataset.group_num_records < 1).any():
+        raise InputError(f"{prefix}.tree/group_num_records.npy: a group of no record: {REMEDY}")
     lengths = np.asarray(dataset.node_lengths, np.int64)
     ends = np.cumsum(lengths)
     pointers = (ends - lengths) * dataset.tokens.itemsize
@@ -83,7 +86,7 @@ def _tree_problem(dataset: PreferenceDataset, group: int) -> str | None:
         ("response_last", tree.response_last, nodes),
         ("pair_responses", tree.pairs, responses),
     ):
-        if values.min() < 0 or values.max() >= count:
+        if values.min(initial=0) < 0 or values.max(initial=-1) >= count:
             return f"{name} points outside the group"
     problem = _shape_problem(tree)
     if problem:

@@ -8,9 +8,12 @@ import numpy as np
 
 from megatron_prefix.config import Config, LossConfig
 from megatron_prefix.data.collate import score_targets, tree_targets
-from megatron_prefix.data.sampler import GroupBatches, RowBatches, Sampler, group_lengths
+from megatron_prefix.data.composition import Composition, PlanSettings
+from megatron_prefix.data.plan_file import PackedPlan
+from megatron_prefix.data.sampler import Sampler
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
+from megatron_prefix.flops import CostModel
 from megatron_prefix.train.parallel import World
 
 EVALUATION_GROUPS = 64
@@ -19,18 +22,49 @@ TARGETS = {"lm": tree_targets, "reward": score_targets}
 """What each kind of model is asked of a tree."""
 
 
-def open_verified(prefix: str, setting: str, world: World) -> PreferenceDataset:
-    """Open the data set that `setting` names; the main process checks every checksum."""
+def open_verified(
+    prefix: str, setting: str, world: World, plan: PackedPlan | None = None
+) -> PreferenceDataset:
+    """Open the data set that `setting` names; the main process checks every checksum.
+
+    With a `plan` for which `pack` read the very same files, they are not read again. Raises
+    InputError where it is damaged, or holds nothing to compare.
+    """
 
     def verify() -> None:
         try:
-            PreferenceDataset(prefix).verify_checksums()
+            dataset = PreferenceDataset(prefix)
+            if plan is None or not plan.is_of_these_files(dataset):
+                dataset.verify_checksums()
         except InputError as error:
             raise InputError(f"{setting}: {error}") from None
 
     world.beat(f"checking {setting}")
     world.once(verify)
-    return PreferenceDataset(prefix)
+    dataset = PreferenceDataset(prefix)
+    if not dataset.manifest["counts"]["pairs"]:
+        raise InputError(
+            f"{setting}: {prefix} holds {len(dataset.response_lengths)} responses and no pair (it "
+            "was built from unpaired records), and the loss compares pairs: build from records "
+            "with chosen and rejected responses"
+        )
+    return dataset
+
+
+def open_plan(config: Config, world: World) -> PackedPlan | None:
+    """The plan that `data.plan` names; the main process checks its checksums."""
+    path = config.data.plan
+    if path is None:
+        return None
+
+    def verify() -> None:
+        try:
+            PackedPlan(path).verify()
+        except InputError as error:
+            raise InputError(f"data.plan: {error}") from None
+
+    world.once(verify)
+    return PackedPlan(path)
 
 
 def check_margins(loss: LossConfig, dataset: PreferenceDataset, setting: str) -> None:
@@ -63,23 +97,51 @@ class InOrder:
         return epochs * -(-self.num_groups // self.batch_size)
 
 
+def plan_settings(config: Config) -> PlanSettings:
+    """What of a configuration decides which groups share a step and a row."""
+    data = config.data
+    return PlanSettings(
+        seed=data.seed,
+        sharing=data.sharing,
+        row_capacity=data.row_capacity,
+        global_batch_size=data.global_batch_size,
+        rows_per_step=data.rows_per_step,
+        sort_by_length=data.sort_by_length,
+        packing_method=data.packing_method,
+        epochs=config.train.epochs,
+    )
+
+
 def training_sampler(
+    config: Config,
+    dataset: PreferenceDataset,
+    world: World | None = None,
+    plan: PackedPlan | None = None,
+) -> Sampler:
+    """The training sampler that the data section describes, on `plan` where there is one.
+
+    Raises InputError where the plan is of other data or settings.
+    """
+    settings = plan_settings(config)
+    if plan is not None:
+        plan.check(dataset, settings, config.train.steps)
+    composition = settings.composition(dataset) if plan is None else plan
+    return _sampler(config, dataset, composition, world)
+
+
+def evaluation_sampler(
     config: Config, dataset: PreferenceDataset, world: World | None = None
 ) -> Sampler:
-    """The training sampler that the data section describes."""
-    data, train = config.data, config.train
-    if data.global_batch_size:
-        composition = GroupBatches(
-            len(dataset), data.global_batch_size, dataset.fingerprint, data.seed, train.epochs
-        )
-    else:
-        composition = RowBatches(
-            group_lengths(dataset, data.sharing),
-            data.row_capacity,
-            data.rows_per_step,
-            dataset.fingerprint,
-            data.seed,
-        )
+    """All groups once, in the data set's order, in the configuration's rows."""
+    batch_size = config.data.global_batch_size or EVALUATION_GROUPS
+    return _sampler(config, dataset, InOrder(len(dataset), batch_size), world)
+
+
+def _sampler(
+    config: Config, dataset: PreferenceDataset, composition: Composition, world: World | None
+) -> Sampler:
+    data, model = config.data, config.model
+    has_sizes = model.num_layers is not None
     return Sampler(
         dataset=dataset,
         composition=composition,
@@ -88,22 +150,7 @@ def training_sampler(
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
         targets=TARGETS[config.model.kind],
-        **(world.rows if world is not None else {}),
-    )
-
-
-def evaluation_sampler(
-    config: Config, dataset: PreferenceDataset, world: World | None = None
-) -> Sampler:
-    """All groups once, in the data set's order, in the configuration's rows."""
-    data = config.data
-    return Sampler(
-        dataset=dataset,
-        composition=InOrder(len(dataset), data.global_batch_size or EVALUATION_GROUPS),
-        sharing=data.sharing,
-        weighting=config.loss.weighting,
-        row_capacity=data.row_capacity,
-        micro_batch_size=data.micro_batch_size,
-        targets=TARGETS[config.model.kind],
+        packing_method=data.packing_method,
+        cost=CostModel.of_model(model, dataset.vocab_size) if has_sizes else None,
         **(world.rows if world is not None else {}),
     )

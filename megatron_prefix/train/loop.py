@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from megatron_prefix.config import Config
-from megatron_prefix.train.inputs import open_verified
+from megatron_prefix.train.inputs import open_plan, open_verified
 from megatron_prefix.train.prepare import prepare_run
 from megatron_prefix.train.running import running
 from megatron_prefix.train.stop import StopRequest
@@ -22,11 +22,12 @@ def train(config: Config) -> None:
     itself wrong, and Stopped where a signal ended it early.
     """
     with running(config) as here, StopRequest(here) as stop:
-        dataset = open_verified(config.data.train, "data.train", here)
+        plan = open_plan(config, here)
+        dataset = open_verified(config.data.train, "data.train", here, plan)
         valid = None
         if config.data.valid:
             valid = open_verified(config.data.valid, "data.valid", here)
-        run = prepare_run(config, dataset, valid, here)
+        run = prepare_run(config, dataset, valid, here, plan)
         try:
             run.run(stop)
         finally:

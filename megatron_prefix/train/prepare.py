@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_prefix.config import Config, dump_config
+from megatron_prefix.data.plan_file import PackedPlan
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.train import checkpoint
@@ -15,6 +16,7 @@ from megatron_prefix.train.inputs import check_margins, evaluation_sampler, trai
 from megatron_prefix.train.metrics import MetricsWriter, Progress
 from megatron_prefix.train.optimizer import build_model, build_optimizer
 from megatron_prefix.train.parallel import World
+from megatron_prefix.train.plan_report import describe_steps
 from megatron_prefix.train.reference import (
     ModelReference,
     NoReference,
@@ -30,7 +32,11 @@ ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
 
 
 def prepare_run(
-    config: Config, dataset: PreferenceDataset, valid: PreferenceDataset | None, here: World
+    config: Config,
+    dataset: PreferenceDataset,
+    valid: PreferenceDataset | None,
+    here: World,
+    plan: PackedPlan | None = None,
 ) -> Run:
     """A run up to its next step, resumed where `train.load` has a checkpoint; collective.
 
@@ -42,13 +48,15 @@ def prepare_run(
     check_margins(config.loss, dataset, "data.train")
     if valid is not None:
         check_margins(config.loss, valid, "data.valid")
-    sampler = training_sampler(config, dataset, here)
+    sampler = training_sampler(config, dataset, here, plan)
     num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
         raise InputError(
             f"optimizer.lr_warmup_steps = {config.optimizer.lr_warmup_steps} does not end "
             f"within the run's {num_steps} steps: shorten it"
         )
+    if here.is_main:
+        print(describe_steps(sampler, num_steps), flush=True)
     initial = initial_model(config.model, [dataset] if valid is None else [dataset, valid])
     model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, here)
@@ -102,6 +110,10 @@ def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | 
         identity["reference model fingerprint"] = fingerprint
     if data.rows_per_step:
         identity |= {"data.sharing": data.sharing, "data.row_capacity": data.row_capacity}
+        if data.packing_method != "first-fit":
+            identity["data.packing_method"] = data.packing_method
+    if data.sort_by_length:
+        identity["data.sort_by_length"] = True
     return identity
 
 

@@ -4,13 +4,11 @@ import math
 
 import pytest
 
-from megatron_prefix.data.examples import (
-    DegenerateRecord,
-    ExampleReader,
-    common_prefix,
-    detect_format,
-)
+from megatron_prefix.data.examples import ExampleReader
 from megatron_prefix.data.fields import Message
+from megatron_prefix.data.formats import detect_format
+from megatron_prefix.data.formats.base import DegenerateRecord
+from megatron_prefix.data.formats.trl import common_prefix
 from megatron_prefix.data.records import check_inputs, read_records
 from megatron_prefix.errors import InputError
 
@@ -228,7 +226,9 @@ def test_oasst_without_a_label_is_degenerate():
         ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": math.nan}, "finite"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "weight": 0}, "above 0"),
         ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "surrogate"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{}]}, "'tools' is not read"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "list of objects"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "{"}, "not JSON"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "images": ["x"]}, "'images' is not read"),
         ({"prompt": [user("q")], "chosen": [user("a")], "rejected": [assistant("b")]}, "begins"),
         ({"prompt": [user("q")], "chosen": ["a"], "rejected": []}, "message 1 is text"),
         ({"prompt": [assistant("q")], "chosen": [assistant("a")], "rejected": []}, None),
@@ -350,11 +350,12 @@ def test_unreadable_files_name_the_line(tmp_path, content, line, message):
 
 
 def test_inputs_of_other_kinds_are_refused_before_reading(tmp_path):
-    for content, kind in ((b"PAR1....", "Parquet"), (b"\x28\xb5\x2f\xfd...", "zstd")):
-        with pytest.raises(InputError, match=kind):
-            check_inputs([write(tmp_path, content)])
-    with pytest.raises(InputError, match="directory"):
-        check_inputs([tmp_path])
+    with pytest.raises(InputError, match="zip"):
+        check_inputs([write(tmp_path, b"PK\x03\x04...")])
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(InputError, match="cannot be read as a Hugging Face data set"):
+        check_inputs([folder])
     with pytest.raises(InputError, match="no such file"):
         check_inputs([tmp_path / "absent"])
 

@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 from test_sharing import random_group
 
-from megatron_prefix.data.sampler import (
-    GroupBatches,
-    RowBatches,
-    Sampler,
-    group_lengths,
-    loss_weights,
-)
-from megatron_prefix.data.sharing import SHARING_MODES
+from megatron_prefix.data.composition import GroupBatches, RowBatches
+from megatron_prefix.data.sampler import Sampler, loss_weights
+from megatron_prefix.data.sharing import SHARING_MODES, group_lengths
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
@@ -127,7 +122,7 @@ class TestRowBatches:
     def test_epochs_may_differ_in_their_number_of_rows(self):
         lengths = np.random.default_rng(0).integers(20, 60, 40)
         order = RowBatches(lengths, 100, 1, "f", 0, window=8)
-        sizes = [len(order._epoch(epoch)) for epoch in range(8)]
+        sizes = [len(order._epoch(epoch)[0]) for epoch in range(8)]
         assert len(set(sizes)) > 1
         seen = [order.groups(step).tolist() for step in range(order.num_steps(8))]
         at = 0

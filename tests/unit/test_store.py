@@ -246,7 +246,7 @@ def edit_manifest(prefix, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=2), "has version 2"),
+        (lambda m: m.update(version=9), "has version 9"),
         (lambda m: m.update(format="other"), "not the manifest"),
         (lambda m: m.pop("counts"), "lacks 'counts'"),
         (lambda m: m["files"].pop(".bin"), "lacks '.bin'"),

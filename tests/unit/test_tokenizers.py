@@ -3,8 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from megatron_prefix.data.examples import Example, ExampleReader, ExampleResponse
+from megatron_prefix.data.examples import ExampleReader
 from megatron_prefix.data.fields import Message
+from megatron_prefix.data.formats.base import Example, ExampleResponse
 from megatron_prefix.data.paths import NOTE_TEMPLATE, PathEncoder, TooLong, select
 from megatron_prefix.data.tokenizers import Tokenizer, load_tokenizer, plain_layout
 from megatron_prefix.data.tree import Pair

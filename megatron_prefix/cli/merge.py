@@ -1,0 +1,30 @@
+"""`megatron-prefix merge`: data sets that were built in parts -> one."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Declare the command and its flags."""
+    parser = subparsers.add_parser(
+        "merge",
+        help="data sets built in parts -> one",
+        description="Join data sets that were built from parts of the input, by one tokenizer "
+        "and with one set of options. The result has the bytes of a build of all inputs at once.",
+    )
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="parts, in their order")
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="write PREFIX.bin, .idx, .tree, .json"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge and print the counts."""
+    from megatron_prefix.data.merge import merge_datasets
+    from megatron_prefix.data.statistics import format_counts
+
+    manifest = merge_datasets(args.prefixes, args.output)
+    print("\n".join(format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])))
+    print(f"wrote {args.output}.bin, .idx, .tree and .json")

@@ -1,0 +1,63 @@
+"""PREFIX.bin and PREFIX.idx in Megatron-Core's indexed format, written front to back.
+
+    .idx   magic, version, type, M, G + 1 | node lengths int32 [M] | pointers int64 [M] | first
+           node of each group, and M, int64 [G + 1]
+
+Megatron-Core's own builder keeps every length in a Python list. Here the lengths go to a file
+beside the tokens while the data set grows, and the index is put together from it at the end, so
+that memory does not grow with the number of nodes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = 34  # magic 9, version 8, dtype 1, number of sequences 8, of documents 8
+DTYPES = {4: np.int32, 8: np.uint16}
+CHUNK = 1 << 18
+"""Node lengths that are turned into pointers at a time."""
+
+
+class IndexedWriter:
+    """Appends token runs to `folder`/bin; `finish` makes `folder`/idx."""
+
+    def __init__(self, folder: Path, dtype: type[np.integer]) -> None:
+        self._folder, self._dtype = folder, np.dtype(dtype)
+        self._tokens = (folder / "bin").open("wb")
+        self._lengths = (folder / "lengths").open("wb")
+        self._num_nodes = 0
+
+    def write(self, tokens: np.ndarray, node_lengths: np.ndarray) -> None:
+        """Runs of `node_lengths` tokens each; ids must fit the type."""
+        self._tokens.write(np.ascontiguousarray(tokens, self._dtype).data)
+        self._lengths.write(np.ascontiguousarray(node_lengths, "<i4").data)
+        self._num_nodes += len(node_lengths)
+
+    def finish(self, documents: np.ndarray) -> None:
+        """Write the index; `documents` is the column `group_nodes`, int64 [G + 1]."""
+        self.close()
+        code = next(code for code, dtype in DTYPES.items() if dtype == self._dtype)
+        lengths = self._folder / "lengths"
+        with (self._folder / "idx").open("wb") as index:
+            index.write(MAGIC + (1).to_bytes(8, "little") + bytes([code]))
+            index.write(self._num_nodes.to_bytes(8, "little"))
+            index.write(len(documents).to_bytes(8, "little"))
+            with lengths.open("rb") as file:
+                shutil.copyfileobj(file, index, 1 << 20)
+            end = 0
+            with lengths.open("rb") as file:
+                while len(chunk := np.fromfile(file, "<i4", CHUNK)):
+                    ends = end + np.cumsum(chunk, dtype=np.int64)
+                    index.write(((ends - chunk) * self._dtype.itemsize).astype("<i8").data)
+                    end = int(ends[-1])
+            for start in range(0, len(documents), CHUNK):
+                index.write(np.ascontiguousarray(documents[start : start + CHUNK], "<i8").data)
+        lengths.unlink()
+
+    def close(self) -> None:
+        self._tokens.close()
+        self._lengths.close()

@@ -1,0 +1,38 @@
+"""Where a data set grows before it is complete, and what a killed build leaves of it.
+
+A build works in `.NAME.HOST.PID.building` beside PREFIX. One that is killed cannot take it away;
+the next build of the same PREFIX on the same machine does, if no process has that number.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+
+
+def building_folder(prefix: Path) -> Path:
+    """This process's folder for `prefix`."""
+    return prefix.with_name(f".{prefix.name}.{platform.node()}.{os.getpid()}.building")
+
+
+def clear_leftovers(prefix: Path) -> None:
+    """Remove the folders of builds of `prefix` whose process is dead."""
+    mine = f".{prefix.name}.{platform.node()}."
+    pattern = re.compile(re.escape(mine) + r"(\d+)\.building")
+    for folder in prefix.parent.iterdir():
+        found = pattern.fullmatch(folder.name)
+        if found and not _is_alive(int(found[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

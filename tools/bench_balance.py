@@ -1,0 +1,103 @@
+"""How even the work of data-parallel ranks is: modelled cost, largest over mean, step by step.
+
+    python tools/bench_balance.py --data hh chat oasst --groups-per-rank 16
+
+Groups are drawn with replacement from each data set. Cost is the FLOP of a forward pass of the
+model named below (`megatron_prefix.flops.CostModel`); "by tokens" deals the same rows by their
+tokens alone, and is measured by the same cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+from bench_common import publish
+
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.data.composition import seeded
+from megatron_prefix.data.sampler import Sampler
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.work import bundle_work
+from megatron_prefix.flops import CostModel
+
+MODEL = ModelConfig(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Groups drawn with replacement, `batch_size` a step."""
+
+    num_groups: int
+    batch_size: int
+
+    def groups(self, step: int) -> np.ndarray:
+        return seeded("drawn", step).integers(0, self.num_groups, self.batch_size)
+
+    def num_steps(self, epochs: int) -> int:
+        return epochs
+
+
+def unevenness(dataset: PreferenceDataset, ranks: int, args, by_cost: bool) -> list[float]:
+    """Cost of the costliest rank over the mean rank's, for every step."""
+    cost = CostModel.of_model(MODEL, args.vocabulary)
+    sampler = Sampler(
+        dataset=dataset,
+        composition=Drawn(len(dataset), ranks * args.groups_per_rank),
+        row_capacity=args.row_capacity,
+        num_ranks=ranks,
+        cost=cost if by_cost else None,
+    )
+    found = []
+    for step in range(args.steps):
+        plan = sampler.step(step)
+        costs = [
+            sum(bundle_work(dataset, bundle, "tree").cost(cost) for row in share for bundle in row)
+            for share in plan.rows
+        ]
+        found.append(max(costs) * ranks / sum(costs))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", required=True, metavar="PREFIX")
+    parser.add_argument("--row-capacity", type=int, default=16384, help="tokens")
+    parser.add_argument("--groups-per-rank", type=int, default=16)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    args = parser.parse_args()
+    rows = []
+    for prefix in args.data:
+        dataset = PreferenceDataset(prefix)
+        for ranks in args.ranks:
+            ours, tokens = (unevenness(dataset, ranks, args, by) for by in (True, False))
+            rows.append(
+                {
+                    "data": dataset.prefix.name,
+                    "longest tree": int(dataset.groups_num_tokens().max()),
+                    "ranks": ranks,
+                    "max/mean, mean of steps": f"{np.mean(ours):.4f}",
+                    "worst step": f"{max(ours):.4f}",
+                    "by tokens, mean": f"{np.mean(tokens):.4f}",
+                    "by tokens, worst": f"{max(tokens):.4f}",
+                }
+            )
+    notes = (
+        f"{args.steps} steps of {args.groups_per_rank} groups a rank, drawn with replacement; rows "
+        f"of {args.row_capacity} tokens; cost of a forward pass of 32 layers, hidden 4096, feed-"
+        f"forward 14336, 32:8 heads, vocabulary {args.vocabulary}."
+    )
+    publish("balance", rows, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What `build` costs beside tokenising: against tokenising alone, two workers, and TRL.
+
+    python tools/bench_build.py --input hh_pairs.jsonl.gz --tokenizer tokenizer.model
+
+Everything runs in this process, in turn, imports and loading of tokenizers excluded. Ratios are
+of CPU time (of wall time for workers); each tokenizer is new in each round, so that nothing it
+remembers helps. TRL is DPOTrainer's own preparation of the same texts (`_prepare_dataset`), with a
+byte-level BPE of 4,000 entries trained on them, which then serves both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench_common import publish
+
+from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.examples import ExampleReader
+from megatron_prefix.data.tokenizers import load_tokenizer
+
+TURN = "\n\nAssistant:"
+
+
+def cpu(action: Callable[[], object]) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
+def wall(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def records_of(path: Path) -> list[dict]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def repeated(path: Path, times: int, folder: Path) -> Path:
+    """The file's records `times` over, in one file."""
+    found = folder / "repeated.jsonl"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        text = file.read()
+    found.write_text(text * times, encoding="utf-8")
+    return found
+
+
+def against_tokenising(path: Path, spec: str, rounds: int, folder: Path) -> list[float]:
+    """CPU time of a build over that of encoding every dialogue of the file."""
+    texts = [row[side] for row in records_of(path) for side in ("chosen", "rejected")]
+    found = []
+    for _ in range(rounds):
+        tokenizer = load_tokenizer(spec)
+        encode = tokenizer._model.encode
+        alone = cpu(lambda encode=encode: [encode(text) for text in texts])
+        build = cpu(lambda t=tokenizer: build_dataset([path], t, folder / "out"))
+        found.append(build / alone)
+    return found
+
+
+def of_workers(path: Path, spec: str, rounds: int, folder: Path) -> list[float]:
+    """Wall time with one worker over that with two."""
+    found = []
+    for _ in range(rounds):
+        times = []
+        for workers in (1, 2):
+            tokenizer, options = load_tokenizer(spec), BuildOptions(workers=workers)
+            times.append(
+                wall(lambda t=tokenizer, o=options: build_dataset([path], t, folder / "out", o))
+            )
+        found.append(times[0] / times[1])
+    return found
+
+
+def byte_level_bpe(texts: list[str], folder: Path) -> str:
+    """A Hugging Face tokenizer trained on `texts`; returns its directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet
+    )
+    core.train_from_iterator(texts, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    made.save_pretrained(folder / "tokenizer")
+    return str(folder / "tokenizer")
+
+
+def against_trl(path: Path, rounds: int, folder: Path) -> list[float]:
+    """CPU time of TRL's preparation over that of a build from the same columns."""
+    import datasets
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    reader, rows = ExampleReader(), []
+    for record in records_of(path):
+        example = reader.read(record)
+        chosen, rejected = example.responses
+        rows.append(
+            {
+                "prompt": chosen.prompt,
+                "chosen": chosen.response,
+                "rejected": rejected.response,
+            }
+        )
+    spec = byte_level_bpe([row["prompt"] + row["chosen"] for row in rows], folder)
+    source = folder / "columns.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    trainer, args = (
+        DPOTrainer.__new__(DPOTrainer),
+        DPOConfig(output_dir=str(folder / "trl"), use_cpu=True, bf16=False, report_to="none"),
+    )
+    found = []
+    for _ in range(rounds):
+        theirs, ours = AutoTokenizer.from_pretrained(spec), load_tokenizer(spec)
+        table = datasets.Dataset.from_list(rows)
+        trainer._tokenizer, trainer._is_vlm = theirs, False  # what its constructor would set
+        trl = cpu(lambda t=theirs, d=table: trainer._prepare_dataset(d, t, args, "train"))
+        build = cpu(lambda t=ours: build_dataset([source], t, folder / "out"))
+        found.append(trl / build)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", type=Path, required=True, help="HH-RLHF pairs, gzipped")
+    parser.add_argument("--tokenizer", required=True, help="a SentencePiece model")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--times", type=int, default=4, help="the file so often, for workers")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        long = repeated(args.input, args.times, folder)
+        measured = {
+            "build / tokenising, one worker (CPU)": (
+                against_tokenising(args.input, args.tokenizer, args.rounds, folder),
+                "at most 1.15",
+            ),
+            "one worker / two workers (wall)": (
+                of_workers(long, args.tokenizer, args.rounds, folder),
+                "at least 1.8",
+            ),
+            "TRL's preparation / build (CPU)": (
+                against_trl(args.input, args.rounds, folder),
+                "at least 2",
+            ),
+        }
+    rows = [
+        {
+            "ratio": what,
+            "median": f"{statistics.median(found):.2f}",
+            "least": f"{min(found):.2f}",
+            "most": f"{max(found):.2f}",
+            "wanted": wanted,
+        }
+        for what, (found, wanted) in measured.items()
+    ]
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    publish(
+        "build",
+        rows,
+        f"{args.rounds} rounds in turn. Other programs ran on the machine: {load:.1f} processes a "
+        "core at the end, by which the wall times of two workers suffer most.",
+    )
+
+
+if __name__ == "__main__":
+    main()
