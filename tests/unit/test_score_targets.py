@@ -6,7 +6,8 @@ from test_collate import COLLATES, random_items
 from test_sharing import three_responses
 
 from megatron_prefix.data.collate import score_targets, tree_targets
-from megatron_prefix.data.sampler import GroupBatches, Sampler
+from megatron_prefix.data.composition import GroupBatches
+from megatron_prefix.data.sampler import Sampler
 from megatron_prefix.data.sharing import SHARING_MODES
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
