@@ -64,6 +64,15 @@ def test_everything_is_known(data, tmp_path, capsys):
     assert code == 0 and "stage 0" in out and "pipeline bubble" in out and found["verdict"] in out
 
 
+def test_interleaved_stages_take_rows_in_multiples(data, tmp_path):
+    interleaved = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    found = plan_run(load_config(config(tmp_path, data, parallel=interleaved)))
+    plain = plan_run(load_config(config(tmp_path, data)))
+    rows = plain["data"]["rows_per_rank"]
+    assert found["data"]["rows_per_rank"] == rows + rows % 2
+    assert found["pipeline"]["bubble"] == 1 / (2 * (rows + rows % 2))
+
+
 def test_what_is_not_here_is_named(data, tmp_path, capsys):
     path = config(tmp_path, str(tmp_path / "nowhere"), model={"hf": str(tmp_path / "model")})
     code, out, _ = plan(capsys, path)
