@@ -48,8 +48,8 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
     with running(config) as here:
         dataset = open_verified(config.data.valid, "data.valid", here)
-        sampler = evaluation_sampler(config, dataset, here)
         initial = initial_model(config.model, [dataset])
+        sampler = evaluation_sampler(config, dataset, here, initial.sizes)
         model = freeze(
             build_model(initial.transformer_config(config.train.seed, config.parallel), here)
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prefix.config import Config, LossConfig
+from megatron_prefix.config import Config, LossConfig, ModelConfig
 from megatron_prefix.data.collate import score_targets, tree_targets
 from megatron_prefix.data.composition import Composition, PlanSettings
 from megatron_prefix.data.plan_file import PackedPlan
@@ -117,30 +117,38 @@ def training_sampler(
     dataset: PreferenceDataset,
     world: World | None = None,
     plan: PackedPlan | None = None,
+    sizes: ModelConfig | None = None,
 ) -> Sampler:
     """The training sampler that the data section describes, on `plan` where there is one.
 
-    Raises InputError where the plan is of other data or settings.
+    `sizes` are the model's where `config` only names it; ranks get alike of its work. Raises InputError where the plan is of other data or settings.
     """
     settings = plan_settings(config)
     if plan is not None:
         plan.check(dataset, settings, config.train.steps)
     composition = settings.composition(dataset) if plan is None else plan
-    return _sampler(config, dataset, composition, world)
+    return _sampler(config, dataset, composition, world, sizes)
 
 
 def evaluation_sampler(
-    config: Config, dataset: PreferenceDataset, world: World | None = None
+    config: Config,
+    dataset: PreferenceDataset,
+    world: World | None = None,
+    sizes: ModelConfig | None = None,
 ) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     batch_size = config.data.global_batch_size or EVALUATION_GROUPS
-    return _sampler(config, dataset, InOrder(len(dataset), batch_size), world)
+    return _sampler(config, dataset, InOrder(len(dataset), batch_size), world, sizes)
 
 
 def _sampler(
-    config: Config, dataset: PreferenceDataset, composition: Composition, world: World | None
+    config: Config,
+    dataset: PreferenceDataset,
+    composition: Composition,
+    world: World | None,
+    sizes: ModelConfig | None,
 ) -> Sampler:
-    data, model = config.data, config.model
+    data, model = config.data, sizes or config.model
     has_sizes = model.num_layers is not None
     return Sampler(
         dataset=dataset,
@@ -149,7 +157,7 @@ def _sampler(
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        targets=TARGETS[config.model.kind],
+        targets=TARGETS[model.kind],
         packing_method=data.packing_method,
         cost=CostModel.of_model(model, dataset.vocab_size) if has_sizes else None,
         **(world.rows if world is not None else {}),

@@ -48,7 +48,8 @@ def prepare_run(
     check_margins(config.loss, dataset, "data.train")
     if valid is not None:
         check_margins(config.loss, valid, "data.valid")
-    sampler = training_sampler(config, dataset, here, plan)
+    initial = initial_model(config.model, [dataset] if valid is None else [dataset, valid])
+    sampler = training_sampler(config, dataset, here, plan, initial.sizes)
     num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
         raise InputError(
@@ -57,7 +58,6 @@ def prepare_run(
         )
     if here.is_main:
         print(describe_steps(sampler, num_steps), flush=True)
-    initial = initial_model(config.model, [dataset] if valid is None else [dataset, valid])
     model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, here)
     here.beat("the initial weights")
@@ -80,7 +80,7 @@ def prepare_run(
         world=here,
         initial=initial,
         sampler=sampler,
-        valid=evaluation_sampler(config, valid, here) if valid is not None else None,
+        valid=None if valid is None else evaluation_sampler(config, valid, here, initial.sizes),
         reference=reference,
         policy=policy,
         optimizer=optimizer,

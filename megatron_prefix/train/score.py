@@ -44,7 +44,7 @@ def score_reference(config: Config, output: str) -> None:
         fingerprint = model_fingerprint(model)
         scores = []
         for dataset in datasets.values():
-            sampler = evaluation_sampler(config, dataset, here)
+            sampler = evaluation_sampler(config, dataset, here, initial.sizes)
             key = {"model": fingerprint, "data": dataset.fingerprint} | _rows(config, here)
             partial = PartialScores(
                 output, dataset.fingerprint[:16], key, len(dataset.response_lengths)
