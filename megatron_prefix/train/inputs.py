@@ -121,7 +121,8 @@ def training_sampler(
 ) -> Sampler:
     """The training sampler that the data section describes, on `plan` where there is one.
 
-    `sizes` are the model's where `config` only names it; ranks get alike of its work. Raises InputError where the plan is of other data or settings.
+    `sizes` are the model's where `config` only names it; ranks get alike of its work. Raises
+    InputError where the plan is of other data or settings.
     """
     settings = plan_settings(config)
     if plan is not None:
