@@ -28,13 +28,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_prefix.attention.core import TreeCoreAttention
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.model.norm import RMSNorm
 from megatron_prefix.train import run as run_module
 
 PREFIX = "part: "
 PARTS = (
     ((ColumnParallelLinear, RowParallelLinear), "linear layers"),
     (TreeCoreAttention, "attention"),
-    (torch.nn.RMSNorm, "norms"),
+    (RMSNorm, "norms"),
     (MLP, "activations"),
     (Attention, "rotary embedding, head layout"),
     (TransformerLayer, "residual sums"),

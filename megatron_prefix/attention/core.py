@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_prefix.attention.api import tree_attention
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.attention.plan import TreePlan
+from megatron_prefix.attention.rotary import Rotation, rotate
 
 
 @dataclass
@@ -30,7 +31,8 @@ class TreePackedSeqParams(PackedSeqParams):
     path; `projected_rows` int64 [U] are the rows that become logits, ascending; target i is
     `target_tokens[i]` under projected row `target_rows[i]` (index into `projected_rows`,
     ascending), both int64 [I]. Under context parallelism `share` is this rank's part of the row,
-    and the arrays are those of its own tokens, counted among them.
+    and the arrays are those of its own tokens, counted among them. `rotation` turns queries and
+    keys by their positions; a model sets it, and attention without it turns nothing.
 
     For routers: `responses_served` [T] is how many of the row's responses each token is part of, 0
     for padding; `step_count` is the sum of what counts over the step's rows on all ranks.
@@ -39,6 +41,7 @@ class TreePackedSeqParams(PackedSeqParams):
     plan: TreePlan | None = None
     share: ContextShare | None = None
     position_ids: Tensor | None = None
+    rotation: Rotation | None = None
     projected_rows: Tensor | None = None
     target_rows: Tensor | None = None
     target_tokens: Tensor | None = None
@@ -105,7 +108,10 @@ class TreeCoreAttention(MegatronModule):
             raise ValueError(
                 "tree attention takes its mask from the plan: pass neither mask nor bias"
             )
-        qkv = (x.squeeze(1) for x in (query, key, value))
+        query, key, value = (x.squeeze(1) for x in (query, key, value))
+        if packed_seq_params.rotation is not None:
+            query, key = (rotate(x, packed_seq_params.rotation) for x in (query, key))
+        qkv = query, key, value
         if packed_seq_params.share is None:
             plan, backend, scale = packed_seq_params.plan, self.backend, self.softmax_scale
             out = tree_attention(*qkv, plan, backend=backend, scale=scale)

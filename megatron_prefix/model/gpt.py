@@ -1,7 +1,8 @@
 """Megatron-Core's GPT over packed prefix trees.
 
-Two steps of the stock model are replaced. Before the layers, rotary angles come from
-`packed_seq_params.position_ids`, because siblings repeat positions. Behind them only the rows
+Two steps of the stock model are replaced. Rotary angles come from
+`packed_seq_params.position_ids`, because siblings repeat positions, once for all layers; attention
+turns queries and keys by them. Behind the layers only the rows
 that predict a response token are projected, and the model returns token log-probabilities.
 
 Shapes: T tokens, C hidden channels, U projected rows, N targets.
@@ -9,7 +10,7 @@ Shapes: T tokens, C hidden channels, U projected rows, N targets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.attention.core import TreePackedSeqParams
+from megatron_prefix.attention.rotary import rotation_of
 from megatron_prefix.config import RopeScaling
 from megatron_prefix.model.logps import token_logps
 from megatron_prefix.model.rope import rotary_angles
@@ -109,6 +111,21 @@ class TreeGPTModel(GPTModel):
             if kind in PARTITION_DIMS and not getattr(parameter, "tensor_model_parallel", False):
                 set_tensor_model_parallel_attributes(parameter, True, PARTITION_DIMS[kind], 1)
 
+    def forward(
+        self, *args: object, packed_seq_params: TreePackedSeqParams | None = None, **kwargs: object
+    ) -> Tensor:
+        """Megatron-Core's forward, with the rotation of every position along its root path."""
+        if isinstance(packed_seq_params, TreePackedSeqParams):
+            config = self.config
+            angles = rotary_angles(
+                packed_seq_params.position_ids,
+                config.kv_channels,
+                config.rotary_base,
+                config.rope_scaling,
+            )
+            packed_seq_params = replace(packed_seq_params, rotation=rotation_of(angles))
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
+
     def _preprocess(
         self,
         input_ids: Tensor,
@@ -118,7 +135,7 @@ class TreeGPTModel(GPTModel):
         packed_seq_params: TreePackedSeqParams | None = None,
         padding_mask: Tensor | None = None,
     ) -> tuple:
-        """Embed [1, T] token ids to [T, 1, C]; angles from positions along root paths."""
+        """Embed [1, T] token ids to [T, 1, C]."""
         if inference_context is not None or not isinstance(packed_seq_params, TreePackedSeqParams):
             raise ValueError(
                 "TreeGPTModel trains and scores rows of prefix trees: pass "
@@ -126,13 +143,7 @@ class TreeGPTModel(GPTModel):
             )
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        angles = rotary_angles(
-            packed_seq_params.position_ids,
-            self.config.kv_channels,
-            self.config.rotary_base,
-            self.config.rope_scaling,
-        )
-        return decoder_input, angles, None, None, None, padding_mask
+        return decoder_input, None, None, None, None, padding_mask
 
     def _postprocess(
         self,

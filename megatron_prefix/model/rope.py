@@ -41,11 +41,10 @@ def rotary_frequencies(
 def rotary_angles(
     position_ids_T: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None
 ) -> Tensor:
-    """Angles in radians for Megatron-Core's unfused rotary embedding, float32 [T, 1, 1, D].
+    """Angles in radians, float32 [T, D/2].
 
-    Channel i and i + D/2 turn by position * base^(-2i/D) (Su et al. 2021, arXiv 2104.09864,
-    in the half-split order of Llama), or by scaled frequencies.
+    Channels i and i + D/2 turn by position * base^(-2i/D) (Su et al. 2021, arXiv 2104.09864,
+    in the half-split order of Llama), or by scaled frequencies; see attention/rotary.py.
     """
     frequencies = rotary_frequencies(head_dim, base, scaling, position_ids_T.device)
-    angles = torch.outer(position_ids_T.to(torch.float32), frequencies)
-    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    return torch.outer(position_ids_T.to(torch.float32), frequencies)

@@ -18,18 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention.core import TreeCoreAttention
 from megatron_prefix.model.moe import with_tree_router
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """Root-mean-square norm that tells Megatron-Core when its weight sees a slice of the row.
-
-    Under sequence parallelism each rank's gradient covers its own tokens and must be summed;
-    the mark on the weight is what makes Megatron-Core do so.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+from megatron_prefix.model.norm import RMSNorm
 
 
 def has_transformer_engine() -> bool:

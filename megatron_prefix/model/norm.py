@@ -1,0 +1,53 @@
+"""Root-mean-square norm for layers without Transformer Engine.
+
+y = x / rms(x) * w with rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019, arXiv 1910.07467), as
+one operation: torch's own is a chain of elementary ones on CPU, each a pass over the row. With
+n = x / rms(x) and g the gradient of y, w gets sum(g n) and x gets (g w - n mean(g w n)) / rms(x).
+
+Shapes: T tokens, C hidden channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm that tells Megatron-Core when its weight sees a slice of the row.
+
+    Under sequence parallelism each rank's gradient covers its own tokens and must be summed;
+    the mark on the weight is what makes Megatron-Core do so.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C], computed in float32 at least."""
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        exact = torch.promote_types(x.dtype, torch.float32)
+        wide = x.to(exact)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed, wide = x.to(scale.dtype) * scale, grad.to(scale.dtype)
+        product = wide * normed
+        grad_weight = product.flatten(0, -2).sum(0)
+        mean = (product @ weight.to(scale.dtype)).div_(x.size(-1)).unsqueeze(-1)
+        grad_x = (wide * weight).addcmul_(normed, mean, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
