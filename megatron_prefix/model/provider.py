@@ -58,6 +58,7 @@ def transformer_config(
     experts = model.num_moe_experts
     is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     on_cuda = torch.cuda.is_available()
+    own_gate = not (has_transformer_engine() or model.num_moe_experts)  # see swiglu.py
     dtype = DTYPES[model.dtype]
     device = torch.device("cuda" if on_cuda else "cpu")
     head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
@@ -92,7 +93,8 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=on_cuda,
+        bias_activation_fusion=on_cuda and not own_gate,
+        use_te_activation_func=own_gate,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_prefix.attention.core import TreeCoreAttention
 from megatron_prefix.model.moe import with_tree_router
 from megatron_prefix.model.norm import RMSNorm
+from megatron_prefix.model.swiglu import SwiGLU
 
 
 def has_transformer_engine() -> bool:
@@ -48,6 +49,8 @@ def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleS
         )
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
+        if config.use_te_activation_func:
+            spec.submodules.mlp.submodules.activation_func = SwiGLU
         if config.qk_layernorm:
             spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
             spec.submodules.self_attention.submodules.k_layernorm = RMSNorm

@@ -1,0 +1,44 @@
+"""The gate of a gated feed-forward layer, as one operation that keeps its input alone.
+
+y = silu(gate) * up (Shazeer 2020, arXiv 2002.05202) on the two halves of the first linear layer's
+output; for layers without Transformer Engine and without experts.
+
+Shapes: T tokens, F feed-forward channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class SwiGLU(torch.nn.Module):
+    """[T, 1, 2 F], gate before up-projection, -> [T, 1, F]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if not config.gated_linear_unit or config.activation_func is not F.silu:
+            raise ValueError("SwiGLU is a gated layer's silu: set gated_linear_unit and F.silu")
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grads = torch.empty_like(gate_up)
+        grad_gate, grad_up = grads.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grads
