@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,11 @@ def data_dir() -> Path:
     if not (path / "hh_pairs.jsonl.gz").is_file():
         pytest.skip(f"no real preference data in {path}: set MEGATRON_PREFIX_DATA")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """SIGINT as a terminal delivers it; a shell starts background jobs with it ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

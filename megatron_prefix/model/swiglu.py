@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """[T, 1, 2 F], gate before up-projection, -> [T, 1, F]."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if not config.gated_linear_unit or config.activation_func is not F.silu:
             raise ValueError("SwiGLU is a gated layer's silu: set gated_linear_unit and F.silu")
 
