@@ -42,7 +42,7 @@ def test_the_reward_model_of_the_examples_learns(tmp_path):
     """Scaled down to the toy set of a few letters."""
     raw = yaml.safe_load((EXAMPLES / "reward" / "reward.yaml").read_text(encoding="utf-8"))
     raw["data"] |= {"train": make_toy(tmp_path), "valid": None}
-    raw["train"] |= {"steps": 20, "eval_interval": None, "save": None}
+    raw["train"] |= {"steps": 40, "eval_interval": None, "save": None}
     raw["logging"] = {"output": str(tmp_path / "run")}
     rows = trained(parse_config(raw))
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
