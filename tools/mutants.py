@@ -303,6 +303,34 @@ MUTANTS = (
         "grouped = [x.reshape(1, -1, *x.shape[1:]) for x in found]",
         "unit/test_hf_weights.py",
     ),
+    Mutant(
+        "plan of other settings accepted",
+        "data/plan_file.py",
+        'if value != packed[name] and not (name == "epochs" and steps):',
+        "if False:",
+        "unit/test_plan.py",
+    ),
+    Mutant(
+        "chunks taken as workers finish last",
+        "data/workers.py",
+        "item, future = waiting.popleft()",
+        "item, future = waiting.pop()",
+        "unit/test_workers.py",
+    ),
+    Mutant(
+        "ranks dealt by tokens whatever they cost",
+        "data/sampler.py",
+        "return bundle_work(self.dataset, bundle, self.sharing).cost(self.cost)",
+        "return float(bundle.num_tokens)",
+        "unit/test_work.py",
+    ),
+    Mutant(
+        "words cut apart though pieces reach over spaces",
+        "data/word_cache.py",
+        "and not any(s in piece.lstrip(SPACE)",
+        "and not all(s in piece.lstrip(SPACE)",
+        "unit/test_word_cache.py",
+    ),
 )
 
 
