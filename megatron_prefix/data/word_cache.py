@@ -27,7 +27,8 @@ MOST_WORDS = 1 << 16
 """Words in the table; a fuller one is begun anew."""
 
 _BETWEEN = re.compile(f"(?<=[^ {SPACE}]) (?=.)", re.DOTALL)
-_PLAIN = re.compile("[!-~]+")
+_NO_SPACE = re.compile(f"[^ {SPACE}]+")
+_ASCII = re.compile("[!-~]+")
 
 
 class WordCache:
@@ -57,11 +58,9 @@ class WordCache:
         else:
             words = text.split(" ")
         table = self._ids
-        try:
-            ids = [token for word in words for token in table[word]]
-        except KeyError:
-            self._learn([word for word in dict.fromkeys(words) if word not in table])
-            ids = [token for word in words for token in table[word]]
+        if missing := set(words).difference(table):
+            self._learn(missing)
+        ids = [token for word in words for token in table[word]]
         if not self._is_identity:
             normal = "".join([self._normal[word] for word in words])
             if normal != self._model.normalize(text):
@@ -71,12 +70,13 @@ class WordCache:
             self._normal.clear()
         return np.array(ids, np.int64)
 
-    def _learn(self, words: list[str]) -> None:
-        """Put words into the table: those of letters, digits and signs by one call of the model.
+    def _learn(self, words: set[str]) -> None:
+        """Put words into the table, those without spaces in them by one call of the model.
 
         Of such a word's tokens the first one, and no other, begins with a space.
         """
-        plain = [word for word in words if _PLAIN.fullmatch(word)]
+        is_plain = (_NO_SPACE if self._is_identity else _ASCII).fullmatch
+        plain = [word for word in words if is_plain(word)]
         ids, begins = self._model.encode(" ".join(plain)), self._begins
         starts = [at for at, token in enumerate(ids) if begins[token]]
         normal = [""] * len(plain)
