@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.sampler import group_lengths
+from megatron_prefix.data.sharing import group_lengths
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree, ResponsePath, build_tree
 from megatron_prefix.testing import random_group, write_random_set

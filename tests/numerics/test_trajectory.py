@@ -23,7 +23,7 @@ from small_runs import configure, lines, prepare, saved_weights, trained
 
 from megatron_prefix.config import Config
 from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.sampler import GroupBatches, RowBatches
+from megatron_prefix.data.composition import GroupBatches, RowBatches
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.train.parallel import world
 
