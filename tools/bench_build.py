@@ -82,6 +82,20 @@ def of_workers(path: Path, spec: str, rounds: int, folder: Path) -> list[float]:
     return found
 
 
+def overhead_of_workers(path: Path, spec: str, rounds: int, folder: Path) -> list[float]:
+    """What two idle cores would gain: twice one worker's CPU time over that of all processes."""
+    found = []
+    for _ in range(rounds):
+        tokenizer = load_tokenizer(spec)
+        alone = cpu(lambda t=tokenizer: build_dataset([path], t, folder / "out"))
+        tokenizer, before = load_tokenizer(spec), os.times()
+        build_dataset([path], tokenizer, folder / "out", BuildOptions(workers=2))
+        after = os.times()
+        spent = sum(after[:4]) - sum(before[:4])
+        found.append(2 * alone / spent)
+    return found
+
+
 def byte_level_bpe(texts: list[str], folder: Path) -> str:
     """A Hugging Face tokenizer trained on `texts`; returns its directory."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -142,7 +156,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="HH-RLHF pairs, gzipped")
     parser.add_argument("--tokenizer", required=True, help="a SentencePiece model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--times", type=int, default=4, help="the file so often, for workers")
+    parser.add_argument("--times", type=int, default=16, help="the file so often, for workers")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -154,6 +168,10 @@ def main() -> None:
             ),
             "one worker / two workers (wall)": (
                 of_workers(long, args.tokenizer, args.rounds, folder),
+                "at least 1.8",
+            ),
+            "the same on two idle cores, from CPU time of all processes": (
+                overhead_of_workers(long, args.tokenizer, args.rounds, folder),
                 "at least 1.8",
             ),
             "TRL's preparation / build (CPU)": (

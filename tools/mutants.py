@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from mutant_list import MUTANTS, Mutant
+from mutant_list_data import DATA_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 IGNORED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build", "quickstart")
@@ -62,7 +63,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only mutants with one of these in their name")
     args = parser.parse_args()
-    chosen = [m for m in MUTANTS if not args.names or any(n in m.name for n in args.names)]
+    chosen = [
+        m
+        for m in (*MUTANTS, *DATA_MUTANTS)
+        if not args.names or any(n in m.name for n in args.names)
+    ]
     killed = 0
     with tempfile.TemporaryDirectory() as scratch:
         for tests in sorted({mutant.tests for mutant in chosen}):

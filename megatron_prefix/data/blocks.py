@@ -69,7 +69,10 @@ class Block:
         first, last = (first_nodes + columns[f"response_{end}"] for end in ("first", "last"))
         columns["response_lengths"] = ends[last]
         columns["response_prompts"] = ends[first] - lengths[first]
-        return cls(tokens=joined("tokens"), node_lengths=lengths, columns=columns)
+        columns = {name: np.asarray(columns[name], COLUMNS[name][0]) for name in COLUMNS}
+        return cls(
+            tokens=_narrow(joined("tokens")), node_lengths=lengths.astype("<i4"), columns=columns
+        )
 
     @classmethod
     def of_dataset(cls, dataset: PreferenceDataset, start: int, stop: int) -> Block:
@@ -90,6 +93,12 @@ class Block:
         token = int(dataset.node_pointers[first]) // dataset.tokens.itemsize
         tokens = dataset.tokens[token : token + int(lengths.sum(dtype=np.int64))]
         return cls(tokens=tokens, node_lengths=lengths, columns=columns)
+
+
+def _narrow(tokens: np.ndarray) -> np.ndarray:
+    """As uint16 where all ids fit: blocks travel between processes."""
+    fits = 0 <= tokens.min() and tokens.max() < 1 << 16
+    return tokens.astype(np.uint16) if fits else tokens
 
 
 def starts(counts: np.ndarray) -> np.ndarray:

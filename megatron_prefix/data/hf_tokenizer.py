@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.data.fields import Message
+from megatron_prefix.data.prompt_reuse import PromptReuse
 from megatron_prefix.data.tokenizers import Rendered, Tokenizer
 from megatron_prefix.errors import InputError
 
@@ -59,6 +60,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self._tokenizer.eos_token_id
         self.has_chat_template = bool(self._tokenizer.chat_template)
         self.fingerprint = hashlib.sha256(self._definition().encode()).hexdigest()
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._reuse = PromptReuse(self._encode, self._backend.to_str() if self._backend else "{}")
         self._parse_special = parse_special
         self._special = _special_tokens(self._tokenizer)
         self._special_set = frozenset(self._special.values())
@@ -81,7 +87,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return json.dumps(parts, sort_keys=True)
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self._encode(text)
+        ids = self._reuse.encode(text)
         if self._parse_special or self._special_set.isdisjoint(ids.tolist()):
             return ids
         return self._encode(text, split_special_tokens=True)
@@ -103,7 +109,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(parts, np.int64)
 
     def _encode(self, text: str, **options: bool) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False, **options), np.int64)
+        if self._backend is None or options:
+            ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
+        else:
+            self._backend.encode_special_tokens = False  # a call with options may have set it
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        return np.array(ids, np.int64)
 
     def _as_text(self, text: str) -> list[int]:
         """A special token's spelling as ordinary tokens, as they stand behind other text."""

@@ -219,6 +219,40 @@ def _flatten(root: _Node) -> tuple[list[_Node], list[int]]:
     return nodes, parents
 
 
+_Nodes = tuple[list[np.ndarray], list[int], list[tuple[int, int]]]
+"""Tokens and parent of every node, first and last node of every response."""
+
+
+def _merged(responses: Sequence[ResponsePath]) -> _Nodes:
+    root = _Node(np.zeros(0, np.int64))
+    for r in responses:
+        _insert(root, r.tokens)
+    for r in responses:
+        _cut(root, r.tokens, r.loss_start)
+        _cut(root, r.tokens, len(r.tokens))
+    nodes, parents = _flatten(root)
+    index = {id(node): i for i, node in enumerate(nodes)}
+    ends = [_ends(root, index, r.tokens, r.loss_start) for r in responses]
+    return [node.tokens for node in nodes], parents, ends
+
+
+def _two_answers(responses: Sequence[ResponsePath]) -> _Nodes | None:
+    """The most common group at once: two answers to one prompt that part within both.
+
+    None for any other group, which `_merged` takes.
+    """
+    if len(responses) != 2 or responses[0].loss_start != responses[1].loss_start:
+        return None
+    a, b, start = responses[0].tokens, responses[1].tokens, responses[0].loss_start
+    common = _common_prefix(a, b)
+    if not start <= common < min(len(a), len(b)):
+        return None
+    if common == start:
+        return [a[:start], a[start:], b[start:]], [-1, 0, 0], [(1, 1), (2, 2)]
+    nodes = [a[:start], a[start:common], a[common:], b[common:]]
+    return nodes, [-1, 0, 1, 1], [(1, 2), (1, 3)]
+
+
 def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> PrefixTree:
     """Merge token paths into one PrefixTree.
 
@@ -236,18 +270,10 @@ def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> Pref
             raise ValueError(f"pair {p} names a response outside 0..{len(responses) - 1}")
         if p.chosen == p.rejected or responses[p.chosen].set_id != responses[p.rejected].set_id:
             raise ValueError(f"pair {p}: both sides must be different responses of one set")
-    root = _Node(np.zeros(0, np.int64))
-    for r in responses:
-        _insert(root, r.tokens)
-    for r in responses:
-        _cut(root, r.tokens, r.loss_start)
-        _cut(root, r.tokens, len(r.tokens))
-    nodes, parents = _flatten(root)
-    index = {id(node): i for i, node in enumerate(nodes)}
-    ends = [_ends(root, index, r.tokens, r.loss_start) for r in responses]
+    nodes, parents, ends = _two_answers(responses) or _merged(responses)
     return PrefixTree(
-        tokens=np.concatenate([n.tokens for n in nodes]),
-        node_offsets=np.cumsum([0] + [len(n.tokens) for n in nodes], dtype=np.int64),
+        tokens=np.concatenate(nodes),
+        node_offsets=np.cumsum([0] + [len(tokens) for tokens in nodes], dtype=np.int64),
         parents=np.array(parents, np.int32),
         response_first=np.array([first for first, _ in ends], np.int32),
         response_last=np.array([last for _, last in ends], np.int32),

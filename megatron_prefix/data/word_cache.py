@@ -1,8 +1,8 @@
 """SentencePiece's BPE a word at a time, each word once, where that is exact.
 
 BPE merges pieces of the vocabulary only. Where none of them reaches from a character over a
-space, nothing is merged across the space in "…x y…", and the tokens of a text are those of what
-stands between such spaces, one after another. Words repeat, so most are found in a table:
+space, nothing is merged between a character and a space behind it, and the tokens of a text are
+those of its words, one after another. Words repeat, so most are found in a table:
 
     encode("Say: yes it") == encode("Say:") + encode("yes") + encode("it")
 
@@ -26,7 +26,9 @@ BPE = 2  # TrainerSpec.ModelType
 MOST_WORDS = 1 << 16
 """Words in the table; a fuller one is begun anew."""
 
-_BETWEEN = re.compile(f"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
+_BETWEEN = re.compile(f"(?<=[^ {SPACE}]) (?=.)", re.DOTALL)
+_NO_SPACE = re.compile(f"[^ {SPACE}]+")
+_ASCII = re.compile("[!-~]+")
 
 
 class WordCache:
@@ -55,11 +57,10 @@ class WordCache:
             words = _BETWEEN.split(text)
         else:
             words = text.split(" ")
-        table, ids = self._ids, []
-        if missing := [word for word in dict.fromkeys(words) if word not in table]:
+        table = self._ids
+        if missing := set(words).difference(table):
             self._learn(missing)
-        for word in words:
-            ids += table[word]
+        ids = [token for word in words for token in table[word]]
         if not self._is_identity:
             normal = "".join([self._normal[word] for word in words])
             if normal != self._model.normalize(text):
@@ -69,12 +70,13 @@ class WordCache:
             self._normal.clear()
         return np.array(ids, np.int64)
 
-    def _learn(self, words: list[str]) -> None:
-        """Put words into the table: all without a space in them by one call of the model.
+    def _learn(self, words: set[str]) -> None:
+        """Put words into the table, those without spaces in them by one call of the model.
 
         Of such a word's tokens the first one, and no other, begins with a space.
         """
-        plain = [word for word in words if word and " " not in word and SPACE not in word]
+        is_plain = (_NO_SPACE if self._is_identity else _ASCII).fullmatch
+        plain = [word for word in words if is_plain(word)]
         ids, begins = self._model.encode(" ".join(plain)), self._begins
         starts = [at for at, token in enumerate(ids) if begins[token]]
         normal = [""] * len(plain)
