@@ -97,8 +97,8 @@ MUTANTS = (
     Mutant(
         "gather order",
         "attention/plan.py",
-        "rows.index_select(0, self.kv_index)",
-        "rows.index_select(0, self.kv_index.flip(0))",
+        "keys.index_select(0, self.kv_index)",
+        "keys.index_select(0, self.kv_index.flip(0))",
         "numerics/test_attention.py",
     ),
     Mutant(
@@ -124,16 +124,16 @@ MUTANTS = (
     ),
     Mutant(
         "rotary halves swapped",
-        "model/rope.py",
-        "torch.cat([angles, angles], dim=-1)",
-        "angles.repeat_interleave(2, dim=-1)",
+        "attention/rotary.py",
+        "torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)",
+        "torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=sign)",
         "unit/test_rope.py",
     ),
     Mutant(
         "sampler reseeded on resume",
         "train/run.py",
-        "plan = self.sampler.step(self.step)",
-        "self.taken = getattr(self, 'taken', -1) + 1\n        plan = self.sampler.step(self.taken)",
+        "found = self.feed.step(self.step)",
+        "self.taken = getattr(self, 'taken', -1) + 1\n        found = self.feed.step(self.taken)",
         "numerics/test_resume.py",
     ),
     Mutant(

@@ -72,7 +72,7 @@ DATA_MUTANTS = (
     Mutant(
         "special tokens in messages parsed",
         "data/hf_tokenizer.py",
-        "if token in self._special_ids and (start, end) in rendered.literal:",
+        "if token in self._special_set and (start, end) in rendered.literal:",
         "if False:",
         "unit/test_boundaries.py",
     ),
