@@ -64,7 +64,7 @@ def write_plan(
     return manifest
 
 
-class _Bundles:
+class Bundles:
     """Lengths of the bundles of groups, gathered a step at a time."""
 
     def __init__(self, dataset: PreferenceDataset, sharing: str, capacity: int) -> None:
@@ -93,10 +93,10 @@ class _Bundles:
 def _write(
     dataset: PreferenceDataset, settings: PlanSettings, work: Path, progress: Progress | None
 ) -> dict[str, Any]:
-    bundles = _Bundles(dataset, settings.sharing, settings.row_capacity)
+    bundles = Bundles(dataset, settings.sharing, settings.row_capacity)
     composition = settings.composition(dataset)
     num_steps = composition.num_steps(settings.epochs)
-    writer, tally = _PlanWriter(work), _Tally(settings.row_capacity)
+    writer, tally = _PlanWriter(work), Tally(settings.row_capacity)
     for step in range(num_steps):
         groups = composition.groups(step)
         tokens = bundles.of(groups)
@@ -179,7 +179,7 @@ class _PlanWriter:
         self._waiting = 0
 
 
-class _Tally:
+class Tally:
     """How full and how even a plan's rows are."""
 
     def __init__(self, capacity: int) -> None:
