@@ -11,6 +11,7 @@ from megatron_prefix.data.statistics import align
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.data.verify import verify_group, verify_offsets
 from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ IDS_SHOWN = 6
 
 def packed_rows(dataset: PreferenceDataset, row_capacity: int) -> RowBatches:
     """The rows `rows_per_step: 1` would train on with seed 0; refuses groups that do not fit."""
+    verify_offsets(dataset)
     lengths = dataset.groups_num_tokens()
     if lengths.max() > row_capacity:
         raise InputError(
@@ -31,7 +33,9 @@ def packed_rows(dataset: PreferenceDataset, row_capacity: int) -> RowBatches:
     return RowBatches(lengths, row_capacity, 1, dataset.fingerprint, 0)
 
 
-def row_items(dataset: PreferenceDataset, row: int, row_capacity: int) -> tuple[MicroBatch, list[int]]:
+def row_items(
+    dataset: PreferenceDataset, row: int, row_capacity: int
+) -> tuple[MicroBatch, list[int]]:
     """(MicroBatch, its groups) of one packed row of whole trees, in the order of seed 0."""
     from megatron_prefix.data.sampler import Sampler
 
@@ -40,7 +44,10 @@ def row_items(dataset: PreferenceDataset, row: int, row_capacity: int) -> tuple[
         raise InputError(f"--row is {row}, and an epoch has rows 0 to {rows.num_steps(1) - 1}")
     sampler = Sampler(dataset=dataset, composition=rows, row_capacity=row_capacity)
     plan = sampler.step(row)
-    return sampler.micro_batches(plan)[0], [bundle.group for bundle in plan.rows[0][0]]
+    groups = [bundle.group for bundle in plan.rows[0][0]]
+    for group in groups:
+        verify_group(dataset, group)
+    return sampler.micro_batches(plan)[0], groups
 
 
 def tree_batch(dataset: PreferenceDataset, group: int) -> MicroBatch:
@@ -105,6 +112,8 @@ def _checked_group(dataset: PreferenceDataset, group: int) -> int:
         raise InputError(
             f"--tree is {group}, and {dataset.prefix} has groups 0 to {len(dataset) - 1}"
         )
+    verify_offsets(dataset)
+    verify_group(dataset, group)
     return group
 
 

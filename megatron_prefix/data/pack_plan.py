@@ -44,6 +44,8 @@ def write_plan(
     Takes memory in proportion to the groups of one epoch. Raises InputError where a bundle does
     not fit a row or the place cannot be written.
     """
+    if "\0" in str(output) or Path(output).name in ("", ".."):
+        raise InputError(f"--output {str(output)!r} names no directory to make: give another name")
     output = Path(output)
     work = output.with_name(f".{output.name}.{os.getpid()}.packing")
     if output.exists() and not (output / MANIFEST).is_file():
@@ -133,6 +135,9 @@ def _whole_steps(dataset: PreferenceDataset, settings: PlanSettings, num_steps: 
     if settings.rows_per_step or settings.sort_by_length:
         return num_steps
     last = num_steps - 1
+    records = settings.epochs * int(dataset.group_num_records.sum())
+    if records <= settings.global_batch_size:
+        return int(records == settings.global_batch_size)
     ending, endless = (
         replace(settings, epochs=epochs).composition(dataset).groups(last)
         for epochs in (settings.epochs, None)

@@ -138,9 +138,10 @@ def draw_row(
     path: str | Path,
     title: str,
 ) -> None:
-    """Write the picture of one row, or of one tree as a row; the file's ending (.png, .svg, .pdf) sets its kind.
+    """Write the picture of one row, or of one tree as a row.
 
-    Raises InputError where matplotlib is missing or the file cannot be written.
+    The file's ending (.png, .svg, .pdf) sets its kind. Raises InputError where matplotlib is
+    missing or the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -149,6 +150,8 @@ def draw_row(
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise InputError("--picture needs matplotlib: pip install matplotlib") from error
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--picture {path} cannot be written: end it in .png, .svg or .pdf")
     trees = [dataset[group] for group in groups]
     layout = batch.layout
     kinds = _segment_kinds(trees, len(layout.starts))

@@ -62,6 +62,8 @@ class DatasetWriter:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.prefix, self._given = Path(prefix), str(prefix)
+        if "\0" in self._given or self.prefix.name in ("", ".."):
+            raise InputError(f"output {self._given!r} names no file: give a prefix of file names")
         self.tokenizer = dict(tokenizer)
         self.options = dict(options or {})
         self._statistics = Statistics()
@@ -73,7 +75,7 @@ class DatasetWriter:
         self._waiting: tuple[list[PrefixTree], list[tuple[int, int]]] = [], []
 
     def __enter__(self) -> DatasetWriter:
-        if self.prefix.name in ("", "..") or self._given.endswith(os.sep):
+        if self._given.endswith(os.sep):
             raise InputError(f"output {self._given!r} is a directory: give a prefix of file names")
         try:
             for parent in reversed([d for d in self.prefix.parents if not d.exists()]):

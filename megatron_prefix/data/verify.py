@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_prefix.data.blocks import Block
 from megatron_prefix.data.columns import sha256
 from megatron_prefix.data.manifest import FILES, fingerprint, manifest_digest, suffix_path
 from megatron_prefix.data.spans import Span, spans
@@ -55,7 +56,7 @@ def verify_files(dataset: PreferenceDataset) -> None:
 def verify_layout(dataset: PreferenceDataset) -> None:
     """Check all that the format promises; InputError names the file or the group."""
     prefix = dataset.prefix
-    _verify_offsets(dataset)
+    verify_offsets(dataset)
     _verify_groups(dataset)
     _verify_index(dataset)
     for start in range(0, len(dataset.tokens), CHUNK):
@@ -78,15 +79,25 @@ def sound_spans(dataset: PreferenceDataset) -> Iterator[Span]:
 
     Neither checksums nor tokens are read: enough to rely on parents, responses and pairs.
     """
-    _verify_offsets(dataset)
+    verify_offsets(dataset)
     for span in spans(dataset):
-        for group, problem in _column_problems(span):
-            group += span.start
-            raise InputError(f"{dataset.prefix}: group {group}: {problem}: {REMEDY}")
+        _refuse(span, dataset)
         yield span
 
 
-def _verify_offsets(dataset: PreferenceDataset) -> None:
+def verify_group(dataset: PreferenceDataset, group: int) -> None:
+    """Check the columns of one group, of a data set whose offsets are sound. Raises InputError."""
+    _refuse(Span(group, group + 1, Block.of_dataset(dataset, group, group + 1)), dataset)
+
+
+def _refuse(span: Span, dataset: PreferenceDataset) -> None:
+    for group, problem in _column_problems(span):
+        group += span.start
+        raise InputError(f"{dataset.prefix}: group {group}: {problem}: {REMEDY}")
+
+
+def verify_offsets(dataset: PreferenceDataset) -> None:
+    """Check that groups cut nodes, responses and pairs without a gap. Raises InputError."""
     counts = dataset.manifest["counts"]
     for name in ("nodes", "responses", "pairs"):
         least = 0 if name == "pairs" and not counts["pairs"] else 1
@@ -215,7 +226,9 @@ def _response_problems(span: Span) -> Iterator[Problem]:
     yield from _first(prompts < 1, group, "response {n} has no prompt token")
     bad = (span["response_ranks"] < -1) | (span["response_sets"] < 0)
     yield from _first(bad, group, "a rank or a set of response {n} is negative")
-    yield from _first(np.isinf(span["response_scores"]), group, "the score of response {n} is infinite")
+    yield from _first(
+        np.isinf(span["response_scores"]), group, "the score of response {n} is infinite"
+    )
 
 
 def _pair_problems(span: Span) -> Iterator[Problem]:
