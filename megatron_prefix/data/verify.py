@@ -173,7 +173,7 @@ def _pointing_problems(span: Span) -> Iterator[Problem]:
         ("response_last", span.group_of_response, "group_nodes"),
         ("pair_responses", span.group_of_pair, "group_responses"),
     ):
-        values = span[name].reshape(len(group), -1)
+        values = span[name].reshape(len(group), 2 if name == "pair_responses" else 1)
         bad = (values < 0) | (values >= span[limit][group][:, None])
         yield from _first(bad.any(axis=1), group, f"{name} points outside the group")
 

@@ -12,6 +12,7 @@ from test_store import damage, random_tree, write
 
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.data import spans as spans_module
+from megatron_prefix.data.build import build_dataset
 from megatron_prefix.data.sharing import Bundle
 from megatron_prefix.data.spans import spans
 from megatron_prefix.data.statistics import Histogram
@@ -133,3 +134,14 @@ def test_targets_are_marked_where_they_stand(dataset):
     own = {n for r in range(dataset[0].num_responses) for n in dataset[0].response_nodes(r)}
     offsets = dataset[0].node_offsets
     assert below == {t for n in own for t in range(offsets[n], offsets[n + 1])}
+
+
+def test_unpaired_responses(tmp_path, capsys):
+    rows = [{"prompt": "p" * n, "completion": "c", "label": n % 2 == 0} for n in (1, 2)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build_dataset([tmp_path / "in.jsonl"], "bytes", tmp_path / "set")
+    code, out, _ = inspect(capsys, tmp_path / "set", "--verify", "--json")
+    found = json.loads(out)["statistics"]
+    assert code == 0 and found["counts"]["pairs"] == 0
+    assert found["factors"]["response"] == {"none": None, "response": 1, "pair": None, "tree": 1}
+    assert inspect(capsys, tmp_path / "set")[0] == 0
