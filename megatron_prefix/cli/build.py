@@ -33,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--input",
         nargs="+",
+        action="extend",
         required=True,
         metavar="FILE_OR_DATASET",
         help="JSON Lines or a JSON array of objects, plain or compressed with gzip or zstd; a "

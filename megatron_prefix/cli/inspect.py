@@ -1,9 +1,10 @@
-"""`megatron-prefix inspect`: look at a data set, check it, draw a row of it."""
+"""`megatron-prefix inspect`: look at a data set or a plan, check it, draw a row or a tree."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from megatron_prefix.errors import InputError
@@ -13,13 +14,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Declare the command and its flags."""
     parser = subparsers.add_parser(
         "inspect",
-        help="statistics, checksums, a tree as text, a packed row as a picture",
-        description="Without flags: statistics of a data set. Rows are packed from whole trees, "
-        "as training with data.rows_per_step packs them, in the order of seed 0.",
+        help="statistics, checksums, a tree as text, a packed row or a tree as a picture",
+        description="Without flags: statistics of a data set, or what a plan holds. Rows are "
+        "packed from whole trees, as training with data.rows_per_step packs them, in the order "
+        "of seed 0.",
     )
-    parser.add_argument("prefix", metavar="PREFIX", help="the data set, without an ending")
+    parser.add_argument(
+        "prefix", metavar="PREFIX", help="a data set, without an ending, or a plan that pack wrote"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="check all checksums and invariants of the layout"
+    )
+    parser.add_argument(
+        "--data", metavar="PREFIX", help="with a plan and --verify: its data set; rows must fit"
     )
     parser.add_argument("--tree", type=int, metavar="N", help="show group N, counted from 0")
     parser.add_argument("--row", type=int, metavar="N", help="show packed row N, counted from 0")
@@ -30,7 +37,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="tokens a row; alone it adds the fill of rows to the statistics",
     )
     parser.add_argument(
-        "--picture", metavar="FILE", help="draw row --row with its mask (.png, .svg, .pdf)"
+        "--picture",
+        metavar="FILE",
+        help="draw row --row or tree --tree with its mask (.png, .svg, .pdf)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
@@ -38,16 +47,45 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print what was asked for; without --tree and --row that is the statistics."""
-    if (args.row is not None) and not args.row_capacity:
-        raise InputError("--row needs --row-capacity, the tokens a row")
-    if args.picture and args.row is None:
-        raise InputError("--picture needs --row and --row-capacity: which row to draw")
-    if args.row_capacity is not None and args.row_capacity < 1:
-        raise InputError(f"--row-capacity is {args.row_capacity}, it must be at least 1")
-    if args.tree is not None and args.row_capacity and args.row is None:
-        raise InputError("--row-capacity says nothing about a tree: leave it out, or give --row")
+    from megatron_prefix.data.plan_file import MANIFEST
+
+    is_plan = (Path(args.prefix) / MANIFEST).is_file()
+    values, texts = (_plan if is_plan else _dataset)(args)
+    print(json.dumps(values, indent=1) if args.json else "\n\n".join(texts))
+
+
+def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    from megatron_prefix.data.plan_file import PackedPlan, describe_plan
+    from megatron_prefix.data.plan_verify import verify_plan
+    from megatron_prefix.data.store import PreferenceDataset
+
+    for flag in ("tree", "row", "row_capacity", "picture"):
+        if getattr(args, flag) is not None:
+            name = flag.replace("_", "-")
+            raise InputError(f"--{name} is of a data set, and {args.prefix} is a plan")
+    if args.data and not args.verify:
+        raise InputError("--data needs --verify: it is what a plan is checked against")
+    plan = PackedPlan(args.prefix)
+    values: dict[str, Any] = {}
+    texts: list[str] = []
+    if args.verify:
+        verify_plan(plan, PreferenceDataset(args.data) if args.data else None)
+        values["verified"] = True
+        steps = f"{plan.manifest['counts']['steps']:,} steps"
+        fit = f", rows fit the trees of {args.data}" if args.data else ""
+        texts.append(f"{plan.path}: checksums and layout of {steps} are sound{fit}")
+    values["plan"] = plan.manifest
+    settings = (f"{name} {value}" for name, value in plan.manifest["settings"].items())
+    texts.append(f"{describe_plan(plan.manifest)}\n{', '.join(settings)}")
+    return values, texts
+
+
+def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    _check_flags(args)
     from megatron_prefix.data import describe
     from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.survey import survey
+    from megatron_prefix.data.survey_text import survey_text
 
     dataset = PreferenceDataset(args.prefix)
     values: dict[str, Any] = {}
@@ -57,15 +95,32 @@ def run(args: argparse.Namespace) -> None:
         values["verified"] = True
         texts.append(f"{dataset.prefix}: checksums and layout of {len(dataset):,} groups are sound")
     if args.tree is not None:
-        values["tree"] = describe.tree_dict(dataset, args.tree)
+        values["tree"] = {**describe.tree_dict(dataset, args.tree), "picture": args.picture}
         texts.append(describe.tree_text(dataset, args.tree))
+        if args.picture:
+            batch = describe.tree_batch(dataset, args.tree)
+            _draw(dataset, args.picture, batch, [args.tree], batch.num_tokens)
+            texts.append(f"wrote {args.picture}")
     if args.row is not None:
         values["row"] = _row(dataset, args)
         texts.append(_row_text(values["row"]))
     if args.tree is None and args.row is None:
-        values["statistics"] = describe.statistics(dataset, args.row_capacity)
-        texts.append(describe.statistics_text(values["statistics"]))
-    print(json.dumps(values, indent=1) if args.json else "\n\n".join(texts))
+        values["statistics"] = survey(dataset, args.row_capacity)
+        texts.append(survey_text(values["statistics"]))
+    return values, texts
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    if args.data:
+        raise InputError(f"--data is for a plan, and {args.prefix} is none: leave it out")
+    if (args.row is not None) and not args.row_capacity:
+        raise InputError("--row needs --row-capacity, the tokens a row")
+    if args.picture and (args.row is None) == (args.tree is None):
+        raise InputError("--picture needs --row and --row-capacity, or --tree: which one to draw")
+    if args.row_capacity is not None and args.row_capacity < 1:
+        raise InputError(f"--row-capacity is {args.row_capacity}, it must be at least 1")
+    if args.tree is not None and args.row_capacity and args.row is None:
+        raise InputError("--row-capacity says nothing about a tree: leave it out, or give --row")
 
 
 def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -73,10 +128,7 @@ def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     batch, groups = row_items(dataset, args.row, args.row_capacity)
     if args.picture:
-        from megatron_prefix.data.picture import draw_row
-
-        title = f"{dataset.prefix.name}, row {args.row}"
-        draw_row(dataset, batch, groups, args.row_capacity, args.picture, title)
+        _draw(dataset, args.picture, batch, groups, args.row_capacity, args.row)
     return {
         "row": args.row,
         "row_capacity": args.row_capacity,
@@ -89,6 +141,15 @@ def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
         "rows_projected": batch.num_projected,
         "picture": args.picture,
     }
+
+
+def _draw(
+    dataset: Any, path: str, batch: Any, groups: list[int], capacity: int, row: int | None = None
+) -> None:
+    from megatron_prefix.data.picture import draw_row
+
+    what = f"tree {groups[0]}" if row is None else f"row {row}"
+    draw_row(dataset, batch, groups, capacity, path, f"{dataset.prefix.name}, {what}")
 
 
 def _row_text(row: dict[str, Any]) -> str:

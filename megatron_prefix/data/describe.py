@@ -1,56 +1,29 @@
-"""A data set for people: its statistics, and one tree as text."""
+"""Parts of a data set for people: one tree as text, one packed row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_prefix.data.statistics import align, format_counts
+from megatron_prefix.data.composition import RowBatches
+from megatron_prefix.data.statistics import align
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.data.verify import verify_group, verify_offsets
 from megatron_prefix.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_prefix.data.collate import MicroBatch
 
 TEXT_WIDTH = 64
 IDS_SHOWN = 6
 
 
-def statistics(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[str, Any]:
-    """Counts, tokens by sharing mode, factors over `tree`, lengths, shape of the trees.
-
-    `responses_per_set` and the others of the kind map a number to how many sets (or groups)
-    have it. With `row_capacity` also the fill of rows packed whole from one epoch.
-    """
-    manifest = dataset.manifest
-    tokens = manifest["tokens"]
-    result = {
-        "prefix": str(dataset.prefix),
-        "fingerprint": dataset.fingerprint,
-        "tokenizer": manifest["tokenizer"],
-        "counts": manifest["counts"],
-        "tokens": tokens,
-        "factors": {mode: round(n / tokens["tree"], 4) for mode, n in tokens.items()},
-        "lengths": manifest["lengths"],
-        "responses_per_set": _tally(_set_sizes(dataset)),
-        "sets_per_group": _tally(_sets_per_group(dataset)),
-        "nodes_on_longest_path": _tally(_depths(dataset)),
-    }
-    if row_capacity is not None:
-        rows = _rows(dataset, row_capacity)
-        result["packing"] = {
-            "row_capacity": row_capacity,
-            "rows": rows.num_steps(1),
-            "fill": round(rows.fill(), 4),
-        }
-    return result
-
-
-def _rows(dataset: PreferenceDataset, row_capacity: int) -> Any:
+def packed_rows(dataset: PreferenceDataset, row_capacity: int) -> RowBatches:
     """The rows `rows_per_step: 1` would train on with seed 0; refuses groups that do not fit."""
-    from megatron_prefix.data.composition import RowBatches
-
+    verify_offsets(dataset)
     lengths = dataset.groups_num_tokens()
     if lengths.max() > row_capacity:
         raise InputError(
@@ -60,72 +33,31 @@ def _rows(dataset: PreferenceDataset, row_capacity: int) -> Any:
     return RowBatches(lengths, row_capacity, 1, dataset.fingerprint, 0)
 
 
-def row_items(dataset: PreferenceDataset, row: int, row_capacity: int) -> tuple[Any, list[int]]:
+def row_items(
+    dataset: PreferenceDataset, row: int, row_capacity: int
+) -> tuple[MicroBatch, list[int]]:
     """(MicroBatch, its groups) of one packed row of whole trees, in the order of seed 0."""
     from megatron_prefix.data.sampler import Sampler
 
-    rows = _rows(dataset, row_capacity)
+    rows = packed_rows(dataset, row_capacity)
     if not 0 <= row < rows.num_steps(1):
         raise InputError(f"--row is {row}, and an epoch has rows 0 to {rows.num_steps(1) - 1}")
     sampler = Sampler(dataset=dataset, composition=rows, row_capacity=row_capacity)
     plan = sampler.step(row)
-    return sampler.micro_batches(plan)[0], [bundle.group for bundle in plan.rows[0][0]]
+    groups = [bundle.group for bundle in plan.rows[0][0]]
+    for group in groups:
+        verify_group(dataset, group)
+    return sampler.micro_batches(plan)[0], groups
 
 
-def statistics_text(stats: Mapping[str, Any]) -> str:
-    """`statistics` as aligned lines."""
-    tokenizer = stats["tokenizer"]
-    lines = [f"{stats['prefix']}  ({tokenizer['kind']}, vocabulary {tokenizer['vocab_size']:,})"]
-    lines += [f"fingerprint {stats['fingerprint']}", ""]
-    lines += format_counts(stats["counts"], stats["tokens"], stats["lengths"])
-    names = {
-        "responses_per_set": "responses a comparison set",
-        "sets_per_group": "comparison sets a group",
-        "nodes_on_longest_path": "nodes on a group's longest path",
-    }
-    lines.append("")
-    for key, name in names.items():
-        tally = ", ".join(f"{value}: {count:,}" for value, count in stats[key].items())
-        lines.append(f"{name}  {tally}")
-    if "packing" in stats:
-        packing = stats["packing"]
-        lines.append(
-            f"rows of {packing['row_capacity']:,} tokens  {packing['rows']:,} an epoch, "
-            f"{100 * packing['fill']:.1f} % full"
-        )
-    return "\n".join(lines)
+def tree_batch(dataset: PreferenceDataset, group: int) -> MicroBatch:
+    """One tree alone as a row."""
+    from megatron_prefix.data.collate import RowItem, collate_packed
+    from megatron_prefix.data.sharing import view
 
-
-def _tally(values: np.ndarray) -> dict[str, int]:
-    numbers, counts = np.unique(values, return_counts=True)
-    return {str(n): int(c) for n, c in zip(numbers.tolist(), counts.tolist(), strict=True)}
-
-
-def _groups_of(offsets: np.ndarray) -> np.ndarray:
-    """[0, 2, 3] -> [0, 0, 1]: which group each entry belongs to."""
-    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-
-
-def _set_sizes(dataset: PreferenceDataset) -> np.ndarray:
-    groups = _groups_of(dataset.group_responses)
-    keys = np.stack([groups, np.asarray(dataset.response_sets)])
-    return np.unique(keys, axis=1, return_counts=True)[1]
-
-
-def _sets_per_group(dataset: PreferenceDataset) -> np.ndarray:
-    return np.maximum.reduceat(dataset.response_sets, dataset.group_responses[:-1]) + 1
-
-
-def _depths(dataset: PreferenceDataset) -> np.ndarray:
-    """Nodes on the longest root path of each group."""
-    starts = dataset.group_nodes[_groups_of(dataset.group_nodes)]
-    local = np.asarray(dataset.node_parents, np.int64)
-    above = np.where(local >= 0, local + starts, -1)
-    depth, current = np.ones(len(local), np.int64), above
-    while (current >= 0).any():
-        depth += current >= 0
-        current = np.where(current >= 0, above[current], -1)
-    return np.maximum.reduceat(depth, dataset.group_nodes[:-1])
+    tree = dataset[_checked_group(dataset, group)]
+    item = RowItem(group=group, view=view(tree, "tree", 0), pair_weights=tree.pair_weights)
+    return collate_packed([item])
 
 
 def find_tokenizer(dataset: PreferenceDataset) -> tuple[Tokenizer | None, str]:
@@ -180,6 +112,8 @@ def _checked_group(dataset: PreferenceDataset, group: int) -> int:
         raise InputError(
             f"--tree is {group}, and {dataset.prefix} has groups 0 to {len(dataset) - 1}"
         )
+    verify_offsets(dataset)
+    verify_group(dataset, group)
     return group
 
 

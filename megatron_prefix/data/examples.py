@@ -16,6 +16,12 @@ from megatron_prefix.errors import InputError
 
 KINDS = {str: "text", list: "messages"}
 NOT_READ = ("images", "videos", "audios")
+COLUMNS = tuple(
+    "prompt chosen rejected completion label margin weight score_chosen score_rejected tools "
+    "messages rejected_response rejected_messages context completions chosen_response "
+    "chosen_reward rejected_reward instruction input history system conversations".split()
+)
+"""All that formats read, and so what `--map` may give."""
 
 
 class ExampleReader:
@@ -97,6 +103,10 @@ def parse_columns(texts: list[str]) -> dict[str, str]:
         name, separator, path = text.partition("=")
         if not (name and separator and path):
             raise InputError(f"--map {text!r} is not COLUMN=PATH, as in chosen=answers.0.text")
+        if name not in COLUMNS:
+            raise InputError(
+                f"--map {text!r}: no format reads a column {name!r}; they read {', '.join(COLUMNS)}"
+            )
         if name in columns:
             raise InputError(f"--map gives column {name!r} twice")
         columns[name] = path

@@ -1,6 +1,7 @@
 """Where a data set grows before it is complete, and what a killed build leaves of it.
 
-A build works in `.NAME.HOST.PID.building` beside PREFIX. One that is killed cannot take it away;
+A build works in `.NAME.HOST.PID.building` beside PREFIX; what `--merge-prompts` merges stands in
+`.NAME.HOST.PID.merging`. One that is killed cannot take it away;
 the next build of the same PREFIX on the same machine does, if no process has that number.
 """
 
@@ -12,16 +13,27 @@ import re
 import shutil
 from pathlib import Path
 
+from megatron_prefix.errors import InputError
 
-def building_folder(prefix: Path) -> Path:
-    """This process's folder for `prefix`."""
-    return prefix.with_name(f".{prefix.name}.{platform.node()}.{os.getpid()}.building")
+
+def checked_prefix(output: str | Path) -> Path:
+    """The prefix `output`, which has to name a file to be; else InputError."""
+    if "\0" in str(output) or Path(output).name in ("", ".."):
+        raise InputError(f"output {str(output)!r} names no file: give a prefix of file names")
+    if str(output).endswith(os.sep):
+        raise InputError(f"output {str(output)!r} is a directory: give a prefix of file names")
+    return Path(output)
+
+
+def building_folder(prefix: Path, kind: str = "building") -> Path:
+    """This process's folder for `prefix`; `kind` is building or merging."""
+    return prefix.with_name(f".{prefix.name}.{platform.node()}.{os.getpid()}.{kind}")
 
 
 def clear_leftovers(prefix: Path) -> None:
     """Remove the folders of builds of `prefix` whose process is dead."""
     mine = f".{prefix.name}.{platform.node()}."
-    pattern = re.compile(re.escape(mine) + r"(\d+)\.building")
+    pattern = re.compile(re.escape(mine) + r"(\d+)\.(building|merging)")
     for folder in prefix.parent.iterdir():
         found = pattern.fullmatch(folder.name)
         if found and not _is_alive(int(found[1])):

@@ -44,6 +44,8 @@ def write_plan(
     Takes memory in proportion to the groups of one epoch. Raises InputError where a bundle does
     not fit a row or the place cannot be written.
     """
+    if "\0" in str(output) or Path(output).name in ("", ".."):
+        raise InputError(f"--output {str(output)!r} names no directory to make: give another name")
     output = Path(output)
     work = output.with_name(f".{output.name}.{os.getpid()}.packing")
     if output.exists() and not (output / MANIFEST).is_file():
@@ -64,7 +66,7 @@ def write_plan(
     return manifest
 
 
-class _Bundles:
+class Bundles:
     """Lengths of the bundles of groups, gathered a step at a time."""
 
     def __init__(self, dataset: PreferenceDataset, sharing: str, capacity: int) -> None:
@@ -93,10 +95,10 @@ class _Bundles:
 def _write(
     dataset: PreferenceDataset, settings: PlanSettings, work: Path, progress: Progress | None
 ) -> dict[str, Any]:
-    bundles = _Bundles(dataset, settings.sharing, settings.row_capacity)
+    bundles = Bundles(dataset, settings.sharing, settings.row_capacity)
     composition = settings.composition(dataset)
     num_steps = composition.num_steps(settings.epochs)
-    writer, tally = _PlanWriter(work), _Tally(settings.row_capacity)
+    writer, tally = _PlanWriter(work), Tally(settings.row_capacity)
     for step in range(num_steps):
         groups = composition.groups(step)
         tokens = bundles.of(groups)
@@ -133,6 +135,9 @@ def _whole_steps(dataset: PreferenceDataset, settings: PlanSettings, num_steps: 
     if settings.rows_per_step or settings.sort_by_length:
         return num_steps
     last = num_steps - 1
+    records = settings.epochs * int(dataset.group_num_records.sum())
+    if records <= settings.global_batch_size:
+        return int(records == settings.global_batch_size)
     ending, endless = (
         replace(settings, epochs=epochs).composition(dataset).groups(last)
         for epochs in (settings.epochs, None)
@@ -179,7 +184,7 @@ class _PlanWriter:
         self._waiting = 0
 
 
-class _Tally:
+class Tally:
     """How full and how even a plan's rows are."""
 
     def __init__(self, capacity: int) -> None:

@@ -1,8 +1,10 @@
-"""One packed row as a picture: who sees whom.
+"""One packed row, or one tree, as a picture: who sees whom, and what is learned.
 
 Queries run down, keys run across. Every segment is a triangle (its own causal part) and a
 rectangle against each segment above it in its tree; what is white is never computed. The
-strips along both edges show the segments, the marks at the right the rows that become logits.
+strips along both edges show the segments in the colour of their tree, under the tree's name. The
+black marks are the targets: beneath the picture the tokens that are predicted, at its right the
+rows that predict them, longer where a row predicts for several responses.
 """
 
 from __future__ import annotations
@@ -84,6 +86,50 @@ def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
     return [(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, breaks) if len(run)]
 
 
+def _target_marks(
+    layout: Any, kinds: Sequence[tuple[int, bool]], source_row: np.ndarray, width: float
+) -> list[np.ndarray]:
+    """Rows that predict at the right edge, wider for several responses; targets beneath."""
+    size, marks = layout.num_tokens, []
+    rows, counts = np.unique(source_row, return_counts=True)
+    for several, reach in ((False, 0.75), (True, 1.35)):
+        left, right = size + 0.35 * width, size + reach * width
+        for start, stop in _runs(rows[(counts > 1) == several]):
+            marks.append(np.array([(left, start), (right, start), (right, stop), (left, stop)]))
+    top, bottom = size + 0.35 * width, size + 0.75 * width
+    starts, ends = layout.starts.tolist(), (layout.starts + layout.lengths).tolist()
+    for start, stop, (_, has_loss) in zip(starts, ends, kinds, strict=True):
+        if has_loss:
+            marks.append(np.array([(start, top), (stop, top), (stop, bottom), (start, bottom)]))
+    return marks
+
+
+def _name_trees(
+    axes: Any,
+    layout: Any,
+    kinds: Sequence[tuple[int, bool]],
+    groups: Sequence[int],
+    width: float,
+) -> None:
+    """The number of each tree's group above its part of the strip, where there is room."""
+    starts = layout.starts.tolist()
+    ends = (layout.starts + layout.lengths).tolist()
+    for tree, group in enumerate(groups):
+        segments = [i for i, (number, _) in enumerate(kinds) if number == tree]
+        start, stop = starts[segments[0]], ends[segments[-1]]
+        name = f"group {group}" if stop - start > 3 * width else str(group)
+        if stop - start > width:
+            axes.text(
+                (start + stop) / 2,
+                -1.6 * width,
+                name,
+                color=COLOURS[tree % len(COLOURS)],
+                fontsize=8,
+                ha="center",
+                va="bottom",
+            )
+
+
 def draw_row(
     dataset: PreferenceDataset,
     batch: MicroBatch,
@@ -92,9 +138,10 @@ def draw_row(
     path: str | Path,
     title: str,
 ) -> None:
-    """Write the picture of one row; the file's ending (.png, .svg, .pdf) sets its kind.
+    """Write the picture of one row, or of one tree as a row.
 
-    Raises InputError where matplotlib is missing or the file cannot be written.
+    The file's ending (.png, .svg, .pdf) sets its kind. Raises InputError where matplotlib is
+    missing or the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -103,6 +150,8 @@ def draw_row(
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise InputError("--picture needs matplotlib: pip install matplotlib") from error
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--picture {path} cannot be written: end it in .png, .svg or .pdf")
     trees = [dataset[group] for group in groups]
     layout = batch.layout
     kinds = _segment_kinds(trees, len(layout.starts))
@@ -116,11 +165,11 @@ def draw_row(
         axes.add_collection(
             PolyCollection(polygons, facecolors=colours, edgecolors="white", linewidths=0.25)
         )
-    near, far = size + 0.35 * width, size + 1.35 * width
-    marks = [[(near, a), (far, a), (far, b), (near, b)] for a, b in _runs(batch.source_row)]
+    marks = _target_marks(layout, kinds, batch.source_row, width)
     axes.add_collection(PolyCollection(marks, facecolors=INK, edgecolors="none"))
+    _name_trees(axes, layout, kinds, groups, width)
     axes.plot([0, size, size, 0, 0], [0, 0, size, size, 0], color="#bbbbbb", linewidth=0.8)
-    axes.set(xlim=(-1.6 * width, size + 1.6 * width), ylim=(size + 0.4 * width, -1.6 * width))
+    axes.set(xlim=(-1.6 * width, size + 1.6 * width), ylim=(size + 1.6 * width, -2.6 * width))
     axes.set_aspect("equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))
@@ -128,7 +177,7 @@ def draw_row(
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0, labelsize=8, colors="#666666")
-    axes.set_xlabel("key token", fontsize=9, color=INK)
+    axes.set_xlabel("key token (a colour a tree)", fontsize=9, color=INK)
     axes.set_ylabel("query token", fontsize=9, color=INK)
     _caption(figure, axes, batch, trees, row_capacity, title)
     try:
@@ -150,17 +199,17 @@ def _caption(
     figure.text(0.085, 0.968, title, fontsize=13, color=INK, weight="bold", va="center")
     fill = 100 * batch.num_tokens / row_capacity
     facts = (
-        f"{batch.num_tokens:,} of {row_capacity:,} tokens ({fill:.1f} % full), {len(trees)} trees, "
-        f"{batch.num_responses} responses, {len(batch.pairs)} pairs, {batch.num_projected:,} rows "
-        "projected"
+        f"{batch.num_tokens:,} of {row_capacity:,} tokens ({fill:.1f} % full), {len(trees)} "
+        f"tree{'s' * (len(trees) != 1)}, {batch.num_responses} responses, {len(batch.pairs)} "
+        f"pairs; {batch.num_projected:,} rows predict {len(batch.source_row):,} targets"
     )
     figure.text(0.085, 0.942, facts, fontsize=9.5, color=INK, va="center")
     colour = COLOURS[0]
     handles = [
         Patch(color=_tint(colour, PROMPT_TINT), label="prompt"),
-        Patch(color=colour, label="response (carries loss)"),
-        Patch(color=_tint(colour, SEEN_TINT), label="response sees what is above it"),
-        Patch(color=INK, label="row projected to logits (right edge)"),
+        Patch(color=colour, label="response"),
+        Patch(color=_tint(colour, SEEN_TINT), label="what a response sees"),
+        Patch(color=INK, label="targets (below) and the rows that predict them (right)"),
     ]
     figure.legend(
         handles=handles,

@@ -83,12 +83,23 @@ class PackedPlan:
 
     def rows(self, step: int, tokens: list[int]) -> list[list[int]]:
         """The step's rows as indices of its bundles, whose lengths are `tokens`."""
+        items, offsets = self.packing(step)
+        if len(items) != len(tokens):
+            raise InputError(f"{self.path}: step {step} is not a packing of its groups: {REMEDY}")
+        return as_lists(items, offsets)
+
+    def packing(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The step's bundles row after row, and where its rows begin: each bundle once."""
         first, last = self._between("step_rows", step)
         offsets = np.array(self._columns["row_items"][first : last + 1])
         items = np.array(self._columns["items"][offsets[0] : offsets[-1]])
-        if not np.array_equal(np.sort(items), np.arange(len(tokens))):
+        if not np.array_equal(np.sort(items), np.arange(len(items))):
             raise InputError(f"{self.path}: step {step} is not a packing of its groups: {REMEDY}")
-        return as_lists(items, offsets - offsets[0])
+        return items, offsets - offsets[0]
+
+    def column(self, name: str) -> np.ndarray:
+        """One file of the plan, memory-mapped."""
+        return self._columns[name]
 
     def num_steps(self, epochs: int) -> int:
         """Steps of the plan, which was made for its own number of epochs."""

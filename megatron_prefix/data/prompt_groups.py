@@ -8,7 +8,6 @@ the loss go on counting records. Responses that begin alike share tokens over al
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_prefix.data.duplicates import grouped
+from megatron_prefix.data.leftovers import building_folder, checked_prefix
 from megatron_prefix.data.report import BuildReport
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree
@@ -26,18 +26,21 @@ from megatron_prefix.errors import InputError
 
 @contextmanager
 def place_before_merging(output: str | Path) -> Iterator[Path]:
-    """A prefix beside `output` for the data set that is merged; nothing of it stays."""
-    prefix = Path(output)
-    if prefix.name in ("", "..") or str(output).endswith(os.sep):
-        raise InputError(f"output {str(output)!r} is a directory: give a prefix of file names")
+    """A prefix beside `output` for the data set that is merged; nothing of it stays.
+
+    Errors that name it come out naming `output`.
+    """
+    prefix = checked_prefix(output)
     made = [folder for folder in prefix.parents if not folder.exists()]
-    place = prefix.with_name(f".{prefix.name}.{os.getpid()}.merging")
+    place = building_folder(prefix, "merging")
     try:
         try:
             place.mkdir(parents=True)
         except OSError as error:
             raise InputError(f"output {prefix} cannot be written: {error}") from error
         yield place / prefix.name
+    except InputError as error:
+        raise InputError(str(error).replace(str(place / prefix.name), str(prefix))) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
         for folder in made:

@@ -136,6 +136,19 @@ class _Unclosed(io.RawIOBase):
         return self._file.readinto(buffer)  # type: ignore[attr-defined]
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are unique: of two equal ones a reader would take the last."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {twice[:80]!r} twice")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
+
+
 def _read_file(raw: BinaryIO) -> Iterator[Item]:
     file, compression = _opened(raw)
     line, found = 0, False
@@ -167,7 +180,7 @@ def _read_lines(file: Any) -> Iterator[Item]:
         if not raw.strip():
             continue
         try:
-            value = json.loads(raw.decode("utf-8"))
+            value = DECODER.decode(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             yield number, None, _not_utf8(error)
         except (ValueError, RecursionError) as error:
@@ -183,7 +196,6 @@ def _read_array(data: bytes) -> Iterator[Item]:
     except UnicodeDecodeError as error:
         yield data.count(b"\n", 0, error.start) + 1, None, _not_utf8(error)
         return
-    decoder = json.JSONDecoder()
     at = _skip_space(text, text.index("[") + 1)
     line, counted = 1, 0
     while True:
@@ -191,7 +203,7 @@ def _read_array(data: bytes) -> Iterator[Item]:
         if text[at : at + 1] == "]":
             break
         try:
-            value, at = decoder.raw_decode(text, at)
+            value, at = DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             where = error.lineno if isinstance(error, json.JSONDecodeError) else line
             yield where, None, f"not JSON ({_reason(error)}): {EXPECTED} is expected"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,37 @@ class Histogram:
         mean = float(np.arange(len(self._counts)) @ self._counts) / total
         return {**dict(zip(QUANTILES, values, strict=True)), "mean": round(mean, 3)}
 
+    def tally(self) -> dict[str, int]:
+        """How often each value occurs that does."""
+        values = np.flatnonzero(self._counts)
+        counts = self._counts[values]
+        return {str(v): int(n) for v, n in zip(values.tolist(), counts.tolist(), strict=True)}
+
+    def bins(self, most: int) -> dict[str, list[int]]:
+        """{"edges", "counts"}: at most `most` bins of one round width up to p99, one for the rest.
+
+        Bin i holds values from edges[i] up to, not including, edges[i + 1]. Values 0 to 99 in at
+        most 6 bins have the edges 0, 20, 40, 60, 80, 100.
+        """
+        summary = self.summary()
+        if not summary:
+            return {"edges": [], "counts": []}
+        low, high, top = summary["min"], summary["p99"], summary["max"]
+        width, start = _round_width(low, high, most - 1)
+        edges = list(range(start, high // width * width + width + 1, width))
+        if top >= edges[-1]:
+            edges.append(top + 1)
+        counts = np.add.reduceat(self._counts[: top + 1], edges[:-1])
+        return {"edges": edges, "counts": counts.tolist()}
+
+
+def _round_width(low: int, high: int, most: int) -> tuple[int, int]:
+    """The least of 1, 2, 5, 10, 20, … that takes `most` bins or fewer, and where they begin."""
+    width, factors = 1, cycle((2, 2.5, 2))
+    while high // width - low // width + 1 > most:
+        width = int(width * next(factors))
+    return width, low // width * width
+
 
 class Statistics:
     """Running totals over the groups of a data set."""
@@ -101,25 +133,24 @@ def format_counts(
     counts: Mapping[str, int], tokens: Mapping[str, int], lengths: Mapping[str, Any]
 ) -> list[str]:
     """Lines for people: counts, tokens by sharing mode with their factors, lengths."""
-    rows = [
-        ["groups", f"{counts['groups']:,}"],
-        ["responses", f"{counts['responses']:,}"],
-        ["pairs", f"{counts['pairs']:,}"],
-    ]
-    lines = align(rows)
-    lines += ["", "tokens by sharing mode"]
     modes = [
         [f"  {mode}", f"{tokens[mode]:,}", f"{tokens[mode] / max(tokens['tree'], 1):.2f} x tree"]
         for mode in SHARING_TOKENS
     ]
-    lines += align(modes)
-    lines += ["", "lengths in tokens"]
-    columns = [*QUANTILES, "mean"]
-    table = [["", *columns]]
+    return [
+        *align([[name, f"{counts[name]:,}"] for name in ("groups", "responses", "pairs")]),
+        *["", "tokens by sharing mode", *align(modes)],
+        *["", *format_lengths(lengths)],
+    ]
+
+
+def format_lengths(lengths: Mapping[str, Any]) -> list[str]:
+    """A table of quantiles and means."""
+    table = [["", *QUANTILES, "mean"]]
     for name, summary in lengths.items():
         values = [f"{summary.get(q, 0):,}" for q in QUANTILES]
         table.append([f"  {name}", *values, f"{summary.get('mean', 0):,.1f}"])
-    return lines + align(table)
+    return ["lengths in tokens", *align(table)]
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -25,7 +25,7 @@ import numpy as np
 from megatron_prefix.data.blocks import Block, starts
 from megatron_prefix.data.columns import COLUMNS, OFFSETS, ColumnWriter, file_entry
 from megatron_prefix.data.index import DTYPES, HEADER, MAGIC, IndexedWriter
-from megatron_prefix.data.leftovers import building_folder, clear_leftovers
+from megatron_prefix.data.leftovers import building_folder, checked_prefix, clear_leftovers
 from megatron_prefix.data.manifest import (
     FILES,
     FORMAT,
@@ -61,7 +61,7 @@ class DatasetWriter:
         tokenizer: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.prefix, self._given = Path(prefix), str(prefix)
+        self.prefix = checked_prefix(prefix)
         self.tokenizer = dict(tokenizer)
         self.options = dict(options or {})
         self._statistics = Statistics()
@@ -73,8 +73,6 @@ class DatasetWriter:
         self._waiting: tuple[list[PrefixTree], list[tuple[int, int]]] = [], []
 
     def __enter__(self) -> DatasetWriter:
-        if self.prefix.name in ("", "..") or self._given.endswith(os.sep):
-            raise InputError(f"output {self._given!r} is a directory: give a prefix of file names")
         try:
             for parent in reversed([d for d in self.prefix.parents if not d.exists()]):
                 parent.mkdir()

@@ -52,8 +52,16 @@ def read_parquet(path: Path) -> Iterator[tuple[Item, float]]:
 def read_dataset(path: Path, split: str | None) -> Iterator[Item]:
     """Every row of a data set's split, counted from 1."""
     row = 0
-    for row, value in enumerate(open_dataset(path, split), 1):
-        yield row, without_nulls(value), None
+    try:
+        for row, value in enumerate(open_dataset(path, split), 1):
+            yield row, without_nulls(value), None
+    except InputError:
+        raise
+    except Exception as error:  # of many libraries, at whatever row a file differs
+        raise InputError(
+            f"{path}: the data set cannot be read behind row {row} ({_first(error)}): are all its "
+            "files whole, and of the same columns?"
+        ) from error
     if not row:
         yield 1, None, "the data set holds no row"
 

@@ -38,7 +38,7 @@ def slowly(position, total, groups):
     print(groups, flush=True)
     time.sleep(0.02)
 
-options = BuildOptions(workers=int(sys.argv[3]))
+options = BuildOptions(workers=int(sys.argv[3]), merge_prompts=sys.argv[4] == "True")
 build_dataset([sys.argv[1]], "bytes", sys.argv[2], options, progress=slowly)
 """
 
@@ -56,21 +56,25 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def started(records: Path, output: Path, workers: int) -> subprocess.Popen:
+def started(
+    records: Path, output: Path, workers: int, merge_prompts: bool = False
+) -> subprocess.Popen:
     """A build in a process of its own that has written some groups."""
     argv = [sys.executable, "-c", BUILD, str(records), str(output), str(workers)]
+    argv.append(str(merge_prompts))
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     for _ in range(3):
         assert process.stdout.readline()
     return process
 
 
+@pytest.mark.parametrize("merge_prompts", [False, True])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_build_leaves_no_data_set_no_process_and_is_cleared_away(
-    records, tmp_path, workers
+    records, tmp_path, workers, merge_prompts
 ):
     output = tmp_path / "out"
-    process = started(records, output, workers)
+    process = started(records, output, workers, merge_prompts)
     below = children(process.pid)
     assert len(below) == (workers if workers > 1 else 0)
     process.kill()
@@ -80,10 +84,11 @@ def test_a_killed_build_leaves_no_data_set_no_process_and_is_cleared_away(
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}").exists() for pid in below)
     left = [path.name for path in tmp_path.iterdir() if path != records]
-    assert len(left) == 1 and left[0].endswith(f".{process.pid}.building")
+    kind = "merging" if merge_prompts else "building"
+    assert len(left) == 1 and left[0].endswith(f".{process.pid}.{kind}")
     with pytest.raises(InputError, match="there is no data set"):
         PreferenceDataset(output)
-    build_dataset([records], "bytes", output)
+    build_dataset([records], "bytes", output, BuildOptions(merge_prompts=merge_prompts))
     PreferenceDataset(output).verify()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("in.jsonl", "out.bin", "out.idx", "out.json", "out.tree")
@@ -110,12 +115,13 @@ def test_the_folder_of_a_living_build_stays(records, tmp_path):
     assert living.is_dir() and elsewhere.is_dir()
 
 
+@pytest.mark.parametrize("flags", [[], ["--merge-prompts"]])
 @pytest.mark.parametrize("num_bytes", [10, 4000, 60000])
-def test_a_full_disk_with_workers_leaves_nothing(records, tmp_path, capsys, num_bytes):
+def test_a_full_disk_with_workers_leaves_nothing(records, tmp_path, capsys, num_bytes, flags):
     output = tmp_path / "made" / "set"
     argv = ["build", "--input", str(records), "--tokenizer", "bytes", "--output", str(output)]
     with files_up_to(num_bytes):
-        code, message = command([*argv, "--workers", "2"], capsys)
+        code, message = command([*argv, "--workers", "2", *flags], capsys)
     assert code == 2 and "Traceback" not in message
     assert f"output {output} cannot be written" in message and "File too large" in message
     assert not output.parent.exists()

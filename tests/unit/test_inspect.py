@@ -38,9 +38,13 @@ def inspect(capsys, *args):
 def test_statistics(prefix, capsys):
     code, out, _ = inspect(capsys, prefix)
     assert code == 0
-    for words in ("groups      3", "pairs       5", "responses a comparison set  2: 5"):
-        assert words in out
+    lines = out.splitlines()
+    for words in (["groups", "3"], ["pairs", "5"], ["responses", "10"]):
+        assert words in [line.split() for line in lines]
+    assert "responses a comparison set (K)  2: 5" in lines
     assert "comparison sets a group  1: 1, 2: 2" in out and "longest path  3: 1, 6: 2" in out
+    assert "  duplicates  1 records repeat an earlier one (kept)" in lines
+    assert max(map(len, lines[2:])) <= 100 and "█" in out and "by cost" in out
 
 
 def test_statistics_as_json(prefix, capsys):
@@ -48,7 +52,7 @@ def test_statistics_as_json(prefix, capsys):
     values = json.loads(out)
     stats = values["statistics"]
     assert values["verified"] is True and stats["counts"]["responses"] == 10
-    assert stats["factors"]["tree"] == 1.0 and stats["factors"]["none"] > 1.5
+    assert stats["factors"]["tree"]["tree"] == 1.0 and stats["factors"]["none"]["tree"] > 1.5
     tokens = stats["counts"]["tokens"]
     assert stats["packing"] == {"row_capacity": 400, "rows": 2, "fill": round(tokens / 800, 4)}
 
@@ -150,6 +154,9 @@ def test_runs():
         (["--row", 0, "--row-capacity", 50], "group 1 has"),
         (["--row-capacity", 0], "at least 1"),
         (["--picture", "x.png"], "--picture needs --row"),
+        (["--tree", 0, "--row", 0, "--row-capacity", 400, "--picture", "x.png"], "which one"),
+        (["--tree", 0, "--picture", "x"], "end it in .png"),
+        (["--data", "x"], "--data is for a plan"),
         (["--tree", 0, "--row-capacity", 400], "says nothing about a tree"),
         (
             ["--row", 0, "--row-capacity", 400, "--picture", "no/such/dir/x.png"],
