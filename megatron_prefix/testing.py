@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +148,16 @@ def write_random_set(prefix: str | Path, seed: int, num_groups: int) -> str:
             writer.add(build_tree(*random_group(rng)), record)
         writer.finish()
     return str(prefix)
+
+
+def free_port() -> int:
+    """A TCP port that is free now, below those that systems hand out by themselves (32768 on Linux),
+    so that it is still free when a store listens on it later."""
+    for port in random.SystemRandom().sample(range(10240, 32768), 100):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("none of 100 ports below 32768 is free")
 
 
 class BytesSent(TorchDispatchMode):

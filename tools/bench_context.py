@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 from collections.abc import Iterator
 from functools import partial
 
@@ -23,7 +22,7 @@ from megatron_prefix.attention.ownership import ContextCost
 from megatron_prefix.data.sharing import view
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.testing import BytesSent, random_heads
+from megatron_prefix.testing import BytesSent, free_port, random_heads
 
 SIZES, ROWS = (2, 4, 8), (8192, 32768, 131072)
 HEADS, GROUPS, HEAD_DIM = 32, 8, 128
@@ -145,10 +144,7 @@ def bytes_table(row: TreeLayout) -> list[dict]:
     table = []
     for size in (2, 4):
         path = f"build/bytes-{size}.json"
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        torch.multiprocessing.spawn(count_bytes, (size, port, path, row), nprocs=size)
+        torch.multiprocessing.spawn(count_bytes, (size, free_port(), path, row), nprocs=size)
         with open(path, encoding="utf-8") as file:
             table += json.load(file)
         os.remove(path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.testing import write_random_set
+from megatron_prefix.testing import free_port, write_random_set
 
 TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "rewards/margins": 1e-3}
 """Relative, the denominator at least 1e-2; weights differ by at most 1e-4."""
@@ -37,12 +36,6 @@ for argv, port in json.loads(sys.argv[1]):
         sys.exit(code)
 """
 """Calls the program once for each list of arguments, each with a store of its own."""
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def two_processes(folder: Path, *commands: list[str]) -> None:

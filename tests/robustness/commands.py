@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -145,14 +144,13 @@ def launch(
     argv: list[str], log: Path, program: tuple[str, ...] = ("-m", "megatron_prefix")
 ) -> Launched:
     """Start a program on two processes, in a process group of their launcher's own."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    from megatron_prefix.testing import free_port
+
     mark = uuid.uuid4().hex
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*torchrun, f"--master-port={port}", *program, *argv],
+            [*torchrun, f"--master-port={free_port()}", *program, *argv],
             env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
             stdout=file,
             stderr=subprocess.STDOUT,
