@@ -151,8 +151,8 @@ def write_random_set(prefix: str | Path, seed: int, num_groups: int) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that is free now, below those that systems hand out by themselves (32768 on Linux),
-    so that it is still free when a store listens on it later."""
+    """A TCP port that is free, and likely to be when a store listens on it later: it is below
+    those that Linux hands out by itself (32768)."""
     for port in random.SystemRandom().sample(range(10240, 32768), 100):
         with socket.socket() as found, contextlib.suppress(OSError):
             found.bind(("127.0.0.1", port))
