@@ -47,7 +47,7 @@ SIZES = {
         },
         vocab_size=2048,
         row_capacity=8192,
-        tokens=4000,
+        tokens=3000,
     ),
     "1b": Size(
         model={**LLAMA_1B, "dtype": "bfloat16"}, vocab_size=128256, row_capacity=16384, tokens=65536

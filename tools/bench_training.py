@@ -271,7 +271,7 @@ def arguments() -> argparse.Namespace:
         choices=list(MODES),
         default=[x for x in MODES if x != f"{BASE}, precomputed"],
     )
-    parser.add_argument("--rounds", type=int, default=4, help="measured steps of each mode")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each mode")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--name", default=f"training_{device}", help="of the files under results")
     add_model(parser)
