@@ -72,26 +72,27 @@ class Clock:
 
 
 def exact_steps(counts: np.ndarray, num_pairs: int, num_steps: int) -> list[np.ndarray]:
-    """Groups for steps of exactly `num_pairs` pairs, each group once, those that fit first.
+    """Groups for steps of exactly `num_pairs` pairs, each group at most once, early ones first.
 
     `counts` are the pairs of each group. Raises InputError where they do not fill the steps.
     """
     left, steps = list(range(len(counts))), []
     for _ in range(num_steps):
-        taken, room = [], num_pairs
+        reached: dict[int, list[int]] = {0: []}  # pairs -> groups that have as many together
         for group in left:
-            if counts[group] <= room:
-                taken.append(group)
-                room -= counts[group]
-            if not room:
+            for total, taken in list(reached.items()):
+                more = total + int(counts[group])
+                if more <= num_pairs:
+                    reached.setdefault(more, [*taken, group])
+            if num_pairs in reached:
                 break
-        if room:
+        if num_pairs not in reached:
             raise InputError(
                 f"{len(counts)} groups do not make {num_steps} steps of {num_pairs} pairs: ask "
                 "for fewer --steps or another --batch-size"
             )
-        steps.append(np.array(taken))
-        left = [group for group in left if group not in taken]
+        steps.append(np.array(reached[num_pairs]))
+        left = [group for group in left if group not in reached[num_pairs]]
     return steps
 
 
@@ -241,7 +242,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=named, nargs="+", required=True, metavar="NAME=PREFIX")
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--steps", type=int, default=5, help="the first one warms up")
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
+    parser.add_argument("--batch-size", type=int, default=12, help="pairs a step")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="pairs, TRL's")
     parser.add_argument("--row-capacity", type=int, default=8192, help="tokens, ours")
     parser.add_argument("--dtype", default="bfloat16" if on_cuda else "float32")
