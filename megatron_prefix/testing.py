@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,24 @@ class BytesSent(TorchDispatchMode):
             parts = splits or [sent.size(0) // self.size] * self.size
             return (sum(parts) - parts[self.rank]) * sent[:1].nbytes
         raise NotImplementedError(f"bytes of c10d.{name}")
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of what `forward` returns.
+
+    A storage counts once and whole, however many saved tensors are views of it; parameters, which
+    are there anyway, do not count. What `torch.utils.checkpoint` computes again is not kept.
+    """
+    own = {x.untyped_storage().data_ptr() for x in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = forward()  # while it lives so do its saved tensors, and no storage is used again
+    assert out.requires_grad, "nothing to go backward from"
+    return sum(kept.values())

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from bench_common import publish
-from bench_training import add_shape, make_config
+from bench_model import MODES, add_model, describe, make_config
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.mlp import MLP
@@ -113,9 +113,12 @@ def part_of(event, part_of_sequence: dict[int, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_shape(parser)
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="data set that build wrote")
+    add_model(parser)
     parser.add_argument("--steps", type=int, default=3, help="profiled steps")
-    parser.add_argument("--sharing", default="tree")
+    parser.add_argument(
+        "--mode", choices=[x for x in MODES if "precomputed" not in x], default="packed, shared"
+    )
     parser.add_argument("--name", default="profile_cpu", help="of the files under results")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
@@ -123,10 +126,11 @@ def main() -> None:
     from megatron_prefix.train.prepare import prepare_run
 
     on_cuda = torch.cuda.is_available()
-    args.rounds = 1 + args.steps
     dataset = PreferenceDataset(args.data)
     with tempfile.TemporaryDirectory() as scratch:
-        config = make_config(args, args.sharing, scratch)
+        config = make_config(
+            args, args.data, MODES[args.mode], scratch, args.global_batch_size, 1 + args.steps
+        )
         with world(config.parallel, 0) as here:
             run = prepare_run(config, dataset, None, here)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
@@ -145,9 +149,8 @@ def main() -> None:
     ]
     over = [p for p, time in found.items() if p not in FREE and time > LARGEST * total]
     notes = (
-        f"{args.num_layers} layers, hidden {args.hidden_size}, feed-forward "
-        f"{args.ffn_hidden_size}, rows of {args.row_capacity}, {args.global_batch_size} groups a "
-        f"step, reference computed each step, {args.steps} steps. Above "
+        f"{describe(args)}; {args.mode}, {args.global_batch_size} groups a step, reference "
+        f"computed each step, {args.steps} steps. Above "
         f"{100 * LARGEST:.0f} % beside {', '.join(FREE)}: {', '.join(over) or 'nothing'}."
     )
     publish(args.name, rows, notes)

@@ -1,0 +1,180 @@
+"""What a prompt costs as its responses grow in number, and as it grows in length.
+
+Forward and backward of one tree through the model, against the same responses each with its own
+copy of the prompt. Two tables:
+
+    responses  one prompt with K responses, K = 1, 2, 4, 8, 16
+    length     a prompt with two responses, all of them together 512 to 8192 tokens
+
+Every ratio is over the table's first row, of times measured in turn; on CPU a time is the
+processor time of this process. Memory is what autograd keeps for backward.
+
+    python tools/bench_scaling.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+
+import numpy as np
+import torch
+from bench_common import publish
+from bench_model import SIZES, add_model, describe, model_section
+from bench_sets import drawn_tree
+from tqdm import tqdm
+
+from megatron_prefix.config import Config, parse_config
+from megatron_prefix.data.collate import MicroBatch, RowItem, collate_packed
+from megatron_prefix.data.sharing import view
+from megatron_prefix.flops import forward_flops
+from megatron_prefix.testing import saved_bytes
+
+RESPONSES = (1, 2, 4, 8, 16)
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+
+
+def row_of(lengths: list[int], vocab_size: int, is_shared: bool) -> MicroBatch:
+    """One tree of a prompt and its responses, or every response with the prompt to itself."""
+    tree = drawn_tree(np.random.default_rng(0), lengths, vocab_size)
+    if is_shared:
+        trees = [tree]
+    else:
+        trees = [
+            drawn_tree(np.random.default_rng(0), [lengths[0], x], vocab_size) for x in lengths[1:]
+        ]
+    views = [view(tree, "tree", 0) for tree in trees]
+    items = [
+        RowItem(group=i, view=v, pair_weights=np.ones(len(v.pairs))) for i, v in enumerate(views)
+    ]
+    return collate_packed(items)
+
+
+def shapes(table: str) -> dict[int, list[int]]:
+    """Lengths of prompt and responses by what the table's rows differ in."""
+    if table == "responses":
+        return {k: [512] + [128] * k for k in RESPONSES}
+    return {n: [n // 2, n // 4, n // 4] for n in LENGTHS}
+
+
+def run_config(args: argparse.Namespace) -> Config:
+    """A run's configuration, of which the model is used."""
+    return parse_config(
+        {
+            "data": {"train": "none", "row_capacity": 1, "global_batch_size": 1},
+            "model": model_section(args),
+            "optimizer": {"lr": 1e-5},
+            "train": {"steps": 1},
+            "logging": {"output": "none"},
+        }
+    )
+
+
+class Passes:
+    """Forward and backward of rows through one model."""
+
+    def __init__(self, config: Config, vocab_size: int, here) -> None:
+        from megatron_prefix.model.gpt import unwrap
+        from megatron_prefix.model.provider import transformer_config
+        from megatron_prefix.train.optimizer import build_model
+
+        made = transformer_config(config.model, vocab_size=vocab_size, seed=0)
+        self.chunk = build_model(made, here)[0].train()
+        self.model, self.device = unwrap(self.chunk), here.device
+
+    def batch(self, row: MicroBatch):
+        from megatron_prefix.train.step import to_device
+
+        return to_device(row, self.device)
+
+    def forward(self, batch) -> torch.Tensor:
+        return self.chunk(batch.tokens, None, None, packed_seq_params=batch.params)
+
+    def seconds(self, batch) -> float:
+        on_cuda = self.device.type == "cuda"
+        clock = time.perf_counter if on_cuda else time.process_time
+        if on_cuda:
+            torch.cuda.synchronize()
+        start = clock()
+        self.forward(batch).sum().backward()
+        if on_cuda:
+            torch.cuda.synchronize()
+        return clock() - start
+
+    def kept(self, batch) -> int:
+        return saved_bytes(lambda: self.forward(batch), self.model.parameters())
+
+
+def measure(table: str, args: argparse.Namespace, passes: Passes, config: Config) -> list[dict]:
+    vocab_size = SIZES[args.size].vocab_size
+    rows = {
+        (key, kind): row_of(lengths, vocab_size, kind == "tree")
+        for key, lengths in shapes(table).items()
+        for kind in ("tree", "unshared")
+    }
+    batches = {key: passes.batch(row) for key, row in rows.items()}
+    seconds: dict[tuple, list[float]] = {key: [] for key in rows}
+    for turn in tqdm(range(1 + args.rounds), desc=table, disable=None):
+        for key, batch in batches.items():
+            taken = passes.seconds(batch)
+            if turn:  # the first one warms up
+                seconds[key].append(taken)
+    flops = {key: forward_flops(config.model, vocab_size, row).total for key, row in rows.items()}
+    kept = {key: passes.kept(batch) for key, batch in batches.items()}
+    first = next(iter(rows))
+    found = []
+    for key, kind in rows:
+        if kind != "tree":
+            continue
+        own, other = (key, "tree"), (key, "unshared")
+
+        def over(values: dict, of: tuple, to: tuple) -> float:
+            return float(np.median(np.divide(values[of], values[to])))
+
+        found.append(
+            {
+                table: key,
+                "tokens executed": len(rows[own].tokens),
+                "tokens": f"{len(rows[own].tokens) / len(rows[first].tokens):.2f}",
+                "kept for backward": f"{over(kept, own, first):.2f}",
+                "FLOP": f"{over(flops, own, first):.2f}",
+                "time": f"{over(seconds, own, first):.2f}",
+                "unshared: tokens": f"{len(rows[other].tokens) / len(rows[own].tokens):.2f}",
+                "unshared: FLOP": f"{over(flops, other, own):.2f}",
+                "unshared: time": f"{over(seconds, other, own):.2f}",
+            }
+        )
+    return found
+
+
+def main() -> None:
+    from megatron_prefix.train.running import running
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--name", default=f"scaling_{device}", help="of the files under results")
+    add_model(parser)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    config = run_config(args)
+    notes = (
+        "One tree, forward and backward. The first columns are over the table's first row, "
+        "`unshared` is the same responses with a prompt each over the tree; by "
+        f"{'wall clock' if device == 'cuda' else 'processor time'}, medians of {args.rounds} "
+        "rounds, each everything once in turn. "
+    )
+    about = {
+        "responses": "A prompt of 512 tokens, responses of 128.",
+        "length": "A prompt of half the tokens, two responses of a quarter each.",
+    }
+    with running(config) as here:
+        passes = Passes(config, SIZES[args.size].vocab_size, here)
+        for table in ("responses", "length"):
+            rows = measure(table, args, passes, config)
+            publish(f"{args.name}_{table}", rows, f"{about[table]} {notes}{describe(args)}.")
+
+
+if __name__ == "__main__":
+    main()
