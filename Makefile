@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # Of `make bench`: a row of 8192 holds every tree of HH-RLHF in bytes (TOKENIZER=… changes them).
 ROW_CAPACITY ?= 8192
 # A row that holds every pair of OpenAssistant's longest tree unshared.
-LONGEST ?= 65536
+LONGEST ?= 32768
 # Large tensors are kept for the next step, not given back to the system and cleared anew.
 BENCH := OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
