@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Of `make bench`: a row of 8192 holds every tree of HH-RLHF in bytes (TOKENIZER=… changes them).
 ROW_CAPACITY ?= 8192
+# A row that holds every pair of OpenAssistant's longest tree unshared.
+LONGEST ?= 32768
+# Large tensors are kept for the next step, not given back to the system and cleared anew.
+BENCH := OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .PHONY: install quickstart test test-all test-gpu gpu-check lint bench mutants clean
@@ -42,13 +46,25 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# On one core of a CPU about 25 minutes (docs/benchmarks.md). OpenAssistant's trees need a tokenizer
+# whose longest tree fits a row: give TOKENIZER=tokenizer.model for the tables of docs/benchmarks.md.
 bench: install
 	mkdir -p build
-	test -e build/hh.json || $(BIN)/megatron-prefix build --output build/hh --tokenizer $${TOKENIZER:-bytes} \
-	    --input $${MEGATRON_PREFIX_DATA:-../shared/data}/hh_pairs.jsonl.gz
+	for set in hh:hh_pairs oasst:oasst_trees; do \
+	    test -e build/$${set%%:*}.json || $(BIN)/megatron-prefix build --tokenizer $${TOKENIZER:-bytes} \
+	        --input $${MEGATRON_PREFIX_DATA:-../shared/data}/$${set##*:}.jsonl.gz \
+	        --output build/$${set%%:*} || exit 1; \
+	done
 	$(BIN)/python tools/bench_attention.py
 	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity $(ROW_CAPACITY)
-	$(BIN)/python tools/bench_training.py --data build/hh --row-capacity $(ROW_CAPACITY)
+	$(BENCH) tools/bench_training.py --sets
+	$(BENCH) tools/bench_training.py --data HH-RLHF=build/hh OpenAssistant=build/oasst \
+	    --row-capacity $(LONGEST) --global-batch-size 8 --modes "packed, unshared" "packed, shared" \
+	    --name training_real_cpu
+	$(BENCH) tools/bench_scaling.py --rounds 3
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trl.py \
+	    --data HH-RLHF=build/hh OpenAssistant=build/oasst --row-capacity $(LONGEST)
+	$(BIN)/python tools/plot_benchmarks.py
 
 clean:
 	rm -rf $(VENV) build quickstart

@@ -47,7 +47,7 @@ def draw_training(name: str, output: Path) -> Path:
     axes.plot(ratios, measured, "x", color="tab:red", label="measured")
     for row, ratio, height in zip(rows, ratios, modelled, strict=True):
         label = row["data"].removeprefix(PREFIX)
-        axes.annotate(label, (ratio, height), (0, -14), textcoords="offset points", ha="center")
+        axes.annotate(label, (ratio, height), (-8, 6), textcoords="offset points", ha="right")
     axes.set_xscale("log")
     axes.set_xticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
     axes.minorticks_off()
