@@ -46,8 +46,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# On one core of a CPU about 25 minutes (docs/benchmarks.md). OpenAssistant's trees need a tokenizer
-# whose longest tree fits a row: give TOKENIZER=tokenizer.model for the tables of docs/benchmarks.md.
+# About half an hour on one core (docs/benchmarks.md, whose tables take TOKENIZER=tokenizer.model
+# LONGEST=8192).
 bench: install
 	mkdir -p build
 	for set in hh:hh_pairs oasst:oasst_trees; do \
