@@ -46,8 +46,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# About half an hour on one core (docs/benchmarks.md, whose tables take TOKENIZER=tokenizer.model
-# LONGEST=8192).
+# Each of its parts takes 2 to 6 minutes of one core. The tables of docs/benchmarks.md take
+# TOKENIZER=tokenizer.model LONGEST=8192.
 bench: install
 	mkdir -p build
 	for set in hh:hh_pairs oasst:oasst_trees; do \
@@ -59,7 +59,7 @@ bench: install
 	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity $(ROW_CAPACITY)
 	$(BENCH) tools/bench_training.py --sets
 	$(BENCH) tools/bench_training.py --data HH-RLHF=build/hh OpenAssistant=build/oasst \
-	    --row-capacity $(LONGEST) --global-batch-size 8 --modes "packed, unshared" "packed, shared" \
+	    --row-capacity $(LONGEST) --global-batch-size 4 --modes "packed, unshared" "packed, shared" \
 	    --name training_real_cpu
 	$(BENCH) tools/bench_scaling.py --rounds 3
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trl.py \
