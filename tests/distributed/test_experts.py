@@ -123,7 +123,8 @@ def test_layouts_that_share_rows_have_the_same_auxiliary_loss(runs, name):
     assert theirs == pytest.approx(balances, rel=1e-5)
     plain = [row["grad_norm"] for row in runs.lines("one") if "loss" in row]
     balanced = [row["grad_norm"] for row in expected if "loss" in row]
-    assert abs(plain[0] - balanced[0]) > 1e-4 * plain[0], "the auxiliary loss has no gradient"
+    apart = [abs(b - p) / p for p, b in zip(plain, balanced, strict=True)]
+    assert max(apart) > 1e-3, "the auxiliary loss has no gradient"
 
 
 @pytest.mark.parametrize("name", RESUMED)
