@@ -196,5 +196,5 @@ def test_maps_that_are_none(text):
 
 
 def test_a_column_is_mapped_once():
-    with pytest.raises(InputError, match="'a' twice"):
-        parse_columns(["a=b", "a=c"])
+    with pytest.raises(InputError, match="'prompt' twice"):
+        parse_columns(["prompt=b", "prompt=c"])
