@@ -32,7 +32,7 @@ from megatron_prefix.attention.ownership import ContextCost
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
 
-Attend = Callable[[Tensor, Tensor, Tensor, TreePlan], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +97,8 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-class AllGather:
-    """All rows of keys on every rank."""
+class _WholeRow:
+    """Both orders of a whole row: `by_rank` as its parts stand on the ranks, and `by_row` back."""
 
     def __init__(
         self, group: dist.ProcessGroup, rows: Sequence[np.ndarray], device: torch.device
@@ -107,6 +107,10 @@ class AllGather:
         gathered = np.concatenate(rows)
         self.by_rank = torch.from_numpy(gathered).to(device)
         self.by_row = torch.from_numpy(np.argsort(gathered)).to(device)
+
+
+class AllGather(_WholeRow):
+    """All rows of keys on every rank."""
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _with_keys(attend, q, k, v, self)
@@ -199,16 +203,8 @@ class NeededRows:
         return own.to(grad.dtype)
 
 
-class Heads:
+class Heads(_WholeRow):
     """All rows of a share of the heads."""
-
-    def __init__(
-        self, group: dist.ProcessGroup, rows: Sequence[np.ndarray], device: torch.device
-    ) -> None:
-        self.group = group
-        gathered = np.concatenate(rows)
-        self.by_rank = torch.from_numpy(gathered).to(device)
-        self.by_row = torch.from_numpy(np.argsort(gathered)).to(device)
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(*(_HeadsForRows.apply(x, self) for x in (q, k, v)))

@@ -30,6 +30,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Read preference records, tokenise them, and write a data set in which every "
         "token of a group stands once. Ends with a summary.",
     )
+    _add_records(parser)
+    _add_tokens(parser)
+    _add_handling(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_records(parser: argparse.ArgumentParser) -> None:
+    """Where records come from, what their columns mean, and where the data set goes."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -43,12 +51,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--split",
         metavar="NAME",
         help="which split of a Hugging Face data set (default: the only one it has)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="T",
-        help="bytes; a SentencePiece model file; or a Hugging Face tokenizer's directory or id",
     )
     parser.add_argument(
         "--output", required=True, metavar="PREFIX", help="write PREFIX.bin, .idx, .tree, .json"
@@ -67,6 +69,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="COLUMN=PATH",
         help="take a column from a dotted path into the record, lists by number, as in "
         "chosen=answers.0.text; may be given several times",
+    )
+
+
+def _add_tokens(parser: argparse.ArgumentParser) -> None:
+    """How texts become tokens, and how long a path may be."""
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="T",
+        help="bytes; a SentencePiece model file; or a Hugging Face tokenizer's directory or id",
     )
     parser.add_argument(
         "--max-length",
@@ -95,6 +107,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="let texts and messages spell the special tokens of a Hugging Face tokenizer "
         "(default: what looks like one in them is text, and counted)",
     )
+
+
+def _add_handling(parser: argparse.ArgumentParser) -> None:
+    """What becomes of repeated, wrong and degenerate records, and who does the work."""
     parser.add_argument(
         "--merge-prompts",
         action="store_true",
@@ -119,7 +135,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N",
         help="processes that share the work; the bytes written are the same (default: 1)",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:

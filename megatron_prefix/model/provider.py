@@ -49,14 +49,11 @@ def transformer_config(
 
     `model` has sizes (see `with_sizes`). `seed` draws the initial weights; None leaves them
     undefined, for weights that are loaded next, but for a reward model's head, which `head_seed`
-    draws. Raises InputError where the attention backend
-    cannot run here.
+    draws. Raises InputError where the attention backend cannot run here.
     """
     parallel = parallel or ParallelConfig()
     if faults := list(layout_faults(model, parallel)):
         raise InputError("; ".join(faults))
-    experts = model.num_moe_experts
-    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     on_cuda = torch.cuda.is_available()
     own_gate = not (has_transformer_engine() or model.num_moe_experts)  # see swiglu.py
     dtype = DTYPES[model.dtype]
@@ -97,29 +94,9 @@ def transformer_config(
         use_te_activation_func=own_gate,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        context_parallel_size=parallel.context_parallel_size,
-        # Rows of a step differ in length; stages tell one another.
-        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        **_layout_settings(parallel),
         moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, without experts too
-        num_moe_experts=experts,
-        moe_ffn_hidden_size=experts and (model.moe_ffn_hidden_size or model.ffn_hidden_size),
-        moe_router_topk=model.moe_router_topk,
-        moe_router_pre_softmax=model.moe_router_pre_softmax,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",  # the router's own; see model/moe.py
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_count=model.moe_count,
-        moe_grouped_gemm=experts is not None and has_transformer_engine(),
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        # Interleaved stages on gloo get wrong gradients with batched sends (silently).
-        batch_p2p_comm=not is_interleaved,
-        overlap_p2p_comm=is_interleaved,
+        **_expert_settings(model, parallel),
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,
         recompute_num_layers=model.recompute_num_layers,
@@ -134,6 +111,40 @@ def transformer_config(
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
         head_seed=head_seed if model.kind == "reward" else None,
+    )
+
+
+def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
+    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return dict(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        context_parallel_size=parallel.context_parallel_size,
+        # Rows of a step differ in length; stages tell one another.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        # Interleaved stages on gloo get wrong gradients with batched sends (silently).
+        batch_p2p_comm=not is_interleaved,
+        overlap_p2p_comm=is_interleaved,
+    )
+
+
+def _expert_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    experts = model.num_moe_experts
+    return dict(
+        num_moe_experts=experts,
+        moe_ffn_hidden_size=experts and (model.moe_ffn_hidden_size or model.ffn_hidden_size),
+        moe_router_topk=model.moe_router_topk,
+        moe_router_pre_softmax=model.moe_router_pre_softmax,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # the router's own; see model/moe.py
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_count=model.moe_count,
+        moe_grouped_gemm=experts is not None and has_transformer_engine(),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
     )
 
 
