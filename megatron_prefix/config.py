@@ -180,6 +180,18 @@ class ParallelConfig:
     distributed_timeout_minutes: Positive = 30.0
     """How long ranks may wait for one that does not get on, before all end and name it."""
 
+    @property
+    def row_multiple(self) -> int:
+        """What a row's length is a multiple of, in tokens: the ranks that share it."""
+        slices = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return slices * self.context_parallel_size
+
+    @property
+    def count_multiple(self) -> int:
+        """What a rank's rows in a step are a multiple of: interleaved stages fill in turns."""
+        is_interleaved = self.virtual_pipeline_model_parallel_size is not None
+        return self.pipeline_model_parallel_size if is_interleaved else 1
+
 
 @_section
 class LossConfig:

@@ -139,13 +139,11 @@ def _config_folder(model: ModelConfig) -> Path | None:
 def _sampler(config: Config, dataset: PreferenceDataset, ranks: int) -> Sampler:
     """The run's sampler, as World.rows lays out its ranks."""
     parallel = config.parallel
-    slices = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return replace(
         training_sampler(config, dataset),
         num_ranks=ranks,
-        row_multiple=slices * parallel.context_parallel_size,
-        count_multiple=parallel.pipeline_model_parallel_size if interleaved else 1,
+        row_multiple=parallel.row_multiple,
+        count_multiple=parallel.count_multiple,
     )
 
 

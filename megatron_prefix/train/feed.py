@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 
 import torch
 
@@ -31,8 +30,7 @@ class PreparedStep:
 class Feed:
     """Steps of one sampler for this rank; asking for one starts the next one's preparation.
 
-    Nothing is prepared beyond `num_steps`. Close it, or enter it as a context, so that the
-    thread ends.
+    Nothing is prepared beyond `num_steps`. Close it, so that the thread ends.
     """
 
     def __init__(
@@ -42,17 +40,6 @@ class Feed:
         self._num_steps = num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[int, Future] | None = None
-
-    def __enter__(self) -> Feed:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def step(self, step: int) -> PreparedStep:
         """Step `step`, counted from 0. Raises what its preparation raised."""

@@ -67,13 +67,10 @@ class World:
     @property
     def rows(self) -> dict[str, int]:
         """What the layout asks of a sampler: ranks, and multiples of row lengths and counts."""
-        parallel = self.parallel
-        is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-        slices = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
         return {
             "num_ranks": self.data_size,
-            "row_multiple": slices * parallel.context_parallel_size,
-            "count_multiple": parallel.pipeline_model_parallel_size if is_interleaved else 1,
+            "row_multiple": self.parallel.row_multiple,
+            "count_multiple": self.parallel.count_multiple,
         }
 
     def context(self, config: TreeTransformerConfig) -> ContextParallel | None:

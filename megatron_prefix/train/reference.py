@@ -7,6 +7,7 @@ model has none.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -144,7 +145,7 @@ def score_dataset(
         chunk.eval()
     num_steps = sampler.composition.num_steps(1)
     context = world.context(unwrap(chunks[0]).config)
-    with Feed(sampler, world, context, num_steps) as feed:
+    with closing(Feed(sampler, world, context, num_steps)) as feed:
         for start in range(first, num_steps, SAVE_STEPS):
             stop = min(start + SAVE_STEPS, num_steps)
             found = np.zeros_like(sums)
