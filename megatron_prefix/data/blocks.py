@@ -10,13 +10,13 @@ written. Shape suffixes: G groups, M nodes, R responses, P pairs, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_prefix.data.columns import COLUMNS, OFFSETS
-from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.data.tree import MergedPaths, PrefixTree, joined
 
 if TYPE_CHECKING:
     from megatron_prefix.data.store import PreferenceDataset
@@ -35,43 +35,64 @@ class Block:
         return len(self.columns["group_nodes"])
 
     @classmethod
-    def of_trees(
+    def of_paths(cls, groups: Sequence[MergedPaths], records: Sequence[int]) -> Block:
+        """Groups of which the i-th comes from input record `records[i]`, and holds one record."""
+        arrays = joined(groups)
+        return cls._of(
+            arrays,
+            lengths=np.diff(arrays["node_offsets"]),
+            counts=[(len(g.parents), len(g.responses), len(g.pairs)) for g in groups],
+            records=[(record, 1) for record in records],
+        )
+
+    @classmethod
+    def of_trees(cls, trees: Sequence[PrefixTree], records: Sequence[tuple[int, int]]) -> Block:
+        """Groups of which the i-th comes from `records[i]`: the index of its (first) input record,
+        and how many it holds."""
+        names = [field.name for field in fields(PrefixTree) if field.name != "node_offsets"]
+        return cls._of(
+            {name: np.concatenate([getattr(tree, name) for tree in trees]) for name in names},
+            lengths=np.concatenate([np.diff(tree.node_offsets) for tree in trees]),
+            counts=[(len(t.parents), len(t.response_last), len(t.pairs)) for t in trees],
+            records=records,
+        )
+
+    @classmethod
+    def _of(
         cls,
-        trees: Sequence[PrefixTree],
-        records: Sequence[int],
-        num_records: Sequence[int] | None = None,
+        arrays: dict[str, np.ndarray],
+        lengths: np.ndarray,
+        counts: Sequence[tuple[int, int, int]],
+        records: Sequence[tuple[int, int]],
     ) -> Block:
-        """Groups of which the i-th comes from input record `records[i]`, and holds
-        `num_records[i]` records (one where not given)."""
-
-        def joined(name: str) -> np.ndarray:
-            return np.concatenate([getattr(tree, name) for tree in trees])
-
-        lengths = np.concatenate([np.diff(tree.node_offsets) for tree in trees])
+        """From the arrays of PrefixTrees, one behind the other; `counts` are nodes, responses and
+        pairs a group."""
+        nodes, responses, pairs = np.array(counts).T
+        first_records, num_records = np.array(records, np.int64).T
         columns = {
-            "group_nodes": np.array([len(tree.parents) for tree in trees]),
-            "group_responses": np.array([len(tree.response_last) for tree in trees]),
-            "group_pairs": np.array([len(tree.pairs) for tree in trees]),
-            "group_records": np.asarray(records, np.int64),
-            "group_num_records": np.asarray(num_records or [1] * len(trees), np.int64),
-            "node_parents": joined("parents"),
-            "response_first": joined("response_first"),
-            "response_last": joined("response_last"),
-            "response_sets": joined("response_sets"),
-            "response_ranks": joined("ranks"),
-            "response_scores": joined("scores"),
-            "pair_responses": joined("pairs"),
-            "pair_weights": joined("pair_weights"),
-            "pair_margins": joined("pair_margins"),
+            "group_nodes": nodes,
+            "group_responses": responses,
+            "group_pairs": pairs,
+            "group_records": first_records,
+            "group_num_records": num_records,
+            "node_parents": arrays["parents"],
+            "response_first": arrays["response_first"],
+            "response_last": arrays["response_last"],
+            "response_sets": arrays["response_sets"],
+            "response_ranks": arrays["ranks"],
+            "response_scores": arrays["scores"],
+            "pair_responses": arrays["pairs"],
+            "pair_weights": arrays["pair_weights"],
+            "pair_margins": arrays["pair_margins"],
         }
-        ends = node_ends(lengths, columns["node_parents"], columns["group_nodes"])
-        first_nodes = np.repeat(starts(columns["group_nodes"]), columns["group_responses"])
+        ends = node_ends(lengths, arrays["parents"], nodes)
+        first_nodes = np.repeat(starts(nodes), responses)
         first, last = (first_nodes + columns[f"response_{end}"] for end in ("first", "last"))
         columns["response_lengths"] = ends[last]
         columns["response_prompts"] = ends[first] - lengths[first]
         columns = {name: np.asarray(columns[name], COLUMNS[name][0]) for name in COLUMNS}
         return cls(
-            tokens=_narrow(joined("tokens")), node_lengths=lengths.astype("<i4"), columns=columns
+            tokens=_narrow(arrays["tokens"]), node_lengths=lengths.astype("<i4"), columns=columns
         )
 
     @classmethod

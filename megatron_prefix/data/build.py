@@ -14,27 +14,27 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_prefix.data.blocks import Block
 from megatron_prefix.data.combine import combine
-from megatron_prefix.data.duplicates import content_digest, prompt_digest
+from megatron_prefix.data.duplicates import Digests, DigestTable
 from megatron_prefix.data.examples import ExampleReader
-from megatron_prefix.data.formats.base import DEGENERATE, DegenerateRecord
+from megatron_prefix.data.formats.base import DEGENERATE, DegenerateRecord, Example
 from megatron_prefix.data.paths import OVERFLOW_MODES, PathEncoder, Selection, TooLong, select
 from megatron_prefix.data.prompt_groups import merge_prompts, place_before_merging
-from megatron_prefix.data.records import Record, check_inputs, input_bytes, read_records
-from megatron_prefix.data.report import BuildReport
+from megatron_prefix.data.records import Record, check_inputs, input_bytes, scan_records
+from megatron_prefix.data.report import MAX_LISTED, BuildReport
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_prefix.data.tree import PrefixTree, build_tree
+from megatron_prefix.data.tree import MergedPaths, merge_paths
 from megatron_prefix.data.workers import ordered
 from megatron_prefix.errors import InputError
 
-CHUNK = 64
-"""Records that are read, built and written together."""
+CHUNK, CHUNK_BYTES, FIRST_CHUNK = 512, 1 << 20, 32
+"""Records, or bytes of lines, that are read, built and written together. The first chunk is built
+before any worker starts: it is small."""
 
 Progress = Callable[[int, int, int], None]
 
@@ -94,13 +94,14 @@ def build_dataset(
     InputError for bad input or settings; then nothing is left behind.
     """
     options = options or BuildOptions()
-    if not options.merge_prompts:
-        return _build(inputs, tokenizer, output, options, progress)
-    with place_before_merging(output) as place:
-        separate = replace(options, merge_prompts=False)
-        report = _build(inputs, tokenizer, place, separate, progress)
-        merge_prompts(PreferenceDataset(place), report, output)
-    return report
+    with contextlib.closing(DigestTable()) as digests:
+        if not options.merge_prompts:
+            return _build(inputs, tokenizer, output, options, digests, progress)
+        with place_before_merging(output) as place:
+            separate = replace(options, merge_prompts=False)
+            report = _build(inputs, tokenizer, place, separate, digests, progress)
+            merge_prompts(PreferenceDataset(place), digests, report, output)
+        return report
 
 
 def _build(
@@ -108,9 +109,10 @@ def _build(
     tokenizer: str | Tokenizer,
     output: str | Path,
     options: BuildOptions,
+    digests: DigestTable,
     progress: Progress | None,
 ) -> BuildReport:
-    """A group a record."""
+    """A group a record; `digests` hears of every one."""
     paths = [Path(path) for path in inputs]
     reader = ExampleReader(options.format, options.columns)
     check_inputs(paths, options.split)
@@ -138,10 +140,12 @@ def _build(
             combine(report, result.report)
             if result.block is not None:
                 writer.add_block(result.block)
+                digests.extend(result.digests)
             if progress is not None:
                 progress(chunk.position, total, writer.statistics.counts["groups"])
         if not writer.statistics.counts["groups"]:
             raise InputError(_nothing_left(paths, report))
+        report.duplicates = digests.duplicates(MAX_LISTED)
         report.manifest = writer.finish(report.as_dict())
     report.seconds = time.monotonic() - started
     return report
@@ -159,9 +163,11 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChunkResult:
-    """A chunk's groups (None where none is left), its report, and the reader's state behind it."""
+    """A chunk's groups (None where none is left), their digests, its report, and the reader's
+    state behind it."""
 
     block: Block | None
+    digests: list[Digests]
     report: BuildReport
     reader: dict[str, Any]
 
@@ -176,17 +182,19 @@ class ChunkBuilder:
         reader, encoder, report = self._reader, self._encoder, BuildReport()
         vars(reader).update(chunk.reader)
         encoder.num_tokens = 0
-        trees, records = [], []
+        groups: list[MergedPaths] = []
+        digests: list[Digests] = []
         with _collector_paused():
             for record in chunk.records:
                 report.num_records += 1
-                tree = _tree_of(record, reader, encoder, self._options, report)
-                if tree is not None:
-                    trees.append(tree)
-                    records.append(record.index)
+                made = _made_of(record, reader, encoder, self._options, report)
+                if made is not None:
+                    example, group = made
+                    groups.append(group)
+                    digests.append(Digests.of(record.index, example))
         report.format, report.num_tokens_made = reader.format, encoder.num_tokens
-        block = Block.of_trees(trees, records) if trees else None
-        return ChunkResult(block=block, report=report, reader=vars(reader).copy())
+        block = Block.of_paths(groups, [digest.record for digest in digests]) if groups else None
+        return ChunkResult(block=block, digests=digests, report=report, reader=vars(reader).copy())
 
 
 @contextlib.contextmanager
@@ -208,19 +216,27 @@ def _chunks(paths: Sequence[Path], split: str | None) -> Iterator[Chunk]:
         nonlocal position
         position = count
 
-    records = read_records(paths, heard, split)
-    while chunk := list(islice(records, CHUNK)):
+    chunk: list[Record] = []
+    size, most = 0, FIRST_CHUNK
+    for record in scan_records(paths, heard, split):
+        chunk.append(record)
+        size += len(record.raw or b"")
+        if len(chunk) == most or size >= CHUNK_BYTES:
+            yield Chunk(records=chunk, position=position)
+            chunk, size, most = [], 0, CHUNK
+    if chunk:
         yield Chunk(records=chunk, position=position)
 
 
-def _tree_of(
+def _made_of(
     record: Record,
     reader: ExampleReader,
     encoder: PathEncoder,
     options: BuildOptions,
     report: BuildReport,
-) -> PrefixTree | None:
-    """The record's tree, or None where it is dropped; the report hears of everything."""
+) -> tuple[Example, MergedPaths] | None:
+    """What the record says, and its tree; None where it is dropped. The report hears of all."""
+    record = record.decoded()
     where = f"{record.path.name}:{record.line}"
     try:
         if record.value is None:
@@ -255,13 +271,12 @@ def _tree_of(
         return None
     if not selection.paths:
         return None
-    report.digests.add(record.index, content_digest(example), prompt_digest(example))
     for note in (*example.notes, *notes):
         report.note(note)
     report.num_cut_groups += selection.num_cut > 0
     report.num_cut_responses += selection.num_cut
     report.num_cut_tokens += selection.cut_tokens
-    return build_tree(selection.paths, selection.pairs)
+    return example, merge_paths(selection.paths, selection.pairs)
 
 
 def _count_dropped(

@@ -14,11 +14,7 @@ from megatron_prefix.data import report
 
 def combine(total: Any, part: Any) -> Any:
     """`part` behind `total`, which may be changed: numbers add up, lists follow one another up
-    to what a report lists, mappings and dataclasses combine entry by entry, what can `extend`
-    itself does, texts are the last."""
-    if hasattr(total, "extend") and not isinstance(total, list):
-        total.extend(part)
-        return total
+    to what a report lists, mappings and dataclasses combine entry by entry, texts are the last."""
     if is_dataclass(total):
         for field in fields(total):
             name = field.name

@@ -1,21 +1,25 @@
 """Which records repeat one another: 64-bit digests of what is compared, and of the prompt.
 
-Digests are kept for every group, 24 bytes each, so that a stream of any order and length is
-compared as a whole. Of a million groups, two different ones get the same digest with a
-probability of 3e-8.
+Digests are kept for every group, so that a stream of any order and length is compared as a whole.
+Of a million groups, two different ones get the same digest with a probability of 3e-8.
 """
 
 from __future__ import annotations
 
 import hashlib
-from array import array
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from megatron_prefix.data.fields import Text
 from megatron_prefix.data.formats.base import Example
+from megatron_prefix.errors import InputError
+
+CACHE = 1024
+"""KiB of a table that stay in memory."""
 
 
 def prompt_digest(example: Example) -> int:
@@ -44,56 +48,85 @@ def _parts(text: Text) -> list[str]:
 
 
 def _digest(parts: list[str]) -> int:
-    pieces = []
-    for part in parts:
-        data = part.encode("utf-8")
-        pieces += [len(data).to_bytes(8, "little"), data]
-    digest = hashlib.blake2b(b"".join(pieces), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+    lengths = " ".join([str(len(part)) for part in parts])
+    text = "".join([lengths, "\n", *parts])
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
-@dataclass
-class Digests:
-    """A digest of contents and one of the prompt for each group kept, in the order of records."""
+class Digests(NamedTuple):
+    """Of one group; `record` is the index of the input record it comes from."""
 
-    records: array = field(default_factory=lambda: array("q"))
-    contents: array = field(default_factory=lambda: array("Q"))
-    prompts: array = field(default_factory=lambda: array("Q"))
+    record: int
+    content: int
+    prompt: int
 
-    def add(self, record: int, content: int, prompt: int) -> None:
-        """One group; `record` is the index of the input record it comes from."""
-        self.records.append(record)
-        self.contents.append(content)
-        self.prompts.append(prompt)
+    @classmethod
+    def of(cls, record: int, example: Example) -> Digests:
+        return cls(record, content_digest(example), prompt_digest(example))
 
-    def extend(self, later: Digests) -> None:
-        """Append the groups of a later part of the stream."""
-        self.records.extend(later.records)
-        self.contents.extend(later.contents)
-        self.prompts.extend(later.prompts)
+
+class DigestTable:
+    """The digests of all groups of a build, in a temporary file that nobody else sees.
+
+    Not kept in memory, so that a build takes no more of it for more records. Raises InputError
+    where the file cannot grow.
+    """
+
+    def __init__(self) -> None:
+        self._table = sqlite3.connect("", isolation_level=None)
+        self._run("PRAGMA temp_store = FILE")
+        self._run(f"PRAGMA cache_size = -{CACHE}")
+        self._run("PRAGMA journal_mode = OFF")
+        self._run("CREATE TABLE groups (id INTEGER PRIMARY KEY, record, content, prompt)")
+
+    def extend(self, digests: Iterable[Digests]) -> None:
+        """Append groups, in the order of their records."""
+        with _room():
+            self._table.executemany("INSERT INTO groups VALUES (NULL, ?, ?, ?)", digests)
 
     def duplicates(self, limit: int) -> dict[str, Any]:
         """How many records repeat an earlier one, and the first `limit` as [record, earlier]."""
-        members, is_first = grouped(self.contents)
-        records = np.array(self.records, np.int64)
-        run = np.cumsum(is_first) - 1
-        first = members[np.flatnonzero(is_first)][run] if len(members) else members
-        repeated = np.sort(members[~is_first])
-        earlier = np.empty(len(members), np.int64)
-        earlier[members] = first
-        listed = repeated[:limit]
-        pairs = np.stack([records[listed], records[earlier[listed]]], axis=1)
-        return {"num_records": len(repeated), "records": pairs.tolist()}
+        count, listed = 0, []
+        for pair in self._rows(
+            "SELECT record, first FROM (SELECT record, min(record) OVER (PARTITION BY content) "
+            "AS first FROM groups) WHERE record > first ORDER BY record"
+        ):
+            count += 1
+            if count <= limit:
+                listed.append(list(pair))
+        return {"num_records": count, "records": listed}
+
+    def by_prompt(self) -> Iterator[list[int]]:
+        """Groups with the same prompt, in the order in which prompts first appear.
+
+        Prompts [7, 5, 7] -> [0, 2], [1].
+        """
+        rows = self._rows(
+            "SELECT id - 1, min(id) OVER (PARTITION BY prompt) AS first FROM groups "
+            "ORDER BY first, id"
+        )
+        for _, members in groupby(rows, key=itemgetter(1)):
+            yield [group for group, _ in members]
+
+    def close(self) -> None:
+        self._table.close()
+
+    def _run(self, statement: str) -> None:
+        with _room():
+            self._table.execute(statement)
+
+    def _rows(self, query: str) -> Iterator[tuple]:
+        with _room():
+            yield from self._table.execute(query)
 
 
-def grouped(digests: array) -> tuple[np.ndarray, np.ndarray]:
-    """Indices sorted by digest, equal ones in their order, and where each run of them begins.
-
-    Digests [7, 5, 7] -> [1, 0, 2] and [True, True, False].
-    """
-    values = np.array(digests, np.uint64)
-    members = np.argsort(values, kind="stable")
-    ordered = values[members]
-    is_first = np.ones(len(values), bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    return members, is_first
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise InputError(
+            f"records cannot be compared with one another ({error}): this takes about 100 bytes "
+            "a record in the folder for temporary files; name one with room in TMPDIR"
+        ) from error

@@ -34,12 +34,11 @@ EXTRA = ("tool_calls", "tool_call_id", "name")
 
 def column(record: dict[str, Any], name: str, *types: type) -> Any:
     """The column `name`, which must be there and of one of `types`."""
-    wanted = " or ".join({str: "text", list: "a list", dict: "an object"}[t] for t in types)
-    if name not in record:
-        raise InputError(f"column {name!r} is missing: it must be {wanted}")
-    value = record[name]
+    value = record.get(name)
     if not isinstance(value, types):
-        raise InputError(f"column {name!r} is {json_type(value)}, it must be {wanted}")
+        wanted = " or ".join({str: "text", list: "a list", dict: "an object"}[t] for t in types)
+        found = f"{json_type(value)}," if name in record else "missing:"
+        raise InputError(f"column {name!r} is {found} it must be {wanted}")
     return checked(value, f"column {name!r}") if isinstance(value, str) else value
 
 

@@ -18,7 +18,7 @@ import numpy as np
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = 34  # magic 9, version 8, dtype 1, number of sequences 8, of documents 8
 DTYPES = {4: np.int32, 8: np.uint16}
-CHUNK = 1 << 18
+CHUNK = 1 << 15
 """Node lengths that are turned into pointers at a time."""
 
 
@@ -37,8 +37,8 @@ class IndexedWriter:
         self._lengths.write(np.ascontiguousarray(node_lengths, "<i4").data)
         self._num_nodes += len(node_lengths)
 
-    def finish(self, documents: np.ndarray) -> None:
-        """Write the index; `documents` is the column `group_nodes`, int64 [G + 1]."""
+    def finish(self, documents: np.memmap) -> None:
+        """Write the index; `documents` is the column `group_nodes`, "<i8" [G + 1], in its file."""
         self.close()
         code = next(code for code, dtype in DTYPES.items() if dtype == self._dtype)
         lengths = self._folder / "lengths"
@@ -54,8 +54,9 @@ class IndexedWriter:
                     ends = end + np.cumsum(chunk, dtype=np.int64)
                     index.write(((ends - chunk) * self._dtype.itemsize).astype("<i8").data)
                     end = int(ends[-1])
-            for start in range(0, len(documents), CHUNK):
-                index.write(np.ascontiguousarray(documents[start : start + CHUNK], "<i8").data)
+            with open(documents.filename, "rb") as file:
+                file.seek(documents.offset)
+                shutil.copyfileobj(file, index, 1 << 20)
         lengths.unlink()
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from megatron_prefix.data.formats.base import (
 from megatron_prefix.data.formats.trl import common_prefix
 from megatron_prefix.data.rendering import NOTE_SPECIAL, NOTE_TOOLS, template_changes
 from megatron_prefix.data.tokenizers import Rendered, Tokenizer
-from megatron_prefix.data.tree import Pair, ResponsePath
+from megatron_prefix.data.tree import Pair, ResponsePath, common_tokens
 from megatron_prefix.errors import InputError
 
 TOO_LONG = "over --max-length"
@@ -45,14 +45,6 @@ OVERFLOW_MODES = ("error", "truncate-prompt", "drop")
 
 class TooLong(InputError):
     """A path is longer than --max-length and --overflow is error."""
-
-
-def common_tokens(a: np.ndarray, b: np.ndarray) -> int:
-    """Number of leading tokens two paths share."""
-    n = min(len(a), len(b))
-    different = a[:n] != b[:n]
-    first = int(different.argmax()) if n else 0
-    return first if n and different[first] else n
 
 
 class PathEncoder:
@@ -73,6 +65,10 @@ class PathEncoder:
         """Tokens made so far, prompts counted once."""
         self._prompts: dict[Text, tuple[Rendered, np.ndarray]] = {}
         self._tools = ""
+        self._bos, self._eos = (
+            np.array([] if token is None else [token], np.int64)
+            for token in (tokenizer.bos_id, tokenizer.eos_id)
+        )
 
     def encode(self, example: Example) -> tuple[list[ResponsePath], list[str]]:
         """The path of every response, in order, and notes on what was unusual."""
@@ -137,11 +133,11 @@ class PathEncoder:
             within = max(loss_start, self._tokens_within(ids, text.text[:boundary]))
         parts, lead = [ids], int(self._adds_bos(ids))
         if lead:
-            parts.insert(0, np.array([self.tokenizer.bos_id]))
+            parts.insert(0, self._bos)
         if self.append_eos and not self._ends(ids, loss_start + lead, response.response):
-            parts.append(np.array([self.tokenizer.eos_id]))
+            parts.append(self._eos)
         path = ResponsePath(
-            tokens=np.concatenate(parts).astype(np.int64),
+            tokens=np.concatenate(parts),
             loss_start=loss_start + lead,
             set_id=response.set_id,
             rank=response.rank,
@@ -278,7 +274,8 @@ def select(
     pairs = []
     for pair in example.pairs:
         reason = lost.get(pair.chosen) or lost.get(pair.rejected)
-        if not reason and np.array_equal(fitted[pair.chosen].tokens, fitted[pair.rejected].tokens):
+        a, b = fitted[pair.chosen].tokens, fitted[pair.rejected].tokens
+        if not reason and len(a) == len(b) and (a == b).all():
             reason = EQUAL
         if reason:
             dropped[reason] = _plus(dropped.get(reason), (0, 1))

@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from megatron_prefix.data.duplicates import grouped
+from megatron_prefix.data.duplicates import DigestTable
 from megatron_prefix.data.leftovers import building_folder, checked_prefix
 from megatron_prefix.data.report import BuildReport
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
@@ -49,14 +47,16 @@ def place_before_merging(output: str | Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def merge_prompts(source: PreferenceDataset, report: BuildReport, output: str | Path) -> None:
-    """Write `source`, its groups merged by `report.digests.prompts`, to `output`.
+def merge_prompts(
+    source: PreferenceDataset, digests: DigestTable, report: BuildReport, output: str | Path
+) -> None:
+    """Write `source`, its groups merged by the digests of their prompts, to `output`.
 
     The report hears what was saved, and gets the new manifest.
     """
     options = {**source.manifest["options"], "merge_prompts": True}
     with DatasetWriter(output, source.manifest["tokenizer"], options) as writer:
-        for groups in _by_prompt(report):
+        for groups in digests.by_prompt():
             records = int(source.group_records[groups[0]])
             if len(groups) == 1:
                 writer.add(source[groups[0]], records)
@@ -71,14 +71,6 @@ def merge_prompts(source: PreferenceDataset, report: BuildReport, output: str | 
             "tokens": counts["tokens"],
         }
         report.manifest = writer.finish(report.as_dict())
-
-
-def _by_prompt(report: BuildReport) -> list[list[int]]:
-    """Groups with the same prompt, in the order in which prompts first appear."""
-    members, is_first = grouped(report.digests.prompts)
-    starts = np.flatnonzero(is_first)
-    ends = np.append(starts[1:], len(members))
-    return [members[starts[run] : ends[run]].tolist() for run in np.argsort(members[starts])]
 
 
 def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:

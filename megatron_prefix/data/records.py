@@ -6,7 +6,8 @@ Lines are streamed; an array is read whole, because JSON gives no other safe pla
 directory or an id of the hub is a Hugging Face data set (tables.py).
 
 A record that cannot be read is handed on with its `error` in place of a value, so that the
-caller decides whether to stop there or to count it and go on.
+caller decides whether to stop there or to count it and go on. `scan_records` leaves lines as they
+are, for whoever decodes them in another process.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from megatron_prefix.data.tables import is_dataset, open_dataset, read_dataset, read_parquet
 from megatron_prefix.errors import InputError
@@ -30,11 +30,11 @@ BOM = b"\xef\xbb\xbf"
 EXPECTED = "one JSON object a line, or one array of objects, plain or compressed, or Parquet"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """One record of the input. `index` counts records over all inputs, unreadable ones too.
 
-    `line` (of a table the row) counts from 1; exactly one of `value` and `error` is set.
+    `line` (of a table the row) counts from 1; exactly one of `value` and `error` is set, or `raw`,
+    a line of JSON that is not decoded yet.
     """
 
     index: int
@@ -42,7 +42,15 @@ class Record:
     line: int
     value: dict[str, Any] | None = None
     error: str | None = None
+    raw: bytes | None = None
     unit: str = "line"
+
+    def decoded(self) -> Record:
+        """With its value or error."""
+        if self.raw is None:
+            return self
+        value, error = _decode(self.raw)
+        return self._replace(value=value, error=error, raw=None)
 
     @property
     def where(self) -> str:
@@ -77,23 +85,33 @@ def input_bytes(paths: Sequence[Path]) -> int:
     return sum(path.stat().st_size for path in paths if not is_dataset(path))
 
 
-def read_records(
+def read_records(paths: Sequence[Path], split: str | None = None) -> Iterator[Record]:
+    """Every record of the inputs, in order."""
+    return (record.decoded() for record in scan_records(paths, split=split))
+
+
+def scan_records(
     paths: Sequence[Path],
     on_bytes: Callable[[int], None] | None = None,
     split: str | None = None,
 ) -> Iterator[Record]:
-    """Every record of the inputs, in order. `on_bytes` hears how many bytes were read so far."""
+    """Every record of the inputs, in order, lines not decoded.
+
+    `on_bytes` hears how many bytes were read so far.
+    """
     index, before = 0, 0
     for path in paths:
-        for (line, value, error), position, unit in _read_input(path, split):
+        for (line, found, error), position, unit in _read_input(path, split):
             if on_bytes is not None:
                 on_bytes(before + position)
-            yield Record(index=index, path=path, line=line, value=value, error=error, unit=unit)
+            value, raw = (None, found) if isinstance(found, bytes) else (found, None)
+            yield Record(index, path, line, value, error, raw, unit)
             index += 1
         before += input_bytes([path])
 
 
-Item = tuple[int, dict[str, Any] | None, str | None]
+Item = tuple[int, dict[str, Any] | bytes | None, str | None]
+"""Number, the record or its line or None, and why it is None."""
 
 
 def _read_input(path: Path, split: str | None) -> Iterator[tuple[Item, int, str]]:
@@ -177,17 +195,19 @@ def _read_lines(file: Any) -> Iterator[Item]:
     for number, raw in enumerate(file, 1):
         if number == 1:
             raw = raw.removeprefix(BOM)
-        if not raw.strip():
-            continue
-        try:
-            value = DECODER.decode(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield number, None, _not_utf8(error)
-        except (ValueError, RecursionError) as error:
-            torn = "" if raw.endswith(b"\n") else "; it is the last line: was the file cut off?"
-            yield number, None, f"not JSON ({_reason(error)}): {EXPECTED} is expected{torn}"
-        else:
-            yield number, *_object(value)
+        if raw.strip():
+            yield number, raw, None
+
+
+def _decode(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """The value of a line, or what is wrong with it."""
+    try:
+        return _object(DECODER.decode(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        return None, _not_utf8(error)
+    except (ValueError, RecursionError) as error:
+        torn = "" if line.endswith(b"\n") else "; it is the last line: was the file cut off?"
+        return None, f"not JSON ({_reason(error)}): {EXPECTED} is expected{torn}"
 
 
 def _read_array(data: bytes) -> Iterator[Item]:

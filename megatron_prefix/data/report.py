@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_prefix.data.duplicates import Digests
 from megatron_prefix.data.rendering import WARNINGS
 from megatron_prefix.data.statistics import align, format_counts
 
@@ -41,7 +40,8 @@ class Losses:
 class BuildReport:
     """Counts of one build. `wrong` are unreadable records that `--on-error skip` passed over.
 
-    `digests` has an entry a group that was kept; `merged` is what `--merge-prompts` saved.
+    `duplicates` counts records that repeat an earlier one and lists the first of them with it;
+    `merged` is what `--merge-prompts` saved.
     """
 
     format: str = "auto"
@@ -55,7 +55,7 @@ class BuildReport:
     num_cut_responses: int = 0
     num_cut_tokens: int = 0
     notes: dict[str, int] = field(default_factory=dict)
-    digests: Digests = field(default_factory=Digests)
+    duplicates: dict[str, Any] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ class BuildReport:
                 "tokens": self.num_cut_tokens,
             },
             "notes": self.notes,
-            "duplicates": self.digests.duplicates(MAX_LISTED),
+            "duplicates": self.duplicates,
             "merged": self.merged,
         }
 
@@ -124,12 +124,11 @@ class BuildReport:
 
     def _repeated_lines(self) -> list[str]:
         lines = []
-        repeated = self.digests.duplicates(MAX_LISTED)
-        if repeated["num_records"]:
-            later, first = repeated["records"][0]
+        if self.duplicates["num_records"]:
+            count, (later, first) = self.duplicates["num_records"], self.duplicates["records"][0]
             lines.append(
-                f"duplicates  {repeated['num_records']:,} records repeat the texts and labels of "
-                f"an earlier one (kept; record {later} is as record {first})"
+                f"duplicates  {count:,} records repeat the texts and labels of an earlier one "
+                f"(kept; record {later} is as record {first})"
             )
         if self.merged:
             before, after = self.merged["tokens_before"], self.merged["tokens"]

@@ -118,7 +118,7 @@ class DatasetWriter:
         trees, records = self._waiting
         self._waiting = [], []
         if trees:
-            self._write(Block.of_trees(trees, *zip(*records, strict=True)))
+            self._write(Block.of_trees(trees, records))
 
     def _write(self, block: Block) -> None:
         vocab_size = self.tokenizer["vocab_size"]

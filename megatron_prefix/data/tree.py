@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -162,7 +163,8 @@ class _Node:
         self.tokens = self.tokens[:at]
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_tokens(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading tokens two paths share."""
     n = min(len(a), len(b))
     different = a[:n] != b[:n]
     first = int(different.argmax()) if n else 0
@@ -177,7 +179,7 @@ def _insert(root: _Node, tokens: np.ndarray) -> None:
         if child is None:
             node.children.append(_Node(rest))
             return
-        common = _common_prefix(child.tokens, rest)
+        common = common_tokens(child.tokens, rest)
         if common < len(child.tokens):
             child.split(common)
         node, at = child, at + common
@@ -219,11 +221,21 @@ def _flatten(root: _Node) -> tuple[list[_Node], list[int]]:
     return nodes, parents
 
 
-_Nodes = tuple[list[np.ndarray], list[int], list[tuple[int, int]]]
-"""Tokens and parent of every node, first and last node of every response."""
+class MergedPaths(NamedTuple):
+    """A group's paths as one tree, before it is laid out in arrays.
+
+    `nodes` are the tokens of each node in depth-first pre-order, `parents` their parents (-1 at a
+    root), `ends` the first and the last node of every response.
+    """
+
+    nodes: list[np.ndarray]
+    parents: list[int]
+    ends: list[tuple[int, int]]
+    responses: Sequence[ResponsePath]
+    pairs: Sequence[Pair]
 
 
-def _merged(responses: Sequence[ResponsePath]) -> _Nodes:
+def _merged(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> MergedPaths:
     root = _Node(np.zeros(0, np.int64))
     for r in responses:
         _insert(root, r.tokens)
@@ -233,10 +245,10 @@ def _merged(responses: Sequence[ResponsePath]) -> _Nodes:
     nodes, parents = _flatten(root)
     index = {id(node): i for i, node in enumerate(nodes)}
     ends = [_ends(root, index, r.tokens, r.loss_start) for r in responses]
-    return [node.tokens for node in nodes], parents, ends
+    return MergedPaths([node.tokens for node in nodes], parents, ends, responses, pairs)
 
 
-def _two_answers(responses: Sequence[ResponsePath]) -> _Nodes | None:
+def _two_answers(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> MergedPaths | None:
     """The most common group at once: two answers to one prompt that part within both.
 
     None for any other group, which `_merged` takes.
@@ -244,17 +256,19 @@ def _two_answers(responses: Sequence[ResponsePath]) -> _Nodes | None:
     if len(responses) != 2 or responses[0].loss_start != responses[1].loss_start:
         return None
     a, b, start = responses[0].tokens, responses[1].tokens, responses[0].loss_start
-    common = _common_prefix(a, b)
+    common = common_tokens(a, b)
     if not start <= common < min(len(a), len(b)):
         return None
     if common == start:
-        return [a[:start], a[start:], b[start:]], [-1, 0, 0], [(1, 1), (2, 2)]
-    nodes = [a[:start], a[start:common], a[common:], b[common:]]
-    return nodes, [-1, 0, 1, 1], [(1, 2), (1, 3)]
+        nodes, parents, ends = [a[:start], a[start:], b[start:]], [-1, 0, 0], [(1, 1), (2, 2)]
+    else:
+        nodes = [a[:start], a[start:common], a[common:], b[common:]]
+        parents, ends = [-1, 0, 1, 1], [(1, 2), (1, 3)]
+    return MergedPaths(nodes, parents, ends, responses, pairs)
 
 
-def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> PrefixTree:
-    """Merge token paths into one PrefixTree.
+def merge_paths(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> MergedPaths:
+    """Token paths as one tree.
 
     Raises ValueError where a path has no prompt or no response token, or where a pair's sides
     are not responses of one comparison set.
@@ -270,17 +284,34 @@ def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> Pref
             raise ValueError(f"pair {p} names a response outside 0..{len(responses) - 1}")
         if p.chosen == p.rejected or responses[p.chosen].set_id != responses[p.rejected].set_id:
             raise ValueError(f"pair {p}: both sides must be different responses of one set")
-    nodes, parents, ends = _two_answers(responses) or _merged(responses)
-    return PrefixTree(
-        tokens=np.concatenate(nodes),
-        node_offsets=np.cumsum([0] + [len(tokens) for tokens in nodes], dtype=np.int64),
-        parents=np.array(parents, np.int32),
-        response_first=np.array([first for first, _ in ends], np.int32),
-        response_last=np.array([last for _, last in ends], np.int32),
-        response_sets=np.array([r.set_id for r in responses], np.int32),
-        ranks=np.array([r.rank for r in responses], np.int32),
-        scores=np.array([r.score for r in responses], np.float64),
-        pairs=np.array([(p.chosen, p.rejected) for p in pairs], np.int32).reshape(-1, 2),
-        pair_weights=np.array([p.weight for p in pairs], np.float64),
-        pair_margins=np.array([p.margin for p in pairs], np.float64),
-    )
+    return _two_answers(responses, pairs) or _merged(responses, pairs)
+
+
+def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> PrefixTree:
+    """Merge token paths into one PrefixTree. Raises ValueError as `merge_paths` does."""
+    return PrefixTree(**joined([merge_paths(responses, pairs)]))
+
+
+def joined(groups: Sequence[MergedPaths]) -> dict[str, np.ndarray]:
+    """The arrays of a PrefixTree, of all groups one behind the other.
+
+    Node and response numbers stay those of each group, `node_offsets` run on.
+    """
+    nodes = [tokens for group in groups for tokens in group.nodes]
+    ends = np.array([end for group in groups for end in group.ends], np.int32).reshape(-1, 2)
+    responses = [response for group in groups for response in group.responses]
+    pairs = [pair for group in groups for pair in group.pairs]
+    sides = np.array([(pair.chosen, pair.rejected) for pair in pairs], np.int32)
+    return {
+        "tokens": np.concatenate(nodes),
+        "node_offsets": np.cumsum([0, *map(len, nodes)], dtype=np.int64),
+        "parents": np.array([parent for group in groups for parent in group.parents], np.int32),
+        "response_first": ends[:, 0].copy(),
+        "response_last": ends[:, 1].copy(),
+        "response_sets": np.array([r.set_id for r in responses], np.int32),
+        "ranks": np.array([r.rank for r in responses], np.int32),
+        "scores": np.array([r.score for r in responses], np.float64),
+        "pairs": sides.reshape(-1, 2),
+        "pair_weights": np.array([pair.weight for pair in pairs], np.float64),
+        "pair_margins": np.array([pair.margin for pair in pairs], np.float64),
+    }

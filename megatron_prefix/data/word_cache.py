@@ -37,7 +37,7 @@ class WordCache:
     def __init__(self, model: SentencePieceProcessor) -> None:
         self._model = model
         self._is_local, self._is_identity, self._begins = _properties(model)
-        self._ids: dict[str, list[int]] = {}
+        self._ids: dict[str, bytes] = {}  # of int32
         self._normal: dict[str, str] = {}
         self._last = "", np.zeros(0, np.int64)
 
@@ -57,18 +57,20 @@ class WordCache:
             words = _BETWEEN.split(text)
         else:
             words = text.split(" ")
-        table = self._ids
-        if missing := set(words).difference(table):
-            self._learn(missing)
-        ids = [token for word in words for token in table[word]]
+        try:
+            found = b"".join(map(self._ids.__getitem__, words))
+        except KeyError:
+            self._learn(set(words).difference(self._ids))
+            found = b"".join(map(self._ids.__getitem__, words))
+        ids = np.frombuffer(found, np.int32).astype(np.int64)
         if not self._is_identity:
-            normal = "".join([self._normal[word] for word in words])
+            normal = "".join(map(self._normal.__getitem__, words))
             if normal != self._model.normalize(text):
-                ids = self._model.encode(text)
-        if len(table) > MOST_WORDS:
-            table.clear()
+                ids = np.array(self._model.encode(text), np.int64)
+        if len(self._ids) > MOST_WORDS:
+            self._ids.clear()
             self._normal.clear()
-        return np.array(ids, np.int64)
+        return ids
 
     def _learn(self, words: set[str]) -> None:
         """Put words into the table, those without spaces in them by one call of the model.
@@ -85,12 +87,12 @@ class WordCache:
         if not len(starts) == len(normal) == len(plain):  # a character became a space
             plain, starts = [], []
         ends = [*starts[1:], len(ids)]
+        tokens = np.array(ids, np.int32)
         for word, start, end, text in zip(plain, starts, ends, normal, strict=False):
-            self._ids[word], self._normal[word] = ids[start:end], SPACE + text
-        for word in words:
-            if word not in self._ids:
-                self._ids[word] = self._model.encode(word)
-                self._normal[word] = self._model.normalize(word)
+            self._ids[word], self._normal[word] = tokens[start:end].tobytes(), SPACE + text
+        for word in words.difference(self._ids):
+            self._ids[word] = np.array(self._model.encode(word), np.int32).tobytes()
+            self._normal[word] = self._model.normalize(word)
 
 
 def _properties(model: SentencePieceProcessor) -> tuple[bool, bool, list[bool]]:

@@ -7,6 +7,7 @@ is sound (Linux): they start at once and share what the parent has loaded.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import signal
 import sys
@@ -75,9 +76,11 @@ def _next(waiting: deque) -> tuple[Any, Any]:
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:
-    """A worker leaves interrupts to its parent, and ends when that does."""
+    """A worker leaves interrupts to its parent, ends when that does, and never searches for
+    garbage in what it shares with it."""
     global _function
     _function = function
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 

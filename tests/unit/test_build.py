@@ -224,11 +224,11 @@ def test_the_same_build_gives_the_same_bytes(tmp_path):
 
 
 def test_progress_hears_of_all_bytes(tmp_path):
-    path = write(tmp_path, *[GOOD] * 50)
+    path = write(tmp_path, *[GOOD] * 200)
     heard = []
     build_dataset([path, path], "bytes", tmp_path / "out", progress=lambda *x: heard.append(x))
     size = path.stat().st_size
-    assert len(heard) == 2 and heard[-1] == (2 * size, 2 * size, 100)  # chunks of 64 records
+    assert len(heard) == 2 and heard[-1] == (2 * size, 2 * size, 400)  # 32 records, and the rest
     assert [h[0] for h in heard] == sorted(h[0] for h in heard)
 
 

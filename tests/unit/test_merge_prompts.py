@@ -1,7 +1,7 @@
 """Records with one prompt in one group, batches that count records, and repeated records."""
 
 import json
-from array import array
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import pytest
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.composition import GroupBatches
-from megatron_prefix.data.duplicates import Digests, grouped
+from megatron_prefix.data.duplicates import Digests, DigestTable
 from megatron_prefix.data.record_batches import RecordBatches, group_batches
 from megatron_prefix.data.sampler import Sampler, loss_weights
 from megatron_prefix.data.store import PreferenceDataset
@@ -135,25 +135,32 @@ def test_repeated_records_are_counted_and_kept(tmp_path):
     assert report.as_dict()["duplicates"]["records"] == [[2, 0]]
 
 
-def test_digests_of_parts_of_a_stream_are_those_of_the_whole():
+def test_digests_are_compared_over_the_whole_stream():
     rng = np.random.default_rng(0)
-    contents = rng.integers(0, 40, 100).tolist()
-    whole, parts = Digests(), [Digests(), Digests(), Digests()]
-    for i, content in enumerate(contents):
-        whole.add(3 * i, content, content % 7)
-        parts[min(i // 40, 2)].add(3 * i, content, content % 7)
-    parts[0].extend(parts[1])
-    parts[0].extend(parts[2])
-    assert parts[0].duplicates(1000) == whole.duplicates(1000) and parts[0] == whole
-    first = {}
-    expected = [
-        [3 * i, first[c]] for i, c in enumerate(contents) if first.setdefault(c, 3 * i) != 3 * i
-    ]
-    assert whole.duplicates(1000) == {"num_records": len(expected), "records": expected}
-    assert whole.duplicates(2)["records"] == expected[:2]
-    assert Digests().duplicates(5) == {"num_records": 0, "records": []}
-    members, is_first = grouped(array("Q", [7, 5, 7]))
-    assert (members.tolist(), is_first.tolist()) == ([1, 0, 2], [True, True, False])
+    contents = rng.integers(-20, 20, 100).tolist()
+    digests = [Digests(3 * i, content, content % 7) for i, content in enumerate(contents)]
+    with closing(DigestTable()) as table:
+        for start in range(0, 100, 40):
+            table.extend(digests[start : start + 40])
+        first = {}
+        expected = [
+            [3 * i, first[c]] for i, c in enumerate(contents) if first.setdefault(c, 3 * i) != 3 * i
+        ]
+        assert table.duplicates(1000) == {"num_records": len(expected), "records": expected}
+        assert table.duplicates(2) == {"num_records": len(expected), "records": expected[:2]}
+        prompts = [content % 7 for content in contents]
+        expected = [[i for i in range(100) if prompts[i] == p] for p in dict.fromkeys(prompts)]
+        assert list(table.by_prompt()) == expected
+    with closing(DigestTable()) as table:
+        assert table.duplicates(5) == {"num_records": 0, "records": []}
+        assert list(table.by_prompt()) == []
+
+
+def test_no_room_for_digests_is_an_error_that_names_the_remedy():
+    with closing(DigestTable()) as table:
+        table._run("PRAGMA max_page_count = 10")
+        with pytest.raises(InputError, match="full.*TMPDIR"):
+            table.extend(Digests(i, i, i) for i in range(100_000))
 
 
 def test_batches_of_records_by_hand():

@@ -98,7 +98,7 @@ def test_the_store_gives_back_what_it_got_however_it_is_cut(found, block):
         with DatasetWriter(Path(folder) / "cut", TOKENIZER) as writer:
             for start in range(0, len(trees), block):
                 part = trees[start : start + block]
-                writer.add_block(Block.of_trees(part, range(start, start + len(part))))
+                writer.add_block(Block.of_trees(part, [(start + i, 1) for i in range(len(part))]))
             writer.finish()
         dataset = PreferenceDataset(Path(folder) / "cut")
         dataset.verify()

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.records import check_inputs, input_bytes, read_records
+from megatron_prefix.data.records import check_inputs, input_bytes, read_records, scan_records
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
@@ -50,7 +50,7 @@ def test_zstd_is_seen_by_content_and_streamed(tmp_path):
     frames = write(tmp_path / "two.zst", zstd(LINES) + zstd(LINES))
     assert [v for _, v, _ in items(frames)] == RECORDS * 2
     heard = []
-    list(read_records([frames, frames], heard.append))
+    list(scan_records([frames, frames], heard.append))
     assert heard == sorted(heard) and heard[-1] == input_bytes([frames, frames])
 
 

@@ -16,7 +16,7 @@ def test_path_lengths_and_sharing_by_hand():
     lengths, prompts = path_lengths(tree)
     assert lengths.tolist() == [5, 3, 4] and prompts.tolist() == [2, 2, 2]
     statistics = Statistics()
-    statistics.add(Block.of_trees([tree], [0]))
+    statistics.add(Block.of_trees([tree], [(0, 1)]))
     # none: 5+3 + 5+4; response: 5+3+4; pair: (2+3+1) + (2+3+2); tree: 1 2 3 4 5 6 7
     assert statistics.tokens == {"none": 17, "response": 12, "pair": 13, "tree": 7}
     assert statistics.lengths()["path"] == {
@@ -31,7 +31,7 @@ def test_a_pair_shares_only_what_is_prompt_on_both_sides():
     ]
     tree = build_tree(paths, [Pair(chosen=0, rejected=1)])
     statistics = Statistics()
-    statistics.add(Block.of_trees([tree], [0]))
+    statistics.add(Block.of_trees([tree], [(0, 1)]))
     assert statistics.tokens == {"none": 8, "response": 8, "pair": 6, "tree": 5}
 
 

@@ -18,6 +18,7 @@ from megatron_prefix.errors import InputError, RunError
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(build_module, "CHUNK", 3)
+    monkeypatch.setattr(build_module, "FIRST_CHUNK", 3)
 
 
 def records(start, stop):
