@@ -35,12 +35,6 @@ def cpu(action: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def wall(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def records_of(path: Path) -> list[dict]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -68,32 +62,21 @@ def against_tokenising(path: Path, spec: str, rounds: int, folder: Path) -> list
     return found
 
 
-def of_workers(path: Path, spec: str, rounds: int, folder: Path) -> list[float]:
-    """Wall time with one worker over that with two."""
-    found = []
+def of_workers(path: Path, spec: str, rounds: int, folder: Path) -> tuple[list[float], list[float]]:
+    """One worker's wall time over that of two, and what two idle cores would gain: twice one
+    worker's CPU time over that of all processes."""
+    walls, gains = [], []
     for _ in range(rounds):
-        times = []
+        found = []
         for workers in (1, 2):
             tokenizer, options = load_tokenizer(spec), BuildOptions(workers=workers)
-            times.append(
-                wall(lambda t=tokenizer, o=options: build_dataset([path], t, folder / "out", o))
-            )
-        found.append(times[0] / times[1])
-    return found
-
-
-def overhead_of_workers(path: Path, spec: str, rounds: int, folder: Path) -> list[float]:
-    """What two idle cores would gain: twice one worker's CPU time over that of all processes."""
-    found = []
-    for _ in range(rounds):
-        tokenizer = load_tokenizer(spec)
-        alone = cpu(lambda t=tokenizer: build_dataset([path], t, folder / "out"))
-        tokenizer, before = load_tokenizer(spec), os.times()
-        build_dataset([path], tokenizer, folder / "out", BuildOptions(workers=2))
-        after = os.times()
-        spent = sum(after[:4]) - sum(before[:4])
-        found.append(2 * alone / spent)
-    return found
+            before, start = sum(os.times()[:4]), time.perf_counter()
+            build_dataset([path], tokenizer, folder / "out", options)
+            found.append((time.perf_counter() - start, sum(os.times()[:4]) - before))
+        (wall_1, cpu_1), (wall_2, cpu_2) = found
+        walls.append(wall_1 / wall_2)
+        gains.append(2 * cpu_1 / cpu_2)
+    return walls, gains
 
 
 def byte_level_bpe(texts: list[str], folder: Path) -> str:
@@ -156,22 +139,23 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="HH-RLHF pairs, gzipped")
     parser.add_argument("--tokenizer", required=True, help="a SentencePiece model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--times", type=int, default=16, help="the file so often, for workers")
+    parser.add_argument("--times", type=int, default=90, help="the file so often, for workers")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         long = repeated(args.input, args.times, folder)
+        walls, gains = of_workers(long, args.tokenizer, args.rounds, folder)
         measured = {
             "build / tokenising, one worker (CPU)": (
                 against_tokenising(args.input, args.tokenizer, args.rounds, folder),
                 "at most 1.15",
             ),
             "one worker / two workers (wall)": (
-                of_workers(long, args.tokenizer, args.rounds, folder),
+                walls,
                 "at least 1.8",
             ),
             "the same on two idle cores, from CPU time of all processes": (
-                overhead_of_workers(long, args.tokenizer, args.rounds, folder),
+                gains,
                 "at least 1.8",
             ),
             "TRL's preparation / build (CPU)": (

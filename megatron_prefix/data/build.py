@@ -22,6 +22,7 @@ from megatron_prefix.data.combine import combine
 from megatron_prefix.data.duplicates import Digests, DigestTable
 from megatron_prefix.data.examples import ExampleReader
 from megatron_prefix.data.formats.base import DEGENERATE, DegenerateRecord, Example
+from megatron_prefix.data.hf_tokenizer import single_threaded
 from megatron_prefix.data.paths import OVERFLOW_MODES, PathEncoder, Selection, TooLong, select
 from megatron_prefix.data.prompt_groups import merge_prompts, place_before_merging
 from megatron_prefix.data.records import Record, check_inputs, input_bytes, scan_records
@@ -32,7 +33,7 @@ from megatron_prefix.data.tree import MergedPaths, merge_paths
 from megatron_prefix.data.workers import ordered
 from megatron_prefix.errors import InputError
 
-CHUNK, CHUNK_BYTES, FIRST_CHUNK = 512, 1 << 20, 32
+CHUNK, CHUNK_BYTES, FIRST_CHUNK = 2048, 1 << 21, 32
 """Records, or bytes of lines, that are read, built and written together. The first chunk is built
 before any worker starts: it is small."""
 
@@ -94,7 +95,7 @@ def build_dataset(
     InputError for bad input or settings; then nothing is left behind.
     """
     options = options or BuildOptions()
-    with contextlib.closing(DigestTable()) as digests:
+    with contextlib.closing(DigestTable()) as digests, single_threaded():
         if not options.merge_prompts:
             return _build(inputs, tokenizer, output, options, digests, progress)
         with place_before_merging(output) as place:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from megatron_prefix.data.prompt_reuse import PromptReuse
 from megatron_prefix.data.tokenizers import Rendered, Tokenizer
 from megatron_prefix.errors import InputError
 
+THREADS = "TOKENIZERS_PARALLELISM"
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Characters that Unicode gives no meaning, for the inside of spelled special tokens."""
 
@@ -113,7 +116,8 @@ class HuggingFaceTokenizer(Tokenizer):
             ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
         else:
             self._backend.encode_special_tokens = False  # a call with options may have set it
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+            ids = found.ids
         return np.array(ids, np.int64)
 
     def _as_text(self, text: str) -> list[int]:
@@ -182,6 +186,22 @@ class HuggingFaceTokenizer(Tokenizer):
             assert found is not None, "a mark stands behind the first character of its token"
             literal.append(found.span())
         return Rendered(text, tuple(literal))
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """No threads of Hugging Face tokenizers inside, unless the user's environment decides.
+
+    A process that forks must not have used them before.
+    """
+    if THREADS in os.environ:
+        yield
+        return
+    os.environ[THREADS] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(THREADS, None)
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
