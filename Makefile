@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Of `make bench`: a row of 8192 holds every tree of HH-RLHF in bytes (TOKENIZER=… changes them).
 ROW_CAPACITY ?= 8192
+TOKENIZER ?= bytes
+DATA := $${MEGATRON_PREFIX_DATA:-../shared/data}
+REAL := --data HH-RLHF=build/hh OpenAssistant=build/oasst
 # A row that holds every pair of OpenAssistant's longest tree unshared.
 LONGEST ?= 32768
 # Large tensors are kept for the next step, not given back to the system and cleared anew.
 BENCH := OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: install quickstart test test-all test-gpu gpu-check lint bench mutants clean
+.PHONY: install quickstart test test-all test-gpu gpu-check lint mutants clean \
+    bench bench-sets bench-steps bench-data
 
 install: $(VENV)/.installed
 
@@ -46,25 +50,38 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Each of its parts takes 2 to 6 minutes of one core. The tables of docs/benchmarks.md take
-# TOKENIZER=tokenizer.model LONGEST=8192.
-bench: install
-	mkdir -p build
-	for set in hh:hh_pairs oasst:oasst_trees; do \
-	    test -e build/$${set%%:*}.json || $(BIN)/megatron-prefix build --tokenizer $${TOKENIZER:-bytes} \
-	        --input $${MEGATRON_PREFIX_DATA:-../shared/data}/$${set##*:}.jsonl.gz \
-	        --output build/$${set%%:*} || exit 1; \
-	done
-	$(BIN)/python tools/bench_attention.py
-	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity $(ROW_CAPACITY)
-	$(BENCH) tools/bench_training.py --sets
-	$(BENCH) tools/bench_training.py --data HH-RLHF=build/hh OpenAssistant=build/oasst \
-	    --row-capacity $(LONGEST) --global-batch-size 4 --modes "packed, unshared" "packed, shared" \
-	    --name training_real_cpu
-	$(BENCH) tools/bench_scaling.py --rounds 3
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trl.py \
-	    --data HH-RLHF=build/hh OpenAssistant=build/oasst --row-capacity $(LONGEST)
+# Each part takes 1 to 6 minutes of one core, all of them most of an hour. The tables of
+# docs/benchmarks.md take TOKENIZER=tokenizer.model (SentencePiece) LONGEST=8192.
+bench: bench-steps bench-data
 	$(BIN)/python tools/plot_benchmarks.py
+
+bench-sets: install
+	mkdir -p build
+	for set in hh:hh_pairs oasst:oasst_trees chat:chat_pairs; do \
+	    test -e build/$${set%%:*}.json || $(BIN)/megatron-prefix build --tokenizer $(TOKENIZER) \
+	        --input $(DATA)/$${set##*:}.jsonl.gz --output build/$${set%%:*} || exit 1; \
+	done
+
+bench-steps: bench-sets
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_attention.py
+	$(BENCH) tools/bench_training.py --sets
+	$(BENCH) tools/bench_training.py $(REAL) --row-capacity $(LONGEST) --global-batch-size 4 \
+	    --modes "packed, unshared" "packed, shared" --name training_real_cpu
+	$(BENCH) tools/bench_scaling.py --rounds 3
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trl.py $(REAL) --row-capacity $(LONGEST)
+
+# With TOKENIZER=bytes there is no tokenising to compare a build with.
+bench-data: bench-sets
+	test $(TOKENIZER) = bytes || TOKENIZERS_PARALLELISM=false $(BIN)/python tools/bench_build.py \
+	    --input $(DATA)/hh_pairs.jsonl.gz --tokenizer $(TOKENIZER)
+	$(BIN)/python tools/bench_memory.py
+	$(BIN)/python tools/bench_pack.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_first_step.py
+	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity $(ROW_CAPACITY)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_sorting.py --data build/hh --row-capacity 8192 \
+	    --hidden-size 64 --global-batch-size 32
+	$(BIN)/python tools/bench_balance.py --data build/hh build/chat build/oasst --steps 8
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_context.py $(REAL) --rows 4
 
 clean:
 	rm -rf $(VENV) build quickstart
