@@ -7,110 +7,12 @@ has a single group, so that one of the two processes has nothing but an empty ro
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
+from runs import BATCH, NUM_GROUPS, TIMEOUT_S, TOLERANCES, Runs, on_processes
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.testing import free_port, write_random_set
-
-TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "rewards/margins": 1e-3}
-"""Relative, the denominator at least 1e-2; weights differ by at most 1e-4."""
-NUM_GROUPS, BATCH, NUM_STEPS, CUT = 17, 4, 5, 2
-TIMEOUT_S = 240
-SEVERAL = """
-import json, os, sys
-from megatron_prefix.__main__ import main
-for argv, port in json.loads(sys.argv[1]):
-    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-    code = main(argv)
-    if code:
-        sys.exit(code)
-"""
-"""Calls the program once for each list of arguments, each with a store of its own."""
-
-
-def two_processes(folder: Path, *commands: list[str]) -> None:
-    """Run the commands one after another on two processes that torchrun starts."""
-    script = folder / "several.py"
-    script.write_text(SEVERAL)
-    given = json.dumps([(argv, free_port()) for argv in commands])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, f"--master-port={free_port()}", str(script), given],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-class Runs:
-    """A folder of runs by name, each with its config.yaml, metrics and checkpoints."""
-
-    def __init__(self, folder: Path, data: str | None = None, row_capacity: int = 120) -> None:
-        self.folder, self.row_capacity = folder, row_capacity
-        self.data = data or write_random_set(folder / "train", 0, NUM_GROUPS)
-        self.valid = write_random_set(folder / "valid", 1, 5)
-
-    def output(self, name: str) -> Path:
-        return self.folder / "runs" / name
-
-    def config(self, name: str, **sections) -> str:
-        """Write the run's configuration and return its path."""
-        output = self.output(name)
-        saved = str(output / "saved")
-        settings = {
-            "data": {"train": self.data, "valid": self.valid, "row_capacity": self.row_capacity}
-            | {"global_batch_size": BATCH, "seed": 3},
-            "model": {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48}
-            | {"num_attention_heads": 4, "num_query_groups": 2, "init_method_std": 0.1},
-            "optimizer": {"lr": 1e-3, "weight_decay": 0.01},
-            "train": {"epochs": 1, "save": saved, "load": saved}
-            | {"save_interval": CUT, "eval_interval": CUT},
-            "logging": {"output": str(output)},
-            **sections,
-        }
-        path = self.folder / f"{name}.yaml"
-        path.write_text(json.dumps(settings))
-        return str(path)
-
-    def train(self, name: str, **sections) -> list[str]:
-        return ["train", "--config", self.config(name, **sections)]
-
-    def cut(self, source: str, name: str, step: int = CUT) -> None:
-        """What `source` had left if it had been killed behind its checkpoint of `step`."""
-        shutil.copytree(self.output(source), self.output(name))
-        saved = self.output(name) / "saved"
-        for later in range(step + 1, NUM_STEPS + 1):
-            shutil.rmtree(saved / f"iter_{later:07d}", ignore_errors=True)
-        (saved / "latest_checkpointed_iteration.txt").write_text(str(step))
-
-    def lines(self, name: str) -> list[dict]:
-        text = (self.output(name) / "metrics.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
-
-    def weights(self, name: str, step: int = NUM_STEPS) -> dict[str, torch.Tensor]:
-        from megatron.core import dist_checkpointing
-
-        from megatron_prefix.config import ParallelConfig
-        from megatron_prefix.train.parallel import world
-
-        path = self.output(name) / "saved" / f"iter_{step:07d}"
-        with world(ParallelConfig(), seed=0):
-            tensors = dist_checkpointing.load_plain_tensors(str(path))
-        found = {k: x for k, x in tensors.items() if isinstance(x, torch.Tensor)}
-        return {k: x for k, x in found.items() if not k.startswith("optimizer.")}
-
 
 ZERO = {"parallel": {"use_distributed_optimizer": True}}
 
@@ -126,15 +28,15 @@ def runs(tmp_path_factory) -> Runs:
     assert main(["score", "--config", runs.config("score"), "--output", ref]) == 0
     runs.cut("one zero", "zero 1 to 2")
     runs.cut("one", "plain 1 to 2")
-    two_processes(
-        runs.folder,
+    commands = [
         runs.train("plain"),
         runs.train("zero", **ZERO),
         runs.train("precomputed", **ZERO, **known),
         runs.train("zero 1 to 2", **ZERO),
         runs.train("plain 1 to 2"),
         ["score", "--config", runs.config("score"), "--output", str(runs.folder / "ref-2")],
-    )
+    ]
+    on_processes(2, runs.folder, commands, TIMEOUT_S)
     runs.cut("zero", "zero 2 to 1")
     runs.cut("plain", "plain 2 to 1")
     assert main(runs.train("zero 2 to 1", **ZERO)) == 0

@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_data_parallel import CUT, NUM_STEPS, TIMEOUT_S, Runs
-from test_layouts import assert_same_history, assert_same_weights, on_processes
+from runs import (
+    CUT,
+    NUM_STEPS,
+    TIMEOUT_S,
+    Runs,
+    assert_same_history,
+    assert_same_weights,
+    on_processes,
+)
 
 from megatron_prefix.train.convert import export_checkpoint
 

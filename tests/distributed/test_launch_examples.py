@@ -30,8 +30,7 @@ from launch_recipes import (
     smaller_layouts,
     write_model,
 )
-from test_data_parallel import TIMEOUT_S
-from test_layouts import on_processes
+from runs import TIMEOUT_S, on_processes
 
 from megatron_prefix.config import load_config
 from megatron_prefix.errors import InputError

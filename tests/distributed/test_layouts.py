@@ -7,14 +7,16 @@ single group, so that stages also pass empty rows.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from test_data_parallel import CUT, NUM_STEPS, SEVERAL, TIMEOUT_S, TOLERANCES, Runs, free_port
+from runs import (
+    CUT,
+    NUM_STEPS,
+    TIMEOUT_S,
+    Runs,
+    assert_same_history,
+    assert_same_weights,
+    on_processes,
+)
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
@@ -66,22 +68,6 @@ OF_FOUR = {
 }
 
 
-def on_processes(count: int, folder: Path, commands: list[list[str]], timeout_s: int) -> None:
-    """Run the commands one after another on `count` processes that torchrun starts."""
-    script = folder / f"several-{count}.py"
-    script.write_text(SEVERAL)
-    given = json.dumps([(argv, free_port()) for argv in commands])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    done = subprocess.run(
-        [*torchrun, f"--master-port={free_port()}", str(script), given],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def command(runs: Runs, name: str, layout: dict, sizes: dict) -> list[str]:
     return runs.train(name, parallel=layout, model={**SIZES, **sizes})
 
@@ -98,30 +84,6 @@ def runs(tmp_path_factory) -> Runs:
     twos.append(runs.train("unread", parallel=OVERLAP, model=SIZES, train=train))
     on_processes(2, runs.folder, twos, 2 * TIMEOUT_S)
     return runs
-
-
-def assert_same_history(found: list[dict], expected: list[dict]) -> float:
-    """Returns the largest difference as a share of its tolerance."""
-    assert [row["step"] for row in found] == [row["step"] for row in expected]
-    assert sum("loss" in row for row in expected) == NUM_STEPS
-    largest = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
-        prefix = "" if "loss" in theirs else "eval_"
-        for key, tolerance in TOLERANCES.items():
-            if prefix + key in theirs:
-                a, b = ours[prefix + key], theirs[prefix + key]
-                share = abs(a - b) / (tolerance * max(abs(b), 1e-2))
-                assert share <= 1, (theirs["step"], key, a, b)
-                largest = max(largest, share)
-    return largest
-
-
-def assert_same_weights(runs: Runs, name: str, follows: str, step: int = NUM_STEPS) -> None:
-    ours, theirs = runs.weights(name, step), runs.weights(follows, step)
-    assert ours.keys() == theirs.keys()
-    for key, expected in theirs.items():
-        rows = min(len(ours[key]), len(expected))  # the vocabulary's padding depends on the layout
-        assert (ours[key][:rows] - expected[:rows]).abs().max() <= 1e-4, key
 
 
 @pytest.mark.parametrize("name", OF_TWO)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 
 import pytest
-from test_data_parallel import NUM_GROUPS, TIMEOUT_S, Runs
-from test_layouts import OF_FOUR, OF_TWO, QWEN, REWARD, assert_same_history, command, on_processes
+from runs import NUM_GROUPS, TIMEOUT_S, Runs, assert_same_history, on_processes
+from test_layouts import OF_FOUR, OF_TWO, QWEN, REWARD, command
 
 from megatron_prefix.data.build import BuildOptions, build_dataset
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_data_parallel import TIMEOUT_S, free_port
+from runs import TIMEOUT_S
+
+from megatron_prefix.testing import free_port
 
 COMMS = ["all_gather", "needed_rows", "all_to_all"]
 SIZES = [2, 3]
