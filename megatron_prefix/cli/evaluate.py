@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 
 from megatron_prefix.cli.options import add_config, quiet_megatron, read_config
 
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
     metrics = evaluate(config, args.load, args.per_response)
     if os.environ.get("RANK", "0") != "0":
         return
+    if args.load is None:
+        print("evaluate: the weights before training, --load names others", file=sys.stderr)
     if args.json:
         print(json.dumps(metrics))
     else:

@@ -34,7 +34,7 @@ from megatron_prefix.data.workers import ordered
 from megatron_prefix.errors import InputError
 
 CHUNK, CHUNK_BYTES, FIRST_CHUNK = 2048, 1 << 21, 32
-"""Records, or bytes of lines, that are read, built and written together. The first chunk is built
+"""Records, or bytes of them, that are read, built and written together. The first chunk is built
 before any worker starts: it is small."""
 
 Progress = Callable[[int, int, int], None]
@@ -94,15 +94,17 @@ def build_dataset(
     `progress` hears (bytes read, bytes in all, groups written) after each chunk. Raises
     InputError for bad input or settings; then nothing is left behind.
     """
-    options = options or BuildOptions()
+    options, started = options or BuildOptions(), time.monotonic()
     with contextlib.closing(DigestTable()) as digests, single_threaded():
         if not options.merge_prompts:
-            return _build(inputs, tokenizer, output, options, digests, progress)
-        with place_before_merging(output) as place:
-            separate = replace(options, merge_prompts=False)
-            report = _build(inputs, tokenizer, place, separate, digests, progress)
-            merge_prompts(PreferenceDataset(place), digests, report, output)
-        return report
+            report = _build(inputs, tokenizer, output, options, digests, progress)
+        else:
+            with place_before_merging(output) as place:
+                separate = replace(options, merge_prompts=False)
+                report = _build(inputs, tokenizer, place, separate, digests, progress)
+                merge_prompts(PreferenceDataset(place), digests, report, output)
+    report.seconds = time.monotonic() - started
+    return report
 
 
 def _build(
@@ -120,7 +122,7 @@ def _build(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, options.parse_special)
     encoder = PathEncoder(tokenizer, options.append_eos)
-    report, total, started = BuildReport(), input_bytes(paths), time.monotonic()
+    report, total = BuildReport(), input_bytes(paths)
     kept = {**asdict(options), "inputs": [str(path) for path in paths]}
     kept.pop("workers")  # they change no byte
     state = vars(reader).copy()
@@ -137,6 +139,8 @@ def _build(
         for chunk, result in results:
             if chunk.reader != state:  # records before it set another rule meanwhile
                 result = ChunkBuilder(reader, encoder, options)(replace(chunk, reader=state))
+            if result.error is not None:
+                raise result.error
             state = result.reader
             combine(report, result.report)
             if result.block is not None:
@@ -148,7 +152,6 @@ def _build(
             raise InputError(_nothing_left(paths, report))
         report.duplicates = digests.duplicates(MAX_LISTED)
         report.manifest = writer.finish(report.as_dict())
-    report.seconds = time.monotonic() - started
     return report
 
 
@@ -165,12 +168,14 @@ class Chunk:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChunkResult:
     """A chunk's groups (None where none is left), their digests, its report, and the reader's
-    state behind it."""
+    state behind it; or the error that stops a build, unless the chunk was built in a state that
+    records before it have changed."""
 
     block: Block | None
     digests: list[Digests]
     report: BuildReport
     reader: dict[str, Any]
+    error: InputError | None = None
 
 
 class ChunkBuilder:
@@ -183,19 +188,24 @@ class ChunkBuilder:
         reader, encoder, report = self._reader, self._encoder, BuildReport()
         vars(reader).update(chunk.reader)
         encoder.num_tokens = 0
+        error = None
         groups: list[MergedPaths] = []
         digests: list[Digests] = []
-        with _collector_paused():
-            for record in chunk.records:
-                report.num_records += 1
-                made = _made_of(record, reader, encoder, self._options, report)
-                if made is not None:
-                    example, group = made
-                    groups.append(group)
-                    digests.append(Digests.of(record.index, example))
+        try:
+            with _collector_paused():
+                for record in chunk.records:
+                    report.num_records += 1
+                    made = _made_of(record, reader, encoder, self._options, report)
+                    if made is not None:
+                        example, group = made
+                        groups.append(group)
+                        digests.append(Digests.of(record.index, example))
+        except InputError as stopping:
+            error = stopping
         report.format, report.num_tokens_made = reader.format, encoder.num_tokens
         block = Block.of_paths(groups, [digest.record for digest in digests]) if groups else None
-        return ChunkResult(block=block, digests=digests, report=report, reader=vars(reader).copy())
+        state = vars(reader).copy()
+        return ChunkResult(block=block, digests=digests, report=report, reader=state, error=error)
 
 
 @contextlib.contextmanager
@@ -221,7 +231,7 @@ def _chunks(paths: Sequence[Path], split: str | None) -> Iterator[Chunk]:
     size, most = 0, FIRST_CHUNK
     for record in scan_records(paths, heard, split):
         chunk.append(record)
-        size += len(record.raw or b"")
+        size += record.size
         if len(chunk) == most or size >= CHUNK_BYTES:
             yield Chunk(records=chunk, position=position)
             chunk, size, most = [], 0, CHUNK

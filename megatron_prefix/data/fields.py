@@ -70,6 +70,16 @@ def number(record: dict[str, Any], name: str, default: float = math.nan) -> floa
     return result
 
 
+def rank(record: dict[str, Any]) -> int | None:
+    """The optional column `rank`, 0 the best; absent or null is None."""
+    value = record.get("rank")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+        raise InputError(f"'rank' is {str(value)[:40]}, it must be a whole number from 0 on")
+    return value
+
+
 def json_text(value: Any, what: str) -> str:
     """`value` as compact JSON text with a form in UTF-8."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -163,9 +163,10 @@ class PathEncoder:
                 low = middle
             else:
                 high = middle - 1
-        while low and not prompt.startswith(self.tokenizer.decode(ids[:low].tolist())):
-            low -= 1  # the bytes of half a character
-        return low
+        for whole in range(low, max(low - 4, 0), -1):  # the last may hold a part of a character
+            if prompt.startswith(self.tokenizer.decode(ids[:whole].tolist())):
+                return whole
+        return 0
 
     def _adds_bos(self, ids: np.ndarray) -> bool:
         bos = self.tokenizer.bos_id

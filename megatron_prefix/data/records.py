@@ -45,6 +45,11 @@ class Record(NamedTuple):
     raw: bytes | None = None
     unit: str = "line"
 
+    @property
+    def size(self) -> int:
+        """Bytes of its line, or characters of its texts."""
+        return _num_characters(self.value) if self.raw is None else len(self.raw)
+
     def decoded(self) -> Record:
         """With its value or error."""
         if self.raw is None:
@@ -55,6 +60,14 @@ class Record(NamedTuple):
     @property
     def where(self) -> str:
         return f"{self.path}, {self.unit} {self.line}"
+
+
+def _num_characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list) else 0
 
 
 def check_inputs(paths: Sequence[Path], split: str | None = None) -> None:
@@ -133,7 +146,7 @@ def _opened(raw: BinaryIO) -> tuple[BinaryIO, str]:
     """The file's contents, decompressed, and the name of the compression or ""."""
     start = raw.peek(4)[:4]  # type: ignore[attr-defined]
     if start[:2] == GZIP_MAGIC:
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw)), "gzip"
+        return gzip.GzipFile(fileobj=raw), "gzip"  # a damaged one gives all lines before
     if start == ZSTD_MAGIC:
         import pyarrow
 
@@ -179,7 +192,7 @@ def _read_file(raw: BinaryIO) -> Iterator[Item]:
             found = True
             yield line, value, error
     except (EOFError, OSError, zlib.error) as error:
-        what = f"the {compression} data is damaged or cut off"
+        what = f"the {compression} data is damaged or cut off, and nothing behind is read"
         yield line + 1, None, f"{what if compression else 'the file cannot be read'} ({error})"
         return
     if not found:

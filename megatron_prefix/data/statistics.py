@@ -136,6 +136,7 @@ def format_counts(
     modes = [
         [f"  {mode}", f"{tokens[mode]:,}", f"{tokens[mode] / max(tokens['tree'], 1):.2f} x tree"]
         for mode in SHARING_TOKENS
+        if tokens[mode]  # responses without pairs have nothing that pairwise training would run
     ]
     return [
         *align([[name, f"{counts[name]:,}"] for name in ("groups", "responses", "pairs")]),

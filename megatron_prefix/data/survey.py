@@ -65,6 +65,9 @@ def survey(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[
                 reason: {name: lost[name] for name in ("groups", "responses", "pairs")}
                 for reason, lost in report.get("dropped", {}).items()
             },
+            "wrong": report.get("wrong", {}).get("num_records", 0),
+            "truncated": report.get("truncated", {}),
+            "notes": report.get("notes", {}),
             "merged": report.get("merged", {}),
         },
     }

@@ -57,6 +57,15 @@ def _build_lines(build: Mapping[str, Any]) -> list[str]:
     for reason, lost in sorted(build["dropped"].items()):
         parts = ", ".join(f"{count:,} {name}" for name, count in lost.items() if count)
         lines.append(f"dropped     {reason}: {parts}")
+    if build["wrong"]:
+        lines.append(f"wrong       {build['wrong']:,} records skipped")
+    if build["truncated"].get("responses"):
+        cut = build["truncated"]
+        lines.append(
+            f"truncated   {cut['tokens']:,} prompt tokens of {cut['responses']:,} responses in "
+            f"{cut['groups']:,} groups"
+        )
+    lines += [f"note        {count:,} {text}" for text, count in sorted(build["notes"].items())]
     if build["merged"]:
         merged = build["merged"]
         lines.append(

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_prefix.errors import InputError
 
-BATCH_ROWS = 512
+BATCH_ROWS = 64
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_ENDINGS = (".json", ".jsonl", ".gz", ".zst", ".parquet")
 

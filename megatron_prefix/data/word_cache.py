@@ -7,7 +7,8 @@ those of its words, one after another. Words repeat, so most are found in a tabl
     encode("Say: yes it") == encode("Say:") + encode("yes") + encode("it")
 
 Each part gets the space in front that the model gives a text. For models that change characters,
-the changed text is compared with its changed words each time. Unigram models are encoded whole:
+the changed text is compared with its changed words each time, and must have no two spaces together:
+"a\\n b" may become "▁a▁▁b", whose spaces are one piece. Unigram models are encoded whole:
 they sum scores in float32 from the text's beginning, so that a tie may fall otherwise.
 """
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 SPACE = "▁"
 BPE = 2  # TrainerSpec.ModelType
-MOST_WORDS = 1 << 16
-"""Words in the table; a fuller one is begun anew."""
+MOST_WORDS, MOST_CHARACTERS = 1 << 16, 1 << 20
+"""Of words in the table; a fuller one is begun anew. Texts without spaces are one word each."""
 
 _BETWEEN = re.compile(f"(?<=[^ {SPACE}]) (?=.)", re.DOTALL)
 _NO_SPACE = re.compile(f"[^ {SPACE}]+")
@@ -38,7 +39,8 @@ class WordCache:
         self._model = model
         self._is_local, self._is_identity, self._begins = _properties(model)
         self._ids: dict[str, bytes] = {}  # of int32
-        self._normal: dict[str, str] = {}
+        self._normal: dict[str, str] = {}  # of models that change characters
+        self._size = 0  # in characters
         self._last = "", np.zeros(0, np.int64)
 
     def encode(self, text: str) -> np.ndarray:
@@ -65,11 +67,12 @@ class WordCache:
         ids = np.frombuffer(found, np.int32).astype(np.int64)
         if not self._is_identity:
             normal = "".join(map(self._normal.__getitem__, words))
-            if normal != self._model.normalize(text):
+            if SPACE * 2 in normal or normal != self._model.normalize(text):
                 ids = np.array(self._model.encode(text), np.int64)
-        if len(self._ids) > MOST_WORDS:
+        if len(self._ids) > MOST_WORDS or self._size > MOST_CHARACTERS:
             self._ids.clear()
             self._normal.clear()
+            self._size = 0
         return ids
 
     def _learn(self, words: set[str]) -> None:
@@ -81,18 +84,21 @@ class WordCache:
         plain = [word for word in words if is_plain(word)]
         ids, begins = self._model.encode(" ".join(plain)), self._begins
         starts = [at for at, token in enumerate(ids) if begins[token]]
-        normal = [""] * len(plain)
+        normal = plain
         if not self._is_identity:
             normal = self._model.normalize(" ".join(plain)).split(SPACE)[1:]
         if not len(starts) == len(normal) == len(plain):  # a character became a space
             plain, starts = [], []
-        ends = [*starts[1:], len(ids)]
-        tokens = np.array(ids, np.int32)
-        for word, start, end, text in zip(plain, starts, ends, normal, strict=False):
-            self._ids[word], self._normal[word] = tokens[start:end].tobytes(), SPACE + text
+        ends, tokens = [*starts[1:], len(ids)], np.array(ids, np.int32)
+        for word, start, end in zip(plain, starts, ends, strict=False):
+            self._ids[word] = tokens[start:end].tobytes()
         for word in words.difference(self._ids):
             self._ids[word] = np.array(self._model.encode(word), np.int32).tobytes()
-            self._normal[word] = self._model.normalize(word)
+        if not self._is_identity:
+            self._normal.update(zip(plain, (SPACE + text for text in normal), strict=False))
+            for word in words.difference(self._normal):
+                self._normal[word] = self._model.normalize(word)
+        self._size += sum(map(len, words))
 
 
 def _properties(model: SentencePieceProcessor) -> tuple[bool, bool, list[bool]]:

@@ -162,13 +162,29 @@ def test_trees_dropped(data_dir, tmp_path):
     assert left_over["responses"] == unpaired and note(report, "white space") == blank
 
 
+NOTED = ("last turn", "white space", "left out")
+
+
 @pytest.mark.parametrize("name", [*PAIRS, "oasst_trees"])
 def test_nothing_else_happens_to_a_real_set(name, data_dir, tmp_path):
     report, counts = build(tmp_path, data_dir / f"{name}.jsonl.gz")
     assert report["dropped"] == {} and report["wrong"]["num_records"] == 0
     assert report["truncated"] == {"groups": 0, "responses": 0, "tokens": 0}
     assert counts["groups"] == report["num_records"] == len(rows(data_dir / f"{name}.jsonl.gz"))
-    assert all("last turn" in text or "white space" in text for text in report["notes"])
+    assert all(any(words in text for words in NOTED) for text in report["notes"])
+
+
+def answers(node):
+    """Assistant messages of a tree."""
+    below = node["replies"] or []
+    return (node["role"] == "assistant") + sum(map(answers, below))
+
+
+def test_answers_that_are_no_responses_are_counted(data_dir, tmp_path):
+    path = data_dir / "oasst_trees.jsonl.gz"
+    report, counts = build(tmp_path, path)
+    left_out = sum(answers(row["prompt"]) for row in rows(path)) - counts["responses"]
+    assert left_out > 0 and note(report, "left out") == left_out
 
 
 def test_prompts_of_a_real_set_that_repeat_are_merged(data_dir, tmp_path):

@@ -15,7 +15,7 @@ from megatron_prefix.data.rendering import (
     NOTE_TRIMMED,
     template_changes,
 )
-from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_prefix.data.tree import Pair, build_tree
 from megatron_prefix.errors import InputError
 
@@ -63,6 +63,19 @@ def split_text(tokenizer, path):
     """The tokens of a path in front of the loss, and with loss, each as text."""
     pieces = [tokenizer.decode([t]) for t in path.tokens.tolist()]
     return pieces[: path.loss_start], pieces[path.loss_start : -1]
+
+
+def test_an_inexact_spelling_is_not_searched_token_by_token():
+    class Inexact(ByteTokenizer):
+        calls = 0
+
+        def decode(self, ids):
+            self.calls += 1
+            return "?" * len(ids)
+
+    tokenizer = Inexact()
+    within = PathEncoder(tokenizer)._tokens_within(np.zeros(5000, np.int64), "x" * 4000)
+    assert within == 0 and tokenizer.calls < 30
 
 
 def test_a_straddling_token_belongs_to_the_response_of_either_sibling(tmp_path):

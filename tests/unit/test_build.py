@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
+from megatron_prefix.data import build as build_module
 from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tokenizers import load_tokenizer
@@ -230,6 +231,18 @@ def test_progress_hears_of_all_bytes(tmp_path):
     size = path.stat().st_size
     assert len(heard) == 2 and heard[-1] == (2 * size, 2 * size, 400)  # 32 records, and the rest
     assert [h[0] for h in heard] == sorted(h[0] for h in heard)
+
+
+def test_large_rows_make_small_chunks(tmp_path):
+    """Of tables, too, whose rows are no lines."""
+    row = {"prompt": "p" * 200_000, "chosen": ["a" * 100_000], "rejected": "b"}
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(f"{json.dumps(row)}\n" * 50)
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps([row] * 50))
+    for path in (lines, array):
+        sizes = [len(chunk.records) for chunk in build_module._chunks([path], None)]
+        assert sizes == [7] * 7 + [1], path
 
 
 EXPECTED = {  # groups, responses, pairs

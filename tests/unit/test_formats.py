@@ -97,8 +97,9 @@ def test_nemo_rl_ranks_make_all_pairs():
     ties = {"context": "q", "completions": [{"rank": 1, "completion": c} for c in "ab"]}
     with pytest.raises(DegenerateRecord, match="no pair"):
         read(ties)
-    with pytest.raises(InputError, match="entry 1: 'rank' is None"):
-        read({"context": "q", "completions": [{"completion": "a"}]})
+    for bad, found in ((None, "missing"), (-1, "-1"), (True, "True"), (1 << 31, "2147483648")):
+        with pytest.raises(InputError, match=f"entry 1: 'rank' is {found}"):
+            read({"context": "q", "completions": [{"rank": bad, "completion": "a"}]})
     with pytest.raises(InputError, match="make them alike"):
         read({"context": "q", "completions": [{"rank": 0, "completion": []}]})
 

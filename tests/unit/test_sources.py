@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+import zlib
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,13 @@ def test_a_hub_id_out_of_reach_is_bad_input(tmp_path, monkeypatch, capsys):
 def test_missing_files_are_no_hub_ids(name):
     with pytest.raises(InputError, match="no such file"):
         check_inputs([Path(name)])
+
+
+def test_a_cut_gzip_file_gives_every_whole_line_before_the_cut(tmp_path):
+    lines = [b'{"a": "%s"}\n' % random.Random(i).randbytes(200).hex().encode() for i in range(99)]
+    whole = gzip.compress(b"".join(lines))
+    for cut in (whole[: len(whole) // 2], whole[:-20], whole + b"garbage"):
+        readable = zlib.decompressobj(31).decompress(cut).count(b"\n")
+        *found, last = items(write(tmp_path / "cut", cut))
+        assert len(found) == readable and all(value for _, value, _ in found)
+        assert "damaged or cut off, and nothing behind is read" in last[2]

@@ -370,6 +370,15 @@ def test_column_headers_hold_any_length(tmp_path):
         assert loaded.dtype == np.int32 and np.array_equal(loaded, values)
 
 
+def test_the_documented_columns_have_their_types():
+    """A line "| `pair_responses` | int32 [P, 2] | …": int32, two numbers an entry."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "data_format.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \[(.*?)\] \|", text, re.MULTILINE)
+    found = {name: (dtype, shape.endswith(", 2")) for name, dtype, shape in rows}
+    expected = {name: (dtype.name, tail == (2,)) for name, (dtype, tail) in COLUMNS.items()}
+    assert {name: found[name] for name in expected} == expected
+
+
 def test_the_documented_reader_reads_what_was_written(prefix, trees):
     text = (Path(__file__).resolve().parents[2] / "docs" / "data_format.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]

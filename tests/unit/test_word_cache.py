@@ -35,16 +35,26 @@ KINDS = {
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
     },
+    "bpe, runs of spaces": {
+        "model_type": "bpe",
+        "normalization_rule_name": "nmt_nfkc",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+    },
     "bpe, no space in front": {"model_type": "bpe", "add_dummy_prefix": False},
     "bpe over spaces": {"model_type": "bpe", "split_by_whitespace": False},
     "unigram": {"model_type": "unigram"},
 }
+LOCAL = ("bpe", "bpe, characters as they are", "bpe, runs of spaces")
 
 
 def train(**options):
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdexyz.,", k=rng.randint(1, 6))) for _ in range(60)]
-    sentences = [" ".join(rng.choices(words, k=9)) for _ in range(400)]
+    gaps = [" ", " ", "  ", "   "]
+    sentences = [
+        "".join(word + rng.choice(gaps) for word in rng.choices(words, k=9)) for _ in range(400)
+    ]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -66,7 +76,7 @@ def model(request):
 def test_every_text_has_the_models_tokens(model):
     kind, processor = model
     cache = WordCache(processor)
-    assert cache._is_local == (kind in ("bpe", "bpe, characters as they are"))
+    assert cache._is_local == (kind in LOCAL)
 
     @settings(max_examples=300, deadline=None)
     @given(texts, texts)
@@ -86,3 +96,13 @@ def test_the_table_stays_small(model, monkeypatch):
         assert cache.encode(text).tolist() == processor.encode(text)
         assert len(cache._ids) <= 8 + 5 and len(cache._normal) <= 8 + 5
     assert MOST_WORDS > 8
+
+
+def test_texts_without_spaces_do_not_fill_the_memory(model, monkeypatch):
+    monkeypatch.setattr("megatron_prefix.data.word_cache.MOST_CHARACTERS", 100)
+    _, processor = model
+    cache, rng = WordCache(processor), random.Random(1)
+    for _ in range(20):
+        text = "".join(rng.choices("abcde", k=60))
+        assert cache.encode(text).tolist() == processor.encode(text)
+        assert sum(map(len, cache._ids)) <= 100 + 60

@@ -77,6 +77,19 @@ def test_what_the_first_records_set_holds_for_all_chunks(tmp_path):
     assert_same_bytes(tmp_path / "of1", tmp_path / "of3")
 
 
+def test_an_error_of_a_chunk_read_by_a_stale_rule_is_none(tmp_path):
+    """In the first records' format the long prompt would be an error; it is a mixed format."""
+    wrong, hh = {"x": 1}, {"chosen": "\n\nHuman: a\n\nAssistant: b"}
+    hh["rejected"] = hh["chosen"] + "c"
+    long = {"prompt": "p" * 99, "chosen": "x", "rejected": "y"}
+    path = write(tmp_path / "in.jsonl", [wrong] * 3 + [hh] * 3 + [long] * 9 + [hh] * 3)
+    for workers in (1, 3):
+        options = BuildOptions(on_error="skip", workers=workers, max_length=60)
+        report = build_dataset([path], "bytes", tmp_path / f"of{workers}", options)
+        assert report.wrong.num_records == 12
+    assert_same_bytes(tmp_path / "of1", tmp_path / "of3")
+
+
 def die(item):
     if item == 5:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -22,6 +22,7 @@ NO_RESPONSE_TOKEN = "no response token"
 NO_PAIR = "no pair"
 DEGENERATE = (EQUAL, NO_COMMON_PROMPT, NO_PROMPT_TOKEN, NO_RESPONSE_TOKEN, NO_PAIR)
 
+NOTE_UNLABELLED = "answers that no other is labelled better or worse than (left out)"
 NOTE_BLANK = "responses of white space only (kept)"
 
 
@@ -145,7 +146,8 @@ def ranked_example(
             for i in kept
         ),
         pairs=tuple(Pair(chosen=new[c], rejected=new[r], weight=pair_weight) for c, r in labelled),
-        notes=blank_notes([responses[i] for i in kept]),
+        notes=blank_notes([responses[i] for i in kept])
+        + (NOTE_UNLABELLED,) * (len(responses) - len(kept)),
         tools=tools(record),
     )
 

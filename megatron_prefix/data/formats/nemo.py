@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_prefix.data.fields import Text, column, messages
+from megatron_prefix.data.fields import Text, column, messages, rank
 from megatron_prefix.data.formats.base import (
     Example,
     assistant,
@@ -34,9 +34,12 @@ def read_nemo_rl(record: dict[str, Any]) -> Example:
         at = f"completions, entry {i + 1}"
         if not isinstance(item, dict):
             raise InputError(f"{at} is {json_type(item)}, it must be an object")
-        rank = item.get("rank")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise InputError(f"{at}: 'rank' is {rank!r}, it must be a whole number from 0 on")
+        try:
+            ranks.append(rank(item))
+        except InputError as error:
+            raise InputError(f"{at}: {error}") from None
+        if ranks[-1] is None:
+            raise InputError(f"{at}: 'rank' is missing, it must be a whole number from 0 on")
         response = item.get("completion")
         if type(response) is not type(context):
             raise InputError(
@@ -47,7 +50,6 @@ def read_nemo_rl(record: dict[str, Any]) -> Example:
             response = column(item, "completion", str)
         else:
             response = checked_response(messages(response, at), at)
-        ranks.append(rank)
         responses.append(response)
     return ranked_example(record, prompt, responses, ranks, [math.nan] * len(ranks))
 

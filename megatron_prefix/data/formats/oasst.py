@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.data.fields import Message, checked, column
+from megatron_prefix.data.fields import Message, checked, column, rank
 from megatron_prefix.data.formats.base import (
     NO_PAIR,
+    NOTE_UNLABELLED,
     DegenerateRecord,
     Example,
     ExampleResponse,
@@ -27,9 +28,10 @@ def _oasst_message(node: Any, at: str) -> Message:
     role = {"prompter": "user", "assistant": "assistant"}.get(str(node.get("role")))
     if role is None:
         raise InputError(f"{at}: 'role' is {node.get('role')!r}, it must be prompter or assistant")
-    rank = node.get("rank")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
-        raise InputError(f"{at}: 'rank' is {rank!r}, it must be a whole number from 0 on")
+    try:
+        rank(node)
+    except InputError as error:
+        raise InputError(f"{at}: {error}") from None
     return Message(role=role, content=checked(node["text"], at))
 
 
@@ -46,7 +48,7 @@ def read_oasst(record: dict[str, Any]) -> Example:
         raise InputError("prompt: the first message of a tree must have role prompter")
     responses: list[ExampleResponse] = []
     pairs: list[Pair] = []
-    stack, num_sets = [(root, (first,), "prompt")], 0
+    stack, num_sets, num_left_out = [(root, (first,), "prompt")], 0, 0
     while stack:
         node, turns, at = stack.pop()
         replies = node.get("replies") or []
@@ -69,11 +71,12 @@ def read_oasst(record: dict[str, Any]) -> Example:
             )
         pairs += [Pair(chosen=index[c], rejected=index[r]) for c, r in labelled]
         num_sets += bool(labelled)
+        num_left_out += len(siblings) - len(index)
         stack += [
             (reply, (*turns, message), f"{at}, reply {i + 1}")
             for i, (reply, message) in enumerate(zip(replies, below, strict=True))
         ][::-1]
     if not pairs:
         raise DegenerateRecord(NO_PAIR)
-    notes = blank_notes([r.response for r in responses])
+    notes = blank_notes([r.response for r in responses]) + (NOTE_UNLABELLED,) * num_left_out
     return Example(responses=tuple(responses), pairs=tuple(pairs), notes=notes)
