@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -26,5 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prefix.data.statistics import format_counts
 
     manifest = merge_datasets(args.prefixes, args.output)
+    if len({Path(prefix).resolve() for prefix in args.prefixes}) < len(args.prefixes):
+        print("merge: a part was given twice, its records count twice", file=sys.stderr)
     print("\n".join(format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])))
     print(f"wrote {args.output}.bin, .idx, .tree and .json")
