@@ -132,4 +132,25 @@ DATA_MUTANTS = (
         "and not all(s in piece.lstrip(SPACE)",
         "unit/test_word_cache.py",
     ),
+    Mutant(
+        "two spaces of a normalising model taken apart",
+        "data/word_cache.py",
+        "if SPACE * 2 in normal or normal",
+        "if normal",
+        "unit/test_word_cache.py",
+    ),
+    Mutant(
+        "chunks that a worker built by a stale rule are kept",
+        "data/build.py",
+        "if chunk.reader != state:",
+        "if False:",
+        "unit/test_workers.py",
+    ),
+    Mutant(
+        "rows of tables are not measured",
+        "data/records.py",
+        "return len(value)",
+        "return 0",
+        "unit/test_build.py",
+    ),
 )
