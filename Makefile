@@ -63,9 +63,9 @@ bench-sets: install
 	done
 
 bench-steps: bench-sets
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_attention.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_attention.py --rows 2048 4096
 	$(BENCH) tools/bench_training.py --sets
-	$(BENCH) tools/bench_training.py $(REAL) --row-capacity $(LONGEST) --global-batch-size 4 \
+	$(BENCH) tools/bench_training.py $(REAL) --row-capacity $(LONGEST) --global-batch-size 8 \
 	    --modes "packed, unshared" "packed, shared" --name training_real_cpu
 	$(BENCH) tools/bench_scaling.py --rounds 3
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trl.py $(REAL) --row-capacity $(LONGEST)
