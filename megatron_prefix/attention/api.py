@@ -56,6 +56,20 @@ def why_not(
     return why_not_this(device, dtype, head_dim)
 
 
+def prepare(plan: TreePlan, backend: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Build what the backend reads of a plan, once, and return which backend `backend` is there.
+
+    Layers do so themselves; whoever does it ahead keeps them from waiting for the host.
+    """
+    factor = plan.path.gather_factor if backend == "auto" else None
+    backend = resolve_backend(backend, plan.device, dtype, head_dim, factor)
+    if backend == "flex":
+        _ = plan.block_mask
+    elif backend != "dense":
+        _ = plan.path
+    return backend
+
+
 def tree_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -74,8 +88,7 @@ def tree_attention(
     not fit.
     """
     plan = _checked_plan(q, k, v, layout)
-    factor = plan.path.gather_factor if backend == "auto" else None
-    backend = resolve_backend(backend, q.device, q.dtype, q.size(-1), factor)
+    backend = prepare(plan, backend, q.dtype, q.size(-1))
     if scale is None:
         scale = q.size(-1) ** -0.5
     if backend == "dense":

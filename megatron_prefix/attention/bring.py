@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ Pair = tuple[Tensor, Tensor]
 class Way:
     """How a layer's keys and values come, and how their gradients go back.
 
-    `bring(k, v)` maps [S, G, H] each to two new tensors [S_b, G, H]; `give_back(dk, dv)` is its
-    transpose. Both are linear, without autograd of their own.
+    `bring(k, v)` maps [S, G, H] each to two new contiguous tensors [S_b, G, H];
+    `give_back(dk, dv)` is its transpose. Both are linear, without autograd of their own.
     """
 
     bring: Callable[[Tensor, Tensor], Pair]
@@ -37,23 +38,26 @@ def attend_to_brought(
 ) -> Tensor:
     """`attend(q, *way.bring(k, v))`, differentiable, keeping only `k` and `v` for backward.
 
-    What `attend` saves of the brought tensors themselves is dropped and brought again; of copies
-    that it makes of them nothing is known, so they are kept. Nests.
+    What `attend` saves of the brought tensors and of views of them is dropped and brought again; of
+    copies that it makes of them nothing is known, so they are kept. Nests.
     """
     brought = _Bring.apply(q, k, v, way)
     node = brought[0].grad_fn
     if node is None:  # nothing is saved where nothing is differentiated
         return attend(q, *brought)
     again = _Again(node)
-    where = {x.data_ptr(): i for i, x in enumerate(brought)}
-    shapes = [x.shape for x in brought]
+    spans = [(x.untyped_storage().data_ptr(), x.storage_offset(), x.numel()) for x in brought]
+    dtype = k.dtype
 
-    def pack(x: Tensor) -> object:
-        which = where.get(x.data_ptr())
-        return x if which is None or x.shape != shapes[which] else which
+    def pack(x: Tensor) -> Tensor | _View:
+        for which, (storage, start, length) in enumerate(spans):
+            offset = x.storage_offset() - start
+            if x.untyped_storage().data_ptr() == storage and 0 <= offset < length:
+                return x if x.dtype != dtype else _View(which, x.size(), x.stride(), offset)
+        return x
 
-    def unpack(kept: object) -> Tensor:
-        return again.keys[kept] if isinstance(kept, int) else kept
+    def unpack(kept: Tensor | _View) -> Tensor:
+        return again.view(kept) if isinstance(kept, _View) else kept
 
     with saved_tensors_hooks(pack, unpack):
         return attend(q, *brought)
@@ -73,6 +77,15 @@ class _Bring(torch.autograd.Function):
         return None, *ctx.way.give_back(grad_k, grad_v), None
 
 
+class _View(NamedTuple):
+    """A view of one of the brought tensors; `offset` is counted from its first entry."""
+
+    which: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
 @dataclass(frozen=True, eq=False)
 class _Again:
     """Own keys are read from where `_Bring` saved them, so that hooks around this one hold."""
@@ -83,3 +96,7 @@ class _Again:
     def keys(self) -> Pair:
         with torch.no_grad():
             return self.node.way.bring(*self.node.saved_tensors)
+
+    def view(self, of: _View) -> Tensor:
+        keys = self.keys[of.which]
+        return keys.as_strided(of.size, of.stride, keys.storage_offset() + of.offset)

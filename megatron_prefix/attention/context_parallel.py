@@ -31,6 +31,7 @@ from megatron_prefix.attention.bring import Pair, Way, attend_to_brought
 from megatron_prefix.attention.ownership import ContextCost
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
+from megatron_prefix.transfer import on_device
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -105,8 +106,8 @@ class _WholeRow:
     ) -> None:
         self.group = group
         gathered = np.concatenate(rows)
-        self.by_rank = torch.from_numpy(gathered).to(device)
-        self.by_row = torch.from_numpy(np.argsort(gathered)).to(device)
+        self.by_rank = on_device(gathered, device)
+        self.by_row = on_device(np.argsort(gathered), device)
 
 
 class AllGather(_WholeRow):
@@ -163,12 +164,12 @@ class NeededRows:
             for other, x in enumerate(needed)
         ]
         self.sent = [len(x) for x in sent]
-        self.send_index = torch.from_numpy(np.concatenate(sent)).to(device)
+        self.send_index = on_device(np.concatenate(sent), device)
         self.num_own = len(rows[rank])
         arrived = np.concatenate([rows[rank], foreign])
         order = np.argsort(arrived)
-        self.by_row = torch.from_numpy(order).to(device)
-        self.by_arrival = torch.from_numpy(np.argsort(order)).to(device)
+        self.by_row = on_device(order, device)
+        self.by_arrival = on_device(np.argsort(order), device)
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _with_keys(attend, q, k, v, self)

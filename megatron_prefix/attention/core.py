@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -30,9 +31,11 @@ class TreePackedSeqParams(PackedSeqParams):
     `plan` says who sees whom; `position_ids` int64 [T] is each token's depth along its root
     path; `projected_rows` int64 [U] are the rows that become logits, ascending; target i is
     `target_tokens[i]` under projected row `target_rows[i]` (index into `projected_rows`,
-    ascending), both int64 [I]. Under context parallelism `share` is this rank's part of the row,
-    and the arrays are those of its own tokens, counted among them. `rotation` turns queries and
-    keys by their positions; a model sets it, and attention without it turns nothing.
+    ascending), both int64 [I], and row u has the targets `target_offsets[u]` to
+    `target_offsets[u + 1]`, [U + 1] on the host. Under context parallelism `share` is this rank's
+    part of the row, and the arrays are those of its own tokens, counted among them. `rotation`
+    turns queries and keys by their positions; a model sets it, and attention without it turns
+    nothing.
 
     For routers: `responses_served` [T] is how many of the row's responses each token is part of, 0
     for padding; `step_count` is the sum of what counts over the step's rows on all ranks.
@@ -44,6 +47,7 @@ class TreePackedSeqParams(PackedSeqParams):
     rotation: Rotation | None = None
     projected_rows: Tensor | None = None
     target_rows: Tensor | None = None
+    target_offsets: np.ndarray | None = None
     target_tokens: Tensor | None = None
     responses_served: Tensor | None = None
     step_count: float = 0.0
@@ -111,6 +115,7 @@ class TreeCoreAttention(MegatronModule):
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         if packed_seq_params.rotation is not None:
             query, key = (rotate(x, packed_seq_params.rotation) for x in (query, key))
+            value = value.contiguous()  # a view would keep query and key in front of the rotation
         qkv = query, key, value
         if packed_seq_params.share is None:
             plan, backend, scale = packed_seq_params.plan, self.backend, self.softmax_scale

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from megatron_prefix.layout import TreeLayout
+from megatron_prefix.transfer import on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,8 @@ class PathPlan:
 class TreePlan:
     """A layout on a device, with each backend's data built when first asked for, and once.
 
+    `prepare` of api.py asks ahead of the first layer.
+
     `q_rows` and `kv_rows` are ascending row indices, the whole row where not given: queries are
     rows `q_rows`, keys and values rows `kv_rows`, which hold the root path of every query.
     """
@@ -147,17 +150,17 @@ def build_path_plan(
     copies = np.bincount(kv_index, minlength=num_keys)
     ends = np.cumsum(kv_lengths)
     return PathPlan(
-        kv_index=torch.from_numpy(kv_index).to(device),
-        cu_seqlens_q=_cumulative(q_lengths, torch.int32, device),
-        cu_seqlens_kv=_cumulative(kv_lengths, torch.int32, device),
+        kv_index=on_device(kv_index, device),
+        cu_seqlens_q=on_device(_cumulative(q_lengths, np.int32), device),
+        cu_seqlens_kv=on_device(_cumulative(kv_lengths, np.int32), device),
         max_seqlen_q=int(q_lengths.max(initial=0)),
         max_seqlen_kv=int(kv_lengths.max(initial=0)),
         q_lengths=q_lengths.tolist(),
         kv_lengths=kv_lengths.tolist(),
         own_starts=kv_index[ends - q_lengths].tolist(),
         ancestor_starts=_ancestor_starts(kv_index, q_lengths, kv_lengths),
-        copy_order=torch.from_numpy(np.argsort(kv_index, kind="stable")).to(device),
-        copy_offsets=_cumulative(copies, torch.int64, device),
+        copy_order=on_device(np.argsort(kv_index, kind="stable"), device),
+        copy_offsets=on_device(_cumulative(copies, np.int64), device),
         gather_factor=len(kv_index) / num_keys if num_keys else 1.0,
         is_identity=np.array_equal(kv_index, np.arange(num_keys)),
     )
@@ -209,7 +212,6 @@ def _ancestor_starts(kv_index: np.ndarray, q_lengths: np.ndarray, kv_lengths: np
     return np.where(last - first == np.maximum(num_ancestors, 1) - 1, first, -1).tolist()
 
 
-def _cumulative(lengths: np.ndarray, dtype: torch.dtype, device) -> torch.Tensor:
+def _cumulative(lengths: np.ndarray, dtype: type[np.integer]) -> np.ndarray:
     """Lengths [3, 2, 4] -> offsets [0, 3, 5, 9]."""
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return torch.from_numpy(offsets).to(device=device, dtype=dtype)
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(dtype)

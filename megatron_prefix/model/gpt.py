@@ -123,7 +123,10 @@ class TreeGPTModel(GPTModel):
                 config.rotary_base,
                 config.rope_scaling,
             )
-            packed_seq_params = replace(packed_seq_params, rotation=rotation_of(angles))
+            rotation = rotation_of(angles)
+            if config.bf16:  # as the layers need it, once for all of them
+                rotation = tuple(part.bfloat16() for part in rotation)
+            packed_seq_params = replace(packed_seq_params, rotation=rotation)
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
     def _preprocess(
@@ -176,6 +179,7 @@ class TreeGPTModel(GPTModel):
             lambda chunk: self.output_layer(chunk.unsqueeze(1), weight=weight)[0].squeeze(1),
             params.target_rows,
             params.target_tokens,
+            offsets=params.target_offsets,
             vocab_size=self.config.vocab_size,
             chunk_size=self.config.lm_head_chunk_size,
             group=self.pg_collection.tp,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -78,12 +79,14 @@ def token_logps(
     *,
     vocab_size: int,
     chunk_size: int,
+    offsets: np.ndarray | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Project rows and take their targets' log-probabilities, float32 [N].
 
     `row_N` ascends. At most `chunk_size` rows are logits at a time: with more rows each chunk
-    is projected again in backward, so that no logits outlive their chunk.
+    is projected again in backward, so that no logits outlive their chunk. Row u has the targets
+    `offsets[u]` to `offsets[u + 1]`, [U + 1] on the host; without them the device is asked.
     """
 
     def chunk_logps(hidden: Tensor, row: Tensor, target: Tensor) -> Tensor:
@@ -92,8 +95,9 @@ def token_logps(
     num_rows = hidden_UC.size(0)
     if num_rows <= chunk_size:
         return chunk_logps(hidden_UC, row_N, target_N)
-    bounds = torch.arange(0, num_rows + chunk_size, chunk_size, device=row_N.device)
-    cuts = torch.searchsorted(row_N, bounds).tolist()
+    if offsets is None:
+        offsets = np.searchsorted(row_N.cpu().numpy(), np.arange(num_rows + 1))
+    cuts = [*offsets[:num_rows:chunk_size].tolist(), len(row_N)]
     parts = [
         checkpoint(
             chunk_logps,

@@ -1,8 +1,9 @@
 """Root-mean-square norm for layers without Transformer Engine.
 
 y = x / rms(x) * w with rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019, arXiv 1910.07467), as
-one operation: torch's own is a chain of elementary ones on CPU, each a pass over the row. With
-n = x / rms(x) and g the gradient of y, w gets sum(g n) and x gets (g w - n mean(g w n)) / rms(x).
+one operation. torch's own is one on CUDA, and on CPU a chain of elementary ones, each a pass over
+the row. With n = x / rms(x) and g the gradient of y, w gets sum(g n) and x gets
+(g w - n mean(g w n)) / rms(x).
 
 Shapes: T tokens, C hidden channels.
 """
@@ -10,6 +11,7 @@ Shapes: T tokens, C hidden channels.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -29,6 +31,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C], computed in float32 at least."""
+        if x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prefix.attention.context_parallel import ContextParallel
+from megatron_prefix.attention.api import prepare
 from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.data.sampler import Sampler, StepPlan
+from megatron_prefix.model.gpt import TreeTransformerConfig
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.step import TrainBatch, to_device
 
@@ -30,14 +31,15 @@ class PreparedStep:
 class Feed:
     """Steps of one sampler for this rank; asking for one starts the next one's preparation.
 
-    Nothing is prepared beyond `num_steps`. Close it, so that the thread ends.
+    `config` is the model's, which decides how keys travel and what its attention reads. Nothing
+    is prepared beyond `num_steps`. Close it, so that the thread ends.
     """
 
     def __init__(
-        self, sampler: Sampler, world: World, context: ContextParallel | None, num_steps: int
+        self, sampler: Sampler, world: World, config: TreeTransformerConfig, num_steps: int
     ) -> None:
-        self._sampler, self._world, self._context = sampler, world, context
-        self._num_steps = num_steps
+        self._sampler, self._world, self._config = sampler, world, config
+        self._context, self._num_steps = world.context(config), num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[int, Future] | None = None
 
@@ -61,4 +63,12 @@ class Feed:
         plan = self._sampler.step(step)
         rows = self._sampler.micro_batches(plan, self._world.data_rank)
         batches = [to_device(row, device, plan.weight, context=self._context) for row in rows]
+        config = self._config
+        for batch in batches:
+            prepare(
+                batch.params.plan,
+                config.tree_attention_backend,
+                config.params_dtype,
+                config.kv_channels,
+            )
         return PreparedStep(plan=plan, rows=rows, batches=batches)

@@ -23,6 +23,7 @@ from megatron_prefix.train.feed import Feed, PreparedStep
 from megatron_prefix.train.parallel import World
 from megatron_prefix.train.sidecar import PartialScores
 from megatron_prefix.train.step import TrainBatch, run_schedule
+from megatron_prefix.transfer import on_device
 
 SAVE_STEPS = 32
 """Steps of scoring between two saves of what is done."""
@@ -76,7 +77,7 @@ class PrecomputedReference:
         found = []
         for row, batch in zip(rows, batches, strict=True):
             logps = known[response_index(self.dataset, row)]
-            found.append(batch.with_reference(torch.from_numpy(logps).to(batch.tokens.device)))
+            found.append(batch.with_reference(on_device(logps, batch.tokens.device)))
         return found
 
     def score(self, sampler: Sampler) -> np.ndarray:
@@ -144,8 +145,7 @@ def score_dataset(
     for chunk in chunks:
         chunk.eval()
     num_steps = sampler.composition.num_steps(1)
-    context = world.context(unwrap(chunks[0]).config)
-    with closing(Feed(sampler, world, context, num_steps)) as feed:
+    with closing(Feed(sampler, world, unwrap(chunks[0]).config, num_steps)) as feed:
         for start in range(first, num_steps, SAVE_STEPS):
             stop = min(start + SAVE_STEPS, num_steps)
             found = np.zeros_like(sums)

@@ -59,8 +59,7 @@ class Run:
     @cached_property
     def feed(self) -> Feed:
         """Steps from the one that is next to the last."""
-        context = self.world.context(unwrap(self.policy[0]).config)
-        return Feed(self.sampler, self.world, context, self.num_steps)
+        return Feed(self.sampler, self.world, unwrap(self.policy[0]).config, self.num_steps)
 
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until `stop` is asked for."""

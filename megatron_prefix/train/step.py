@@ -31,6 +31,7 @@ from megatron_prefix.config import LossConfig
 from megatron_prefix.data.collate import MicroBatch
 from megatron_prefix.model.logps import response_logps
 from megatron_prefix.train.objective import pair_metrics, pair_rewards
+from megatron_prefix.transfer import on_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -85,11 +86,7 @@ def to_device(
     counts = np.bincount(response, minlength=batch.num_responses)
     served = None if batch.served is None else batch.served[own]
 
-    def tensor(array: np.ndarray) -> Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(array))
-        host = host.pin_memory() if device.type == "cuda" else host
-        return host.to(device, non_blocking=True)
-
+    tensor = partial(on_device, device=device)
     return TrainBatch(
         tokens=tensor(batch.tokens[own])[None],
         params=TreePackedSeqParams(
@@ -98,6 +95,7 @@ def to_device(
             position_ids=tensor(batch.layout.position_ids()[own]),
             projected_rows=tensor(np.searchsorted(own, rows)),
             target_rows=tensor(target_rows),
+            target_offsets=np.searchsorted(target_rows, np.arange(len(rows) + 1)),
             target_tokens=tensor(batch.target_token[is_own]),
             responses_served=None if served is None else tensor(served).float(),
             step_count=step_count,
@@ -147,7 +145,7 @@ def preference_loss(
         logs["ref_logps"] = batch.ref_logps[torch.cat([chosen, rejected])].abs()
     is_first = batch.context is None or batch.context.group.rank() == 0  # it counts for all
     num_pairs = len(batch.pairs) if is_first else 0
-    count = torch.tensor(num_pairs, dtype=torch.int, device=token_logps.device)
+    count = torch.full((), num_pairs, dtype=torch.int, device=token_logps.device)
     return weighted / batch.step_weight, count, logs
 
 

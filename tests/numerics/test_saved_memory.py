@@ -106,6 +106,16 @@ def test_recomputed_layers_keep_their_inputs_alone(here, name):
     assert (many - few) / 4 == pytest.approx(num_tokens * SIZES.hidden_size * 4, rel=0.05)
 
 
+def test_a_layer_keeps_what_memory_is_planned_for(here):
+    """The table at the head of memory.py, in float32; queries and keys are not kept twice."""
+    row, num_tokens = ROWS["a pair"]
+    few, many = (kept(make_model(here, num_layers=n), row) for n in (2, 6))
+    width, ffn, heads = SIZES.hidden_size, SIZES.ffn_hidden_size, SIZES.num_attention_heads
+    groups, head_dim = SIZES.num_query_groups or heads, width // heads
+    values = 4 * width + (2 * heads + 2 * groups) * head_dim + 3 * ffn + heads
+    assert (many - few) / 4 / num_tokens == pytest.approx(4 * values, rel=0.02)
+
+
 def test_sharing_saves_activations_as_it_saves_tokens(here):
     model = make_model(here)
     shared, unshared = (make_row(400, 25, 8, sharing) for sharing in ("tree", "none"))

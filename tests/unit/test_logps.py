@@ -1,5 +1,6 @@
 """Token and response log-probabilities against log_softmax in float64."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -105,7 +106,16 @@ def test_chunks_change_neither_values_nor_gradients(num_rows):
             sizes.append(x.size(0))
             return x @ head.T
 
-        logps = token_logps(hidden, project, rows, targets, vocab_size=VOCAB, chunk_size=chunk_size)
+        offsets = np.searchsorted(rows.numpy(), np.arange(num_rows + 1)) if chunk_size > 1 else None
+        logps = token_logps(
+            hidden,
+            project,
+            rows,
+            targets,
+            vocab_size=VOCAB,
+            chunk_size=chunk_size,
+            offsets=offsets,
+        )
         assert sum(sizes) == num_rows and max(sizes) <= chunk_size
         (weights * logps).sum().backward()
         results.append((logps.detach(), hidden.grad, head.grad))
