@@ -20,8 +20,10 @@ divides tokens: s = t, else 1)
     or with experts (k a token)        k (2 C + 3 F / t),  tokens spread evenly over ranks
 
 Selective recomputation drops the log-sum-exp, full recomputation all but the layer's input. Not
-counted: CUDA's context, NCCL's buffers, keys that travel between context-parallel ranks,
-fragmentation. Leave several GiB for them.
+counted: CUDA's context, NCCL's buffers, keys that travel between context-parallel ranks, one
+layer's keys gathered along root paths and what its kernel takes beside them, torch's Adam while it
+steps (4 bytes a parameter that it steps; Transformer Engine's and Apex's take none), fragmentation.
+Leave room for them.
 """
 
 from __future__ import annotations
