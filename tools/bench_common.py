@@ -95,8 +95,7 @@ class Results:
     def finish(self) -> None:
         """Write the files and print the table."""
         self.write()
-        if self.rows:
-            print(self.text(), flush=True)
+        print(self.text() if self.rows else f"{self.name}: nothing was measured", flush=True)
 
 
 def publish(name: str, rows: list[Row], notes: str) -> None:
