@@ -89,7 +89,7 @@ def parts_of(events: list, on_cuda: bool) -> dict[str, float]:
     """Microseconds of every part, over the whole profile.
 
     A kernel counts where the operation stands that launched it; its own event, which the profiler
-    has beside that, does not.
+    has beside that, does not, nor a range's, which launches nothing.
     """
     events = [event for event in events if event.device_type == DeviceType.CPU]
     part_of_sequence: dict[int, str] = {}
@@ -99,7 +99,9 @@ def parts_of(events: list, on_cuda: bool) -> dict[str, float]:
             part_of_sequence.setdefault(event.sequence_nr, part)
     found: dict[str, float] = defaultdict(float)
     for event in events:
-        own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        own = event.self_cpu_time_total
+        if on_cuda:
+            own = 0.0 if event.is_user_annotation else event.self_device_time_total
         found[part_of(event, part_of_sequence)] += own
     return found
 

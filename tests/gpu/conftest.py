@@ -15,3 +15,13 @@ def fresh_compiler(request):
     if is_flex:
         compiled.cache_clear()
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def here():
+    """Process groups for a test that holds a model; `train` makes its own."""
+    from megatron_prefix.config import ParallelConfig
+    from megatron_prefix.train.parallel import world
+
+    with world(ParallelConfig(), seed=0) as here:
+        yield here

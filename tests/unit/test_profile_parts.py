@@ -36,10 +36,11 @@ class Event:
     cpu_parent: object = None
     sequence_nr: int = -1
     self_cpu_time_total: float = 0.0
+    is_user_annotation: bool = False
 
 
 def test_a_kernel_counts_once_where_it_was_launched():
-    part = Event(PREFIX + "attention", DeviceType.CPU, 0.0)
+    part = Event(PREFIX + "attention", DeviceType.CPU, 9.0, is_user_annotation=True)
     operation = Event("aten::mm", DeviceType.CPU, 7.0, part)
     kernel = Event("sm90_gemm", DeviceType.CUDA, 7.0)
     assert parts_of([part, operation, kernel], on_cuda=True) == {"attention": 7.0}
