@@ -1,18 +1,20 @@
 """Fixtures of the GPU tests."""
 
+import sys
+
 import pytest
 import torch
 
 from megatron_prefix.attention.flex import compiled
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler(request):
-    """No test of `flex` finds another's compiled graphs, which torch counts."""
-    callspec = getattr(request.node, "callspec", None)
-    is_flex = callspec is not None and callspec.params.get("backend") == "flex"
-    yield
-    if is_flex:
+def pytest_runtest_teardown(item, nextitem):
+    """Behind the last case of a test, forget compiled graphs: torch counts them, for the process.
+
+    Cases of one test share them, as compiling takes most of the time of a small one.
+    """
+    is_last = nextitem is None or nextitem.function is not item.function
+    if is_last and "torch._dynamo" in sys.modules:
         compiled.cache_clear()
         torch._dynamo.reset()
 
