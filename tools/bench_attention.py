@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from bench_common import environment, publish
+from bench_common import NOT_RUN, Results, environment, unless_out_of_memory
 from bench_shapes import SPREAD, fill, first_paths, plain_causal, shapes, tiled_area, unshared
 from tqdm import tqdm
 
@@ -41,6 +41,8 @@ CUDA `path` is a loop over pieces."""
 MOST_UNSHARED = 524288
 """Tokens of unshared paths that are timed; of longer rows' paths, the first ones. Rates tell."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MEASURED_S, MOST_CALLS = 0.02, 20
+"""Seconds of calls, and at most how many, between two looks at the device's clock."""
 GATHER_BOUNDS = ((None, 2.0), (2.0, 4.0), (4.0, None))
 """Ranges of gather factors that get an entry of the table each."""
 
@@ -65,22 +67,53 @@ def step_of(plan: TreePlan, backend: str, tensors: list[torch.Tensor]) -> Callab
     return step
 
 
+def seconds_on_cuda(step: Callable[[], None], calls: int) -> float:
+    """Seconds that the device takes for a call, over `calls` of them that are launched at once, so
+    that what Python takes to launch one passes while the device works on another."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / calls
+
+
+def seconds_on_cpu(step: Callable[[], None], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) / calls
+
+
 def in_turn(
-    steps: dict[str, Callable[[], None]], rounds: int, on_cuda: bool
-) -> dict[str, np.ndarray]:
-    """Seconds of each, [rounds]; in a round all of them run once."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):  # the first one warms up
-        for name, step in steps.items():
-            if on_cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            step()
-            if on_cuda:
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(found) for name, found in seconds.items()}
+    steps: dict[tuple, Callable[[], None]], rounds: int, on_cuda: bool
+) -> dict[tuple, np.ndarray]:
+    """Seconds of each, [rounds]; in a round all of them are timed in turn, each over one call on
+    CPU and over those that about `MEASURED_S` holds on CUDA."""
+    timed = seconds_on_cuda if on_cuda else seconds_on_cpu
+    once = {key: timed(step, 1) for key, step in steps.items()}  # warms up
+    most = MOST_CALLS if on_cuda else 1
+    calls = {key: int(np.clip(MEASURED_S / once[key], 1, most)) for key in steps}
+    seconds: dict[tuple, list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, step in steps.items():
+            seconds[key].append(timed(step, calls[key]))
+    return {key: np.array(found) for key, found in seconds.items()}
+
+
+def that_fit(steps: dict[tuple, Callable[[], None]], backends: list[str], on_cuda: bool) -> list:
+    """The backends whose every step has enough memory, found by running each once."""
+
+    def runs(backend: str) -> bool:
+        for key, step in steps.items():
+            if key[0] == backend:
+                step()
+        if on_cuda:
+            torch.cuda.synchronize()
+        return True
+
+    return [x for x in backends if unless_out_of_memory(lambda x=x: runs(x))]
 
 
 def measure(
@@ -106,40 +139,57 @@ def measure(
         for backend in chosen
         for kind in kinds
     }
+    fitting = that_fit(steps, chosen, on_cuda)
+    steps = {key: step for key, step in steps.items() if key[0] in fitting}
     seconds = in_turn(steps, args.rounds, on_cuda)
+    case = {
+        "trees": name,
+        "tokens": layout.num_tokens,
+        "gather factor": f"{plans['tree'].path.gather_factor:.2f}",
+    }
+    found = rates(kinds, paths.area(), fitting, seconds, args)
+    return [{**case, "backend": x, **found.get(x, {"of unshared": NOT_RUN})} for x in chosen]
+
+
+def rates(
+    kinds: dict[str, TreeLayout],
+    unshared_area: int,
+    backends: list[str],
+    seconds: dict[tuple, np.ndarray],
+    args: argparse.Namespace,
+) -> dict[str, dict[str, str]]:
+    """Of each backend, the columns that follow from what it took for `kinds` of rows.
+
+    `unshared_area` is that of all paths, of which the first ones were timed.
+    """
     areas = {kind: row.area() for kind, row in kinds.items()}
     tiled = {kind: tiled_area(row, args.q_tile, args.kv_tile) for kind, row in kinds.items()}
-    factor = plans["tree"].path.gather_factor
-    fastest = min(chosen, key=lambda backend: np.median(seconds[backend, "tree"]))
-    table = []
-    for backend in chosen:
-        tree = seconds[backend, "tree"]
+    times = {backend: seconds[backend, "tree"] for backend in backends}
+    fastest = min(backends, key=lambda backend: np.median(times[backend]), default=None)
+    whole = unshared_area / areas["unshared"]
+    found = {}
+    for backend, tree in times.items():
 
         def rate_over(kind: str, area: dict[str, int], tree=tree, backend=backend) -> str:
             """The tree's rate over another's, by their areas: the median of rounds."""
             over = np.median(seconds[backend, kind] / tree)
             return f"{over * area['tree'] / area[kind]:.3f}"
 
-        whole = paths.area() / areas["unshared"]
         entry = {
-            "trees": name,
-            "tokens": layout.num_tokens,
-            "gather factor": f"{factor:.2f}",
             "useful / tiled": f"{areas['tree'] / tiled['tree']:.3f}",
-            "backend": backend,
             "of unshared": rate_over("unshared", areas),
             "of unshared, tiled": rate_over("unshared", tiled),
             "of causal": rate_over("causal", areas),
             "of causal, tiled": rate_over("causal", tiled),
             "time unshared / tree": f"{whole * np.median(seconds[backend, 'unshared'] / tree):.3f}",
-            "time over fastest": f"{np.median(tree / seconds[fastest, 'tree']):.2f}",
+            "time over fastest": f"{np.median(tree / times[fastest]):.2f}",
         }
-        if on_cuda:
+        if args.device == "cuda":
             flops = 4 * args.heads * args.head_dim * FORWARD_AND_BACKWARD / 1e12
             for kind, area in areas.items():
                 entry[f"TFLOP/s {kind}"] = f"{flops * area / np.median(seconds[backend, kind]):.1f}"
-        table.append(entry)
-    return table
+        found[backend] = entry
+    return found
 
 
 def table_entries(rows: list[dict], args: argparse.Namespace) -> list[dict]:
@@ -151,7 +201,7 @@ def table_entries(rows: list[dict], args: argparse.Namespace) -> list[dict]:
     found = []
     for low, high in GATHER_BOUNDS:
         times: dict[str, dict] = {}
-        for row in rows:
+        for row in (row for row in rows if "time over fastest" in row):
             factor = float(row["gather factor"])
             if (low is None or factor >= low) and (high is None or factor < high):
                 case = (row["trees"], row["tokens"])
@@ -219,27 +269,35 @@ def main() -> None:
     backends = args.backends or [x for x, obstacle in obstacles.items() if obstacle is None]
     version = args.flash_version
     version = resolve_flash_version(version if version == "auto" else int(version), device)
-    rows, too_long = [], []
-    with flash_version(version):
-        for num_tokens in args.rows:
-            for name in tqdm(args.trees, desc=f"{num_tokens} tokens", disable=None):
-                rng = np.random.default_rng(num_tokens)
-                if (layout := fill(shapes()[name](rng), num_tokens)) is None:
-                    too_long.append(f"{name} in {num_tokens}")
-                else:
-                    rows += measure(name, layout, backends, args)
     left_out = "; ".join(f"{x}: {obstacle}" for x, obstacle in obstacles.items() if obstacle)
     notes = (
         f"{args.heads} query heads, {args.groups} key/value heads of {args.head_dim}, "
         f"{args.dtype}, forward and backward; FlashAttention-{version} behind flash; lengths "
         f"log-normal around the published medians, spread {SPREAD} assumed; tiles of "
         f"{args.q_tile} x {args.kv_tile}; ratios are medians of {args.rounds} rounds, each "
-        f"everything of one row once in turn. Backends not run here: {left_out or 'none'}. "
-        f"Trees longer than the row: {', '.join(too_long) or 'none'}."
+        f"everything of one row in turn. "
+        f"Backends not run here: {left_out or 'none'}. Trees longer than the row: "
     )
-    publish(args.name, rows, notes)
+    results, too_long = Results(args.name), []
+    with flash_version(version):
+        for num_tokens in args.rows:
+            for name in tqdm(args.trees, desc=f"{num_tokens} tokens", disable=None):
+                rng = np.random.default_rng(num_tokens)
+                layout = fill(shapes()[name](rng), num_tokens)
+                if layout is None:
+                    too_long.append(f"{name} in {num_tokens}")
+                    continue
+                found = unless_out_of_memory(
+                    lambda name=name, layout=layout: measure(name, layout, backends, args)
+                )
+                if found is None:
+                    found = [{"trees": name, "tokens": num_tokens, "of unshared": NOT_RUN}]
+                results.notes = f"{notes}{', '.join(too_long) or 'none'}."
+                results.append(*found)
+    results.notes = f"{notes}{', '.join(too_long) or 'none'}."
+    results.finish()
     if args.update_table:
-        update_table(table_entries(rows, args))
+        update_table(table_entries(results.rows, args))
 
 
 if __name__ == "__main__":

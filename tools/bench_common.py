@@ -1,30 +1,45 @@
-"""What benchmarks share: where they ran, and how results are kept."""
+"""What benchmarks share: where they ran, how results are kept, and what does not fit."""
 
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+COMMIT = "MEGATRON_PREFIX_COMMIT"
+"""Environment variable that names the commit where the checkout is not git's."""
+NOT_RUN = "out of memory"
+
+Row = dict[str, object]
+T = TypeVar("T")
+
+
+def git(*command: str) -> str:
+    """What git says of this checkout; nothing where there is none, or no git."""
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
 
 
 def environment() -> dict[str, str]:
     """Device, versions, commit, date and command of this run."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True).stdout
-
-    commit = git("rev-parse", "--short", "HEAD").strip() or "unknown"
-    if git("status", "--porcelain", "--untracked-files=no").strip():
+    commit = git("rev-parse", "--short", "HEAD") or os.environ.get(COMMIT) or "unknown"
+    if git("status", "--porcelain", "--untracked-files=no"):
         commit += " with changes"
     device = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
@@ -39,19 +54,69 @@ def environment() -> dict[str, str]:
     }
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """A Markdown table with a column a key."""
-    keys = list(rows[0])
+def table(rows: list[Row]) -> str:
+    """A Markdown table with a column a key; a row that lacks a key has nothing there."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
-    return "\n".join(lines + ["| " + " | ".join(str(r[k]) for k in keys) + " |" for r in rows])
+    cells = [" | ".join(str(row.get(key, "")) for key in keys) for row in rows]
+    return "\n".join(lines + [f"| {line} |" for line in cells])
 
 
-def publish(name: str, rows: list[dict[str, object]], notes: str) -> None:
+class Results:
+    """A table under benchmarks/results/NAME.{md,json} that is whole after every row.
+
+    Where it runs is looked up at once, before anything is measured. `notes` may change until
+    the last row.
+    """
+
+    def __init__(self, name: str, notes: str = "") -> None:
+        self.name, self.notes, self.environment = name, notes, environment()
+        self.rows: list[Row] = []
+
+    def append(self, *rows: Row) -> None:
+        """Add rows and write all there are."""
+        self.rows += rows
+        self.write()
+
+    def text(self) -> str:
+        where = [f"- {key}: `{value}`" for key, value in self.environment.items()]
+        return "\n".join([table(self.rows), "", self.notes, "", *where])
+
+    def write(self) -> None:
+        """Write the files anew; where there is no row yet, do nothing."""
+        if not self.rows:
+            return
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{self.name}.md").write_text(self.text() + "\n", encoding="utf-8")
+        result = {"environment": self.environment, "notes": self.notes, "rows": self.rows}
+        text = json.dumps(result, indent=1) + "\n"
+        (RESULTS / f"{self.name}.json").write_text(text, encoding="utf-8")
+
+    def finish(self) -> None:
+        """Write the files and print the table."""
+        self.write()
+        print(self.text() if self.rows else f"{self.name}: nothing was measured", flush=True)
+
+
+def publish(name: str, rows: list[Row], notes: str) -> None:
     """Print the table and write it, with where it ran, to benchmarks/results/NAME.{md,json}."""
-    where = environment()
-    text = "\n".join([table(rows), "", notes, "", *(f"- {k}: `{v}`" for k, v in where.items())])
-    print(text)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    result = {"environment": where, "notes": notes, "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results = Results(name, notes)
+    results.append(*rows)
+    results.finish()
+
+
+def unless_out_of_memory(measure: Callable[[], T]) -> T | None:
+    """What `measure` returns, or None where the device's memory was not enough for it."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError as error:
+        print(f"{NOT_RUN}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+    free_memory()  # here, where the error no longer holds what was measured
+    return None
+
+
+def free_memory() -> None:
+    """Give back what nothing holds but a cycle of references, or the allocator."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -20,7 +20,7 @@ import warnings
 
 import numpy as np
 import torch
-from bench_common import publish
+from bench_common import NOT_RUN, Results, unless_out_of_memory
 from bench_model import SIZES, add_model, describe, model_section
 from bench_sets import drawn_tree
 from tqdm import tqdm
@@ -106,46 +106,71 @@ class Passes:
         return saved_bytes(lambda: self.forward(batch), self.model.parameters())
 
 
-def measure(table: str, args: argparse.Namespace, passes: Passes, config: Config) -> list[dict]:
+KINDS = ("tree", "unshared")
+
+
+class Measured:
+    """What one row of a table takes: seconds of the rounds, bytes kept, FLOP, tokens."""
+
+    def __init__(self, row: MicroBatch, passes: Passes, config: Config, vocab_size: int) -> None:
+        self.batch, self.passes = passes.batch(row), passes
+        self.tokens = len(row.tokens)
+        self.flops = forward_flops(config.model, vocab_size, row).total
+        self.kept = passes.kept(self.batch)
+        self.seconds: list[float] = []
+
+    def round(self) -> bool:
+        self.seconds.append(self.passes.seconds(self.batch))
+        return True
+
+
+def measure(
+    table: str, args: argparse.Namespace, passes: Passes, config: Config
+) -> dict[tuple, Measured]:
+    """By (key, kind), those rows of the table whose every pass has enough memory."""
     vocab_size = SIZES[args.size].vocab_size
-    rows = {
-        (key, kind): row_of(lengths, vocab_size, kind == "tree")
-        for key, lengths in shapes(table).items()
-        for kind in ("tree", "unshared")
-    }
-    batches = {key: passes.batch(row) for key, row in rows.items()}
-    seconds: dict[tuple, list[float]] = {key: [] for key in rows}
-    for turn in tqdm(range(1 + args.rounds), desc=table, disable=None):
-        for key, batch in batches.items():
-            taken = passes.seconds(batch)
-            if turn:  # the first one warms up
-                seconds[key].append(taken)
-    flops = {key: forward_flops(config.model, vocab_size, row).total for key, row in rows.items()}
-    kept = {key: passes.kept(batch) for key, batch in batches.items()}
-    first = next(iter(rows))
-    found = []
-    for key, kind in rows:
-        if kind != "tree":
-            continue
-        own, other = (key, "tree"), (key, "unshared")
-
-        def over(values: dict, of: tuple, to: tuple) -> float:
-            return float(np.median(np.divide(values[of], values[to])))
-
-        found.append(
-            {
-                table: key,
-                "tokens executed": len(rows[own].tokens),
-                "tokens": f"{len(rows[own].tokens) / len(rows[first].tokens):.2f}",
-                "kept for backward": f"{over(kept, own, first):.2f}",
-                "FLOP": f"{over(flops, own, first):.2f}",
-                "time": f"{over(seconds, own, first):.2f}",
-                "unshared: tokens": f"{len(rows[other].tokens) / len(rows[own].tokens):.2f}",
-                "unshared: FLOP": f"{over(flops, other, own):.2f}",
-                "unshared: time": f"{over(seconds, other, own):.2f}",
-            }
-        )
+    found: dict[tuple, Measured] = {}
+    for key, lengths in shapes(table).items():
+        for kind in KINDS:
+            row = row_of(lengths, vocab_size, kind == "tree")
+            made = unless_out_of_memory(lambda r=row: Measured(r, passes, config, vocab_size))
+            if made is not None:
+                found[key, kind] = made
+    for _ in tqdm(range(1 + args.rounds), desc=table, disable=None):
+        for key in list(found):
+            if unless_out_of_memory(found[key].round) is None:
+                del found[key]
+    for own in found.values():
+        del own.seconds[0]  # the first one warms up
     return found
+
+
+def rows_of(table: str, found: dict[tuple, Measured]) -> list[dict]:
+    """A row a key: the tree over the table's first tree, and unshared rows over the tree."""
+    first, rows = found.get((next(iter(shapes(table))), "tree")), []
+    for key in shapes(table):
+        own, other = (found.get((key, kind)) for kind in KINDS)
+        row: dict = {table: key}
+        if own is None or first is None:
+            rows.append({**row, "time": NOT_RUN})
+            continue
+        row |= {
+            "tokens executed": own.tokens,
+            "tokens": f"{own.tokens / first.tokens:.2f}",
+            "kept for backward": f"{own.kept / first.kept:.2f}",
+            "FLOP": f"{own.flops / first.flops:.2f}",
+            "time": f"{np.median(np.divide(own.seconds, first.seconds)):.2f}",
+            "unshared: time": NOT_RUN,
+        }
+        if other is not None:
+            del row["unshared: time"]
+            row |= {
+                "unshared: tokens": f"{other.tokens / own.tokens:.2f}",
+                "unshared: FLOP": f"{other.flops / own.flops:.2f}",
+                "unshared: time": f"{np.median(np.divide(other.seconds, own.seconds)):.2f}",
+            }
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -172,8 +197,9 @@ def main() -> None:
     with running(config) as here:
         passes = Passes(config, SIZES[args.size].vocab_size, here)
         for table in ("responses", "length"):
-            rows = measure(table, args, passes, config)
-            publish(f"{args.name}_{table}", rows, f"{about[table]} {notes}{describe(args)}.")
+            results = Results(f"{args.name}_{table}", f"{about[table]} {notes}{describe(args)}.")
+            results.append(*rows_of(table, measure(table, args, passes, config)))
+            results.finish()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ SETS = {
     "UltraFeedback": (409, 0.42),
 }
 """Median tokens of prompt and response, and prompt over response (Wang and Hegde 2024)."""
+LONG = ((2048, 1024, 2), (16384, 1024, 4))
+"""Long answers, for kernels that reach their rate: median tokens of a prompt and of a response, and
+how many responses."""
 SPREAD = 0.5
 
 Trees = Iterator[TreeLayout]
@@ -68,6 +71,9 @@ def shapes() -> dict[str, Callable[[np.random.Generator], Trees]]:
         found[name] = lambda rng, p=prompt, r=response: sharing_trees(rng, p, r, 2)
     for num_responses in (4, 8):
         found[f"K = {num_responses}"] = lambda rng, n=num_responses: sharing_trees(rng, 512, 256, n)
+    for prompt, response, count in LONG:
+        name = f"{prompt} + {count} x {response}"
+        found[name] = lambda rng, p=prompt, r=response, n=count: sharing_trees(rng, p, r, n)
     found["8 turns"] = lambda rng: deep_trees(rng, 8, 96)
     found["64 turns"] = lambda rng: deep_trees(rng, 64, 96)
     return found

@@ -18,13 +18,14 @@ import os
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from bench_common import publish
+from bench_common import NOT_RUN, Results, free_memory, unless_out_of_memory
 from bench_model import MODES, SIZES, add_model, describe, make_config
+from bench_runs import Built
 from bench_sets import named, tree_median, write_like
 from bench_shapes import SETS, SPREAD
 from tqdm import tqdm
@@ -35,6 +36,8 @@ from megatron_prefix.flops import ForwardFlops, forward_flops
 from megatron_prefix.testing import saved_bytes
 
 BASE, SHARED = "packed, unshared", "packed, shared"
+COMPARED = ((BASE, SHARED), (f"{BASE}, precomputed", f"{SHARED}, precomputed"))
+"""Pairs of modes that differ in sharing alone; the first that ran is the summary's."""
 ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 """Without the last two glibc gives every large tensor back to the system, and fetching its pages
 anew costs more the longer a row is."""
@@ -55,77 +58,33 @@ class Measured:
     """Bytes kept for backward over the first round's rows, on CPU."""
     peak: int = 0
     """Bytes allocated at most in a step, on CUDA."""
+    step_peak: int = 0
+    """Of these, those that were not allocated before it: activations and what backward adds."""
 
     def seconds(self) -> np.ndarray:
         return np.array(self.wall if torch.cuda.is_available() else self.processor)
 
 
-def step_flops(parts: ForwardFlops, config: Config) -> float:
-    """Operations of a step whose policy's forward pass takes `parts`.
+def step_flops(rows: list[ForwardFlops], projected_again: float, config: Config) -> float:
+    """Operations of a step whose policy's forward pass takes `rows`.
 
-    Backward takes twice the forward pass, a reference model one more, and full recomputation one
-    more of the layers.
+    Backward takes twice the forward pass, a reference model one more, full recomputation one more
+    of the layers; `projected_again` are those of the head's second pass (see `logps.py`).
     """
+    parts = sum(rows, ForwardFlops())
     passes = 4.0 if config.loss.reference == "model" else 3.0
     recomputed = config.model.recompute_granularity == "full"
-    return passes * parts.total + recomputed * (parts.linear + parts.attention)
+    layers = recomputed * (parts.linear + parts.attention)
+    return passes * parts.total + layers + projected_again
 
 
-def known_reference(run, sampler, num_steps: int):
-    """What the run's reference model says of the responses of the first steps, as read from a
-    sidecar, which a whole data set's would be too slow to write for a benchmark."""
-    from megatron_prefix.train.reference import PrecomputedReference, response_index
-    from megatron_prefix.train.step import to_device
-
-    dataset = sampler.dataset
-    known = np.full(len(dataset.response_lengths), np.nan)
-    for step in range(num_steps):
-        plan = sampler.step(step)
-        rows = sampler.micro_batches(plan)
-        batches = [to_device(row, run.world.device, plan.weight) for row in rows]
-        for row, batch in zip(rows, run.reference.attach(rows, batches), strict=True):
-            known[response_index(dataset, row)] = batch.ref_logps.cpu().numpy()
-    reference = run.reference
-    rounding = 2.0**-8 if run.config.model.dtype == "bfloat16" else 2.0**-16
-    return PrecomputedReference(
-        reference.fingerprint, dataset, {dataset.fingerprint: known}, rounding
-    )
-
-
-def runs_of(configs: dict[str, Config], modes: dict, dataset: PreferenceDataset, here) -> dict:
-    """A run a mode; all of them share policy, optimizer and reference."""
-    from megatron_prefix.train.inputs import training_sampler
-    from megatron_prefix.train.prepare import prepare_run
-
-    first = next(iter(configs.values()))
-    run = prepare_run(first, dataset, None, here)
-    samplers = {mode: training_sampler(config, dataset, here) for mode, config in configs.items()}
-    known, model = None, run.reference
-    if any(mode.precomputed for mode in modes.values()):
-        cheapest = next(name for name, mode in modes.items() if mode.precomputed)
-        cheapest = SHARED if SHARED in samplers else cheapest
-        known = known_reference(run, samplers[cheapest], first.train.steps)
-    run.metrics.close()
-    run.reference = None  # where every mode has it precomputed, nobody holds it
-    runs = {}
-    for name, mode in modes.items():
-        loss = replace(configs[name].loss, reference="precomputed" if mode.precomputed else "model")
-        runs[name] = replace(
-            run,
-            config=replace(configs[name], loss=loss),
-            sampler=samplers[name],
-            reference=known if mode.precomputed else model,
-            metrics=None,
-        )
-    return runs
-
-
-def timed(run, measured: Measured, is_counted: bool) -> None:
-    """One step of a run."""
-    on_cuda = torch.cuda.is_available()
+def timed(run, measured: Measured, is_counted: bool) -> bool:
+    """One step of a run; True, as it had enough memory."""
+    on_cuda, before = torch.cuda.is_available(), 0
     if on_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     plan = run.sampler.step(run.step)
     rows = run.sampler.micro_batches(plan)
     wall, processor = time.perf_counter(), time.process_time()
@@ -133,16 +92,21 @@ def timed(run, measured: Measured, is_counted: bool) -> None:
     if on_cuda:
         torch.cuda.synchronize()
     if not is_counted:
-        return
+        return True
     measured.wall.append(time.perf_counter() - wall)
     measured.processor.append(time.process_time() - processor)
     model, vocab_size = run.config.model, run.sampler.dataset.vocab_size
-    parts = sum((forward_flops(model, vocab_size, row) for row in rows), ForwardFlops())
-    measured.flops.append(step_flops(parts, run.config))
-    measured.parts += parts
+    parts = [forward_flops(model, vocab_size, row) for row in rows]
+    in_chunks = [row.num_projected > model.lm_head_chunk_size for row in rows]
+    again = sum(part.head for part, is_cut in zip(parts, in_chunks, strict=True) if is_cut)
+    measured.flops.append(step_flops(parts, again, run.config))
+    measured.parts += sum(parts, ForwardFlops())
     measured.num_pairs += plan.num_pairs
     if on_cuda:
-        measured.peak = max(measured.peak, torch.cuda.max_memory_allocated())
+        peak = torch.cuda.max_memory_allocated()
+        measured.peak = max(measured.peak, peak)
+        measured.step_peak = max(measured.step_peak, peak - before)
+    return True
 
 
 def kept_for_backward(run) -> tuple[int, int]:
@@ -163,30 +127,32 @@ def kept_for_backward(run) -> tuple[int, int]:
     return total, tokens
 
 
-def measure(args: argparse.Namespace, prefix: str, groups: int) -> dict[str, Measured]:
-    """Every mode's rounds over one data set."""
-    from megatron_prefix.train.running import running
+def mode_configs(
+    args: argparse.Namespace, prefix: str, groups: int, scratch: str
+) -> dict[str, Config]:
+    """The configuration of each mode; of its steps the first one warms up."""
+    return {
+        name: make_config(args, prefix, MODES[name], f"{scratch}/{name}", groups, 1 + args.rounds)
+        for name in args.modes
+    }
 
-    dataset = PreferenceDataset(prefix)
-    modes = {name: MODES[name] for name in args.modes}
-    found = {name: Measured() for name in modes}
-    steps = 1 + args.rounds  # the first one warms up
-    with tempfile.TemporaryDirectory() as scratch:
-        configs = {
-            name: make_config(args, prefix, mode, f"{scratch}/{name}", groups, steps)
-            for name, mode in modes.items()
-        }
-        with running(next(iter(configs.values()))) as here:
-            runs = runs_of(configs, modes, dataset, here)
-            for name, run in runs.items():
-                if not torch.cuda.is_available():
-                    found[name].saved, found[name].tokens = kept_for_backward(run)
-            for step in range(steps):
-                for name, run in runs.items():
-                    timed(run, found[name], step > 0)
-            for run in runs.values():
-                run.feed.close()
-            run.progress.close()
+
+def measure(built: Built, configs: dict[str, Config], dataset: PreferenceDataset) -> dict:
+    """Every mode's rounds over one data set; modes whose memory was not enough are left out."""
+    runs = built.runs(configs, {name: MODES[name] for name in configs}, dataset)
+    found = {name: Measured() for name in runs}
+    if not torch.cuda.is_available():
+        for name, run in runs.items():
+            found[name].saved, found[name].tokens = kept_for_backward(run)
+    try:
+        for step in range(next(iter(runs.values())).num_steps):
+            for name in list(found):
+                fits = unless_out_of_memory(lambda n=name, s=step: timed(runs[n], found[n], s > 0))
+                if fits is None:
+                    del found[name]
+    finally:
+        for run in runs.values():
+            run.close()
     return found
 
 
@@ -194,16 +160,18 @@ def median(values) -> str:
     return f"{np.median(values):.3f}"
 
 
-def summary(name: str, prefix: str, found: dict[str, Measured]) -> dict:
+def summary(name: str, vocab_size: int, found: dict[str, Measured]) -> dict:
     """The row of the table of what sharing alone is worth."""
-    base, shared = (BASE, SHARED) if SHARED in found else (f"{BASE}, precomputed", [*found][-1])
-    none, tree = found[base], found[shared]
+    pairs = [pair for pair in COMPARED if set(pair) <= found.keys()]
+    if not pairs:
+        return {"data": name, "vocabulary": vocab_size, "note": NOT_RUN}
+    none, tree = (found[mode] for mode in pairs[0])
     measured, modelled = none.seconds() / tree.seconds(), np.divide(none.flops, tree.flops)
     reached = 100 * measured / modelled
     wall = 100 * np.divide(none.wall, tree.wall) / modelled
     return {
         "data": name,
-        "vocabulary": PreferenceDataset(prefix).vocab_size,
+        "vocabulary": vocab_size,
         "time none/tree": median(measured),
         "FLOP none/tree": median(modelled),
         "reached": f"{np.median(reached):.1f} %",
@@ -214,16 +182,19 @@ def summary(name: str, prefix: str, found: dict[str, Measured]) -> dict:
     }
 
 
-def mode_rows(name: str, found: dict[str, Measured]) -> list[dict]:
-    """A row a mode: pairs a second and memory over the first mode's."""
-    first = next(iter(found.values()))
+def mode_rows(name: str, modes: list[str], found: dict[str, Measured]) -> list[dict]:
+    """A row a mode: pairs a second and memory over the first mode's that ran."""
+    first = next(iter(found.values()), None)
     rows = []
-    for mode, own in found.items():
+    for mode in modes:
+        row = {"data": name, "mode": mode}
+        rows.append(row)
+        if (own := found.get(mode)) is None:
+            row["note"] = NOT_RUN
+            continue
         speed = first.seconds() / own.seconds()
         modelled = np.divide(first.flops, own.flops)
-        row = {
-            "data": name,
-            "mode": mode,
+        row |= {
             "pairs/s over the first": median(speed),
             "FLOP model": median(modelled),
             "reached": f"{100 * np.median(speed / modelled):.1f} %",
@@ -231,30 +202,49 @@ def mode_rows(name: str, found: dict[str, Measured]) -> list[dict]:
         if torch.cuda.is_available():
             row["pairs/s"] = f"{own.num_pairs / sum(own.wall):.2f}"
             row["peak, GiB"] = f"{own.peak / 2**30:.1f}"
+            row["peak of the step alone, GiB"] = f"{own.step_peak / 2**30:.2f}"
+            row["that over the first"] = f"{own.step_peak / first.step_peak:.3f}"
         else:
             row["tokens over the first"] = f"{own.tokens / first.tokens:.3f}"
             row["kept for backward over the first"] = f"{own.saved / first.saved:.3f}"
             row["kept for backward, KiB a token"] = f"{own.saved / own.tokens / 1024:.2f}"
-        rows.append(row)
     return rows
 
 
-def measure_all(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """The rows of both tables."""
-    summaries, modes = [], []
+def data_sets(args: argparse.Namespace, scratch: str) -> list[tuple[str, str, int]]:
+    """Name, prefix and groups a step of every data set; drawn ones are written to `scratch`."""
     size = SIZES[args.size]
+    found = [(name, prefix, args.global_batch_size) for name, prefix in args.data]
+    for name in args.sets or ():
+        groups = max(round(size.tokens / tree_median(name)), 2)
+        prefix = str(Path(scratch) / name)
+        write_like(prefix, name, groups * (1 + args.rounds), size.vocab_size)
+        found.append((f"lengths of {name}", prefix, groups))
+    return found
+
+
+def measure_all(args: argparse.Namespace, summaries: Results, modes: Results) -> None:
+    """Append the rows of both tables, a data set at a time."""
+    from megatron_prefix.train.running import running
+
+    has_reference = not all(MODES[name].precomputed for name in args.modes)
     with tempfile.TemporaryDirectory() as scratch:
-        work = [(name, prefix, args.global_batch_size) for name, prefix in args.data]
-        for name in args.sets or ():
-            groups = max(round(size.tokens / tree_median(name)), 2)
-            prefix = str(Path(scratch) / name)
-            write_like(prefix, name, groups * (1 + args.rounds), size.vocab_size)
-            work.append((f"lengths of {name}", prefix, groups))
-        for name, prefix, groups in tqdm(work, desc="sets", disable=None):
-            found = measure(args, prefix, groups)
-            summaries.append(summary(name, prefix, found))
-            modes += mode_rows(name, found)
-    return summaries, modes
+        work = data_sets(args, scratch)
+        steps = (1 + args.rounds) * len(args.modes) * len(work)
+        first = mode_configs(args, work[0][1], work[0][2], scratch)[args.modes[0]]
+        with running(first) as here:
+            built = None
+            for name, prefix, groups in tqdm(work, desc="sets", disable=None):
+                configs = mode_configs(args, prefix, groups, scratch)
+                dataset = PreferenceDataset(prefix)
+                if built is None or built.vocab_size != dataset.vocab_size:
+                    built = None
+                    free_memory()  # the model before has references in a circle
+                    built = Built(first, dataset, here, has_reference, steps)
+                found = unless_out_of_memory(lambda b=built, c=configs, d=dataset: measure(b, c, d))
+                summaries.append(summary(name, dataset.vocab_size, found or {}))
+                modes.append(*mode_rows(name, args.modes, found or {}))
+                free_memory()
 
 
 def arguments() -> argparse.Namespace:
@@ -280,8 +270,7 @@ def arguments() -> argparse.Namespace:
         args.sets = list(SETS)
     if not args.data and not args.sets:
         parser.error("nothing to run on: give --data NAME=PREFIX or --sets")
-    pairs = [(BASE, SHARED), (f"{BASE}, precomputed", f"{SHARED}, precomputed")]
-    if not any(set(pair) <= set(args.modes) for pair in pairs):
+    if not any(set(pair) <= set(args.modes) for pair in COMPARED):
         parser.error("--modes needs packed, unshared and packed, shared, or both precomputed")
     return args
 
@@ -289,8 +278,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    summaries, modes = measure_all(args)
     kept = [f"{x}={os.environ[x]}" for x in ENVIRONMENT if x in os.environ]
+    is_computed = set(COMPARED[0]) <= set(args.modes)
+    reference = f"Reference {'computed each step' if is_computed else 'precomputed'}."
     clock = "wall clock" if torch.cuda.is_available() else "processor time"
     notes = (
         f"{describe(args)}. {args.global_batch_size} groups a step of real sets, about "
@@ -299,8 +289,11 @@ def main() -> None:
         f"of {args.rounds} rounds, each one step of every mode in turn. Environment: "
         f"{' '.join(kept) or 'as it is'}."
     )
-    publish(args.name, summaries, f"Reference computed each step. {notes}")
-    publish(f"{args.name}_modes", modes, notes)
+    summaries = Results(args.name, f"{reference} {notes}")
+    modes = Results(f"{args.name}_modes", notes)
+    measure_all(args, summaries, modes)
+    summaries.finish()
+    modes.finish()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 #     sh tools/gpu_check.sh WHEELS [tests] ['bench_….py --options'] …
 #
 # WHEELS is a directory of wheels, or - where everything is installed. What is written goes to
-# $OUT, too. Without names, the tests and the benchmark of attention are run.
+# $OUT, too, and so does the table that `auto` follows where a benchmark changed it. Where there is
+# no git, MEGATRON_PREFIX_COMMIT says which commit results are of. Without names, the tests and the benchmark of attention are run.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 WHEELS=${1:?"usage: sh tools/gpu_check.sh WHEELS [tests] ['bench_….py --options'] …"}
@@ -34,6 +35,6 @@ for part in "$@"; do
     fi
 done
 if ! [ "$OUT" -ef benchmarks/results ]; then
-    find benchmarks/results -newer build/gpu_check_began -type f -exec cp {} "$OUT" \;
+    find benchmarks/results megatron_prefix/attention/auto_table.json -newer build/gpu_check_began -type f -exec cp {} "$OUT" \;
 fi
 exit $failed

@@ -123,6 +123,13 @@ MUTANTS = (
         "numerics/test_flex.py",
     ),
     Mutant(
+        "flex goes on with dense scores where torch compiles no more",
+        "attention/flex.py",
+        "dynamic=True, fullgraph=True",
+        "dynamic=True",
+        "numerics/test_flex.py::test_one_form_too_many_is_refused_and_never_computed_densely",
+    ),
+    Mutant(
         "rotary halves swapped",
         "attention/rotary.py",
         "torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)",

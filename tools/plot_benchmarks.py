@@ -35,7 +35,8 @@ def draw_training(name: str, output: Path) -> Path:
     from matplotlib.figure import Figure
 
     found = read(name)
-    rows = [row for row in found["rows"] if row["data"].startswith(PREFIX)]
+    measured = [row for row in found["rows"] if "time none/tree" in row]
+    rows = [row for row in measured if row["data"].startswith(PREFIX)]
     ratios = np.array([SETS[row["data"].removeprefix(PREFIX)][1] for row in rows])
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -67,7 +68,7 @@ def draw_scaling(name: str, output: Path) -> Path:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, table in zip(figure.subplots(1, 2), ("responses", "length"), strict=True):
-        rows = read(f"{name}_{table}")["rows"]
+        rows = [row for row in read(f"{name}_{table}")["rows"] if "FLOP" in row]
         x = np.array([row[table] for row in rows])
         for column, style in (
             ("tokens", "-"),
@@ -77,8 +78,9 @@ def draw_scaling(name: str, output: Path) -> Path:
         ):
             axes.plot(x, [float(row[column]) for row in rows], style, label=column)
         if table == "responses":
-            unshared = [float(row["unshared: tokens"]) * float(row["tokens"]) for row in rows]
-            axes.plot(x, unshared, color="0.6", label="tokens, unshared")
+            both = [row for row in rows if "unshared: tokens" in row]
+            unshared = [float(row["unshared: tokens"]) * float(row["tokens"]) for row in both]
+            axes.plot([row[table] for row in both], unshared, color="0.6", label="tokens, unshared")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(x, [str(n) for n in x])

@@ -19,28 +19,34 @@ from collections.abc import Callable, Iterator
 import torch
 from bench_common import publish
 from bench_model import MODES, add_model, describe, make_config
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import Attention
-from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from bench_runs import Built
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_prefix.attention.core import TreeCoreAttention
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.model.gpt import unwrap
-from megatron_prefix.model.norm import RMSNorm
 from megatron_prefix.train import run as run_module
 
 PREFIX = "part: "
 PARTS = (
-    ((ColumnParallelLinear, RowParallelLinear), "linear layers"),
-    (TreeCoreAttention, "attention"),
-    (RMSNorm, "norms"),
-    (MLP, "activations"),
-    (Attention, "rotary embedding, head layout"),
-    (TransformerLayer, "residual sums"),
+    (
+        {
+            "ColumnParallelLinear",
+            "RowParallelLinear",
+            "TELinear",
+            "TEGroupedLinear",
+            "TELayerNormColumnParallelLinear",
+        },
+        "linear layers",
+    ),
+    ({"TreeCoreAttention"}, "attention"),
+    ({"RMSNorm"}, "norms"),
+    ({"MLP"}, "activations"),
+    ({"Attention"}, "rotary embedding, head layout"),
+    ({"TransformerLayer"}, "residual sums"),
 )
-"""Innermost first; a part without those inside it."""
+"""Names of classes, which subclasses share, innermost first; a part without those inside it. The
+norm that Transformer Engine fuses into the linear layer behind it counts as that."""
 FREE = ("linear layers", "attention", "head", "optimizer")
 LARGEST = 0.03
 """Of a step, what any other part may take."""
@@ -54,6 +60,12 @@ def in_part(function: Callable, name: str) -> Callable:
     return wrapped
 
 
+def part_of_module(module: torch.nn.Module) -> str | None:
+    """The part that a module's forward pass is, of Megatron-Core's or Transformer Engine's."""
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return next((part for kinds, part in PARTS if kinds & names), None)
+
+
 @contextlib.contextmanager
 def ranges(run) -> Iterator[None]:
     """Put ranges around the run's parts for as long as the context."""
@@ -63,10 +75,8 @@ def ranges(run) -> Iterator[None]:
         model._postprocess = in_part(model._postprocess, "head")
         model._preprocess = in_part(model._preprocess, "embedding")
         for module in model.decoder.modules():
-            for kinds, name in PARTS:
-                if isinstance(module, kinds):
-                    module.forward = in_part(module.forward, name)
-                    break
+            if (name := part_of_module(module)) is not None:
+                module.forward = in_part(module.forward, name)
     run_module.gradient_step = in_part(step, "optimizer")
     run_module.run_schedule = in_part(schedule, "schedule, gradient buffers, loss")
     try:
@@ -76,7 +86,12 @@ def ranges(run) -> Iterator[None]:
 
 
 def parts_of(events: list, on_cuda: bool) -> dict[str, float]:
-    """Microseconds of every part, over the whole profile."""
+    """Microseconds of every part, over the whole profile.
+
+    A kernel counts where the operation stands that launched it; its own event, which the profiler
+    has beside that, does not, nor a range's, which launches nothing.
+    """
+    events = [event for event in events if event.device_type == DeviceType.CPU]
     part_of_sequence: dict[int, str] = {}
     for event in events:
         part = enclosing_part(event)
@@ -84,7 +99,9 @@ def parts_of(events: list, on_cuda: bool) -> dict[str, float]:
             part_of_sequence.setdefault(event.sequence_nr, part)
     found: dict[str, float] = defaultdict(float)
     for event in events:
-        own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        own = event.self_cpu_time_total
+        if on_cuda:
+            own = 0.0 if event.is_user_annotation else event.self_device_time_total
         found[part_of(event, part_of_sequence)] += own
     return found
 
@@ -119,27 +136,29 @@ def main() -> None:
     parser.add_argument(
         "--mode", choices=[x for x in MODES if "precomputed" not in x], default="packed, shared"
     )
-    parser.add_argument("--name", default="profile_cpu", help="of the files under results")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--name", default=f"profile_{device}", help="of the files under results")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    from megatron_prefix.train.parallel import world
-    from megatron_prefix.train.prepare import prepare_run
+    from megatron_prefix.train.running import running
 
     on_cuda = torch.cuda.is_available()
     dataset = PreferenceDataset(args.data)
+    steps = 1 + args.steps  # the first one warms up
     with tempfile.TemporaryDirectory() as scratch:
-        config = make_config(
-            args, args.data, MODES[args.mode], scratch, args.global_batch_size, 1 + args.steps
-        )
-        with world(config.parallel, 0) as here:
-            run = prepare_run(config, dataset, None, here)
+        mode = MODES[args.mode]
+        config = make_config(args, args.data, mode, scratch, args.global_batch_size, steps)
+        with running(config) as here:
+            run = Built(config, dataset, here, True, steps).run(config, dataset)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
             with ranges(run):
-                run.train_step()  # warms up
+                run.train_step()
                 with profile(activities=activities) as profiled:
                     for _ in range(args.steps):
                         with record_function(PREFIX + "data, metrics"):
                             run.train_step()
+                    if on_cuda:
+                        torch.cuda.synchronize()
             run.close()
     found = parts_of(profiled.events(), on_cuda)
     total = sum(found.values())

@@ -5,9 +5,10 @@ queries and keys; its causal mask is aligned bottom-right, which on leaf paths i
 The gathered keys live only during the call: backward keeps the compact q, k, v, the output and
 the log-sum-exp, gathers again, and sums the copies' gradients in float32 in a fixed order.
 
-The same operators serve FlashAttention-3 and -4 while flash_version.py has them there. dK and dV
-have the same bits every time; dQ has them under `torch.use_deterministic_algorithms(True)`, which
-the kernel obeys (without it, it adds up dQ atomically).
+The same operators serve FlashAttention-3 and -4 while flash_version.py has them there. Under
+`torch.use_deterministic_algorithms(True)`, which the kernels obey, gradients have the same bits
+every time. Without it, kernels add up dQ atomically; dK and dV keep their bits with
+FlashAttention-2, while others may add up those of a group's query heads in any order.
 
 Shapes: T tokens, T_kv gathered keys, N query heads, G key/value heads, H head dim.
 """
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_prefix.attention.cuda import head_dim_fault, why_not_on_cuda
 from megatron_prefix.attention.flash_version import active_version
 from megatron_prefix.attention.plan import PathPlan
 
@@ -47,33 +49,20 @@ def why_not_flash(
     device: torch.device, dtype: torch.dtype, head_dim: int | None = None
 ) -> str | None:
     """What keeps this backend from running on `device` in `dtype`, with the remedy; else None."""
-    if device.type != "cuda":
-        return f"it runs on CUDA, not on {device.type}; use attention_backend path or auto"
-    if dtype not in DTYPES:
-        return (
-            f"its kernels compute in bfloat16 or float16, not in {dtype}; set dtype to bfloat16, "
-            "or use attention_backend path"
-        )
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device; check the driver, or use attention_backend path on CPU"
+    if obstacle := why_not_on_cuda(device, dtype, dtypes=DTYPES, capability=MIN_CAPABILITY):
+        return obstacle
     if torch.version.hip is None and not torch.backends.cuda.is_flash_attention_available():
         return "this build of torch has no flash kernels; install one with them, or use path"
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < MIN_CAPABILITY:
-        return (
-            f"it needs compute capability {MIN_CAPABILITY}, this device has {capability}; "
-            "use attention_backend path"
-        )
-    return None if head_dim is None else why_not_head_dim(head_dim, active_version())
+    return why_not_head_dim(head_dim, active_version())
 
 
-def why_not_head_dim(head_dim: int, version: int = 2) -> str | None:
+def why_not_head_dim(head_dim: int | None, version: int = 2) -> str | None:
     """What keeps FlashAttention `version` from this head dim, with the remedy; else None."""
-    if head_dim <= MAX_HEAD_DIM[version] and head_dim % HEAD_DIM_MULTIPLE == 0:
-        return None
-    return (
-        f"FlashAttention-{version} needs a head dim that is a multiple of {HEAD_DIM_MULTIPLE} "
-        f"and at most {MAX_HEAD_DIM[version]}, got {head_dim}; use attention_backend path"
+    return head_dim_fault(
+        head_dim,
+        most=MAX_HEAD_DIM[version],
+        multiple=HEAD_DIM_MULTIPLE,
+        kernels=f"FlashAttention-{version}",
     )
 
 

@@ -10,24 +10,34 @@ pair of tokens. For blocks of B tokens, with `first` and `end` of the intervals 
 and inside the others a pair is compared by two lookups. A plan of some rows only has the same
 form: a key's interval is counted among the queries there are.
 
-Compiled once for all lengths. On CPU torch has the forward pass only.
+Lengths share a compiled graph, which the first two rows make. Heads, head dim, dtype, scale,
+whether gradients are needed, plans of whole rows and of some, and rows of at most one block have
+graphs of their own. Where torch would compile no more of them it raises; it never falls back to
+dense scores. On CPU torch has the forward pass only.
 
 Shapes: L queries, S keys, N query heads, G key/value heads, H head dim; Q and K blocks of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.cuda import head_dim_fault, why_not_on_cuda
+from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
 
 BLOCK = 128
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+MIN_CAPABILITY = (7, 0)
+"""Of Triton, which torch compiles it to."""
+MAX_GRAPHS = 64
+"""Forms of the call that a process may compile; torch's own limit for one function is 8."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,18 +47,14 @@ def why_not_flex(
     """What keeps this backend from training on `device` in `dtype`, with the remedy; else None."""
     if device.type == "cpu":
         return "on CPU FlexAttention has no backward pass; use attention_backend path or auto"
-    if device.type != "cuda":
-        return f"it runs on CUDA, not on {device.type}; use attention_backend path or auto"
-    if dtype not in DTYPES:
-        return f"it computes in float32, bfloat16 or float16, not in {dtype}; use path"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device; check the driver, or use attention_backend path on CPU"
-    if head_dim is not None and not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-        return (
-            f"it needs a head dim of {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}; use "
-            "attention_backend path"
-        )
-    return None
+    return why_not_on_cuda(
+        device,
+        dtype,
+        dtypes=DTYPES,
+        capability=MIN_CAPABILITY,
+        module="triton",
+        remedy="install the `triton` that this torch names, or use attention_backend flash",
+    ) or head_dim_fault(head_dim, least=MIN_HEAD_DIM, most=MAX_HEAD_DIM)
 
 
 def query_intervals(
@@ -121,17 +127,41 @@ def _listed(is_set: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
-    """torch's kernel, compiled at its first call for lengths of any size."""
+    """torch's kernel, compiled at the first call of each form; a call that would run it uncompiled
+    raises instead."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def flex_tree_attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> Tensor:
-    """Tree attention under a plan's block mask; arguments as `tree_attention` checks them."""
+    """Tree attention under a plan's block mask; arguments as `tree_attention` checks them.
+
+    Raises RunError where this process has compiled `MAX_GRAPHS` forms of the call already.
+    """
     if q.size(0) == 0:  # no kernel takes an empty row; keep all three in the graph
         return q + (k.sum() + v.sum())
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     is_grouped = q.size(1) != k.size(1)
-    out = compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+    with _graphs_up_to(MAX_GRAPHS):
+        out = compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)
     return out.squeeze(0).transpose(0, 1)
+
+
+@contextlib.contextmanager
+def _graphs_up_to(most: int) -> Iterator[None]:
+    """Let one function have `most` compiled graphs inside, or more where torch is set to more."""
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    most = max(most, config.recompile_limit)
+    try:
+        with config.patch(recompile_limit=most):
+            yield
+    except FailOnRecompileLimitHit as error:
+        raise RunError(
+            f"attention_backend flex: this process has compiled {most} forms of the call (heads, "
+            "head dim, dtype, scale, with and without gradients, ...) and torch compiles no more; "
+            "raise torch._dynamo.config.recompile_limit, call torch._dynamo.reset() between "
+            "models, or use attention_backend flash or path"
+        ) from error

@@ -15,13 +15,13 @@ Shapes: L queries, S keys, S_kv gathered keys, N query heads, G key/value heads,
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megatron_prefix.attention.bring import Way, attend_to_brought
+from megatron_prefix.attention.cuda import head_dim_fault, why_not_on_cuda
 from megatron_prefix.attention.plan import PathPlan
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -34,31 +34,15 @@ MakeKernel = Callable[[int, int, int, float, bool], Callable[..., Tensor]]
 
 def why_not_te(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """What keeps this backend from running, with the remedy; else None. Imports nothing."""
-    if device.type != "cuda":
-        return f"it runs on CUDA, not on {device.type}; use attention_backend path or auto"
-    if dtype not in DTYPES:
-        return (
-            f"its kernels compute in bfloat16 or float16, not in {dtype}; set dtype to bfloat16, "
-            "or use attention_backend path"
-        )
-    if importlib.util.find_spec("transformer_engine") is None:
-        return (
-            "Transformer Engine is not installed; `pip install transformer-engine[pytorch]` "
-            "with CUDA at hand, or use attention_backend flash"
-        )
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device; check the driver, or use attention_backend path on CPU"
-    if (found := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
-        return (
-            f"it needs compute capability {MIN_CAPABILITY}, this device has {found}; use "
-            "attention_backend path"
-        )
-    if head_dim is not None and (head_dim > MAX_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE):
-        return (
-            f"it needs a head dim that is a multiple of {HEAD_DIM_MULTIPLE} and at most "
-            f"{MAX_HEAD_DIM}, got {head_dim}; use attention_backend path"
-        )
-    return None
+    return why_not_on_cuda(
+        device,
+        dtype,
+        dtypes=DTYPES,
+        capability=MIN_CAPABILITY,
+        module="transformer_engine",
+        remedy="`pip install transformer-engine[pytorch]` with CUDA at hand, or use "
+        "attention_backend flash",
+    ) or head_dim_fault(head_dim, most=MAX_HEAD_DIM, multiple=HEAD_DIM_MULTIPLE)
 
 
 @functools.lru_cache(maxsize=16)

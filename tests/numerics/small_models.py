@@ -55,7 +55,7 @@ def make_model(here, vocab_size: int = VOCAB, seed: int = 5, **settings) -> Tree
     config = transformer_config(
         ModelConfig(**{**sizes, **settings}), vocab_size=vocab_size, seed=seed
     )
-    return model_provider(config=config, pg_collection=here.groups)
+    return model_provider(config=config, pg_collection=here.groups).to(here.device)
 
 
 def random_model(here, **settings) -> TreeGPTModel:
@@ -66,7 +66,7 @@ def random_model(here, **settings) -> TreeGPTModel:
         for name, parameter in sorted(model.named_parameters()):
             if parameter.dim() == 1:
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.add_(0.3 * noise)
+                parameter.add_(0.3 * noise.to(parameter.device))
             assert parameter.dtype == torch.float64, name
     return model
 
@@ -102,7 +102,7 @@ def pack(trees: Sequence[PrefixTree], multiple: int = 1) -> MicroBatch:
 def logps_of(model: TreeGPTModel, batch: MicroBatch | TrainBatch) -> Tensor:
     """Log-probability of every response of a row, float64 [R]."""
     if isinstance(batch, MicroBatch):
-        batch = to_device(batch, CPU)
+        batch = to_device(batch, next(model.parameters()).device)
     found = model(batch.tokens, None, None, packed_seq_params=batch.params)
     return response_logps(found, batch.response_order, batch.response_offsets)
 
@@ -134,7 +134,7 @@ def outcome(model: TreeGPTModel, batches: Sequence[MicroBatch | TrainBatch]) -> 
     model.train()
     model.zero_grad()
     parts = []
-    weights = weights_of(10_000)
+    weights = weights_of(10_000).to(next(model.parameters()).device)
     for batch in batches:
         logps = logps_of(model, batch)
         assert logps.dtype == torch.float64

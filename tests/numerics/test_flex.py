@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_partial_plans import some_rows
 
-from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention import TreePlan, flex, tree_attention
 from megatron_prefix.attention.flex import (
     BLOCK,
     block_mask,
@@ -15,6 +15,7 @@ from megatron_prefix.attention.flex import (
     query_intervals,
 )
 from megatron_prefix.attention.ownership import needed_rows
+from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads, visibility_by_walking
 
@@ -129,6 +130,26 @@ def test_forward_equals_dense_and_is_compiled_once(once):
         assert (out - expected).abs().max() <= 1e-5
         num_compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert num_compiled[1:] == num_compiled[1:2] * 5
+
+
+def test_one_form_too_many_is_refused_and_never_computed_densely(once, monkeypatch):
+    """Without C++: the graph is run as it was traced."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **how, backend="eager"))
+    monkeypatch.setattr(flex, "MAX_GRAPHS", 2)
+    plan = TreePlan(TreeLayout.from_parents([150, 40], [-1, 0]), "cpu")
+
+    def attend(dtype):
+        q, k, v = (x.detach() for x in random_heads(190, 4, 2, 16, dtype=dtype)[:3])
+        return flex_tree_attention(q, k, v, plan.block_mask, 0.25)
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        attend(torch.float32)
+        attend(torch.float64)
+        with pytest.raises(RunError, match="compiled 2 forms .* attention_backend flash or path"):
+            attend(torch.bfloat16)
+        assert torch._dynamo.config.recompile_limit == 1
+        attend(torch.float32)  # what is compiled goes on
 
 
 def test_empty_row_and_training_on_cpu():

@@ -1,0 +1,45 @@
+"""The checks that CUDA is put to, on CPU, so that they themselves are known to work."""
+
+import pytest
+import torch
+from device_checks import (
+    MODELS,
+    assert_follows,
+    assert_learns,
+    check_alone,
+    check_hf,
+    trained,
+    write_decided_set,
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_numerics_cuda.py has it")
+
+
+@pytest.fixture(scope="module")
+def decided(tmp_path_factory) -> str:
+    return write_decided_set(tmp_path_factory.mktemp("decided") / "set")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"dtype": "bfloat16"}, {"kind": "reward"}, MODELS["chunked head"]],
+    ids=["float32", "bfloat16", "reward", "chunked head"],
+)
+def test_layouts(decided, tmp_path, model):
+    changed = {key: x for key, x in model.items() if key in ("kind", "dtype")}
+    expected = trained(tmp_path / "none", decided, "none", **changed)
+    assert_learns(expected)
+    found = trained(tmp_path / "tree", decided, "tree", **model)
+    assert_follows(found, expected, model.get("dtype", "float32"))
+    assert found[0]["tokens/executed"] < expected[0]["tokens/executed"]
+    with pytest.raises(AssertionError):
+        assert_follows(found[::-1], expected, model.get("dtype", "float32"))
+
+
+def test_alone(here):
+    check_alone(here, "path", **MODELS["chunked head"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hf(decided, tmp_path, dtype):
+    check_hf(tmp_path, decided, dtype=dtype)

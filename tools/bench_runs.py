@@ -1,0 +1,143 @@
+"""Runs of several modes over one policy and one optimizer, built once for every data set.
+
+Weights are drawn on the device, in no particular order: what a step costs does not depend on them,
+and a large model takes minutes to draw in the order of `train`. Built is only what is run: where
+every mode has its reference precomputed, the policy itself says it, as its weights do not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from bench_model import Mode
+
+from megatron_prefix.config import Config
+from megatron_prefix.data.sampler import Sampler
+from megatron_prefix.data.store import PreferenceDataset
+
+
+class Built:
+    """A policy and its optimizer, and a frozen reference where `has_reference`.
+
+    They serve every data set of `vocab_size` tokens. `num_steps` are those of all runs together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: PreferenceDataset,
+        here,
+        has_reference: bool,
+        num_steps: int,
+    ) -> None:
+        from megatron_prefix.train.initial import initial_model
+        from megatron_prefix.train.optimizer import build_model, build_optimizer
+        from megatron_prefix.train.reference import freeze
+
+        self.here, self.vocab_size = here, dataset.vocab_size
+        self.initial = initial_model(config.model, [dataset])
+        made, of_reference = (
+            self.initial.transformer_config(None, config.parallel) for _ in range(2)
+        )
+        chunks = build_model(made, here)
+        draw(chunks, config.model.init_method_std)
+        self.reference = None
+        if has_reference:
+            self.reference = freeze(build_model(of_reference, here))
+            with torch.no_grad():
+                for ours, theirs in zip(self.reference, chunks, strict=True):
+                    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+                        own.copy_(other)
+        self.policy, self.optimizer, self.scheduler = build_optimizer(
+            chunks, made, config.optimizer, config.parallel, num_steps
+        )
+
+    def run(self, config: Config, dataset: PreferenceDataset, reference=None):
+        """A run of the policy over a data set, from its first step; with the frozen reference
+        unless another is given."""
+        from megatron_prefix.train.inputs import training_sampler
+        from megatron_prefix.train.metrics import Progress
+        from megatron_prefix.train.run import Run
+
+        steps = config.train.steps
+        return Run(
+            config=config,
+            world=self.here,
+            initial=self.initial,
+            sampler=training_sampler(config, dataset, self.here),
+            valid=None,
+            reference=reference or self.model_reference(config),
+            policy=self.policy,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            num_steps=steps,
+            step=0,
+            identity={},
+            metrics=None,
+            progress=Progress(steps, shown=False),
+        )
+
+    def model_reference(self, config: Config):
+        """The frozen reference, or where there is none the policy as it is."""
+        from megatron_prefix.train.prepare import ROUNDING
+        from megatron_prefix.train.reference import ModelReference
+
+        dtype = config.model.dtype
+        rounding = 0.0 if dtype == "float32" else ROUNDING[dtype]
+        chunks = self.reference or self.policy
+        return ModelReference("drawn", chunks, config.loss, self.here, rounding)
+
+    def known_reference(self, config: Config, dataset: PreferenceDataset, sampler: Sampler):
+        """What the reference says of the responses of a run's steps, as read from a sidecar,
+        which a whole data set's would be too slow to write for a benchmark."""
+        from megatron_prefix.train.reference import PrecomputedReference, response_index
+        from megatron_prefix.train.step import to_device
+
+        for chunk in self.policy:
+            chunk.eval()  # a step makes it train again
+        model, known = self.model_reference(config), np.full(len(dataset.response_lengths), np.nan)
+        for step in range(config.train.steps):
+            plan = sampler.step(step)
+            rows = sampler.micro_batches(plan)
+            batches = [to_device(row, self.here.device, plan.weight) for row in rows]
+            for row, batch in zip(rows, model.attach(rows, batches), strict=True):
+                known[response_index(dataset, row)] = batch.ref_logps.cpu().numpy()
+        rounding = 2.0**-8 if config.model.dtype == "bfloat16" else 2.0**-16
+        return PrecomputedReference("drawn", dataset, {dataset.fingerprint: known}, rounding)
+
+    def runs(
+        self, configs: dict[str, Config], modes: dict[str, Mode], dataset: PreferenceDataset
+    ) -> dict:
+        """A run a mode, all over the same groups in the same steps."""
+        precomputed = [name for name, mode in modes.items() if mode.precomputed]
+        known = None
+        if precomputed:
+            from megatron_prefix.train.inputs import training_sampler
+
+            cheapest = min(precomputed, key=lambda name: modes[name].sharing != "tree")
+            config = configs[cheapest]
+            sampler = training_sampler(config, dataset, self.here)
+            known = self.known_reference(config, dataset, sampler)
+        found = {}
+        for name, mode in modes.items():
+            reference = "precomputed" if mode.precomputed else "model"
+            loss = replace(configs[name].loss, reference=reference)
+            config = replace(configs[name], loss=loss)
+            found[name] = self.run(config, dataset, known if mode.precomputed else None)
+        return found
+
+
+@torch.no_grad()
+def draw(chunks: list[torch.nn.Module], std: float, seed: int = 0) -> None:
+    """Matrices from N(0, std), drawn where they lie; norms as 1, which are all other parameters."""
+    for chunk in chunks:
+        generator = None
+        for parameter in chunk.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            if generator is None:
+                generator = torch.Generator(parameter.device).manual_seed(seed)
+            parameter.normal_(0.0, std, generator=generator)
