@@ -78,8 +78,11 @@ bench-data: bench-sets
 	$(BIN)/python tools/bench_pack.py
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_first_step.py
 	$(BIN)/python tools/bench_packing.py --data build/hh --row-capacity $(ROW_CAPACITY)
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_sorting.py --data build/hh --row-capacity 8192 \
-	    --hidden-size 64 --global-batch-size 32
+	gzip -dc $(DATA)/hh_pairs.jsonl.gz | head -500 >build/hh500.jsonl
+	$(BIN)/megatron-prefix build --tokenizer bytes --input build/hh500.jsonl --output build/hh500 \
+	    --max-length 2048 --overflow drop
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_sorting.py --data build/hh500 --hidden-size 64 \
+	    --global-batch-size 32
 	$(BIN)/python tools/bench_balance.py --data build/hh build/chat build/oasst --steps 8
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_context.py $(REAL) --rows 4
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_prefix.attention.cuda import head_dim_fault, why_not_on_cuda
 from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
+from megatron_prefix.transfer import on_device
 
 BLOCK = 128
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -100,8 +101,8 @@ def block_mask(
     intervals = query_intervals(layout, q_rows, kv_rows)
     num_keys = intervals.shape[1]
     num_queries = layout.num_tokens if q_rows is None else len(q_rows)
-    ranges = torch.from_numpy(block_ranges(intervals, num_queries, block)).to(device)
-    first, end = torch.from_numpy(intervals).to(device)
+    ranges = on_device(block_ranges(intervals, num_queries, block), device)
+    first, end = on_device(intervals, device)
 
     def sees(batch, head, q, k):
         return (first[k] <= q) & (q < end[k])
