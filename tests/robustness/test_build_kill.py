@@ -32,7 +32,10 @@ def records(tmp_path) -> Path:
 
 BUILD = """
 import sys, time
+from megatron_prefix.data import build
 from megatron_prefix.data.build import BuildOptions, build_dataset
+
+build.CHUNK = 64
 
 def slowly(position, total, groups):
     print(groups, flush=True)
