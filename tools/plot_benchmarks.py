@@ -40,7 +40,7 @@ def draw_training(name: str, output: Path) -> Path:
     ratios = np.array([SETS[row["data"].removeprefix(PREFIX)][1] for row in rows])
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    curve = np.geomspace(0.3, 16, 100)
+    curve = np.geomspace(0.15, 16, 100)
     axes.plot(curve, ideal(curve), color="0.6", label="linear layers alone, ideal")
     modelled = [float(row["FLOP none/tree"]) for row in rows]
     measured = [float(row["time none/tree"]) for row in rows]
