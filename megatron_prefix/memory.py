@@ -22,8 +22,7 @@ divides tokens: s = t, else 1)
 Selective recomputation drops the log-sum-exp, full recomputation all but the layer's input. Not
 counted: CUDA's context, NCCL's buffers, keys that travel between context-parallel ranks, one
 layer's keys gathered along root paths and what its kernel takes beside them, torch's Adam while it
-steps (4 bytes a parameter that it steps; Transformer Engine's and Apex's take none), fragmentation.
-Leave room for them.
+steps (4 bytes a parameter that it steps), fragmentation. Leave room for them.
 """
 
 from __future__ import annotations
