@@ -3,7 +3,7 @@
 0 success; 2 bad usage or bad input, with one message on standard error; 1 a run that found itself
 wrong, with one message, or an internal failure, with its traceback; 130 interrupted; 143 training
 that a signal ended behind a step. Under torchrun rank 0 speaks, or the lowest rank that can where
-not all ended alike (see train/liveness.py).
+not all ended alike (see distributed/liveness.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_prefix.errors import InputError, RunError, Stopped
-from megatron_prefix.platform_linux import end_with_parent
+from megatron_prefix.platform.linux import end_with_parent
 
 COMMANDS = (
     "build",

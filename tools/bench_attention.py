@@ -31,7 +31,7 @@ from tqdm import tqdm
 from megatron_prefix.attention import TreePlan, tree_attention
 from megatron_prefix.attention.api import BACKENDS, why_not
 from megatron_prefix.attention.auto import FIELDS, TABLE, read_table
-from megatron_prefix.attention.flash_version import flash_version, resolve_flash_version
+from megatron_prefix.attention.backends.flash_version import flash_version, resolve_flash_version
 from megatron_prefix.layout import TreeLayout
 
 FORWARD_AND_BACKWARD = 3.5

@@ -3,7 +3,7 @@
     python tools/bench_balance.py --data hh chat oasst --groups-per-rank 16
 
 Groups are drawn with replacement from each data set. Cost is the FLOP of a forward pass of the
-model named below (`megatron_prefix.flops.CostModel`); "by tokens" deals the same rows by their
+model named below (`data.steps.CostModel`); "by tokens" deals the same rows by their
 tokens alone, and is measured by the same cost.
 """
 
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.config import ModelConfig
-from megatron_prefix.data.composition import seeded
-from megatron_prefix.data.sampler import Sampler
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.data.work import bundle_work
-from megatron_prefix.flops import CostModel
+from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.data.steps.composition import seeded
+from megatron_prefix.data.steps.cost import CostModel
+from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps.work import bundle_work
+from megatron_prefix.data.store.dataset import PreferenceDataset
 
 MODEL = ModelConfig(
     num_layers=32,

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from bench_common import publish
 
-from megatron_prefix.attention import ownership
-from megatron_prefix.attention.context_parallel import ContextParallel
-from megatron_prefix.attention.ownership import ContextCost
-from megatron_prefix.data.sharing import view
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.attention.context_parallel.ownership import ContextCost
+from megatron_prefix.attention.context_parallel.transports import ContextParallel, ownership
+from megatron_prefix.data.steps.sharing import view
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import BytesSent, free_port, random_heads
 
@@ -162,7 +161,7 @@ def main() -> None:
     notes = (
         "Each cell: area, modelled time (both largest rank over mean), keys received over an "
         f"all-gather's. Mean of {args.rows} rows. A layer of Llama-3 8B in bfloat16, forward and "
-        "backward, at the rates of megatron_prefix/attention/ownership.py; keys by needed_rows."
+        "backward, at the rates of attention/context_parallel/ownership.py; keys by needed_rows."
     )
     publish("context_balance", balance_table(sources, args.rows), notes)
     first = next(iter(sources.values()))

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.data.blocks import Block
-from megatron_prefix.data.store import DatasetWriter
-from megatron_prefix.data.tokenizers import ByteTokenizer
+from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.store.dataset import DatasetWriter
+from megatron_prefix.data.tokenize.tokenizers import ByteTokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, merge_paths
 
 RUN = """

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.data import pack_plan
-from megatron_prefix.data.composition import PlanSettings
-from megatron_prefix.data.pack_plan import write_plan
-from megatron_prefix.data.plan_file import PackedPlan
-from megatron_prefix.data.sampler import Sampler
+from megatron_prefix.data.steps import write_packed_steps as pack_plan
+from megatron_prefix.data.steps.composition import PlanSettings
+from megatron_prefix.data.steps.packed_steps import PackedPlan
+from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps.write_packed_steps import write_plan
 
 CAPACITY = 8192
 

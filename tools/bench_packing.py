@@ -9,9 +9,9 @@ import argparse
 
 from bench_common import publish
 
-from megatron_prefix.data.composition import WINDOW, RowBatches
-from megatron_prefix.data.sharing import group_lengths
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.steps.composition import WINDOW, RowBatches
+from megatron_prefix.data.steps.sharing import group_lengths
+from megatron_prefix.data.store.dataset import PreferenceDataset
 
 
 def main() -> None:

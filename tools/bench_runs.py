@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from bench_model import Mode
 
-from megatron_prefix.config import Config
-from megatron_prefix.data.sampler import Sampler
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.config.schema import Config
+from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.store.dataset import PreferenceDataset
 
 
 class Built:
@@ -32,9 +32,9 @@ class Built:
         has_reference: bool,
         num_steps: int,
     ) -> None:
-        from megatron_prefix.train.initial import initial_model
-        from megatron_prefix.train.optimizer import build_model, build_optimizer
-        from megatron_prefix.train.reference import freeze
+        from megatron_prefix.checkpoint.starting_model import initial_model
+        from megatron_prefix.engine.optimizer import build_model, build_optimizer
+        from megatron_prefix.reference.reference import freeze
 
         self.here, self.vocab_size = here, dataset.vocab_size
         self.initial = initial_model(config.model, [dataset])
@@ -57,9 +57,9 @@ class Built:
     def run(self, config: Config, dataset: PreferenceDataset, reference=None):
         """A run of the policy over a data set, from its first step; with the frozen reference
         unless another is given."""
-        from megatron_prefix.train.inputs import training_sampler
-        from megatron_prefix.train.metrics import Progress
-        from megatron_prefix.train.run import Run
+        from megatron_prefix.trackers.jsonl import Progress
+        from megatron_prefix.train.samplers import training_sampler
+        from megatron_prefix.train.trainer import Run
 
         steps = config.train.steps
         return Run(
@@ -81,8 +81,8 @@ class Built:
 
     def model_reference(self, config: Config):
         """The frozen reference, or where there is none the policy as it is."""
-        from megatron_prefix.train.prepare import ROUNDING
-        from megatron_prefix.train.reference import ModelReference
+        from megatron_prefix.reference.reference import ModelReference
+        from megatron_prefix.train.setup import ROUNDING
 
         dtype = config.model.dtype
         rounding = 0.0 if dtype == "float32" else ROUNDING[dtype]
@@ -92,8 +92,8 @@ class Built:
     def known_reference(self, config: Config, dataset: PreferenceDataset, sampler: Sampler):
         """What the reference says of the responses of a run's steps, as read from a sidecar,
         which a whole data set's would be too slow to write for a benchmark."""
-        from megatron_prefix.train.reference import PrecomputedReference, response_index
-        from megatron_prefix.train.step import to_device
+        from megatron_prefix.engine.step import to_device
+        from megatron_prefix.reference.reference import PrecomputedReference, response_index
 
         for chunk in self.policy:
             chunk.eval()  # a step makes it train again
@@ -114,7 +114,7 @@ class Built:
         precomputed = [name for name, mode in modes.items() if mode.precomputed]
         known = None
         if precomputed:
-            from megatron_prefix.train.inputs import training_sampler
+            from megatron_prefix.train.samplers import training_sampler
 
             cheapest = min(precomputed, key=lambda name: modes[name].sharing != "tree")
             config = configs[cheapest]

@@ -25,10 +25,10 @@ from bench_model import SIZES, add_model, describe, model_section
 from bench_sets import drawn_tree
 from tqdm import tqdm
 
-from megatron_prefix.config import Config, parse_config
-from megatron_prefix.data.collate import MicroBatch, RowItem, collate_packed
-from megatron_prefix.data.sharing import view
-from megatron_prefix.flops import forward_flops
+from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
+from megatron_prefix.data.steps.cost import forward_flops
+from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.testing import saved_bytes
 
 RESPONSES = (1, 2, 4, 8, 16)
@@ -75,16 +75,16 @@ class Passes:
     """Forward and backward of rows through one model."""
 
     def __init__(self, config: Config, vocab_size: int, here) -> None:
+        from megatron_prefix.engine.optimizer import build_model
         from megatron_prefix.model.gpt import unwrap
         from megatron_prefix.model.provider import transformer_config
-        from megatron_prefix.train.optimizer import build_model
 
         made = transformer_config(config.model, vocab_size=vocab_size, seed=0)
         self.chunk = build_model(made, here)[0].train()
         self.model, self.device = unwrap(self.chunk), here.device
 
     def batch(self, row: MicroBatch):
-        from megatron_prefix.train.step import to_device
+        from megatron_prefix.engine.step import to_device
 
         return to_device(row, self.device)
 
@@ -174,7 +174,7 @@ def rows_of(table: str, found: dict[tuple, Measured]) -> list[dict]:
 
 
 def main() -> None:
-    from megatron_prefix.train.running import running
+    from megatron_prefix.distributed.session import running
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)

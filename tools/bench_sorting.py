@@ -17,8 +17,8 @@ import warnings
 from bench_common import publish
 from tqdm import tqdm
 
-from megatron_prefix.config import Config, parse_config
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.data.store.dataset import PreferenceDataset
 
 PAPER = {"padded": "1.00", "shared": "1.53", "sorted": "2.62", "shared and sorted": "3.22"}
 
@@ -66,8 +66,8 @@ def make_config(args: argparse.Namespace, data: dict, output: str) -> Config:
 
 def measure(args: argparse.Namespace) -> dict[str, tuple[int, float]]:
     """(executed tokens, CPU seconds) of each variant's epoch."""
-    from megatron_prefix.train.parallel import world
-    from megatron_prefix.train.prepare import prepare_run
+    from megatron_prefix.distributed.world import world
+    from megatron_prefix.train.setup import prepare_run
 
     dataset = PreferenceDataset(args.data)
     with tempfile.TemporaryDirectory() as scratch:

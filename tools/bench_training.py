@@ -30,9 +30,9 @@ from bench_sets import named, tree_median, write_like
 from bench_shapes import SETS, SPREAD
 from tqdm import tqdm
 
-from megatron_prefix.config import Config
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.flops import ForwardFlops, forward_flops
+from megatron_prefix.config.schema import Config
+from megatron_prefix.data.steps.cost import ForwardFlops, forward_flops
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.testing import saved_bytes
 
 BASE, SHARED = "packed, unshared", "packed, shared"
@@ -112,8 +112,8 @@ def timed(run, measured: Measured, is_counted: bool) -> bool:
 def kept_for_backward(run) -> tuple[int, int]:
     """Bytes that the policy keeps for backward of the first step's rows, a row at a time, and
     the tokens that these rows execute."""
+    from megatron_prefix.engine.step import to_device
     from megatron_prefix.model.gpt import unwrap
-    from megatron_prefix.train.step import to_device
 
     model = unwrap(run.policy[0]).train()
     total = tokens = 0
@@ -225,7 +225,7 @@ def data_sets(args: argparse.Namespace, scratch: str) -> list[tuple[str, str, in
 
 def measure_all(args: argparse.Namespace, summaries: Results, modes: Results) -> None:
     """Append the rows of both tables, a data set at a time."""
-    from megatron_prefix.train.running import running
+    from megatron_prefix.distributed.session import running
 
     has_reference = not all(MODES[name].precomputed for name in args.modes)
     with tempfile.TemporaryDirectory() as scratch:

@@ -33,7 +33,7 @@ from bench_sets import named
 from compare_trl import our_config, trl_arguments
 from trl_common import Setting, make_model, relative
 
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 
@@ -192,8 +192,8 @@ def padded_tokens(rows: list[dict], micro_batch_size: int) -> int:
 
 def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> dict:
     """One data set's row of the table."""
-    from megatron_prefix.train.prepare import prepare_run
-    from megatron_prefix.train.running import running
+    from megatron_prefix.distributed.session import running
+    from megatron_prefix.train.setup import prepare_run
 
     dataset = PreferenceDataset(prefix)
     steps = exact_steps(np.diff(dataset.group_pairs), args.batch_size, args.steps)

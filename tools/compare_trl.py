@@ -43,9 +43,9 @@ from trl_common import (
     with_margins,
 )
 
-from megatron_prefix.config import Config, parse_config
-from megatron_prefix.data.build import build_dataset
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 DATA = os.environ.get(
@@ -77,10 +77,10 @@ def run_ours(
     pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path
 ) -> tuple[Outcome, list[TextPair]]:
     """Build, train, export. Returns the run and its pairs in the order in which it took them."""
-    from megatron_prefix.train.convert import export_checkpoint
-    from megatron_prefix.train.inputs import training_sampler
-    from megatron_prefix.train.loop import train
-    from megatron_prefix.train.score import score_reference
+    from megatron_prefix.checkpoint.convert import export_checkpoint
+    from megatron_prefix.train.run import train
+    from megatron_prefix.train.samplers import training_sampler
+    from megatron_prefix.train.scoring import score_reference
 
     folder.mkdir(parents=True)
     lines = [json.dumps(pair) + "\n" for pair in pairs]

@@ -23,9 +23,9 @@ from bench_runs import Built
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.model.gpt import unwrap
-from megatron_prefix.train import run as run_module
+from megatron_prefix.train import trainer as run_module
 
 PREFIX = "part: "
 PARTS = (
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--name", default=f"profile_{device}", help="of the files under results")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    from megatron_prefix.train.running import running
+    from megatron_prefix.distributed.session import running
 
     on_cuda = torch.cuda.is_available()
     dataset = PreferenceDataset(args.data)

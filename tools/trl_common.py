@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prefix.data.examples import ExampleReader
-from megatron_prefix.data.formats.base import DegenerateRecord
-from megatron_prefix.data.records import read_records
+from megatron_prefix.data.read.examples import ExampleReader
+from megatron_prefix.data.read.formats.base import DegenerateRecord
+from megatron_prefix.data.read.records import read_records
 from megatron_prefix.errors import InputError
 
 TextPair = dict[str, str | float]

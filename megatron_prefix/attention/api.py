@@ -46,11 +46,11 @@ def why_not(
 ) -> str | None:
     """What keeps `backend` from running on `device`, with the remedy; else None."""
     if backend == "flash":
-        from megatron_prefix.attention.flash import why_not_flash as why_not_this
+        from megatron_prefix.attention.backends.flash import why_not_flash as why_not_this
     elif backend == "te":
-        from megatron_prefix.attention.te import why_not_te as why_not_this
+        from megatron_prefix.attention.backends.te import why_not_te as why_not_this
     elif backend == "flex":
-        from megatron_prefix.attention.flex import why_not_flex as why_not_this
+        from megatron_prefix.attention.backends.flex import why_not_flex as why_not_this
     else:  # dense and path run anywhere
         return None
     return why_not_this(device, dtype, head_dim)
@@ -92,22 +92,22 @@ def tree_attention(
     if scale is None:
         scale = q.size(-1) ** -0.5
     if backend == "dense":
-        from megatron_prefix.attention.dense import dense_attention
+        from megatron_prefix.attention.backends.dense import dense_attention
 
         return dense_attention(q, k, v, plan, scale)
     if backend == "path":
-        from megatron_prefix.attention.path import path_attention
+        from megatron_prefix.attention.backends.path import path_attention
 
         return path_attention(q, k, v, plan.path, scale)
     if backend == "flex":
-        from megatron_prefix.attention.flex import flex_tree_attention
+        from megatron_prefix.attention.backends.flex import flex_tree_attention
 
         return flex_tree_attention(q, k, v, plan.block_mask, scale)
     if backend == "te":
-        from megatron_prefix.attention.te import te_attention
+        from megatron_prefix.attention.backends.te import te_attention
 
         return te_attention(q, k, v, plan.path, scale)
-    from megatron_prefix.attention.flash import flash_attention
+    from megatron_prefix.attention.backends.flash import flash_attention
 
     return flash_attention(q, k, v, plan.path, scale)
 

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.transfer import on_device
+from megatron_prefix.platform.transfer import on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ class TreePlan:
     @cached_property
     def block_mask(self):
         """torch's `BlockMask`, for the backend `flex`."""
-        from megatron_prefix.attention.flex import block_mask
+        from megatron_prefix.attention.backends.flex import block_mask
 
         return block_mask(self.layout, self.device, self.q_rows, self.kv_rows)
 

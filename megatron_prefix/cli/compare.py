@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the comparison; write it where asked."""
-    from megatron_prefix.train.metrics import read_metrics
+    from megatron_prefix.trackers.jsonl import read_metrics
 
     if len(args.runs) < 2:
         raise InputError("compare needs two runs or more")

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.train.evaluate import evaluate
+    from megatron_prefix.train.evaluation import evaluate
 
     metrics = evaluate(config, args.load, args.per_response)
     if os.environ.get("RANK", "0") != "0":

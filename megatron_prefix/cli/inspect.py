@@ -47,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print what was asked for; without --tree and --row that is the statistics."""
-    from megatron_prefix.data.plan_file import MANIFEST
+    from megatron_prefix.data.steps.packed_steps import MANIFEST
 
     is_plan = (Path(args.prefix) / MANIFEST).is_file()
     values, texts = (_plan if is_plan else _dataset)(args)
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from megatron_prefix.data.plan_file import PackedPlan, describe_plan
-    from megatron_prefix.data.plan_verify import verify_plan
-    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.steps.packed_steps import PackedPlan, describe_plan
+    from megatron_prefix.data.steps.verify_packed_steps import verify_plan
+    from megatron_prefix.data.store.dataset import PreferenceDataset
 
     for flag in ("tree", "row", "row_capacity", "picture"):
         if getattr(args, flag) is not None:
@@ -82,10 +82,10 @@ def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     _check_flags(args)
-    from megatron_prefix.data import describe
-    from megatron_prefix.data.store import PreferenceDataset
-    from megatron_prefix.data.survey import survey
-    from megatron_prefix.data.survey_text import survey_text
+    from megatron_prefix.data.inspect import describe
+    from megatron_prefix.data.inspect.survey import survey
+    from megatron_prefix.data.inspect.survey_text import survey_text
+    from megatron_prefix.data.store.dataset import PreferenceDataset
 
     dataset = PreferenceDataset(args.prefix)
     values: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_prefix.data.describe import row_items
+    from megatron_prefix.data.inspect.describe import row_items
 
     batch, groups = row_items(dataset, args.row, args.row_capacity)
     if args.picture:
@@ -146,7 +146,7 @@ def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
 def _draw(
     dataset: Any, path: str, batch: Any, groups: list[int], capacity: int, row: int | None = None
 ) -> None:
-    from megatron_prefix.data.picture import draw_row
+    from megatron_prefix.data.inspect.picture import draw_row
 
     what = f"tree {groups[0]}" if row is None else f"row {row}"
     draw_row(dataset, batch, groups, capacity, path, f"{dataset.prefix.name}, {what}")

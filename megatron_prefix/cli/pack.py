@@ -56,10 +56,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Pack and print one line about the whole plan."""
-    from megatron_prefix.data.composition import PlanSettings
-    from megatron_prefix.data.pack_plan import write_plan
-    from megatron_prefix.data.plan_file import describe_plan
-    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.steps.composition import PlanSettings
+    from megatron_prefix.data.steps.packed_steps import describe_plan
+    from megatron_prefix.data.steps.write_packed_steps import write_plan
+    from megatron_prefix.data.store.dataset import PreferenceDataset
 
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}: data.seed is 0 or more")

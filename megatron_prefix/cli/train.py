@@ -23,6 +23,6 @@ def run(args: argparse.Namespace) -> None:
     """Train to the end of the run."""
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.train.loop import train
+    from megatron_prefix.train.run import train
 
     train(config)

@@ -1,6 +1,0 @@
-"""Objectives over response log-probabilities and rewards: pure functions of tensors."""
-
-from megatron_prefix.losses.preference import PairRewards, dpo_loss
-from megatron_prefix.losses.reward import bradley_terry_loss
-
-__all__ = ["PairRewards", "bradley_terry_loss", "dpo_loss"]

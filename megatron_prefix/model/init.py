@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
-from megatron_prefix.model.hf_weights import canonical_name, is_expert
+from megatron_prefix.model.hf.weights import canonical_name, is_expert
 
 
 def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

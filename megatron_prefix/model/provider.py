@@ -12,14 +12,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from pydantic import ValidationError
 
 from megatron_prefix.attention.api import resolve_backend
-from megatron_prefix.config import ModelConfig, ParallelConfig
-from megatron_prefix.config_rules import layout_faults
+from megatron_prefix.config.rules import layout_faults
+from megatron_prefix.config.schema import ModelConfig, ParallelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 from megatron_prefix.model.heads import TreeRewardModel
-from megatron_prefix.model.hf_config import sizes_from_hf
-from megatron_prefix.model.hf_files import HFTensors
-from megatron_prefix.model.hf_weights import REWARD_HEAD, WeightMap
+from megatron_prefix.model.hf.config import sizes_from_hf
+from megatron_prefix.model.hf.files import HFTensors
+from megatron_prefix.model.hf.weights import REWARD_HEAD, WeightMap
 from megatron_prefix.model.init import canonical_parameters, initialize_weights, tensor_group
 from megatron_prefix.model.spec import has_transformer_engine
 
@@ -140,7 +140,7 @@ def _expert_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, 
         moe_router_topk=model.moe_router_topk,
         moe_router_pre_softmax=model.moe_router_pre_softmax,
         moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",  # the router's own; see model/moe.py
+        moe_router_load_balancing_type="none",  # the router's own; see model/layers/moe.py
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_count=model.moe_count,
         moe_grouped_gemm=experts is not None and has_transformer_engine(),

@@ -16,10 +16,10 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prefix.attention.core import TreeCoreAttention
-from megatron_prefix.model.moe import with_tree_router
-from megatron_prefix.model.norm import RMSNorm
-from megatron_prefix.model.swiglu import SwiGLU
+from megatron_prefix.attention.megatron import TreeCoreAttention
+from megatron_prefix.model.layers.moe import with_tree_router
+from megatron_prefix.model.layers.norm import RMSNorm
+from megatron_prefix.model.layers.swiglu import SwiGLU
 
 
 def has_transformer_engine() -> bool:

@@ -12,7 +12,7 @@ import pytest
 from runs import BATCH, NUM_GROUPS, TIMEOUT_S, TOLERANCES, Runs, on_processes
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 
 ZERO = {"parallel": {"use_distributed_optimizer": True}}
 

@@ -19,7 +19,7 @@ from runs import (
     on_processes,
 )
 
-from megatron_prefix.train.convert import export_checkpoint
+from megatron_prefix.checkpoint.convert import export_checkpoint
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}

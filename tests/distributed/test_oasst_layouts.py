@@ -8,7 +8,7 @@ import pytest
 from runs import NUM_GROUPS, TIMEOUT_S, Runs, assert_same_history, on_processes
 from test_layouts import OF_FOUR, OF_TWO, QWEN, REWARD, command
 
-from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 
 pytestmark = pytest.mark.slow
 ONES = {"one": {}, "one qwen": QWEN, "one reward": REWARD}

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.attention import tree_attention
-from megatron_prefix.attention.context_parallel import ContextParallel
-from megatron_prefix.attention.ownership import ContextCost
+from megatron_prefix.attention.context_parallel.ownership import ContextCost
+from megatron_prefix.attention.context_parallel.transports import ContextParallel
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import BytesSent, random_forest, random_heads
 

@@ -17,7 +17,7 @@ import torch
 
 from megatron_prefix.attention import TreePlan, tree_attention
 from megatron_prefix.attention.api import why_not
-from megatron_prefix.attention.dense import masked_attention, visibility
+from megatron_prefix.attention.backends.dense import masked_attention, visibility
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_prefix.config import parse_config
-from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
-from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.config.schema import parse_config
+from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.testing import random_group
-from megatron_prefix.train.evaluate import evaluate
-from megatron_prefix.train.loop import train
+from megatron_prefix.train.evaluation import evaluate
+from megatron_prefix.train.run import train
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "numerics"))
 from small_models import EXACT, VOCAB, chain, outcome, pack, random_model  # noqa: E402

@@ -5,7 +5,7 @@ import torch
 from budget import FORESTS, assert_within_budget, check_backend, forward_backward, mask_of, terms_of
 
 from megatron_prefix.attention import TreePlan
-from megatron_prefix.attention.dense import masked_attention
+from megatron_prefix.attention.backends.dense import masked_attention
 from megatron_prefix.testing import random_heads
 
 HEADS = (4, 2, 64)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.sharing import group_lengths
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.steps.sharing import group_lengths
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree, ResponsePath, build_tree
 from megatron_prefix.testing import random_group, write_random_set
 
@@ -25,8 +25,8 @@ def here():
     """Process groups for tests that hold a model; `train` makes its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from megatron_prefix.config import ParallelConfig
-        from megatron_prefix.train.parallel import world
+        from megatron_prefix.config.schema import ParallelConfig
+        from megatron_prefix.distributed.world import world
     with world(ParallelConfig(), seed=0) as here:
         yield here
 

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.config import ModelConfig
-from megatron_prefix.data.collate import MicroBatch, RowItem, collate_packed
-from megatron_prefix.data.sharing import view
+from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
+from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.engine.step import TrainBatch, to_device
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.model.gpt import TreeGPTModel
 from megatron_prefix.model.logps import response_logps
 from megatron_prefix.model.provider import model_provider, transformer_config
-from megatron_prefix.train.step import TrainBatch, to_device
 
 CPU = torch.device("cpu")
 EXACT = 1e-12

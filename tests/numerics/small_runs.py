@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_prefix.config import Config, ParallelConfig, parse_config
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.train import checkpoint
-from megatron_prefix.train.loop import train
-from megatron_prefix.train.parallel import world
-from megatron_prefix.train.prepare import prepare_run
-from megatron_prefix.train.run import Run
+from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.config.schema import Config, ParallelConfig, parse_config
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.distributed.world import world
+from megatron_prefix.train.run import train
+from megatron_prefix.train.setup import prepare_run
+from megatron_prefix.train.trainer import Run
 
 TIMES = ("step_time_s", "pairs_per_second")
 TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}

@@ -10,8 +10,8 @@ from stand_ins import te_module
 from test_attention import assert_close, forward_backward
 
 from megatron_prefix.attention import TreePlan, build_path_plan, tree_attention
-from megatron_prefix.attention.bring import Way, attend_to_brought
-from megatron_prefix.attention.te import te_attention
+from megatron_prefix.attention.backends.regather import Way, attend_to_brought
+from megatron_prefix.attention.backends.te import te_attention
 from megatron_prefix.testing import random_forest, random_heads
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from test_partial_plans import some_rows
 
-from megatron_prefix.attention import TreePlan, flex, tree_attention
-from megatron_prefix.attention.flex import (
+from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention.backends import flex
+from megatron_prefix.attention.backends.flex import (
     BLOCK,
     block_mask,
     block_ranges,
@@ -14,7 +15,7 @@ from megatron_prefix.attention.flex import (
     flex_tree_attention,
     query_intervals,
 )
-from megatron_prefix.attention.ownership import needed_rows
+from megatron_prefix.attention.context_parallel.ownership import needed_rows
 from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads, visibility_by_walking

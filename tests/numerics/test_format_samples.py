@@ -10,7 +10,7 @@ import pytest
 from test_real_sets import first_step
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 SAMPLES = Path(__file__).resolve().parents[1] / "data" / "formats"

@@ -21,16 +21,16 @@ import transformers
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_prefix.config import Config, ModelConfig, load_config, parse_config
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.checkpoint import torch_dist
+from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_prefix.checkpoint.save_load import model_state
+from megatron_prefix.checkpoint.starting_model import initial_model
+from megatron_prefix.config.schema import Config, ModelConfig, load_config, parse_config
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
-from megatron_prefix.train import torch_dist
-from megatron_prefix.train.checkpoint import model_state
-from megatron_prefix.train.convert import export_checkpoint, import_checkpoint
-from megatron_prefix.train.evaluate import evaluate
-from megatron_prefix.train.initial import initial_model
-from megatron_prefix.train.loop import train
+from megatron_prefix.train.evaluation import evaluate
+from megatron_prefix.train.run import train
 
 TOLERANCE = 1e-4
 """Of a response's log-probability, relative where it exceeds 1."""
@@ -248,7 +248,7 @@ def entries_of(path: Path) -> dict:
 @pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3", "mixtral", "qwen3 moe"])
 def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_path):
     """The same tensors under the same keys, but for the padding of the vocabulary."""
-    from megatron_prefix.train.optimizer import build_model
+    from megatron_prefix.engine.optimizer import build_model
 
     directory = make(kind, tmp_path / "hf")
     import_checkpoint(str(directory), tmp_path / "ck")
@@ -264,7 +264,7 @@ def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_ways_in_give_the_same_weights(here, dtype, random_set, tmp_path):
     """bfloat16 tensors into either precision, and zero rows behind the vocabulary."""
-    from megatron_prefix.train.optimizer import build_model
+    from megatron_prefix.engine.optimizer import build_model
 
     directory = make("qwen2", tmp_path / "hf", torch.bfloat16)
     import_checkpoint(str(directory), tmp_path / "ck")
@@ -334,7 +334,7 @@ MEASURED = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
-from megatron_prefix.train.convert import *
+from megatron_prefix.checkpoint.convert import *
 from safetensors.torch import load_file
 folder = Path(sys.argv[1])
 def peak_kib(action):

@@ -25,10 +25,10 @@ from test_hf_parity import (
 )
 
 from megatron_prefix.__main__ import main
+from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_prefix.errors import InputError
-from megatron_prefix.train.convert import export_checkpoint, import_checkpoint
-from megatron_prefix.train.evaluate import evaluate
-from megatron_prefix.train.loop import train
+from megatron_prefix.train.evaluation import evaluate
+from megatron_prefix.train.run import train
 
 TOLERANCE = 1e-5
 """Of a score, relative where it exceeds 1."""

@@ -22,11 +22,11 @@ from small_models import (
     random_model,
 )
 
-from megatron_prefix.data.collate import collate_packed, responses_served
+from megatron_prefix.data.steps.collate import collate_packed, responses_served
 from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.engine.step import to_device
 from megatron_prefix.model.init import canonical_parameters
-from megatron_prefix.model.moe import TreeRouter, row_balance, step_auxiliary
-from megatron_prefix.train.step import to_device
+from megatron_prefix.model.layers.moe import TreeRouter, row_balance, step_auxiliary
 
 EXPERTS = {"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 KINDS = {

@@ -30,8 +30,8 @@ from small_models import (
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_prefix.data.collate import collate_padded
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.steps.collate import collate_padded
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree, ResponsePath, build_tree
 from megatron_prefix.testing import random_group
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 import transformers
 
-from megatron_prefix.config import parse_config
-from megatron_prefix.data.build import build_dataset
-from megatron_prefix.train.loop import train
+from megatron_prefix.config.schema import parse_config
+from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.train.run import train
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 

@@ -10,9 +10,9 @@ import pytest
 from toy import make_toy
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.config import parse_config
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.train.loop import train
+from megatron_prefix.config.schema import parse_config
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.train.run import train
 
 SETS = {"hh_pairs": 1800, "chat_pairs": 225, "oasst_trees": 75}
 

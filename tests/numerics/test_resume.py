@@ -17,10 +17,10 @@ import pytest
 import torch
 from small_runs import configure, lines, saved_state, timeless, trained
 
+from megatron_prefix.checkpoint.save_load import TRACKER, iteration_dir
+from megatron_prefix.checkpoint.torch_dist import CHECKSUMS
 from megatron_prefix.errors import InputError
-from megatron_prefix.train.checkpoint import TRACKER, iteration_dir
-from megatron_prefix.train.loop import train
-from megatron_prefix.train.torch_dist import CHECKSUMS
+from megatron_prefix.train.run import train
 
 STEPS, CUT = 6, 3
 SCHEDULE = {

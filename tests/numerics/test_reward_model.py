@@ -7,9 +7,14 @@ import pytest
 import torch
 from small_models import CPU, chain, items, make_model, random_model
 
-from megatron_prefix.data.collate import MicroBatch, collate_packed, collate_padded, score_targets
+from megatron_prefix.data.steps.collate import (
+    MicroBatch,
+    collate_packed,
+    collate_padded,
+    score_targets,
+)
+from megatron_prefix.engine.step import to_device
 from megatron_prefix.model.init import canonical_parameters
-from megatron_prefix.train.step import to_device
 
 
 def scores_of(model, batch: MicroBatch) -> torch.Tensor:

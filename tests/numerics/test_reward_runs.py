@@ -13,15 +13,15 @@ from small_runs import configure, lines, prepare, saved_weights, trained
 from test_trajectory import LAYOUTS, settled_seed
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.config import Config, load_config
-from megatron_prefix.data.build import build_dataset
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.checkpoint.starting_model import initial_model
+from megatron_prefix.config.schema import Config, load_config
+from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.distributed.world import world
+from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.train.evaluate import evaluate
-from megatron_prefix.train.initial import initial_model
-from megatron_prefix.train.optimizer import build_model
-from megatron_prefix.train.parallel import world
-from megatron_prefix.train.score import score_reference
+from megatron_prefix.train.evaluation import evaluate
+from megatron_prefix.train.scoring import score_reference
 
 STEPS = 6
 REWARD = {"kind": "reward"}

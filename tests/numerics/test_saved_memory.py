@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prefix.config import ModelConfig
-from megatron_prefix.data.collate import RowItem, collate_packed
-from megatron_prefix.data.sharing import view
+from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.data.steps.collate import RowItem, collate_packed
+from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
+from megatron_prefix.engine.step import to_device
 from megatron_prefix.model.gpt import TreeGPTModel
 from megatron_prefix.model.provider import model_provider, transformer_config
 from megatron_prefix.testing import saved_bytes
-from megatron_prefix.train.step import to_device
 
 VOCAB_SIZE = 512
 SIZES = ModelConfig(

@@ -21,11 +21,11 @@ import pytest
 import torch
 from small_runs import configure, lines, prepare, saved_weights, trained
 
-from megatron_prefix.config import Config
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.composition import GroupBatches, RowBatches
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.train.parallel import world
+from megatron_prefix.config.schema import Config
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.steps.composition import GroupBatches, RowBatches
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.distributed.world import world
 
 STEPS, FEW_STEPS = 20, 10
 PACKED = {"row_capacity": 32768}

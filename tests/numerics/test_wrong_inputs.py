@@ -14,12 +14,12 @@ import pytest
 import torch
 from small_models import CPU, VARIANTS, outcome, pack, random_model
 
-from megatron_prefix.attention.core import TreePackedSeqParams
+from megatron_prefix.attention.megatron import TreePackedSeqParams
 from megatron_prefix.attention.plan import TreePlan
-from megatron_prefix.data.collate import MicroBatch
+from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.engine.step import TrainBatch, to_device
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.train.step import TrainBatch, to_device
 
 WRONG = 1e-2
 """What a wrong input has to exceed, relative to the largest entry."""

@@ -79,7 +79,7 @@ def forked(action: Callable[[], int | None], log: Path) -> int:
     pickle, so it is a function of a test's module, or a partial of one.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_prefix.train.loop", "megatron_prefix.train.score"])
+    context.set_forkserver_preload(["megatron_prefix.train.run", "megatron_prefix.train.scoring"])
     child = context.Process(target=_logged, args=(action, str(log)))
     child.start()
     child.join(TIMEOUT_S)

@@ -14,9 +14,9 @@ import pytest
 from commands import command, lines, refused, write_config
 from test_disk_full import files_up_to
 
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.leftovers import building_folder
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.work_folder import building_folder
 from megatron_prefix.errors import InputError
 
 
@@ -32,8 +32,8 @@ def records(tmp_path) -> Path:
 
 BUILD = """
 import sys, time
-from megatron_prefix.data import build
-from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.build import builder as build
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 
 build.CHUNK = 64
 

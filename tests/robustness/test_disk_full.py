@@ -18,7 +18,7 @@ import pytest
 from commands import SIZES, command, launch, lines, write_config
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.train import checkpoint
+from megatron_prefix.checkpoint import save_load as checkpoint
 
 BIG = {**SIZES, "hidden_size": 64, "ffn_hidden_size": 256}
 """A model whose checkpoint has larger files than everything else that a run writes."""

@@ -23,18 +23,18 @@ from commands import write_config
 from damage import BYTES, damaged
 from test_payloads import seal
 
-from megatron_prefix.config import load_config
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.columns import COLUMNS
-from megatron_prefix.data.manifest import FILES, suffix_path
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.checkpoint.starting_model import initial_model
+from megatron_prefix.config.schema import load_config
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.store.columns import COLUMNS
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.manifest import FILES, suffix_path
+from megatron_prefix.distributed.world import world
+from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError
-from megatron_prefix.train import checkpoint
-from megatron_prefix.train.fingerprint import model_fingerprint
-from megatron_prefix.train.initial import initial_model
-from megatron_prefix.train.optimizer import build_model
-from megatron_prefix.train.parallel import world
-from megatron_prefix.train.sidecar import HEADER, read_sidecar
+from megatron_prefix.reference.fingerprint import model_fingerprint
+from megatron_prefix.reference.sidecars import HEADER, read_sidecar
 
 LIMIT_S = 20
 """Seconds after which a case hangs."""

@@ -19,9 +19,11 @@ import pytest
 from commands import TIMEOUT_S, command, forked, launch, lines, write_config
 
 from megatron_prefix.__main__ import main
+from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.reference import reference
+from megatron_prefix.reference import sidecars as sidecar
+from megatron_prefix.reference.sidecars import PartialScores
 from megatron_prefix.testing import write_random_set
-from megatron_prefix.train import checkpoint, reference, sidecar
-from megatron_prefix.train.sidecar import PartialScores
 
 ZERO = {"use_distributed_optimizer": True}
 STEPS = 16
@@ -121,11 +123,11 @@ def test_twenty_random_kills(dataset, tmp_path):
 def test_a_kill_within_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, capsys):
     """At every stage of a save in turn: the earlier checkpoint is loaded, and is whole."""
     stages = [
-        ("megatron_prefix.train.checkpoint", "_make_room"),
+        ("megatron_prefix.checkpoint.save_load", "_make_room"),
         ("os", "fsync"),
-        ("megatron_prefix.train.torch_dist", "save"),
-        ("megatron_prefix.train.torch_dist", "write_checksums"),
-        ("megatron_prefix.train.checkpoint", "_publish"),
+        ("megatron_prefix.checkpoint.torch_dist", "save"),
+        ("megatron_prefix.checkpoint.torch_dist", "write_checksums"),
+        ("megatron_prefix.checkpoint.save_load", "_publish"),
     ]
     config = write_config(tmp_path / "a.yaml", dataset, tmp_path / "a", train={"steps": 3})
     assert command(["train", "--config", config], capsys)[0] == 0

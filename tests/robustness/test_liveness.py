@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from commands import Launched, launch, write_config
 
-from megatron_prefix.config import parse_config
+from megatron_prefix.config.schema import parse_config
+from megatron_prefix.distributed.verdict import is_lost, verdict
 from megatron_prefix.errors import InputError
-from megatron_prefix.train.blame import is_lost, verdict
 
 LIMIT_S = 100
 FAULTY = """
 import os, signal, sys, time
 from megatron_prefix.__main__ import main
 from megatron_prefix.errors import InputError
-from megatron_prefix.train import reference
-from megatron_prefix.train.metrics import MetricsWriter
-from megatron_prefix.train.run import Run
+from megatron_prefix.reference import reference
+from megatron_prefix.trackers.jsonl import MetricsWriter
+from megatron_prefix.train.trainer import Run
 
 fault = sys.argv.pop(1)
 gradients, add_scores, write = Run._gradients, reference._add_scores, MetricsWriter.write
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_ends_all_stages(dataset, tmp_path):
 
 def test_the_verdict_prefers_who_is_gone():
     waits = {"kind": "answers", "doing": "step 4", "idle": 60.0, "where": None}
-    busy = {**waits, "where": "train/run.py:9"}
+    busy = {**waits, "where": "train/trainer.py:9"}
     failed = {"kind": "failed", "doing": "step 4", "text": "disk full"}
     assert verdict({0: waits, 1: waits}, {}, None) is None
     assert "rank 2 ended or hangs (no answer; never seen)" in verdict({0: waits}, {2: None}, None)
@@ -224,7 +224,7 @@ def test_the_verdict_prefers_who_is_gone():
     assert "rank 1" not in (verdict({0: waits, 1: busy}, {2: "step 3"}, None) or "")
     late = verdict({0: waits, 1: busy}, {}, 60.0)
     assert "nothing moved for 1 minutes" in late and "rank 0" not in late
-    assert "rank 1 hangs in step 4 at train/run.py:9" in late
+    assert "rank 1 hangs in step 4 at train/trainer.py:9" in late
     young = {**busy, "idle": 1.0}
     assert "rank 0 waits in step 4; rank 1 waits" in verdict({0: waits, 1: young}, {}, 60.0)
     assert verdict({}, {rank: "step 1" for rank in range(99)}, None).count("rank ") == 8

@@ -9,16 +9,16 @@ import pytest
 import torch
 from commands import command, lines, write_config
 
-from megatron_prefix.config import Config, load_config
-from megatron_prefix.data.collate import MicroBatch
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.config.schema import Config, load_config
+from megatron_prefix.data.steps.collate import MicroBatch
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.distributed.world import world
+from megatron_prefix.engine.optimizer import build_model
+from megatron_prefix.engine.step import run_schedule, to_device
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.train import checkpoint
-from megatron_prefix.train.optimizer import build_model
-from megatron_prefix.train.parallel import world
-from megatron_prefix.train.prepare import prepare_run
-from megatron_prefix.train.run import Run
-from megatron_prefix.train.step import run_schedule, to_device
+from megatron_prefix.train.setup import prepare_run
+from megatron_prefix.train.trainer import Run
 
 ROW_CAPACITY = 110
 

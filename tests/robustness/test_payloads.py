@@ -21,8 +21,8 @@ import torch
 from commands import command, refused, write_config
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_prefix.data.columns import COLUMNS, file_entry
-from megatron_prefix.data.manifest import FILES, fingerprint, manifest_digest, suffix_path
+from megatron_prefix.data.store.columns import COLUMNS, file_entry
+from megatron_prefix.data.store.manifest import FILES, fingerprint, manifest_digest, suffix_path
 
 
 class Payload:

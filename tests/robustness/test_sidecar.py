@@ -11,12 +11,12 @@ import pytest
 from commands import command, lines, refused, write_config
 from safetensors.numpy import load_file
 
-from megatron_prefix.data.collate import MicroBatch
-from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
-from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.data.steps.collate import MicroBatch
+from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.layout import TreeLayout
+from megatron_prefix.reference.sidecars import PartialScores
 from megatron_prefix.testing import random_group, write_random_set
-from megatron_prefix.train.sidecar import PartialScores
 
 
 def known(path: Path) -> dict:
@@ -45,12 +45,12 @@ def test_training_is_that_with_a_reference_model(dataset, other, sidecar, tmp_pa
 
 def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
     """Each response alone in a row, one after another: group by group, as in the record."""
-    from megatron_prefix.config import load_config
-    from megatron_prefix.train.initial import initial_model
-    from megatron_prefix.train.optimizer import build_model
-    from megatron_prefix.train.parallel import world
-    from megatron_prefix.train.reference import freeze, score
-    from megatron_prefix.train.step import to_device
+    from megatron_prefix.checkpoint.starting_model import initial_model
+    from megatron_prefix.config.schema import load_config
+    from megatron_prefix.distributed.world import world
+    from megatron_prefix.engine.optimizer import build_model
+    from megatron_prefix.engine.step import to_device
+    from megatron_prefix.reference.reference import freeze, score
 
     config = load_config(write_config(tmp_path / "c.yaml", dataset, tmp_path / "run"))
     data, alone = PreferenceDataset(dataset), []

@@ -16,7 +16,7 @@ import pytest
 from commands import TIMEOUT_S, command, forked, launch, lines, write_config
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.train.metrics import MetricsWriter
+from megatron_prefix.trackers.jsonl import MetricsWriter
 
 STEPS = 8
 TRACKER = "latest_checkpointed_iteration.txt"

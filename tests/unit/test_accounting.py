@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 
 TURN = "\n\nAssistant:"
 LIMIT = 900

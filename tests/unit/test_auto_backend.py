@@ -5,18 +5,18 @@ import json
 import pytest
 import torch
 
-from megatron_prefix.attention import flash_version as module
 from megatron_prefix.attention import resolve_backend
 from megatron_prefix.attention.auto import FIELDS, TABLE, candidates, read_table
-from megatron_prefix.attention.flash_version import (
+from megatron_prefix.attention.backends import flash_version as module
+from megatron_prefix.attention.backends.flash_version import (
     active_version,
     flash_version,
     resolve_flash_version,
     why_not_version,
 )
-from megatron_prefix.config import parse_config
+from megatron_prefix.config.schema import parse_config
+from megatron_prefix.distributed.session import running
 from megatron_prefix.errors import InputError
-from megatron_prefix.train.running import running
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

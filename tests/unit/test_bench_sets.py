@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 import bench_sets  # noqa: E402
 from bench_shapes import SETS, medians  # noqa: E402
 
-from megatron_prefix.data.store import PreferenceDataset  # noqa: E402
+from megatron_prefix.data.store.dataset import PreferenceDataset  # noqa: E402
 from megatron_prefix.errors import InputError  # noqa: E402
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from megatron_prefix.data.build import build_dataset
-from megatron_prefix.data.fields import Message
-from megatron_prefix.data.formats.base import Example, ExampleResponse
-from megatron_prefix.data.paths import NOTE_MERGED, PathEncoder
-from megatron_prefix.data.rendering import (
+from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.data.read.fields import Message
+from megatron_prefix.data.read.formats.base import Example, ExampleResponse
+from megatron_prefix.data.tokenize.paths import NOTE_MERGED, PathEncoder
+from megatron_prefix.data.tokenize.rendering import (
     NOTE_LOST,
     NOTE_MOVED,
     NOTE_SPECIAL,
@@ -15,7 +15,7 @@ from megatron_prefix.data.rendering import (
     NOTE_TRIMMED,
     template_changes,
 )
-from megatron_prefix.data.tokenizers import ByteTokenizer, load_tokenizer
+from megatron_prefix.data.tokenize.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_prefix.data.tree import Pair, build_tree
 from megatron_prefix.errors import InputError
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data import build as build_module
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.data.build import builder as build_module
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.errors import InputError
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -67,7 +67,7 @@ def test_degenerate_records_are_dropped_counted_and_listed(tmp_path):
 
 
 def test_listed_records_are_capped_and_all_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_prefix.data.report.MAX_LISTED", 3)
+    monkeypatch.setattr("megatron_prefix.data.build.report.MAX_LISTED", 3)
     _, dataset = build(tmp_path, GOOD, *[SAME] * 5, *["x"] * 5, on_error="skip")
     report = dataset.manifest["report"]
     dropped = report["dropped"]["chosen equals rejected"]
@@ -188,11 +188,11 @@ def test_internal_failures_are_not_hidden(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("megatron_prefix.data.build.build_dataset", fail)
+    monkeypatch.setattr("megatron_prefix.data.build.builder.build_dataset", fail)
     with pytest.raises(ZeroDivisionError):
         command("--input", "x", "--output", "y")
     monkeypatch.setattr(
-        "megatron_prefix.data.build.build_dataset",
+        "megatron_prefix.data.build.builder.build_dataset",
         lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     assert command("--input", "x", "--output", "y") == 130

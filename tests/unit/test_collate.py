@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from test_sharing import path, random_group, three_responses
 
-from megatron_prefix.data.collate import (
+from megatron_prefix.data.steps.collate import (
     PADDING_TOKEN,
     RowItem,
     collate_packed,
     collate_padded,
     tree_targets,
 )
-from megatron_prefix.data.sharing import SHARING_MODES, view
+from megatron_prefix.data.steps.sharing import SHARING_MODES, view
 from megatron_prefix.data.tree import Pair, build_tree
 from megatron_prefix.testing import visibility_by_walking
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import yaml
 
-from megatron_prefix.config import Config, dump_config, load_config, parse_config
+from megatron_prefix.config.schema import Config, dump_config, load_config, parse_config
 from megatron_prefix.errors import InputError
 
 GOOD = {

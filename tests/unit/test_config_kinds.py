@@ -4,7 +4,7 @@ import pytest
 import yaml
 from test_config import changed
 
-from megatron_prefix.config import dump_config, parse_config
+from megatron_prefix.config.schema import dump_config, parse_config
 from megatron_prefix.errors import InputError
 
 

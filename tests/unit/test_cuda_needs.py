@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_prefix.attention.api import why_not
-from megatron_prefix.attention.cuda import head_dim_fault
+from megatron_prefix.attention.backends.requirements import head_dim_fault
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 MODULES = {"te": "transformer_engine", "flex": "triton"}

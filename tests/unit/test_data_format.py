@@ -59,7 +59,7 @@ def read_steps(plan):
 
 
 def test_a_data_set_is_read_with_numpy_alone(tmp_path):
-    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.store.dataset import PreferenceDataset
     from megatron_prefix.testing import write_random_set
 
     prefix = write_random_set(tmp_path / "set", 0, 9)
@@ -74,10 +74,10 @@ def test_a_data_set_is_read_with_numpy_alone(tmp_path):
 
 
 def test_a_plan_is_read_with_numpy_alone(tmp_path):
-    from megatron_prefix.data.composition import PlanSettings
-    from megatron_prefix.data.pack_plan import write_plan
-    from megatron_prefix.data.sampler import Sampler
-    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.steps.composition import PlanSettings
+    from megatron_prefix.data.steps.sampler import Sampler
+    from megatron_prefix.data.steps.write_packed_steps import write_plan
+    from megatron_prefix.data.store.dataset import PreferenceDataset
     from megatron_prefix.testing import write_random_set
 
     dataset = PreferenceDataset(write_random_set(tmp_path / "set", 0, 9))
@@ -97,7 +97,7 @@ def test_megatron_core_reads_the_index_byte_for_byte(tmp_path):
     """Its own builder makes the same two files of the same tokens."""
     import warnings
 
-    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.store.dataset import PreferenceDataset
     from megatron_prefix.testing import write_random_set
 
     with warnings.catch_warnings():

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from megatron_prefix.data.examples import ExampleReader
-from megatron_prefix.data.fields import Message
-from megatron_prefix.data.formats import detect_format
-from megatron_prefix.data.formats.base import DegenerateRecord
-from megatron_prefix.data.formats.trl import common_prefix
-from megatron_prefix.data.records import check_inputs, read_records
+from megatron_prefix.data.read.examples import ExampleReader
+from megatron_prefix.data.read.fields import Message
+from megatron_prefix.data.read.formats import detect_format
+from megatron_prefix.data.read.formats.base import DegenerateRecord
+from megatron_prefix.data.read.formats.trl import common_prefix
+from megatron_prefix.data.read.records import check_inputs, read_records
 from megatron_prefix.errors import InputError
 
 H, A = "\n\nHuman:", "\n\nAssistant:"

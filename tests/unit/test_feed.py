@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prefix.data.collate import RowItem, collate_packed
-from megatron_prefix.data.sharing import view
+from megatron_prefix.data.steps.collate import RowItem, collate_packed
+from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import build_tree
+from megatron_prefix.engine.feed import Feed
+from megatron_prefix.engine.step import to_device
 from megatron_prefix.testing import random_group
-from megatron_prefix.train.feed import Feed
-from megatron_prefix.train.step import to_device
 
 WORLD = SimpleNamespace(device=torch.device("cpu"), data_rank=0, context=lambda config: None)
 CONFIG = SimpleNamespace(tree_attention_backend="auto", params_dtype=torch.float32, kv_channels=16)
@@ -77,7 +77,7 @@ def test_a_failure_is_raised_at_its_own_step():
 @pytest.mark.parametrize(("backend", "planned"), [("auto", "path"), ("flex", "block_mask")])
 def test_attention_is_planned_on_the_thread(backend, planned, monkeypatch):
     """So that the first layer finds its plan there."""
-    monkeypatch.setattr("megatron_prefix.attention.flex.why_not_flex", lambda *_: None)
+    monkeypatch.setattr("megatron_prefix.attention.backends.flex.why_not_flex", lambda *_: None)
     tree = build_tree(*random_group(np.random.default_rng(0)))
     seen = view(tree, "tree", 0)
     row = collate_packed([RowItem(group=0, view=seen, pair_weights=np.ones(len(seen.pairs)))])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from test_sharing import random_group
 
-from megatron_prefix.config import ModelConfig
-from megatron_prefix.data.collate import RowItem, collate_packed
-from megatron_prefix.data.sharing import view
+from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.data.steps.collate import RowItem, collate_packed
+from megatron_prefix.data.steps.cost import forward_flops
+from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import build_tree
-from megatron_prefix.flops import forward_flops
 
 SIZES = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.cli.build import FORMAT_NAMES
-from megatron_prefix.data.examples import ExampleReader, parse_columns
-from megatron_prefix.data.formats import FORMATS
-from megatron_prefix.data.formats.base import DegenerateRecord
+from megatron_prefix.data.read.examples import ExampleReader, parse_columns
+from megatron_prefix.data.read.formats import FORMATS
+from megatron_prefix.data.read.formats.base import DegenerateRecord
 from megatron_prefix.errors import InputError
 
 SAMPLES = Path(__file__).resolve().parents[1] / "data" / "formats"

@@ -9,15 +9,15 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_prefix.config import ModelConfig, RopeScaling
+from megatron_prefix.config.schema import ModelConfig, RopeScaling
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf_config import (
+from megatron_prefix.model.hf.config import (
     ARCHITECTURES,
     hf_from_sizes,
     sizes_from_hf,
     sliding_window,
 )
-from megatron_prefix.model.rope import rotary_frequencies
+from megatron_prefix.model.layers.rope import rotary_frequencies
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf_reward import hf_kind, reward_config
+from megatron_prefix.model.hf.reward_model import hf_kind, reward_config
 
 LM = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 2}
 

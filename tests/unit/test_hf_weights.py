@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prefix.config import ModelConfig
+from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf_files import HFTensors, copy_companions, write_safetensors
-from megatron_prefix.model.hf_weights import WeightMap, canonical_name, is_expert
+from megatron_prefix.model.hf.files import HFTensors, copy_companions, write_safetensors
+from megatron_prefix.model.hf.weights import WeightMap, canonical_name, is_expert
 
 VOCAB = 13
 MIXTURES = [

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.composition import PlanSettings
-from megatron_prefix.data.pack_plan import write_plan
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.steps.composition import PlanSettings
+from megatron_prefix.data.steps.write_packed_steps import write_plan
+from megatron_prefix.data.store.dataset import PreferenceDataset
 
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
 UNICODE = {
@@ -31,7 +31,7 @@ def build(capsys, output, *inputs, flags=()):
 @pytest.mark.parametrize("name", UNICODE)
 def test_characters_go_through_build_inspect_and_decode(tmp_path, capsys, name):
     """Byte for byte, neither composed nor turned around; shown escaped where they would act."""
-    from megatron_prefix.data.tokenizers import load_tokenizer
+    from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 
     text = UNICODE[name]
     record = {"prompt": f"{text}?", "chosen": f"{text}!", "rejected": text[::-1] + "."}
@@ -91,8 +91,8 @@ def test_map_to_a_column_that_nothing_reads_is_refused(tmp_path, capsys):
 def test_every_column_that_a_format_reads_can_be_mapped():
     from pathlib import Path
 
-    from megatron_prefix.data import formats
-    from megatron_prefix.data.examples import COLUMNS
+    from megatron_prefix.data.read import formats
+    from megatron_prefix.data.read.examples import COLUMNS
 
     folder = Path(formats.__file__).parent
     sources = [path.read_text() for path in (*folder.glob("*.py"), folder.parent / "fields.py")]

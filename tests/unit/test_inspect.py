@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.build import build_dataset
-from megatron_prefix.data.picture import _runs
+from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.data.inspect.picture import _runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,7 @@ def test_long_text_is_shortened_in_the_middle(prefix, capsys):
 
 
 def test_a_tree_as_json_holds_the_tokens(prefix, capsys):
-    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.store.dataset import PreferenceDataset
 
     _, out, _ = inspect(capsys, prefix, "--tree", 2, "--json")
     tree = json.loads(out)["tree"]
@@ -120,9 +120,9 @@ def test_the_picture_shows_exactly_what_is_visible(prefix):
     """Every (key, query) cell's centre lies in a polygon just where the layout allows it."""
     from matplotlib.path import Path as Outline
 
-    from megatron_prefix.data.describe import row_items
-    from megatron_prefix.data.picture import _segment_kinds, _visible_areas
-    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.inspect.describe import row_items
+    from megatron_prefix.data.inspect.picture import _segment_kinds, _visible_areas
+    from megatron_prefix.data.store.dataset import PreferenceDataset
 
     dataset = PreferenceDataset(prefix)
     batch, groups = row_items(dataset, 1, 400)

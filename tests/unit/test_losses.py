@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_prefix.losses import dpo_loss
+from megatron_prefix.objectives import dpo_loss
 
 
 def pairs(*rows, requires_grad=False):

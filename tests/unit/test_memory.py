@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_prefix.config import ModelConfig, ParallelConfig
-from megatron_prefix.memory import (
+from megatron_prefix.config.schema import ModelConfig, ParallelConfig
+from megatron_prefix.estimate.memory import (
     chunks_in_flight,
     layer_activations,
     parameter_counts,
@@ -93,8 +93,8 @@ def test_stages_and_tensor_ranks_hold_their_parts(tied):
 
 def test_a_ranks_weights_are_those_that_are_built(tmp_path):
     """Against the model itself, in every sense: biases, norms of heads, experts, reward head."""
+    from megatron_prefix.distributed.world import world
     from megatron_prefix.model.provider import model_provider, transformer_config
-    from megatron_prefix.train.parallel import world
 
     mixture = {"num_moe_experts": 6, "moe_ffn_hidden_size": 5}
     qwen = {"add_qkv_bias": True, "qk_layernorm": True}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.composition import GroupBatches
-from megatron_prefix.data.duplicates import Digests, DigestTable
-from megatron_prefix.data.record_batches import RecordBatches, group_batches
-from megatron_prefix.data.sampler import Sampler, loss_weights
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.build.duplicates import Digests, DigestTable
+from megatron_prefix.data.steps.composition import GroupBatches
+from megatron_prefix.data.steps.record_batches import RecordBatches, group_batches
+from megatron_prefix.data.steps.sampler import Sampler, loss_weights
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 

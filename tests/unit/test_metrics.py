@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_prefix.errors import InputError
-from megatron_prefix.train.metrics import MetricsWriter, Progress, _duration, read_metrics
+from megatron_prefix.trackers.jsonl import MetricsWriter, Progress, _duration, read_metrics
 
 
 def line(step, **values):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_prefix.model.norm import RMSNorm
+from megatron_prefix.model.layers.norm import RMSNorm
 
 CONFIG = SimpleNamespace(sequence_parallel=False)
 

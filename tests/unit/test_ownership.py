@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_prefix.attention import ownership
+from megatron_prefix.attention.context_parallel import ownership
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, visibility_by_walking
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_prefix.data.packing import deal, first_fit_decreasing, pack_step, spread
+from megatron_prefix.data.steps.packing import deal, first_fit_decreasing, pack_step, spread
 
 SEEDS = range(40)
 

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.config import load_config
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.planning import plan_run, verdict
+from megatron_prefix.config.schema import load_config
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.estimate.planning import plan_run, verdict
 from megatron_prefix.testing import write_random_set
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}

@@ -9,11 +9,11 @@ from test_sampler import write
 from test_sharing import random_group
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.composition import PlanSettings
-from megatron_prefix.data.pack_plan import write_plan
-from megatron_prefix.data.plan_file import PackedPlan, describe_plan
-from megatron_prefix.data.sampler import Sampler
-from megatron_prefix.data.sharing import SHARING_MODES, group_lengths
+from megatron_prefix.data.steps.composition import PlanSettings
+from megatron_prefix.data.steps.packed_steps import PackedPlan, describe_plan
+from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps.sharing import SHARING_MODES, group_lengths
+from megatron_prefix.data.steps.write_packed_steps import write_plan
 from megatron_prefix.errors import InputError
 
 GROUPS = 30

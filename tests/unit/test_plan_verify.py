@@ -8,11 +8,11 @@ import pytest
 from test_inspect import inspect
 from test_store import random_tree, write
 
-from megatron_prefix.data.columns import file_entry
-from megatron_prefix.data.composition import PlanSettings
-from megatron_prefix.data.manifest import manifest_digest
-from megatron_prefix.data.pack_plan import write_plan
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.steps.composition import PlanSettings
+from megatron_prefix.data.steps.write_packed_steps import write_plan
+from megatron_prefix.data.store.columns import file_entry
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.manifest import manifest_digest
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prefix.data.hf_tokenizer import HuggingFaceTokenizer
-from megatron_prefix.data.prompt_reuse import EXPRESSIONS
+from megatron_prefix.data.tokenize.hf_tokenizer import HuggingFaceTokenizer
+from megatron_prefix.data.tokenize.prompt_reuse import EXPRESSIONS
 
 tokenizers = pytest.importorskip("tokenizers")
 PIECES = [

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_prefix.losses import bradley_terry_loss
+from megatron_prefix.objectives import bradley_terry_loss
 
 CHOSEN, REJECTED, MARGINS = (1.5, -1.0, 0.25), (0.5, 1.0, 0.25), (0.25, 0.0, 2.0)
 

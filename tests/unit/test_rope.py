@@ -5,7 +5,7 @@ import torch
 
 from megatron_prefix.attention.rotary import rotate, rotation_of
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.model.rope import rotary_angles
+from megatron_prefix.model.layers.rope import rotary_angles
 
 
 def complex_rotation(x, positions, base):

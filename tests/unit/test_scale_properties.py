@@ -10,14 +10,14 @@ from test_packing import check_rows, naive_first_fit_decreasing
 from test_sampler import write as write_groups
 from test_store import TOKENIZER, assert_same
 
-from megatron_prefix.data.blocks import Block
-from megatron_prefix.data.composition import PlanSettings
-from megatron_prefix.data.pack_plan import write_plan
-from megatron_prefix.data.packing import as_lists, deal, pack, pack_step, spread
-from megatron_prefix.data.plan_file import PackedPlan
-from megatron_prefix.data.sampler import Sampler
-from megatron_prefix.data.statistics import path_lengths
-from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.steps.composition import PlanSettings
+from megatron_prefix.data.steps.packed_steps import PackedPlan
+from megatron_prefix.data.steps.packing import as_lists, deal, pack, pack_step, spread
+from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps.write_packed_steps import write_plan
+from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.statistics import path_lengths
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
 FEW = settings(max_examples=25, deadline=None)

@@ -5,11 +5,11 @@ import pytest
 from test_collate import COLLATES, random_items
 from test_sharing import three_responses
 
-from megatron_prefix.data.collate import score_targets, tree_targets
-from megatron_prefix.data.composition import GroupBatches
-from megatron_prefix.data.sampler import Sampler
-from megatron_prefix.data.sharing import SHARING_MODES
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.steps.collate import score_targets, tree_targets
+from megatron_prefix.data.steps.composition import GroupBatches
+from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps.sharing import SHARING_MODES
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.testing import visibility_by_walking, write_random_set
 

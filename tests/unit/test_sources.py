@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.records import check_inputs, input_bytes, read_records, scan_records
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.read.records import check_inputs, input_bytes, read_records, scan_records
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 RECORDS = [

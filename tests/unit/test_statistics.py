@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from megatron_prefix.data.blocks import Block
-from megatron_prefix.data.statistics import Histogram, Statistics, path_lengths
+from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.store.statistics import Histogram, Statistics, path_lengths
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prefix.data.columns import COLUMNS, ColumnWriter, file_entry
-from megatron_prefix.data.manifest import FILES, fingerprint, suffix_path
-from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.columns import COLUMNS, ColumnWriter, file_entry
+from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.manifest import FILES, fingerprint, suffix_path
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
 
@@ -172,7 +172,7 @@ def test_the_old_data_set_stays_until_the_new_one_is_complete(prefix, trees):
 
 
 def test_a_build_killed_while_moving_leaves_nothing_that_opens(prefix, trees, monkeypatch):
-    import megatron_prefix.data.store as store
+    import megatron_prefix.data.store.dataset as store
 
     moved = []
 

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from test_inspect import inspect
 from test_store import damage, random_tree, write
 
-from megatron_prefix.config import ModelConfig
-from megatron_prefix.data import spans as spans_module
-from megatron_prefix.data.build import build_dataset
-from megatron_prefix.data.sharing import Bundle
-from megatron_prefix.data.spans import spans
-from megatron_prefix.data.statistics import Histogram
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.data.survey import COST_MODEL, span_work, survey
-from megatron_prefix.data.survey_text import survey_text
-from megatron_prefix.data.work import bundle_work
-from megatron_prefix.flops import CostModel
+from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.data.inspect.survey import COST_MODEL, span_work, survey
+from megatron_prefix.data.inspect.survey_text import survey_text
+from megatron_prefix.data.steps.cost import CostModel
+from megatron_prefix.data.steps.sharing import Bundle
+from megatron_prefix.data.steps.work import bundle_work
+from megatron_prefix.data.store import spans as spans_module
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.spans import spans
+from megatron_prefix.data.store.statistics import Histogram
 
 
 @pytest.fixture
@@ -116,8 +116,8 @@ def test_a_tree_and_its_picture(dataset, tmp_path, capsys):
 
 def test_targets_are_marked_where_they_stand(dataset):
     """Rows that predict, longer where several responses are; tokens that are predicted."""
-    from megatron_prefix.data.describe import tree_batch
-    from megatron_prefix.data.picture import _segment_kinds, _target_marks
+    from megatron_prefix.data.inspect.describe import tree_batch
+    from megatron_prefix.data.inspect.picture import _segment_kinds, _target_marks
 
     batch = tree_batch(dataset, 0)
     kinds = _segment_kinds([dataset[0]], len(batch.layout.starts))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_prefix.model.swiglu import SwiGLU
+from megatron_prefix.model.layers.swiglu import SwiGLU
 
 CONFIG = SimpleNamespace(gated_linear_unit=True, activation_func=F.silu)
 

@@ -7,11 +7,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prefix.data.formats.base import Example, ExampleResponse
-from megatron_prefix.data.paths import PathEncoder, select
-from megatron_prefix.data.prompt_groups import merge_trees
-from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
-from megatron_prefix.data.tokenizers import load_tokenizer
+from megatron_prefix.data.build.prompt_groups import merge_trees
+from megatron_prefix.data.read.formats.base import Example, ExampleResponse
+from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.tokenize.paths import PathEncoder, select
+from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
 BYTES = load_tokenizer("bytes")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_store import edit_manifest, random_tree, write
 
-from megatron_prefix.data.blocks import Block
-from megatron_prefix.data.spans import Span, spans
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.data.verify import _shape_problems
+from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.spans import Span, spans
+from megatron_prefix.data.store.verify import _shape_problems
 from megatron_prefix.errors import InputError
 
 

@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prefix.data.word_cache import MOST_WORDS, WordCache
+from megatron_prefix.data.tokenize.word_cache import MOST_WORDS, WordCache
 
 ALPHABET = [
     "a",
@@ -88,7 +88,7 @@ def test_every_text_has_the_models_tokens(model):
 
 
 def test_the_table_stays_small(model, monkeypatch):
-    monkeypatch.setattr("megatron_prefix.data.word_cache.MOST_WORDS", 8)
+    monkeypatch.setattr("megatron_prefix.data.tokenize.word_cache.MOST_WORDS", 8)
     _, processor = model
     cache, rng = WordCache(processor), random.Random(1)
     for _ in range(50):
@@ -99,7 +99,7 @@ def test_the_table_stays_small(model, monkeypatch):
 
 
 def test_texts_without_spaces_do_not_fill_the_memory(model, monkeypatch):
-    monkeypatch.setattr("megatron_prefix.data.word_cache.MOST_CHARACTERS", 100)
+    monkeypatch.setattr("megatron_prefix.data.tokenize.word_cache.MOST_CHARACTERS", 100)
     _, processor = model
     cache, rng = WordCache(processor), random.Random(1)
     for _ in range(20):

@@ -6,12 +6,12 @@ import signal
 
 import pytest
 
-from megatron_prefix.data import build as build_module
-from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.manifest import FILES, suffix_path
-from megatron_prefix.data.merge import merge_datasets
-from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.data.workers import ordered
+from megatron_prefix.data.build import builder as build_module
+from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.build.merge_parts import merge_datasets
+from megatron_prefix.data.build.workers import ordered
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.manifest import FILES, suffix_path
 from megatron_prefix.errors import InputError, RunError
 
 

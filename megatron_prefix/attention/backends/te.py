@@ -1,0 +1,112 @@
+"""Leaf paths through Transformer Engine's attention, which picks flash-attn's or cuDNN's kernels.
+
+Its `DotProductAttention` is called directly, with packed sequences of different lengths for
+queries and keys and the mask `padding_causal_bottom_right`. (Megatron-Core's wrapper asks for
+`padding_causal`, aligned top-left, which on leaf paths is wrong.) The gathered keys live only
+during the call and are gathered again in backward; their gradients are summed in float32 in a
+fixed order. Written for Transformer Engine 2.9 and later.
+
+Environment variables of Transformer Engine hold: `NVTE_FLASH_ATTN`, `NVTE_FUSED_ATTN` choose
+kernels, `NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1` says which one runs.
+
+Shapes: L queries, S keys, S_kv gathered keys, N query heads, G key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.attention.backends.regather import Way, attend_to_brought
+from megatron_prefix.attention.backends.requirements import head_dim_fault, why_not_on_cuda
+from megatron_prefix.attention.plan import PathPlan
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+HEAD_DIM_MULTIPLE = 8
+MIN_CAPABILITY = (8, 0)
+
+MakeKernel = Callable[[int, int, int, float, bool], Callable[..., Tensor]]
+
+
+def why_not_te(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """What keeps this backend from running, with the remedy; else None. Imports nothing."""
+    return why_not_on_cuda(
+        device,
+        dtype,
+        dtypes=DTYPES,
+        capability=MIN_CAPABILITY,
+        module="transformer_engine",
+        remedy="`pip install transformer-engine[pytorch]` with CUDA at hand, or use "
+        "attention_backend flash",
+    ) or head_dim_fault(head_dim, most=MAX_HEAD_DIM, multiple=HEAD_DIM_MULTIPLE)
+
+
+@functools.lru_cache(maxsize=16)
+def transformer_engine(
+    num_heads: int, num_groups: int, head_dim: int, scale: float, is_deterministic: bool
+) -> Callable[..., Tensor]:
+    """Transformer Engine's module for these sizes; it has no parameters.
+
+    It reads torch's switch for deterministic algorithms when it is made, hence one for each.
+    """
+    from transformer_engine.pytorch import DotProductAttention
+
+    assert is_deterministic == torch.are_deterministic_algorithms_enabled()
+    return DotProductAttention(
+        num_heads,
+        head_dim,
+        num_gqa_groups=num_groups,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        attn_mask_type="padding_causal_bottom_right",
+        attention_type="cross",
+        softmax_scale=scale,
+    )
+
+
+def te_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: PathPlan,
+    scale: float,
+    make_kernel: MakeKernel = transformer_engine,
+) -> Tensor:
+    """Tree attention in one call of the kernel; arguments as `tree_attention` checks them.
+
+    `make_kernel(heads, groups, head_dim, scale, is_deterministic)` gives what is called as
+    Transformer Engine's module is, by keywords; it is Transformer Engine's own unless given.
+    """
+    if q.size(0) == 0:  # no kernel takes an empty batch; keep all three in the graph
+        return q + (k.sum() + v.sum())
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    kernel = make_kernel(q.size(1), k.size(1), q.size(2), scale, is_deterministic)
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        out = kernel(
+            query_layer=q,
+            key_layer=keys,
+            value_layer=values,
+            qkv_format="thd",
+            attn_mask_type="padding_causal_bottom_right",
+            cu_seqlens_q=plan.cu_seqlens_q,
+            cu_seqlens_kv=plan.cu_seqlens_kv,
+            # At 1, flash kernels take a decoding route that backward does not follow.
+            max_seqlen_q=max(plan.max_seqlen_q, 2),
+            max_seqlen_kv=plan.max_seqlen_kv,
+            pad_between_seqs=False,
+        )
+        return out.view_as(q)  # [L, N * H]
+
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    if plan.is_identity:
+        return attend(q, k, v)
+    return attend_to_brought(attend, q, k, v, Way(_both(plan.gather), _both(plan.sum_copies)))
+
+
+def _both(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple]:
+    return lambda k, v: (function(k), function(v))

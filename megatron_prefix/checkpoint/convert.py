@@ -1,0 +1,289 @@
+"""Hugging Face directories <-> distributed checkpoints, a tensor at a time.
+
+Import writes what Megatron-Core's `torch_dist` format is made of: a file a tensor, `.metadata`
+that says where each lies, `common.pt` for everything else (nothing, here) and `metadata.json`,
+which makes it complete. Export reads such a checkpoint, written by whatever layout, back into
+safetensors. Both hold one parameter at a time, and keep every tensor's precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_prefix.checkpoint.save_load import resolve_checkpoint
+from megatron_prefix.checkpoint.starting_model import HF_FOLDER
+from megatron_prefix.checkpoint.torch_dist import check_checksums, check_harmless, write_checksums
+from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf.config import locate, read_hf_config
+from megatron_prefix.model.hf.files import HFTensors, copy_companions, write_safetensors
+from megatron_prefix.model.hf.reward_model import hf_kind
+from megatron_prefix.model.hf.weights import WeightMap
+from megatron_prefix.model.provider import with_sizes
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote: tensors, their bytes and precisions, and the other files."""
+
+    num_tensors: int
+    num_bytes: int
+    dtypes: tuple[str, ...]
+    companions: tuple[str, ...]
+    note: str | None = None
+    """What a user should know of the result."""
+
+
+def import_checkpoint(hf: str, output: str | Path) -> Converted:
+    """Write the distributed checkpoint `output` from the Hugging Face model `hf`.
+
+    Raises InputError, and leaves nothing behind, where the model cannot be read or `output`
+    exists.
+    """
+    directory = locate(hf)
+    weights = _weight_map(directory)
+    tensors = HFTensors(directory)
+    tensors.check(weights.hf_shapes())
+    items = _write_items(weights, tensors)
+    with _new_directory(Path(output), "--output") as partial:
+        writer = FileSystemWriter(partial, single_file_per_rank=False, thread_count=1)
+        writer.set_up_storage_writer(True)
+        [plan], metadata = create_default_global_save_plan([SavePlan([item for item, _ in items])])
+        plan = writer.prepare_global_plan([writer.prepare_local_plan(plan)])[0]
+        names = {item.index: name for item, (_, name) in zip(plan.items, items, strict=True)}
+        written = writer.write_data(plan, _ReadWhenWritten(weights, tensors, names)).wait()
+        writer.finish(metadata, [written])
+        torch.save({}, partial / "common.pt")
+        companions = copy_companions(directory, partial / HF_FOLDER)
+        write_checksums(partial)
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+    return _summary(
+        {name: tensors.dtypes[name] for name in weights.hf_shapes()}, weights, companions
+    )
+
+
+def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) -> Converted:
+    """Write the Hugging Face directory `hf` from a distributed checkpoint.
+
+    `load` is an `iter_…` directory or a root; tensors keep the checkpoint's precision. Raises
+    InputError, and leaves nothing behind, where the checkpoint cannot be read or `hf` exists.
+    """
+    path = resolve_checkpoint(load)
+    check_checksums(path)
+    source = path / HF_FOLDER
+    if not (source / "config.json").is_file():
+        raise InputError(
+            f"{source}/config.json is missing, so the model's architecture is not known: put the "
+            "config.json and the tokenizer of its Hugging Face model there"
+        )
+    weights = _weight_map(source)
+    checkpoint = CheckpointTensors(path, weights)
+    checkpoint.check()
+    dtypes = {x: checkpoint.dtype(name) for name in weights.names() for x in weights.hf_names(name)}
+    shapes = weights.hf_shapes()
+    with _new_directory(Path(hf), "--hf") as partial:
+        companions = copy_companions(source, partial)
+        write_safetensors(
+            partial,
+            {part: (dtypes[part], shape) for part, shape in shapes.items()},
+            _hf_tensors(weights, checkpoint),
+            max_shard_bytes,
+        )
+        _write_config(read_hf_config(source), set(dtypes.values()), partial / "config.json")
+    note = None
+    if weights.model.kind == "reward" and read_hf_config(source).get("pad_token_id") is None:
+        note = (
+            "no token is known that pads texts and never ends one, so pad_token_id is null: "
+            "transformers scores single texts; give tokenizer and config.json such a token to "
+            "score batches"
+        )
+    return replace(_summary(dtypes, weights, companions), note=note)
+
+
+def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[tuple[str, Tensor]]:
+    for name in weights.names():
+        yield from weights.split(name, checkpoint.read(name)).items()
+
+
+def _weight_map(directory: Path) -> WeightMap:
+    config, source = read_hf_config(directory), f"{directory}/config.json"
+    return WeightMap(*with_sizes(ModelConfig(kind=hf_kind(config, source)), config, source))
+
+
+def _summary(dtypes: dict[str, torch.dtype], weights: WeightMap, companions: list) -> Converted:
+    shapes = weights.hf_shapes()
+    num_bytes = sum(torch.Size(shapes[name]).numel() * x.itemsize for name, x in dtypes.items())
+    kinds = sorted({str(x).removeprefix("torch.") for x in dtypes.values()})
+    return Converted(len(dtypes), num_bytes, tuple(kinds), tuple(companions))
+
+
+def _write_config(config: dict, dtypes: set[torch.dtype], path: Path) -> None:
+    """config.json with the precision that the tensors have; unchanged where it already says so."""
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if len(dtypes) == 1 and config.get(key) != (name := str(*dtypes).removeprefix("torch.")):
+        text = json.dumps(config | {key: name}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _new_directory(target: Path, flag: str) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` when the context ends without an exception."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{flag} {target} is there already: name a new directory, or remove it")
+    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    except OSError as error:
+        raise InputError(f"{flag} {target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_items(weights: WeightMap, tensors: HFTensors) -> list[tuple[WriteItem, str]]:
+    """What the checkpoint is made of, and the canonical parameter behind each part."""
+    items: list[tuple[WriteItem, str]] = []
+    dtype_of: dict[str, torch.dtype] = {}
+    for name in weights.names():
+        key, index, leading = weights.checkpoint_key(name)
+        for part in weights.hf_names(name):
+            dtype = dtype_of.setdefault(key, tensors.dtypes[part])
+            if tensors.dtypes[part] != dtype:
+                raise InputError(
+                    f"{tensors.directory}: tensor {part} is {tensors.dtypes[part]} and others "
+                    f"that become one with it in {key} are {dtype}: save the model in one precision"
+                )
+        shape = weights.shape(name)
+        offsets = torch.Size((*index, *(0 for _ in shape)))
+        chunk = ChunkStorageMetadata(offsets, torch.Size((*(1 for _ in index), *shape)))
+        data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size((*leading, *shape)))
+        entry = MetadataIndex(key, offsets)
+        items.append((WriteItem(entry, WriteItemType.SHARD, tensor_data=data), name))
+    return items
+
+
+class _ReadWhenWritten(DefaultSavePlanner):
+    """Gives the writer a tensor at the moment it is written."""
+
+    def __init__(self, weights: WeightMap, tensors: HFTensors, names: dict) -> None:
+        super().__init__()
+        self._weights, self._tensors, self._names = weights, tensors, names
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        found = self._weights.read(self._names[write_item.index], self._tensors.read)
+        return found.reshape(write_item.tensor_data.chunk.sizes)
+
+
+class CheckpointTensors:
+    """The tensors of a distributed checkpoint, read whole, one parameter at a time."""
+
+    def __init__(self, path: Path, weights: WeightMap) -> None:
+        check_harmless(path)
+        self.path = path
+        self._weights = weights
+        self._reader = FileSystemReader(path)
+        metadata = self._reader.read_metadata()
+        self._entries = metadata.state_dict_metadata
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Precision of a canonical parameter."""
+        return self._entry(name).properties.dtype
+
+    def check(self) -> None:
+        """Refuse a checkpoint without one of the parameters, or with another shape."""
+        for name in self._weights.names():
+            key, _, leading = self._weights.checkpoint_key(name)
+            found = tuple(self._entry(name).size)
+            expected = (*leading, *self._weights.shape(name))
+            if not leading and len(found) == 2 and found[0] >= expected[0]:  # a padded vocabulary
+                found = (expected[0], found[1])
+            if found != expected:
+                raise InputError(
+                    f"{self.path}: {key} has shape {list(found)}, {HF_FOLDER}/config.json asks "
+                    f"for {list(expected)}"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """A canonical parameter, its vocabulary unpadded."""
+        key, index, _ = self._weights.checkpoint_key(name)
+        shape = self._weights.shape(name)
+        wanted = ChunkStorageMetadata(
+            torch.Size((*index, *(0 for _ in shape))), torch.Size((*(1 for _ in index), *shape))
+        )
+        found = torch.empty(wanted.sizes, dtype=self.dtype(name))
+        items = create_read_items_for_chunk_list(key, self._entry(name), [wanted])
+        if sum(item.lengths.numel() for item in items) != found.numel():
+            raise InputError(f"{self.path}: {key} is not whole: parts of it are missing")
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(found)).wait()
+        except Exception as error:  # whatever a damaged or hostile file makes torch raise
+            raise InputError(
+                f"{self.path}: {key} cannot be read ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]})"
+            ) from error
+        return found.reshape(shape)
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
+        key, _, _ = self._weights.checkpoint_key(name)
+        entry = self._entries.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise InputError(
+                f"{self.path}: no tensor {key}: it is no checkpoint of the model that "
+                f"{HF_FOLDER}/config.json describes"
+            )
+        return entry
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        found = self._target
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            found = found.narrow(dim, start, length)
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing to do: `tensor` is a part of the target."""

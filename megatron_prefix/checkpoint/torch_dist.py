@@ -1,0 +1,301 @@
+"""Distributed checkpoints on disk: written in this process, read without executing anything.
+
+The format is Megatron-Core's `torch_dist`: `common.pt`, `*.distcp`, `.metadata`, and
+`metadata.json`, which is written last and marks a checkpoint as complete.
+
+Megatron-Core's own writer forks processes that outlive a killed run. Ours hands the same plan to
+torch's writer, in this process. Reading unpickles `.metadata`, and any object (as opposed to a
+tensor) that it lists; so before anything is loaded, `.metadata` is read by an unpickler that knows
+a handful of harmless classes, and checkpoints that hold objects are refused. What is written here
+holds tensors only.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_prefix.data.store.columns import sha256
+from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf.weights import REWARD_HEAD
+
+COMPLETE = "metadata.json"
+CHECKSUMS = "checksums.json"
+
+_HARMLESS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {
+        "Size",
+        *("float16", "bfloat16", "float32", "float64"),
+        *("int8", "int16", "int32", "int64", "uint8", "bool"),
+    },
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if name not in _HARMLESS.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_entries(path: Path) -> dict:
+    """What the checkpoint `path` holds, by name. Raises InputError."""
+    metadata_path = path / ".metadata"
+    try:
+        with metadata_path.open("rb") as file:
+            return dict(_MetadataUnpickler(file).load().state_dict_metadata)
+    except OSError as error:
+        raise InputError(f"{metadata_path}: {error.strerror}; the checkpoint is damaged") from None
+    except Exception as error:  # whatever a damaged or hostile pickle raises
+        raise InputError(_refusal(metadata_path, error)) from None
+
+
+def model_kind(path: Path) -> str:
+    """`reward` for a checkpoint that holds a reward model's head, else `lm`. Raises InputError."""
+    return "reward" if REWARD_HEAD in _read_entries(path) else "lm"
+
+
+def check_harmless(path: Path) -> None:
+    """Raise InputError unless loading the checkpoint `path` can execute nothing."""
+    metadata_path = path / ".metadata"
+    for key, entry in _read_entries(path).items():
+        if type(entry).__name__ != "TensorStorageMetadata":
+            raise InputError(
+                f"{metadata_path}: refused, because {str(key)[:100]} is a pickled object, not a "
+                "tensor, and could execute code when loaded; use a checkpoint that holds tensors"
+            )
+
+
+def _read_common(path: Path) -> dict:
+    """`common.pt`, never by a plain unpickler, whatever torch's environment variables say."""
+    try:
+        return torch.load(path / "common.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}/common.pt: missing; the checkpoint is damaged") from None
+    except Exception as error:  # whatever a damaged or hostile pickle raises
+        raise InputError(_refusal(path / "common.pt", error)) from None
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    return (
+        f"{path}: refused, because it is damaged or could execute code when loaded "
+        f"({' '.join(str(error).split())[:200]}); use a checkpoint that you trust"
+    )
+
+
+def check_same_tensors(request: dict, path: Path, unread: Sequence[str] = ()) -> None:
+    """Raise InputError unless the checkpoint's model is made of the requested tensors.
+
+    A tensor that is asked for and missing fails by itself when it is loaded; one that is there
+    and not asked for (a head, for a model with tied embeddings) would be dropped silently, and
+    may be there only where `unread` names it. Collective; every rank asks for its part.
+    """
+    own = {
+        x.key
+        for x in nested_values(request)
+        if isinstance(x, (ShardedTensor, ShardedTensorFactory))
+    }
+    parts: list[set] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    saved = set(_read_entries(path)) - set(unread)
+    surplus = sorted(n for n in saved - set().union(*parts) if not n.startswith("optimizer."))
+    if surplus:
+        raise InputError(
+            f"{path}: holds tensors that this model does not have: {', '.join(surplus[:5])}; give "
+            "the sizes it was trained with (untie_embeddings_and_output_weights, add_qkv_bias, …)"
+        )
+
+
+class InProcessSave(SaveShardedStrategy):
+    """Megatron-Core's save strategy on torch's own writer, without child processes."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        return True
+
+    def check_backend_compatibility(self, loaded_version: int) -> None:
+        """Nothing is loaded by this strategy."""
+
+    def check_version_compatibility(self, loaded_version: int) -> None:
+        """Nothing is loaded by this strategy."""
+
+    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
+        """Write this rank's tensors; collective."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+        )
+
+
+def write_checksums(path: Path) -> None:
+    """Write CHECKSUMS, a SHA-256 of every file below `path`; collective, files shared out.
+
+    Raises OSError, on every process.
+    """
+    own: dict[str, str] | OSError = {}
+    try:
+        own = {name: sha256(path / name) for name in _own_share(_files(path))}
+    except OSError as error:
+        own = error
+    parts = _gathered(own)
+    for part in parts:
+        if isinstance(part, OSError):
+            raise part
+    if _rank() == 0:
+        checksums = {name: digest for part in parts for name, digest in part.items()}
+        text = json.dumps(dict(sorted(checksums.items())), indent=1)
+        (path / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
+
+
+def check_checksums(path: Path) -> None:
+    """Raise InputError, on every process, where a file is not what was written; collective.
+
+    A checkpoint without CHECKSUMS was written elsewhere and is taken as it is.
+    """
+    own: list[str] = []
+    try:
+        expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        names = sorted(set(expected) | set(_files(path)))
+        for name in _own_share(names):
+            if not (path / name).is_file() or sha256(path / name) != expected.get(name):
+                own.append(name)
+    except FileNotFoundError:
+        own = []
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        own = [CHECKSUMS]
+    damaged = sorted({name for part in _gathered(own) for name in part})
+    if damaged:
+        raise InputError(
+            f"{path}: damaged, or changed since it was saved: {', '.join(damaged[:5])}; load "
+            "another checkpoint"
+        )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _own_share(names: list[str]) -> list[str]:
+    """The names that this process sees to; all of them where it stands alone."""
+    return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
+
+
+def _gathered(own: object) -> list:
+    """What every process has, in the order of ranks."""
+    if not dist.is_initialized():
+        return [own]
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return parts
+
+
+def _files(path: Path) -> list[str]:
+    """What a checkpoint holds, but for the checksums and the mark of completeness."""
+    return sorted(
+        str(file.relative_to(path))
+        for file in path.rglob("*")
+        if file.is_file() and file.name not in (CHECKSUMS, COMPLETE)
+    )
+
+
+def save(state: dict, path: Path) -> None:
+    """Write `state` into the empty directory `path`; collective. Raises OSError."""
+    try:
+        dist_checkpointing.save(state, str(path), sharded_strategy=InProcessSave())
+    except CheckpointException as error:  # a failure of any rank, on every rank
+        causes = [failure[0] for failure in error.failures.values()]
+        cause = next((c for c in causes if isinstance(c, OSError)), causes[0])
+        raise OSError(getattr(cause, "errno", None), str(cause)) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise OSError(None, f"torch could not write: {' '.join(str(error).split())}") from error
+
+
+def load(request: dict, path: Path, unread: Sequence[str] = ()) -> dict:
+    """Fill `request`'s sharded tensors from the checkpoint `path`; collective.
+
+    `unread` names tensors of the model that may be there and are left. Returns the tensors in
+    place of the request, and what was saved beside them. Raises InputError where the checkpoint
+    is damaged, could execute code, or is of another model.
+    """
+    check_checksums(path)
+    check_harmless(path)
+    check_same_tensors(request, path, unread)
+    _read_common(path)
+    return _explained(lambda: dist_checkpointing.load(request, str(path)), path)
+
+
+def load_common(path: Path) -> dict:
+    """What was saved beside the tensors; collective. Raises InputError."""
+    check_checksums(path)
+    common = _read_common(path)
+    if not isinstance(common, dict):
+        raise InputError(f"{path}/common.pt: holds no dictionary; load another checkpoint")
+    return common
+
+
+def _explained(action, path: Path) -> dict:
+    try:
+        return action()
+    except CheckpointException as error:  # a failure of any rank, on every rank
+        raise InputError(_message(path, next(iter(error.failures.values()))[0])) from error
+    except CheckpointingException as error:
+        raise InputError(_message(path, error)) from error
+    except (OSError, KeyError, ValueError, RuntimeError, EOFError, TypeError) as error:
+        raise InputError(_message(path, error)) from error
+    except (pickle.UnpicklingError, AttributeError, IndexError, AssertionError) as error:
+        raise InputError(_message(path, error)) from error
+
+
+def _message(path: Path, error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return (
+        f"{path}: not a checkpoint that fits this run, or damaged ({type(error).__name__}: "
+        f"{text}); check the model's sizes, or load another checkpoint"
+    )
+
+
+def tensors_only(state: dict) -> dict:
+    """`state` without sharded objects (Megatron-Core's `_extra_state`, which is empty here)."""
+    return extract_matching_values(state, lambda value: not isinstance(value, ShardedObject))[0]

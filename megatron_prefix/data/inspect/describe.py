@@ -1,0 +1,209 @@
+"""Parts of a data set for people: one tree as text, one packed row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_prefix.data.steps.composition import RowBatches
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.statistics import align
+from megatron_prefix.data.store.verify import verify_group, verify_offsets
+from megatron_prefix.data.tokenize.tokenizers import Tokenizer, load_tokenizer
+from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_prefix.data.steps.collate import MicroBatch
+
+TEXT_WIDTH = 64
+IDS_SHOWN = 6
+
+
+def packed_rows(dataset: PreferenceDataset, row_capacity: int) -> RowBatches:
+    """The rows `rows_per_step: 1` would train on with seed 0; refuses groups that do not fit."""
+    verify_offsets(dataset)
+    lengths = dataset.groups_num_tokens()
+    if lengths.max() > row_capacity:
+        raise InputError(
+            f"{dataset.prefix}: group {lengths.argmax()} has {lengths.max()} tokens, and "
+            f"--row-capacity is {row_capacity}: raise it, or build with a smaller --max-length"
+        )
+    return RowBatches(lengths, row_capacity, 1, dataset.fingerprint, 0)
+
+
+def row_items(
+    dataset: PreferenceDataset, row: int, row_capacity: int
+) -> tuple[MicroBatch, list[int]]:
+    """(MicroBatch, its groups) of one packed row of whole trees, in the order of seed 0."""
+    from megatron_prefix.data.steps.sampler import Sampler
+
+    rows = packed_rows(dataset, row_capacity)
+    if not 0 <= row < rows.num_steps(1):
+        raise InputError(f"--row is {row}, and an epoch has rows 0 to {rows.num_steps(1) - 1}")
+    sampler = Sampler(dataset=dataset, composition=rows, row_capacity=row_capacity)
+    plan = sampler.step(row)
+    groups = [bundle.group for bundle in plan.rows[0][0]]
+    for group in groups:
+        verify_group(dataset, group)
+    return sampler.micro_batches(plan)[0], groups
+
+
+def tree_batch(dataset: PreferenceDataset, group: int) -> MicroBatch:
+    """One tree alone as a row."""
+    from megatron_prefix.data.steps.collate import RowItem, collate_packed
+    from megatron_prefix.data.steps.sharing import view
+
+    tree = dataset[_checked_group(dataset, group)]
+    item = RowItem(group=group, view=view(tree, "tree", 0), pair_weights=tree.pair_weights)
+    return collate_packed([item])
+
+
+def find_tokenizer(dataset: PreferenceDataset) -> tuple[Tokenizer | None, str]:
+    """The data set's tokenizer if it is where it was and still the same, and else why not."""
+    described = dataset.manifest["tokenizer"]
+    try:
+        tokenizer = load_tokenizer(described["name"])
+    except InputError as error:
+        return None, str(error)
+    if tokenizer.fingerprint != described["fingerprint"]:
+        return None, f"tokenizer {described['name']} has changed since the build"
+    return tokenizer, ""
+
+
+def tree_dict(dataset: PreferenceDataset, group: int) -> dict[str, Any]:
+    """One tree as plain values; NaN scores and margins become None."""
+    tree = dataset[_checked_group(dataset, group)]
+    return {
+        "group": group,
+        "record": int(dataset.group_records[group]),
+        "nodes": [
+            {"parent": int(tree.parents[n]), "tokens": tree.node_tokens(n).tolist()}
+            for n in range(tree.num_nodes)
+        ],
+        "responses": [
+            {
+                "nodes": tree.response_nodes(r),
+                "set": int(tree.response_sets[r]),
+                "rank": int(tree.ranks[r]),
+                "score": _known(tree.scores[r]),
+            }
+            for r in range(tree.num_responses)
+        ],
+        "pairs": [
+            {
+                "chosen": int(tree.pairs[p, 0]),
+                "rejected": int(tree.pairs[p, 1]),
+                "weight": float(tree.pair_weights[p]),
+                "margin": _known(tree.pair_margins[p]),
+            }
+            for p in range(tree.num_pairs)
+        ],
+    }
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _checked_group(dataset: PreferenceDataset, group: int) -> int:
+    if not 0 <= group < len(dataset):
+        raise InputError(
+            f"--tree is {group}, and {dataset.prefix} has groups 0 to {len(dataset) - 1}"
+        )
+    verify_offsets(dataset)
+    verify_group(dataset, group)
+    return group
+
+
+def tree_text(dataset: PreferenceDataset, group: int) -> str:
+    """One tree with branches drawn, where losses begin and end, ranks, scores and pairs.
+
+    ├─ [1] 12 tokens  loss of 0 (ends)  ' Yes, gladly.<eos>'
+    """
+    tree = dataset[_checked_group(dataset, group)]
+    tokenizer, reason = find_tokenizer(dataset)
+    lines = [
+        f"group {group} of {dataset.prefix}, record {int(dataset.group_records[group])}: "
+        f"{tree.num_tokens:,} tokens, {tree.num_nodes} nodes, {tree.num_responses} responses, "
+        f"{tree.num_pairs} pairs"
+    ]
+    if tokenizer is None:
+        lines.append(f"(token ids instead of text: {reason})")
+    lines += _branch_lines(tree, tokenizer)
+    lines += ["", "responses"]
+    lines += align([_response_cells(tree, r) for r in range(tree.num_responses)])
+    lines += ["pairs"]
+    lines += align([_pair_cells(tree, p) for p in range(tree.num_pairs)])
+    return "\n".join(lines)
+
+
+def _branch_lines(tree: PrefixTree, tokenizer: Tokenizer | None) -> list[str]:
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(tree.parents.tolist()):
+        children.setdefault(parent, []).append(node)
+    losses = _losses(tree)
+    lines: list[str] = []
+    roots = children[-1]
+    stack = [(node, "", node == roots[-1]) for node in reversed(roots)]
+    while stack:
+        node, indent, is_last = stack.pop()
+        length = int(tree.node_lengths[node])
+        head = f"{indent}{'└─' if is_last else '├─'} [{node}] {length:,} token{'s' * (length != 1)}"
+        lines.append(f"{head}  {losses[node]}  {_content(tree.node_tokens(node), tokenizer)}")
+        below = children.get(node, [])
+        indent += "   " if is_last else "│  "
+        stack += [(child, indent, child == below[-1]) for child in reversed(below)]
+    return lines
+
+
+def _losses(tree: PrefixTree) -> list[str]:
+    """For each node, whose loss its tokens carry: "prompt", or "loss of 0, 1 (0 ends)"."""
+    carried: list[list[int]] = [[] for _ in range(tree.num_nodes)]
+    for response in range(tree.num_responses):
+        for node in tree.response_nodes(response):
+            carried[node].append(response)
+    texts = []
+    for node, responses in enumerate(carried):
+        if not responses:
+            texts.append("prompt")
+            continue
+        ends = [str(r) for r in responses if tree.response_last[r] == node]
+        text = f"loss of {', '.join(map(str, responses))}"
+        texts.append(text + (f" ({', '.join(ends)} ends)" if ends else ""))
+    return texts
+
+
+def _content(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        if len(ids) <= 2 * IDS_SHOWN:
+            return str(ids.tolist())
+        shown = [", ".join(map(str, part.tolist())) for part in (ids[:IDS_SHOWN], ids[-IDS_SHOWN:])]
+        return f"[{shown[0]}, …, {shown[1]}]"
+    text = repr(tokenizer.decode(ids.tolist()))
+    half = TEXT_WIDTH // 2
+    return text if len(text) <= TEXT_WIDTH else f"{text[: half - 2]} … {text[-half + 1 :]}"
+
+
+def _response_cells(tree: PrefixTree, response: int) -> list[str]:
+    tokens, loss_start = tree.response_tokens(response)
+    rank, score = int(tree.ranks[response]), _known(tree.scores[response])
+    return [
+        f"  {response}",
+        f"set {int(tree.response_sets[response])}",
+        f"rank {rank}" if rank >= 0 else "no rank",
+        f"score {score:g}" if score is not None else "no score",
+        f"{loss_start:,} prompt tokens",
+        f"{len(tokens) - loss_start:,} with loss",
+    ]
+
+
+def _pair_cells(tree: PrefixTree, pair: int) -> list[str]:
+    chosen, rejected = tree.pairs[pair].tolist()
+    margin = _known(tree.pair_margins[pair])
+    return [
+        f"  {chosen} over {rejected}",
+        f"weight {tree.pair_weights[pair]:g}",
+        f"margin {margin:g}" if margin is not None else "no margin",
+    ]

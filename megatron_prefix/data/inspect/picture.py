@@ -1,0 +1,225 @@
+"""One packed row, or one tree, as a picture: who sees whom, and what is learned.
+
+Queries run down, keys run across. Every segment is a triangle (its own causal part) and a
+rectangle against each segment above it in its tree; what is white is never computed. The
+strips along both edges show the segments in the colour of their tree, under the tree's name. The
+black marks are the targets: beneath the picture the tokens that are predicted, at its right the
+rows that predict them, longer where a row predicts for several responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prefix.data.steps.collate import MicroBatch
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.errors import InputError
+
+COLOURS = ("#1f6f9c", "#d1602b", "#2f8f5b", "#8a4f9e", "#b8902a", "#b5364d", "#4a6a72", "#6b7f1f")
+PADDING = "#d9d9d9"
+INK = "#333333"
+PROMPT_TINT, SEEN_TINT = 0.62, 0.45
+
+
+def _tint(colour: str, share: float) -> tuple[float, float, float]:
+    """`colour` mixed with `share` of white."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return tuple(c + (1 - c) * share for c in channels)
+
+
+def _segment_kinds(trees: Sequence[PrefixTree], num_segments: int) -> list[tuple[int, bool]]:
+    """(tree, whether it carries loss) of each segment; tree -1 is padding."""
+    kinds: list[tuple[int, bool]] = []
+    for number, tree in enumerate(trees):
+        with_loss = {n for r in range(tree.num_responses) for n in tree.response_nodes(r)}
+        kinds += [(number, node in with_loss) for node in range(tree.num_nodes)]
+    return kinds + [(-1, False)] * (num_segments - len(kinds))
+
+
+def _visible_areas(
+    layout: Any, kinds: Sequence[tuple[int, bool]]
+) -> tuple[list[np.ndarray], list[tuple[float, float, float]]]:
+    """Polygons in (key, query) coordinates with their colours."""
+    polygons, colours = [], []
+    starts, parents = layout.starts.tolist(), layout.parents.tolist()
+    ends = (layout.starts + layout.lengths).tolist()
+    for segment, (tree, has_loss) in enumerate(kinds):
+        colour = COLOURS[tree % len(COLOURS)] if tree >= 0 else PADDING
+        own = _tint(colour, 0 if has_loss or tree < 0 else PROMPT_TINT)
+        start, end = starts[segment], ends[segment]
+        polygons.append(np.array([(start, start), (start, end), (end, end)]))
+        colours.append(own)
+        above = parents[segment]
+        while above >= 0:
+            left, right = starts[above], ends[above]
+            polygons.append(np.array([(left, start), (right, start), (right, end), (left, end)]))
+            colours.append(_tint(colour, SEEN_TINT if has_loss else PROMPT_TINT))
+            above = parents[above]
+    return polygons, colours
+
+
+def _strips(
+    layout: Any, kinds: Sequence[tuple[int, bool]], width: float
+) -> tuple[list[np.ndarray], list[Any]]:
+    """The segments along the top and the left edge."""
+    polygons, colours = [], []
+    ends = (layout.starts + layout.lengths).tolist()
+    near, far = -0.35 * width, -1.35 * width
+    for start, end, (tree, has_loss) in zip(layout.starts.tolist(), ends, kinds, strict=True):
+        colour = COLOURS[tree % len(COLOURS)] if tree >= 0 else PADDING
+        fill = _tint(colour, 0 if has_loss or tree < 0 else PROMPT_TINT)
+        polygons.append(np.array([(start, far), (end, far), (end, near), (start, near)]))
+        polygons.append(np.array([(far, start), (far, end), (near, end), (near, start)]))
+        colours += [fill, fill]
+    return polygons, colours
+
+
+def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
+    """[1, 1, 2, 5] -> [(1, 3), (5, 6)]: unique rows as half-open runs."""
+    rows = np.unique(rows)
+    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, breaks) if len(run)]
+
+
+def _target_marks(
+    layout: Any, kinds: Sequence[tuple[int, bool]], source_row: np.ndarray, width: float
+) -> list[np.ndarray]:
+    """Rows that predict at the right edge, wider for several responses; targets beneath."""
+    size, marks = layout.num_tokens, []
+    rows, counts = np.unique(source_row, return_counts=True)
+    for several, reach in ((False, 0.75), (True, 1.35)):
+        left, right = size + 0.35 * width, size + reach * width
+        for start, stop in _runs(rows[(counts > 1) == several]):
+            marks.append(np.array([(left, start), (right, start), (right, stop), (left, stop)]))
+    top, bottom = size + 0.35 * width, size + 0.75 * width
+    starts, ends = layout.starts.tolist(), (layout.starts + layout.lengths).tolist()
+    for start, stop, (_, has_loss) in zip(starts, ends, kinds, strict=True):
+        if has_loss:
+            marks.append(np.array([(start, top), (stop, top), (stop, bottom), (start, bottom)]))
+    return marks
+
+
+def _name_trees(
+    axes: Any,
+    layout: Any,
+    kinds: Sequence[tuple[int, bool]],
+    groups: Sequence[int],
+    width: float,
+) -> None:
+    """The number of each tree's group above its part of the strip, where there is room."""
+    starts = layout.starts.tolist()
+    ends = (layout.starts + layout.lengths).tolist()
+    for tree, group in enumerate(groups):
+        segments = [i for i, (number, _) in enumerate(kinds) if number == tree]
+        start, stop = starts[segments[0]], ends[segments[-1]]
+        name = f"group {group}" if stop - start > 3 * width else str(group)
+        if stop - start > width:
+            axes.text(
+                (start + stop) / 2,
+                -1.6 * width,
+                name,
+                color=COLOURS[tree % len(COLOURS)],
+                fontsize=8,
+                ha="center",
+                va="bottom",
+            )
+
+
+def draw_row(
+    dataset: PreferenceDataset,
+    batch: MicroBatch,
+    groups: Sequence[int],
+    row_capacity: int,
+    path: str | Path,
+    title: str,
+) -> None:
+    """Write the picture of one row, or of one tree as a row.
+
+    The file's ending (.png, .svg, .pdf) sets its kind. Raises InputError where matplotlib is
+    missing or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.collections import PolyCollection
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise InputError("--picture needs matplotlib: pip install matplotlib") from error
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--picture {path} cannot be written: end it in .png, .svg or .pdf")
+    trees = [dataset[group] for group in groups]
+    layout = batch.layout
+    kinds = _segment_kinds(trees, len(layout.starts))
+    size = layout.num_tokens
+    figure = Figure(figsize=(8.6, 9.3), dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.085, 0.075, 0.885, 0.815))
+    width = size / 42
+    for make in (_visible_areas(layout, kinds), _strips(layout, kinds, width)):
+        polygons, colours = make
+        axes.add_collection(
+            PolyCollection(polygons, facecolors=colours, edgecolors="white", linewidths=0.25)
+        )
+    marks = _target_marks(layout, kinds, batch.source_row, width)
+    axes.add_collection(PolyCollection(marks, facecolors=INK, edgecolors="none"))
+    _name_trees(axes, layout, kinds, groups, width)
+    axes.plot([0, size, size, 0, 0], [0, 0, size, size, 0], color="#bbbbbb", linewidth=0.8)
+    axes.set(xlim=(-1.6 * width, size + 1.6 * width), ylim=(size + 1.6 * width, -2.6 * width))
+    axes.set_aspect("equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.set_ticks([tick for tick in axis.get_majorticklocs() if 0 <= tick <= size])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.tick_params(length=0, labelsize=8, colors="#666666")
+    axes.set_xlabel("key token (a colour a tree)", fontsize=9, color=INK)
+    axes.set_ylabel("query token", fontsize=9, color=INK)
+    _caption(figure, axes, batch, trees, row_capacity, title)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"picture {path} cannot be written: {error}") from error
+
+
+def _caption(
+    figure: Any,
+    axes: Any,
+    batch: MicroBatch,
+    trees: Sequence[PrefixTree],
+    row_capacity: int,
+    title: str,
+) -> None:
+    from matplotlib.patches import Patch
+
+    figure.text(0.085, 0.968, title, fontsize=13, color=INK, weight="bold", va="center")
+    fill = 100 * batch.num_tokens / row_capacity
+    facts = (
+        f"{batch.num_tokens:,} of {row_capacity:,} tokens ({fill:.1f} % full), {len(trees)} "
+        f"tree{'s' * (len(trees) != 1)}, {batch.num_responses} responses, {len(batch.pairs)} "
+        f"pairs; {batch.num_projected:,} rows predict {len(batch.source_row):,} targets"
+    )
+    figure.text(0.085, 0.942, facts, fontsize=9.5, color=INK, va="center")
+    colour = COLOURS[0]
+    handles = [
+        Patch(color=_tint(colour, PROMPT_TINT), label="prompt"),
+        Patch(color=colour, label="response"),
+        Patch(color=_tint(colour, SEEN_TINT), label="what a response sees"),
+        Patch(color=INK, label="targets (below) and the rows that predict them (right)"),
+    ]
+    figure.legend(
+        handles=handles,
+        loc="center left",
+        bbox_to_anchor=(0.078, 0.915),
+        ncols=len(handles),
+        fontsize=8.5,
+        frameon=False,
+        handlelength=1.1,
+        handleheight=1.0,
+        columnspacing=1.4,
+        labelcolor=INK,
+    )

@@ -1,0 +1,180 @@
+"""What a data set looks like as a whole: how long, how wide, how deep, and what costs most.
+
+Columns alone are read, in spans, so a million groups take seconds and no token is touched. The
+cost of a group is the forward pass of its tree through a model of 8 billion parameters:
+
+    linear layers a token executed, attention a visible (q, k) entry, the head a row of logits
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_prefix.data.inspect.describe import packed_rows
+from megatron_prefix.data.store.spans import Span
+from megatron_prefix.data.store.statistics import SHARING_TOKENS, Histogram
+from megatron_prefix.data.store.verify import sound_spans
+
+if TYPE_CHECKING:
+    from megatron_prefix.data.steps.cost import CostModel
+    from megatron_prefix.data.store.dataset import PreferenceDataset
+
+COST_MODEL = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+}
+"""The model whose forward pass `cost` is, under the names of the model section."""
+LISTED = 10
+"""Most expensive groups that are listed."""
+BINS = 12
+RATIOS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Edges of the histogram of prompt over response tokens, open at both ends."""
+
+
+def survey(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[str, Any]:
+    """Counts, tokens and factors of the sharing modes, lengths, ratios, shape, what costs most.
+
+    `factors[a][b]` is how many times the tokens of mode b mode a takes. A histogram is {"edges",
+    "counts"}: bin i holds values from edges[i] up to, not including, edges[i + 1].
+    `responses_per_set` and the others of the kind map a number to how many sets (or groups) have
+    it. With `row_capacity` also the fill of rows packed whole from one epoch. Raises InputError.
+    """
+    manifest, report = dataset.manifest, dataset.manifest["report"]
+    tokens, found = manifest["tokens"], _Survey(dataset)
+    result = {
+        "prefix": str(dataset.prefix),
+        "fingerprint": dataset.fingerprint,
+        "tokenizer": manifest["tokenizer"],
+        "counts": manifest["counts"],
+        "tokens": tokens,
+        "factors": {
+            a: {b: round(tokens[a] / tokens[b], 4) if tokens[b] else None for b in SHARING_TOKENS}
+            for a in SHARING_TOKENS
+        },
+        "lengths": manifest["lengths"],
+        **found.summary(),
+        "build": {
+            "records": report.get("num_records"),
+            "duplicates": report.get("duplicates", {}).get("num_records"),
+            "dropped": {
+                reason: {name: lost[name] for name in ("groups", "responses", "pairs")}
+                for reason, lost in report.get("dropped", {}).items()
+            },
+            "wrong": report.get("wrong", {}).get("num_records", 0),
+            "truncated": report.get("truncated", {}),
+            "notes": report.get("notes", {}),
+            "merged": report.get("merged", {}),
+        },
+    }
+    if row_capacity is not None:
+        rows = packed_rows(dataset, row_capacity)
+        result["packing"] = {
+            "row_capacity": row_capacity,
+            "rows": rows.num_steps(1),
+            "fill": round(rows.fill(), 4),
+        }
+    return result
+
+
+class _Survey:
+    """One pass over a data set."""
+
+    def __init__(self, dataset: PreferenceDataset) -> None:
+        self._lengths = {name: Histogram() for name in ("prompt", "response", "path", "tree")}
+        self._tallies = {
+            name: Histogram()
+            for name in ("responses_per_set", "sets_per_group", "nodes_on_longest_path")
+        }
+        self._ratios = np.zeros(len(RATIOS) + 1, np.int64)
+        self._sums = np.zeros(2, np.int64)
+        self._expensive: dict[str, list[dict[str, Any]]] = {"tokens": [], "cost": []}
+        self._total_cost = 0.0
+        self._cost_model = _cost_model(dataset.vocab_size)
+        for span in sound_spans(dataset):
+            self._add(span)
+
+    def _add(self, span: Span) -> None:
+        prompts = span["response_prompts"].astype(np.int64)
+        paths = span["response_lengths"].astype(np.int64)
+        trees = span.per_group(span.lengths)
+        parts = (prompts, paths - prompts, paths, trees)
+        for histogram, values in zip(self._lengths.values(), parts, strict=True):
+            histogram.add(values)
+        ratios = np.searchsorted(RATIOS, prompts / np.maximum(paths - prompts, 1), "right")
+        self._ratios += np.bincount(ratios, minlength=len(self._ratios))
+        self._sums += (prompts.sum(), (paths - prompts).sum())
+        sets = span["response_sets"].astype(np.int64)
+        most = int(sets.max()) + 1
+        keys = span.group_of_response * most + sets
+        sizes = np.unique(keys, return_counts=True)[1]
+        firsts = np.cumsum(span["group_responses"]) - span["group_responses"]
+        depths = np.maximum.reduceat(
+            span.depths, np.cumsum(span["group_nodes"]) - span["group_nodes"]
+        )
+        shapes = (sizes, np.maximum.reduceat(sets, firsts) + 1, depths)
+        for histogram, values in zip(self._tallies.values(), shapes, strict=True):
+            histogram.add(values)
+        self._add_costs(span, trees)
+
+    def _add_costs(self, span: Span, trees: np.ndarray) -> None:
+        area, rows = span_work(span)
+        model = self._cost_model
+        cost = model.per_token * trees + model.per_entry * area + model.per_row * rows
+        self._total_cost += float(cost.sum())
+        for key, values in (("tokens", trees), ("cost", cost)):
+            first = np.argsort(-values, kind="stable")[:LISTED].tolist()
+            listed = self._expensive[key] + [
+                {
+                    "group": span.start + group,
+                    "record": int(span["group_records"][group]),
+                    "tokens": int(trees[group]),
+                    "responses": int(span["group_responses"][group]),
+                    "cost": float(cost[group]),
+                }
+                for group in first
+            ]
+            self._expensive[key] = sorted(listed, key=lambda g: (-g[key], g["group"]))[:LISTED]
+
+    def summary(self) -> dict[str, Any]:
+        prompts, responses = self._sums.tolist()
+        return {
+            "histograms": {name: h.bins(BINS) for name, h in self._lengths.items()},
+            "prompt_over_response": {
+                "mean": round(prompts / responses, 4),
+                "edges": [0.0, *RATIOS, None],
+                "counts": self._ratios.tolist(),
+            },
+            **{name: tally.tally() for name, tally in self._tallies.items()},
+            "expensive": {
+                "cost_model": COST_MODEL,
+                "total_cost": self._total_cost,
+                "by_tokens": self._expensive["tokens"],
+                "by_cost": self._expensive["cost"],
+            },
+        }
+
+
+def span_work(span: Span) -> tuple[np.ndarray, np.ndarray]:
+    """Visible (q, k) entries and rows of logits of each group as a tree, int64 [G] both.
+
+    data/steps/work.py has the formulas and an example.
+    """
+    lengths, above = span.lengths, span.ends - span.lengths
+    area = span.per_group(lengths * above + lengths * (lengths + 1) // 2)
+    carries, predicts = np.zeros((2, len(lengths)), bool)
+    for node in span.walk():
+        carries[node] = True
+    predicts[span.parents[carries]] = True
+    return area, span.per_group(np.where(carries, lengths - 1, 0) + predicts)
+
+
+def _cost_model(vocab_size: int) -> CostModel:
+    from megatron_prefix.config.schema import ModelConfig
+    from megatron_prefix.data.steps.cost import CostModel
+
+    return CostModel.of_model(ModelConfig(**COST_MODEL), vocab_size)

@@ -1,0 +1,166 @@
+"""What one group becomes under each `sharing` mode.
+
+A **bundle** is what must stand in one row: the smallest part of a group that holds both sides
+of its pairs. A group with responses a, b, c of one prompt p and pairs (a, b), (a, c):
+
+    tree      one bundle   p -> a, b, c                  every token once
+    pair      two bundles  p -> a, b       p -> a, c     the prompt once a pair
+    response  one bundle   p a | p b | p c               each response with its own prompt
+    none      two bundles  p a | p b       p a | p c     a sequence per pair and side
+
+Everything comes back as a PrefixTree (`|` separates its roots), so rows, layout and loss know
+one kind of thing only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_prefix.data.tree import PrefixTree
+
+if TYPE_CHECKING:
+    from megatron_prefix.data.store.dataset import PreferenceDataset
+
+SHARING_MODES = ("tree", "pair", "response", "none")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Part `item` of group `group`: the pair's index, the comparison set, or 0 for a tree."""
+
+    group: int
+    item: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class View:
+    """A bundle's tokens as run: `responses` and `pairs` map `tree`'s to the group's."""
+
+    tree: PrefixTree
+    responses: np.ndarray
+    pairs: np.ndarray
+
+
+def bundles_of(dataset: PreferenceDataset, group: int, sharing: str) -> list[Bundle]:
+    """The bundles of a group with their lengths in tokens, from the data set's columns alone."""
+    if sharing == "tree":
+        return [Bundle(group, 0, dataset.group_num_tokens(group))]
+    r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
+    lengths = dataset.response_lengths[r0:r1].astype(np.int64)
+    if sharing == "response":
+        sets = dataset.response_sets[r0:r1]
+        return [Bundle(group, int(s), int(lengths[sets == s].sum())) for s in np.unique(sets)]
+    p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
+    sides = dataset.pair_responses[p0:p1]
+    tokens = lengths[sides].sum(axis=1)
+    if sharing == "pair":
+        tokens = tokens - dataset.response_prompts[r0:r1].astype(np.int64)[sides].min(axis=1)
+    return [Bundle(group, i, int(n)) for i, n in enumerate(tokens)]
+
+
+def all_bundles(dataset: PreferenceDataset, sharing: str) -> tuple[np.ndarray, ...]:
+    """(group, item, num_tokens) of every bundle of the data set, [B] each, groups in order."""
+    num_groups = len(dataset)
+    if sharing == "tree":
+        zeros = np.zeros(num_groups, np.int64)
+        return np.arange(num_groups), zeros, dataset.groups_num_tokens()
+    lengths = np.asarray(dataset.response_lengths, np.int64)
+    firsts = np.asarray(dataset.group_responses)
+    if sharing == "response":
+        group = np.repeat(np.arange(num_groups), np.diff(firsts))
+        sets = np.asarray(dataset.response_sets, np.int64)
+        most = int(sets.max()) + 1
+        keys, inverse = np.unique(group * most + sets, return_inverse=True)
+        tokens = np.bincount(inverse, lengths, len(keys))
+        return keys // most, keys % most, tokens.astype(np.int64)
+    pair_offsets = np.asarray(dataset.group_pairs)
+    group = np.repeat(np.arange(num_groups), np.diff(pair_offsets))
+    sides = np.asarray(dataset.pair_responses, np.int64) + firsts[group][:, None]
+    tokens = lengths[sides].sum(axis=1)
+    if sharing == "pair":
+        tokens -= np.asarray(dataset.response_prompts, np.int64)[sides].min(axis=1)
+    return group, np.arange(len(group)) - pair_offsets[group], tokens
+
+
+def group_lengths(dataset: PreferenceDataset, sharing: str) -> np.ndarray:
+    """Tokens of each group under a sharing mode, int64 [groups]."""
+    group, _, tokens = all_bundles(dataset, sharing)
+    return np.bincount(group, tokens, len(dataset)).astype(np.int64)
+
+
+def view(tree: PrefixTree, sharing: str, item: int) -> View:
+    """The tokens of one bundle of `tree` as they are run under `sharing`."""
+    everything = np.arange(tree.num_responses), np.arange(tree.num_pairs)
+    if sharing == "tree":
+        return View(tree=tree, responses=everything[0], pairs=everything[1])
+    if sharing == "response":
+        responses = np.flatnonzero(tree.response_sets == item)
+        pairs = np.flatnonzero(tree.pair_sets == item)
+    else:
+        responses, pairs = tree.pairs[item].astype(np.int64), np.array([item])
+    build = _share_prompt if sharing == "pair" else _chains
+    return View(tree=build(tree, responses, pairs), responses=responses, pairs=pairs)
+
+
+def _chains(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> PrefixTree:
+    """Every response alone: nodes [prompt, response] and a root each."""
+    nodes: list[np.ndarray] = []
+    for response in responses:
+        tokens, loss_start = tree.response_tokens(int(response))
+        nodes += [tokens[:loss_start], tokens[loss_start:]]
+    first = 2 * np.arange(len(responses)) + 1
+    parents = np.full(len(nodes), -1)
+    parents[first] = first - 1
+    return _assemble(tree, responses, pairs, nodes, parents, first)
+
+
+def _share_prompt(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> PrefixTree:
+    """`[prompt | chosen | rejected]`: the prompt ends where the earlier of both losses starts.
+
+    Where the other side's loss starts later (its prompt ends in other tokens), the difference
+    is a node of its own without loss.
+    """
+    paths = [tree.response_tokens(int(r)) for r in responses]
+    common = min(loss_start for _, loss_start in paths)
+    nodes, parents, first = [paths[0][0][:common]], [-1], []
+    for tokens, loss_start in paths:
+        assert np.array_equal(tokens[:common], nodes[0]), "a pair's sides have different prompts"
+        parent = 0
+        if loss_start > common:
+            nodes.append(tokens[common:loss_start])
+            parents.append(0)
+            parent = len(nodes) - 1
+        nodes.append(tokens[loss_start:])
+        parents.append(parent)
+        first.append(len(nodes) - 1)
+    return _assemble(tree, responses, pairs, nodes, np.array(parents), np.array(first))
+
+
+def _assemble(
+    tree: PrefixTree,
+    responses: np.ndarray,
+    pairs: np.ndarray,
+    nodes: list[np.ndarray],
+    parents: np.ndarray,
+    ends: np.ndarray,
+) -> PrefixTree:
+    """Each response's own tokens are the one node `ends[response]`."""
+    local = np.full(tree.num_responses, -1)
+    local[responses] = np.arange(len(responses))
+    return PrefixTree(
+        tokens=np.concatenate(nodes),
+        node_offsets=np.cumsum([0] + [len(n) for n in nodes], dtype=np.int64),
+        parents=parents.astype(np.int32),
+        response_first=ends.astype(np.int32),
+        response_last=ends.astype(np.int32),
+        response_sets=tree.response_sets[responses],
+        ranks=tree.ranks[responses],
+        scores=tree.scores[responses],
+        pairs=local[tree.pairs[pairs]].astype(np.int32).reshape(-1, 2),
+        pair_weights=tree.pair_weights[pairs],
+        pair_margins=tree.pair_margins[pairs],
+    )

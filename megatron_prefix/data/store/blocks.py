@@ -1,0 +1,142 @@
+"""Many groups at once, as the columns of a data set: what builders make and the writer appends.
+
+    two groups of 2 and 1 responses, of 3 and 2 nodes
+    group_nodes [3, 2]    group_responses [2, 1]    node_parents [-1, 0, 0, -1, 0]
+
+The three columns that are offsets on disk are counts a group here, everything else is as it is
+written. Shape suffixes: G groups, M nodes, R responses, P pairs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_prefix.data.store.columns import COLUMNS, OFFSETS
+from megatron_prefix.data.tree import MergedPaths, PrefixTree, joined
+
+if TYPE_CHECKING:
+    from megatron_prefix.data.store.dataset import PreferenceDataset
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """tokens_T, node_lengths_M (tokens), and the columns by name."""
+
+    tokens: np.ndarray
+    node_lengths: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.columns["group_nodes"])
+
+    @classmethod
+    def of_paths(cls, groups: Sequence[MergedPaths], records: Sequence[int]) -> Block:
+        """Groups of which the i-th comes from input record `records[i]`, and holds one record."""
+        arrays = joined(groups)
+        return cls._of(
+            arrays,
+            lengths=np.diff(arrays["node_offsets"]),
+            counts=[(len(g.parents), len(g.responses), len(g.pairs)) for g in groups],
+            records=[(record, 1) for record in records],
+        )
+
+    @classmethod
+    def of_trees(cls, trees: Sequence[PrefixTree], records: Sequence[tuple[int, int]]) -> Block:
+        """Groups of which the i-th comes from `records[i]`: the index of its (first) input record,
+        and how many it holds."""
+        names = [field.name for field in fields(PrefixTree) if field.name != "node_offsets"]
+        return cls._of(
+            {name: np.concatenate([getattr(tree, name) for tree in trees]) for name in names},
+            lengths=np.concatenate([np.diff(tree.node_offsets) for tree in trees]),
+            counts=[(len(t.parents), len(t.response_last), len(t.pairs)) for t in trees],
+            records=records,
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        arrays: dict[str, np.ndarray],
+        lengths: np.ndarray,
+        counts: Sequence[tuple[int, int, int]],
+        records: Sequence[tuple[int, int]],
+    ) -> Block:
+        """From the arrays of PrefixTrees, one behind the other; `counts` are nodes, responses and
+        pairs a group."""
+        nodes, responses, pairs = np.array(counts).T
+        first_records, num_records = np.array(records, np.int64).T
+        columns = {
+            "group_nodes": nodes,
+            "group_responses": responses,
+            "group_pairs": pairs,
+            "group_records": first_records,
+            "group_num_records": num_records,
+            "node_parents": arrays["parents"],
+            "response_first": arrays["response_first"],
+            "response_last": arrays["response_last"],
+            "response_sets": arrays["response_sets"],
+            "response_ranks": arrays["ranks"],
+            "response_scores": arrays["scores"],
+            "pair_responses": arrays["pairs"],
+            "pair_weights": arrays["pair_weights"],
+            "pair_margins": arrays["pair_margins"],
+        }
+        ends = node_ends(lengths, arrays["parents"], nodes)
+        first_nodes = np.repeat(starts(nodes), responses)
+        first, last = (first_nodes + columns[f"response_{end}"] for end in ("first", "last"))
+        columns["response_lengths"] = ends[last]
+        columns["response_prompts"] = ends[first] - lengths[first]
+        columns = {name: np.asarray(columns[name], COLUMNS[name][0]) for name in COLUMNS}
+        return cls(
+            tokens=_narrow(arrays["tokens"]), node_lengths=lengths.astype("<i4"), columns=columns
+        )
+
+    @classmethod
+    def of_dataset(cls, dataset: PreferenceDataset, start: int, stop: int) -> Block:
+        """Groups `start` to `stop` of a data set."""
+        spans = {"group": (start, stop)}
+        for name in ("node", "response", "pair"):
+            offsets = getattr(dataset, f"group_{name}s")
+            spans[name] = int(offsets[start]), int(offsets[stop])
+        columns = {}
+        for name in COLUMNS:
+            first, last = spans[name.split("_")[0]]
+            column = getattr(dataset, name)
+            columns[name] = (
+                np.diff(column[first : last + 1]) if name in OFFSETS else column[first:last]
+            )
+        first, last = spans["node"]
+        lengths = dataset.node_lengths[first:last]
+        token = int(dataset.node_pointers[first]) // dataset.tokens.itemsize
+        tokens = dataset.tokens[token : token + int(lengths.sum(dtype=np.int64))]
+        return cls(tokens=tokens, node_lengths=lengths, columns=columns)
+
+
+def _narrow(tokens: np.ndarray) -> np.ndarray:
+    """As uint16 where all ids fit: blocks travel between processes."""
+    fits = 0 <= tokens.min() and tokens.max() < 1 << 16
+    return tokens.astype(np.uint16) if fits else tokens
+
+
+def starts(counts: np.ndarray) -> np.ndarray:
+    """[3, 2, 4] -> [0, 3, 5], int64."""
+    return np.cumsum(counts, dtype=np.int64) - counts
+
+
+def node_ends(lengths_M: np.ndarray, parents_M: np.ndarray, counts_G: np.ndarray) -> np.ndarray:
+    """Tokens from the root to each node's end, int64 [M]; parents count from the group's first.
+
+    Every round adds what stands above and looks twice as far up, so that a tree of depth d takes
+    log2 d rounds.
+    """
+    first_nodes = np.repeat(starts(counts_G), counts_G)
+    root = len(lengths_M)  # one more entry, of length 0 and its own parent, above all roots
+    above = np.append(np.where(parents_M < 0, root, first_nodes + parents_M), root)
+    ends = np.append(lengths_M, 0).astype(np.int64)
+    while (above != root).any():
+        ends, above = ends + ends[above], above[above]
+    return ends[:-1]

@@ -1,0 +1,84 @@
+"""The manifest of a data set: what belongs to it, and a name for its contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_prefix.data.store.columns import COLUMNS
+from megatron_prefix.errors import InputError
+
+FORMAT = "megatron_prefix preference data set"
+VERSION = 2
+COUNTS = ("groups", "nodes", "responses", "pairs", "tokens")
+FILES = (".bin", ".idx", *(f".tree/{name}.npy" for name in COLUMNS))
+
+
+def suffix_path(prefix: Path, suffix: str) -> Path:
+    """`data/hh` and `.tree/node_parents.npy` -> `data/hh.tree/node_parents.npy`."""
+    return Path(f"{prefix}{suffix}")
+
+
+def fingerprint(files: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, Any]) -> str:
+    """SHA-256 over the checksums of all files, in the order of their names, and the tokenizer."""
+    lines = [f"{name} {files[name]['sha256']}\n" for name in sorted(files)]
+    lines.append(f"tokenizer {tokenizer['fingerprint']}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over all of a manifest but its own `sha256`."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def load_manifest(prefix: Path) -> dict[str, Any]:
+    """The manifest of data set `prefix`, its files present with their sizes; else InputError."""
+    path = suffix_path(prefix, ".json")
+    if not path.is_file():
+        raise InputError(
+            f"there is no data set {prefix}: {path} is missing. Make it with megatron-prefix "
+            "build, and give the prefix without an ending"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): build the data set again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{path} is not the manifest of a data set made by megatron-prefix build")
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{path} has version {manifest.get('version')}, this program reads {VERSION}: build "
+            "the data set again"
+        )
+    _check_keys(manifest, path)
+    for name in FILES:
+        _check_file(suffix_path(prefix, name), manifest["files"][name]["bytes"])
+    return manifest
+
+
+def _check_keys(manifest: dict[str, Any], path: Path) -> None:
+    try:
+        numbers = [manifest["counts"][name] for name in COUNTS]
+        numbers.append(manifest["tokenizer"]["vocab_size"])
+        numbers += [manifest["files"][name]["bytes"] for name in FILES]
+        texts = [manifest["files"][name]["sha256"] for name in FILES]
+        texts += [manifest["fingerprint"], manifest["tokenizer"]["fingerprint"]]
+        sound = manifest["dtype"] in ("uint16", "int32")
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} lacks {error}: build the data set again") from error
+    sound = sound and all(type(n) is int and n >= 0 for n in numbers)
+    if not (sound and all(isinstance(text, str) for text in texts)):
+        raise InputError(f"{path} is damaged: build the data set again")
+
+
+def _check_file(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is missing: build the data set again")
+    if (found := path.stat().st_size) != size:
+        raise InputError(
+            f"{path} has {found} bytes, its manifest says {size}: build the data set again"
+        )

@@ -1,0 +1,168 @@
+"""Counts of a data set: what is in it, how long it is, what sharing saves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+
+from megatron_prefix.data.store.blocks import Block, starts
+from megatron_prefix.data.tree import PrefixTree
+
+SHARING_TOKENS = ("none", "response", "pair", "tree")
+QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+
+def path_lengths(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each response's whole path, and of its prompt, both int64 [R]."""
+    lengths = tree.node_lengths.tolist()
+    ends: list[int] = []
+    for length, parent in zip(lengths, tree.parents.tolist(), strict=True):
+        ends.append(length + (ends[parent] if parent >= 0 else 0))
+    depth = np.array(ends, np.int64)
+    first = tree.response_first
+    return depth[tree.response_last], depth[first] - np.array(lengths, np.int64)[first]
+
+
+def sharing_tokens(block: Block) -> dict[str, int]:
+    """Tokens of a block's groups under each sharing mode.
+
+    Prompt of 10, responses of 2 and 3, one pair: none and response 25, pair and tree 15.
+    """
+    columns = block.columns
+    first = np.repeat(starts(columns["group_responses"]), columns["group_pairs"])
+    sides = columns["pair_responses"] + first[:, None]
+    lengths, prompts = columns["response_lengths"], columns["response_prompts"]
+    unshared = int(lengths[sides].sum(dtype=np.int64))
+    return {
+        "none": unshared,
+        "response": int(lengths.sum(dtype=np.int64)),
+        "pair": unshared - int(prompts[sides].min(axis=1).sum(dtype=np.int64)),
+        "tree": len(block.tokens),
+    }
+
+
+class Histogram:
+    """Exact quantiles of non-negative integers in memory that grows with the largest only."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(256, np.int64)
+
+    def add(self, values: np.ndarray) -> None:
+        if len(values) and (top := int(values.max())) >= len(self._counts):
+            grown = np.zeros(max(top + 1, 2 * len(self._counts)), np.int64)
+            grown[: len(self._counts)] = self._counts
+            self._counts = grown
+        self._counts += np.bincount(values, minlength=len(self._counts))
+
+    def summary(self) -> dict[str, float]:
+        """min, median, p95, p99, max (values that occur, the lower one at ties) and mean."""
+        total = int(self._counts.sum())
+        if not total:
+            return {}
+        below = np.cumsum(self._counts)
+        wanted = [max(int(np.ceil(q * total)), 1) for q in QUANTILES.values()]
+        values = np.searchsorted(below, wanted).tolist()
+        mean = float(np.arange(len(self._counts)) @ self._counts) / total
+        return {**dict(zip(QUANTILES, values, strict=True)), "mean": round(mean, 3)}
+
+    def tally(self) -> dict[str, int]:
+        """How often each value occurs that does."""
+        values = np.flatnonzero(self._counts)
+        counts = self._counts[values]
+        return {str(v): int(n) for v, n in zip(values.tolist(), counts.tolist(), strict=True)}
+
+    def bins(self, most: int) -> dict[str, list[int]]:
+        """{"edges", "counts"}: at most `most` bins of one round width up to p99, one for the rest.
+
+        Bin i holds values from edges[i] up to, not including, edges[i + 1]. Values 0 to 99 in at
+        most 6 bins have the edges 0, 20, 40, 60, 80, 100.
+        """
+        summary = self.summary()
+        if not summary:
+            return {"edges": [], "counts": []}
+        low, high, top = summary["min"], summary["p99"], summary["max"]
+        width, start = _round_width(low, high, most - 1)
+        edges = list(range(start, high // width * width + width + 1, width))
+        if top >= edges[-1]:
+            edges.append(top + 1)
+        counts = np.add.reduceat(self._counts[: top + 1], edges[:-1])
+        return {"edges": edges, "counts": counts.tolist()}
+
+
+def _round_width(low: int, high: int, most: int) -> tuple[int, int]:
+    """The least of 1, 2, 5, 10, 20, … that takes `most` bins or fewer, and where they begin."""
+    width, factors = 1, cycle((2, 2.5, 2))
+    while high // width - low // width + 1 > most:
+        width = int(width * next(factors))
+    return width, low // width * width
+
+
+class Statistics:
+    """Running totals over the groups of a data set."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(("groups", "nodes", "responses", "pairs", "tokens"), 0)
+        self.tokens = dict.fromkeys(SHARING_TOKENS, 0)
+        self._lengths = {name: Histogram() for name in ("prompt", "response", "path", "tree")}
+
+    def add(self, block: Block) -> None:
+        """All groups of a block."""
+        columns = block.columns
+        sizes = (columns["group_nodes"], columns["response_last"], columns["pair_weights"])
+        nodes = len(block.node_lengths)
+        counted = (len(sizes[0]), nodes, len(sizes[1]), len(sizes[2]), len(block.tokens))
+        for name, count in zip(self.counts, counted, strict=True):
+            self.counts[name] += count
+        for name, count in sharing_tokens(block).items():
+            self.tokens[name] += count
+        lengths, prompts = columns["response_lengths"], columns["response_prompts"]
+        trees = np.add.reduceat(block.node_lengths, starts(columns["group_nodes"]))
+        parts = (prompts, lengths - prompts, lengths, trees)
+        for histogram, values in zip(self._lengths.values(), parts, strict=True):
+            histogram.add(values)
+
+    def lengths(self) -> dict[str, dict[str, float]]:
+        """Token lengths of prompts, responses, paths (one a response) and trees (one a group)."""
+        return {name: histogram.summary() for name, histogram in self._lengths.items()}
+
+
+def format_counts(
+    counts: Mapping[str, int], tokens: Mapping[str, int], lengths: Mapping[str, Any]
+) -> list[str]:
+    """Lines for people: counts, tokens by sharing mode with their factors, lengths."""
+    modes = [
+        [f"  {mode}", f"{tokens[mode]:,}", f"{tokens[mode] / max(tokens['tree'], 1):.2f} x tree"]
+        for mode in SHARING_TOKENS
+        if tokens[mode]  # responses without pairs have nothing that pairwise training would run
+    ]
+    return [
+        *align([[name, f"{counts[name]:,}"] for name in ("groups", "responses", "pairs")]),
+        *["", "tokens by sharing mode", *align(modes)],
+        *["", *format_lengths(lengths)],
+    ]
+
+
+def format_lengths(lengths: Mapping[str, Any]) -> list[str]:
+    """A table of quantiles and means."""
+    table = [["", *QUANTILES, "mean"]]
+    for name, summary in lengths.items():
+        values = [f"{summary.get(q, 0):,}" for q in QUANTILES]
+        table.append([f"  {name}", *values, f"{summary.get('mean', 0):,.1f}"])
+    return ["lengths in tokens", *align(table)]
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of text: the first flush left, the others flush right."""
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

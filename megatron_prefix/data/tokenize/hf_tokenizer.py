@@ -1,0 +1,236 @@
+"""Hugging Face tokenizers: chat templates, tools, and special tokens that users spell.
+
+A template writes special tokens; a user may write the same characters and mean text. Messages
+are rendered a second time with a mark inside what they spell, so that its places are known:
+
+    content "say <|im_end|>"    rendered "<|im_start|>user\nsay <|im_end|><|im_end|>"
+                                                               ^^^^^^^^^^ literal, kept as text
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prefix.data.read.fields import Message
+from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
+from megatron_prefix.data.tokenize.tokenizers import Rendered, Tokenizer
+from megatron_prefix.errors import InputError
+
+THREADS = "TOKENIZERS_PARALLELISM"
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Characters that Unicode gives no meaning, for the inside of spelled special tokens."""
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer directory or hub id, with its chat template; code in it is never run.
+
+    Special tokens are those of the chat template. Where a text or a message spells one, it is
+    tokenised as any text is, unless `parse_special` is true.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, spec: str, parse_special: bool = False) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise InputError(
+                f"tokenizer {spec!r} needs the package transformers: pip install transformers"
+            ) from error
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"tokenizer {spec!r} cannot be loaded ({first}): give bytes, a SentencePiece "
+                "model file, a directory with a Hugging Face tokenizer, or a hub id in reach"
+            ) from error
+        self._tokenizer.model_max_length = 1 << 40  # the limit here is --max-length
+        path = Path(spec)
+        self.name = str(path.resolve()) if path.is_dir() else spec
+        ids = self._tokenizer.get_vocab().values()
+        self.vocab_size = max(len(self._tokenizer), max(ids, default=-1) + 1)
+        self.bos_id = self._tokenizer.bos_token_id
+        self.eos_id = self._tokenizer.eos_token_id
+        self.has_chat_template = bool(self._tokenizer.chat_template)
+        self.fingerprint = hashlib.sha256(self._definition().encode()).hexdigest()
+        self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._reuse = PromptReuse(self._encode, self._backend.to_str() if self._backend else "{}")
+        self._parse_special = parse_special
+        self._special = _special_tokens(self._tokenizer)
+        self._special_set = frozenset(self._special.values())
+        self._starts = {text[:2] for text in self._special}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def _definition(self) -> str:
+        """Everything that decides ids and rendered text, as canonical JSON."""
+        tokenizer = self._tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocab_file = getattr(tokenizer, "vocab_file", None)
+        if backend is not None:
+            core = backend.to_str()
+        else:
+            core = [type(tokenizer).__name__, tokenizer.get_vocab()]
+            if vocab_file and Path(vocab_file).is_file():
+                core.append(hashlib.sha256(Path(vocab_file).read_bytes()).hexdigest())
+        parts = [core, tokenizer.chat_template, self.bos_id, self.eos_id]
+        return json.dumps(parts, sort_keys=True)
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._reuse.encode(text)
+        if self._parse_special or self._special_set.isdisjoint(ids.tolist()):
+            return ids
+        return self._encode(text, split_special_tokens=True)
+
+    def encode_rendered(self, rendered: Rendered) -> np.ndarray:
+        if not self.has_chat_template:
+            return self.encode(rendered.text)
+        if not rendered.literal:
+            return self._encode(rendered.text)
+        found = self._tokenizer(
+            rendered.text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        parts: list[int] = []
+        for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+            if token in self._special_set and (start, end) in rendered.literal:
+                parts += self._as_text(rendered.text[start:end])
+            else:
+                parts.append(token)
+        return np.array(parts, np.int64)
+
+    def _encode(self, text: str, **options: bool) -> np.ndarray:
+        if self._backend is None or options:
+            ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
+        else:
+            self._backend.encode_special_tokens = False  # a call with options may have set it
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+            ids = found.ids
+        return np.array(ids, np.int64)
+
+    def _as_text(self, text: str) -> list[int]:
+        """A special token's spelling as ordinary tokens, as they stand behind other text."""
+        before = self._encode("a", split_special_tokens=True).tolist()
+        whole = self._encode(f"a{text}", split_special_tokens=True).tolist()
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self._encode(text, split_special_tokens=True).tolist()
+
+    def spells_special(self, text: str) -> bool:
+        return (
+            not self._parse_special
+            and any(start in text for start in self._starts)
+            and bool(self._pattern.search(text))
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: str = ""
+    ) -> Rendered:
+        if not self.has_chat_template:
+            return super().render(messages, add_generation_prompt, tools)
+        turns = [message.as_dict() for message in messages]
+        functions = json.loads(tools) if tools else None
+        text = self._apply(turns, add_generation_prompt, functions)
+        if not any(map(self.spells_special, _texts([turns, functions]))):
+            return Rendered(text)
+        return self._with_literals(text, turns, add_generation_prompt, functions)
+
+    def _apply(self, turns: Any, add_generation_prompt: bool, tools: Any) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, KeyError) as error:
+            raise InputError(
+                f"the tokenizer's chat template refuses the messages ({error}): their roles are "
+                f"{', '.join(turn['role'] for turn in turns)}"
+            ) from error
+
+    def _with_literals(
+        self, text: str, turns: Any, add_generation_prompt: bool, tools: Any
+    ) -> Rendered:
+        """Find where messages spell special tokens in `text`: a mark in each shows the place."""
+        mark = next(mark for mark in MARKS if mark not in text)
+
+        def marked(value: str) -> str:
+            return self._pattern.sub(lambda m: m[0][0] + mark + m[0][1:], value)
+
+        turns, tools = (_map_texts(value, marked) for value in (turns, tools))
+        pieces = self._apply(turns, add_generation_prompt, tools).split(mark)
+        if "".join(pieces) != text or not getattr(self._tokenizer, "is_fast", False):
+            raise InputError(
+                "a message spells a special token, and it cannot be told from the chat "
+                "template's own: remove it from the record, or give --parse-special"
+            )
+        literal, at = [], 0
+        for piece in pieces[:-1]:
+            at += len(piece)
+            found = self._pattern.match(text, at - 1)
+            assert found is not None, "a mark stands behind the first character of its token"
+            literal.append(found.span())
+        return Rendered(text, tuple(literal))
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """No threads of Hugging Face tokenizers inside, unless the user's environment decides.
+
+    A process that forks must not have used them before.
+    """
+    if THREADS in os.environ:
+        yield
+        return
+    os.environ[THREADS] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(THREADS, None)
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The text of every special token -> its id."""
+    found = {
+        token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    for text, id in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
+        found[str(text)] = id
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and objects, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        yield from _texts([*value.keys(), *value.values()])
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same nested lists and objects with every value that is a text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_map_texts(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    return value

@@ -1,0 +1,46 @@
+"""Stopping a run from outside: a signal ends it behind the step that is under way."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+
+from megatron_prefix.distributed.world import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While it is entered, SIGTERM or SIGINT on any rank asks all ranks to stop; a second one
+    has its usual effect at once."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        signal.signal(number, self._previous[number])
+
+    def is_asked(self) -> bool:
+        """Whether any rank has received a signal; collective, the same answer on all."""
+        flag = torch.tensor([float(self._received is not None)], device=self._world.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())

@@ -1,0 +1,188 @@
+"""Process groups of a run, made for its length and taken down behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import (
+    initialize_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
+
+from megatron_prefix.attention.context_parallel.ownership import ContextCost
+from megatron_prefix.attention.context_parallel.transports import ContextParallel
+from megatron_prefix.config.rules import world_faults
+from megatron_prefix.config.schema import ParallelConfig
+from megatron_prefix.distributed.liveness import MARGIN_S, Liveness
+from megatron_prefix.errors import InputError, RunError
+from megatron_prefix.model.gpt import TreeTransformerConfig
+from megatron_prefix.platform import megatron_cpu as platform
+
+DEFAULT_CP_COMM = "needed_rows"
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the layout: `groups` for Megatron-Core, `device` to compute on."""
+
+    parallel: ParallelConfig
+    groups: ProcessGroupCollection
+    device: torch.device
+    alive: Liveness | None = None
+    """How the ranks know of one another; None where there is one."""
+
+    def beat(self, doing: str) -> None:
+        """Tell the other ranks what begins here, such as "step 12"."""
+        if self.alive is not None:
+            self.alive.beat(doing)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return dist.get_rank() == 0
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def leads_data_rank(self) -> bool:
+        """Whether this is the one process that speaks for its data-parallel rank."""
+        groups = self.groups
+        return groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """What the layout asks of a sampler: ranks, and multiples of row lengths and counts."""
+        return {
+            "num_ranks": self.data_size,
+            "row_multiple": self.parallel.row_multiple,
+            "count_multiple": self.parallel.count_multiple,
+        }
+
+    def context(self, config: TreeTransformerConfig) -> ContextParallel | None:
+        """Who shares this process's rows; None where nobody does."""
+        if self.parallel.context_parallel_size == 1:
+            return None
+        comm = self.parallel.cp_comm or DEFAULT_CP_COMM
+        size = config.params_dtype.itemsize
+        cost = ContextCost.of_layer(
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.moe_router_topk * config.moe_ffn_hidden_size
+            if config.num_moe_experts
+            else config.ffn_hidden_size,
+            num_heads=config.num_attention_heads,
+            num_groups=config.num_query_groups,
+            head_dim=config.kv_channels,
+            key_bytes=size + size + max(size, 4),  # forward, again in backward, gradients
+        )
+        return ContextParallel(self.groups.cp, comm, cost)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over data-parallel ranks, in place."""
+        dist.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Maximum over data-parallel ranks, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX, self.groups.dp)
+        return values
+
+    def gather(self, value: Any) -> list:
+        """`value` of every process, in the order of ranks."""
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    def once(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on the main process, on every process.
+
+        What it raises there is raised on every process, InputError as such.
+        """
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as failure:  # passed on below, so that no process waits for ever
+                error = failure
+                outcome[1] = (isinstance(failure, InputError), str(failure))
+        dist.broadcast_object_list(outcome, src=0)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            is_input, message = outcome[1]
+            raise InputError(message) if is_input else RunError(message)
+        return outcome[0]
+
+
+@contextlib.contextmanager
+def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
+    """Join the processes that `torchrun` started, or stand alone, for as long as the context.
+
+    On CPU Megatron-Core is adapted meanwhile (see platform.py). Raises InputError where the
+    number of processes does not fit `parallel`.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if faults := list(world_faults(parallel, size)):
+        raise InputError(faults[0])
+    minutes = parallel.distributed_timeout_minutes
+    timeout = timedelta(minutes=minutes, seconds=MARGIN_S)
+    with platform.adapted():
+        on_cuda = torch.cuda.is_available()
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        store, rank = _meet(timeout)
+        alive = Liveness(store, rank, size, minutes * 60) if size > 1 else None
+        try:
+            with alive or contextlib.nullcontext():
+                dist.init_process_group(
+                    backend,
+                    store=dist.PrefixStore("groups", store),
+                    rank=rank,
+                    world_size=size,
+                    timeout=timeout,
+                )
+                parallel_state.initialize_model_parallel(
+                    tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                    pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                    virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+                    context_parallel_size=parallel.context_parallel_size,
+                    expert_model_parallel_size=parallel.expert_model_parallel_size,
+                    create_gloo_process_groups=False,
+                    distributed_timeout_minutes=timeout.total_seconds() / 60,
+                )
+                if on_cuda:
+                    model_parallel_cuda_manual_seed(seed)
+                else:
+                    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+                groups = ProcessGroupCollection.use_mpu_process_groups()
+                yield World(parallel, groups, platform.device(), alive)
+        finally:
+            parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if alive is not None:
+                alive.close()
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The store of the processes that `torchrun` started, or of this one alone, and the rank."""
+    if "WORLD_SIZE" not in os.environ:
+        return dist.HashStore(), 0
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return store, rank

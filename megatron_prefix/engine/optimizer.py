@@ -1,0 +1,131 @@
+"""Megatron-Core's wrappers, optimizer and schedule from the configuration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
+from megatron.core.transformer.module import Float16Module
+
+from megatron_prefix.config.schema import OptimizerConfig as OptimizerSettings
+from megatron_prefix.config.schema import ParallelConfig
+from megatron_prefix.distributed.world import World
+from megatron_prefix.engine.step import sum_gradients
+from megatron_prefix.model.gpt import TreeTransformerConfig
+from megatron_prefix.model.provider import model_provider
+
+
+def build_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
+    """This rank's model chunks on the device, ready for forward passes, with the weights that
+    `config` draws."""
+    stages = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(stages) if stages else [None]:
+        model = model_provider(
+            is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage,
+            config=config,
+            pg_collection=world.groups,
+        ).to(world.device)
+        chunks.append(Float16Module(config, model) if config.bf16 else model)
+    return chunks
+
+
+def build_optimizer(
+    chunks: list[torch.nn.Module],
+    config: TreeTransformerConfig,
+    settings: OptimizerSettings,
+    parallel: ParallelConfig,
+    num_steps: int,
+) -> tuple[list[torch.nn.Module], MegatronOptimizer, OptimizerParamScheduler]:
+    """Wrap model chunks for training and make their optimizer and schedule.
+
+    `num_steps` is the length of the run, over which the learning rate decays.
+    """
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    chunks = [
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        ),
+        chunks,
+        use_gloo_process_groups=False,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_steps,
+        lr_decay_steps=num_steps,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = sum_gradients
+    if parallel.overlap_grad_reduce:  # gradients are added up behind the last row alone
+        pauses = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+    return chunks, optimizer, scheduler
+
+
+def finish_param_gather(chunks: list[torch.nn.Module]) -> None:
+    """Make every weight current before it is read other than by a forward pass; collective."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def gradient_step(
+    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> tuple[float, float] | None:
+    """Clip and step. Returns the global gradient norm before clipping and the learning rate, or
+    None, with the weights as they were, where the norm is not finite."""
+    learning_rate = float(optimizer.param_groups[0]["lr"])
+    norm = gradient_norm(optimizer)
+    if not math.isfinite(norm):
+        return None
+    if optimizer.config.clip_grad > 0:
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(
+                part.get_parameters(), max_norm=optimizer.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
+    scheduler.step(increment=1)
+    return norm, learning_rate
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Norm of the summed gradients over all parameters of the model."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())

@@ -1,0 +1,166 @@
+"""Mixture of experts: a router whose balance counts tokens as often as they mean something.
+
+Megatron-Core's expert layers are used as they are. Their router is replaced where it counts: rows
+of prefix trees hold padding, which must not count, and tokens that several responses share, which
+count once or once a response (`moe_count`). A layer hands the counts of its micro batch to its
+router for the length of one call, so that recomputation, which calls the layer again, and
+interleaved chunks, each of which calls its own layers, always see those of the row at hand.
+
+The auxiliary loss of one layer over the rows m of a step is the mean of the rows' balances,
+weighted by their counts W_m. With f the share of a row's top-k choices that fall on an expert and P
+the mean of its probability, both weighted by the counts (Fedus et al. 2021, arXiv 2101.03961,
+equations 4 to 6, for k choices):
+
+    balance_m = E sum_e f_e P_e        1 where all experts are chosen alike
+    auxiliary = sum_m W_m / W balance_m
+
+Shapes: T tokens of this rank, C hidden channels, E experts of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_prefix.attention.megatron import TreePackedSeqParams
+
+
+def row_balance(
+    probs_TE: Tensor,
+    chosen_TE: Tensor,
+    counts_T: Tensor,
+    topk: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """W_m balance_m of one row, or this rank's share of it; see the module's docstring.
+
+    `group` holds the ranks that share the row's tokens; the shares of all of them add up. Only
+    the probabilities have gradients. A row of padding has 0.
+    """
+    counts_T = counts_T.to(probs_TE.dtype)
+    choices_E = counts_T @ chosen_TE.to(probs_TE.dtype)
+    totals = torch.cat([choices_E, counts_T.sum()[None]]).detach()
+    if group is not None and group.size() > 1:
+        dist.all_reduce(totals, group=group)
+    choices_E, total = totals[:-1], totals[-1].clamp(min=torch.finfo(probs_TE.dtype).tiny)
+    return len(choices_E) / (topk * total) * (choices_E @ (counts_T @ probs_TE))
+
+
+class _AlsoMinimise(torch.autograd.Function):
+    """Hands on its first argument; backward, the second is a summand of the loss.
+
+    Megatron-Core's counterpart takes its scale from a variable of the process. Here none is
+    needed: neither float32 nor bfloat16 scales the loss.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, loss: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(loss)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_output, ctx.one
+
+
+class TreeRouter(TopKRouter):
+    """Top-k choice of experts in float32, with an auxiliary loss over `counts`."""
+
+    counts: Tensor | None = None
+    """How often each of this rank's tokens counts, [T]; there while its layer runs."""
+    step_count: float = 0.0
+    """Sum of the counts of the step's rows, over all ranks."""
+    auxiliary: Tensor | float = 0.0
+    """This rank's share of the auxiliary loss, summed since `step_auxiliary` last asked."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits of all experts, at least float32 whatever the model's precision."""
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(dtype), self.weight.to(dtype))
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[T, 1, C] -> the chosen experts' weights [T, E], 0 for the others, and who is chosen.
+
+        What counts comes from `counts`; there is no use for a mask.
+        """
+        logits_TE = self.gating(input).flatten(0, -2)
+        probs_TE, chosen_TE = topk_routing_with_score_function(
+            logits_TE, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax
+        )
+        coefficient = self.config.moe_aux_loss_coeff
+        if coefficient and self.training and torch.is_grad_enabled():
+            if self.counts is None or not self.step_count:
+                raise ValueError(
+                    "an auxiliary loss needs MicroBatch.served and to_device(…, step_count=…): "
+                    "give them, or set moe_aux_loss_coeff to 0"
+                )
+            shares_TE = logits_TE.softmax(dim=-1)
+            group = self.tp_cp_group  # without sequence parallelism it holds no tensor ranks
+            balance = row_balance(shares_TE, chosen_TE, self.counts, self.topk, group)
+            share = balance / self.step_count
+            self.auxiliary = self.auxiliary + share.detach()
+            probs_TE = _AlsoMinimise.apply(probs_TE, coefficient * share)
+        return probs_TE, chosen_TE
+
+
+class TreeMoELayer(TransformerLayer):
+    """A transformer layer that tells its router which tokens count."""
+
+    @property
+    def _counts_responses(self) -> bool:
+        return getattr(self.config, "moe_count", "tokens") == "responses"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: object,
+        packed_seq_params: TreePackedSeqParams,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As TransformerLayer's; all that is read of `packed_seq_params` here are counts."""
+        router, served = self.mlp.router, packed_seq_params.responses_served
+        if served is not None:
+            counts = served if self._counts_responses else served.clamp(max=1)
+            if self.config.sequence_parallel:
+                tensor = self.pg_collection.tp
+                counts = counts.chunk(tensor.size())[tensor.rank()]
+            router.counts, router.step_count = counts, packed_seq_params.step_count
+        try:
+            return super().forward(
+                hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
+        finally:
+            router.counts = None
+
+
+def with_tree_router(layer: ModuleSpec) -> ModuleSpec:
+    """Make a layer spec with experts route as above; changes and returns `layer`."""
+    layer.module = TreeMoELayer
+    layer.submodules.mlp.submodules.router = TreeRouter
+    return layer
+
+
+@torch.no_grad()
+def step_auxiliary(chunks: Iterable[torch.nn.Module], device: torch.device) -> float:
+    """The auxiliary loss since the last call, without its coefficient: the mean over layers.
+
+    1 where every row spreads over all experts alike. Collective over all processes, each of
+    which has its own layers, rows and tokens.
+    """
+    found = torch.zeros(2, dtype=torch.float64, device=device)
+    for chunk in chunks:
+        for module in chunk.modules():
+            if isinstance(module, TreeRouter):
+                found[0] += module.auxiliary
+                module.auxiliary = 0.0
+                found[1] = module.config.num_layers
+    dist.all_reduce(found[:1])
+    return float(found[0] / found[1])

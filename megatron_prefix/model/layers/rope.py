@@ -1,0 +1,50 @@
+"""Rotary angles by position along the root path, not by row index.
+
+Siblings repeat positions, so the angles are computed from `position_ids` instead of being cut
+from a table in row order. Shapes: T tokens, D rotated channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_prefix.config.schema import RopeScaling
+
+
+def rotary_frequencies(
+    head_dim: int,
+    base: float,
+    scaling: RopeScaling | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Radians a position for each channel pair, float32 [D/2]: base^(-2i/D), scaled.
+
+    `linear` divides all by `factor`. `llama3` (Llama 3.1) divides those that turn fewer than
+    `low_freq_factor` times over the original context, keeps those that turn more than
+    `high_freq_factor` times, and blends in between.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / base ** (exponents / head_dim)
+    if scaling is None:
+        return frequencies
+    if scaling.type == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def rotary_angles(
+    position_ids_T: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None
+) -> Tensor:
+    """Angles in radians, float32 [T, D/2].
+
+    Channels i and i + D/2 turn by position * base^(-2i/D) (Su et al. 2021, arXiv 2104.09864,
+    in the half-split order of Llama), or by scaled frequencies; see attention/rotary.py.
+    """
+    frequencies = rotary_frequencies(head_dim, base, scaling, position_ids_T.device)
+    return torch.outer(position_ids_T.to(torch.float32), frequencies)

@@ -1,0 +1,172 @@
+"""Reference log-probabilities computed once: the file that `score` writes and training reads.
+
+    score:   every response of data.train, and of data.valid where it is set, under the reference
+    file:    safetensors; one float64 array a data set, named by its fingerprint
+    reading: refused unless data set, tokenizer and reference model are the ones it was made of
+
+While `score` runs, what it has lies in FILE.partial/ and is taken up again by the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.errors import InputError, RunError
+
+FORMAT = "megatron_prefix reference log-probabilities"
+VERSION = "1"
+HEADER = "megatron_prefix"
+"""Key of the file's metadata: JSON of format, version, model, datasets and a checksum."""
+
+
+def write_sidecar(
+    path: str, model: str, scores: list[tuple[PreferenceDataset, np.ndarray]]
+) -> None:
+    """Write the log-probabilities, float64 [responses] a data set, of the model whose
+    fingerprint is `model`; in place of `path` at once."""
+    described = {
+        data.fingerprint: {
+            "prefix": data.prefix.name,
+            "responses": len(data.response_lengths),
+            "tokenizer": data.manifest["tokenizer"]["fingerprint"],
+        }
+        for data, _ in scores
+    }
+    header = {"format": FORMAT, "version": VERSION, "model": model, "datasets": described}
+    temporary = f"{path}.tmp"
+    arrays = {data.fingerprint: np.ascontiguousarray(logps) for data, logps in scores}
+    header["sha256"] = _digest(header, arrays)
+    try:  # one key, because safetensors writes several in any order
+        save_file(arrays, temporary, {HEADER: json.dumps(header)})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise _unwritten(path, error) from error
+
+
+def _digest(header: dict, arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 over everything a sidecar says."""
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _unwritten(path: str, error: Exception) -> RunError:
+    return RunError(
+        f"--output {path}: could not be written ({error}). Free some space; the same command goes "
+        "on where it was"
+    )
+
+
+def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarray:
+    """The log-probabilities of `dataset`'s responses, float64 [responses].
+
+    Raises InputError where the file is damaged, or was made of another model, data set or
+    tokenizer, with both fingerprints.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            names = set(file.keys())
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            if header.get("format") != FORMAT or header.get("version") != VERSION:
+                raise InputError(f"{path}: not a file that megatron-prefix score wrote")
+            _check_origin(path, header["model"], header["datasets"], model, dataset)
+            if dataset.fingerprint not in names:
+                raise InputError(f"{path}: cut off; score again")
+            arrays = {name: file.get_tensor(name) for name in names}
+            if _digest(header, arrays) != header["sha256"]:
+                raise InputError(f"{path}: damaged, its SHA-256 is another; score again")
+            logps = arrays[dataset.fingerprint]
+    except (
+        *(OSError, SafetensorError, ValueError, KeyError, TypeError),
+        *(AttributeError, RecursionError),
+    ) as error:
+        if isinstance(error, InputError):
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path}: cannot be read as reference log-probabilities ({text})"
+        ) from None
+    if logps.shape != (len(dataset.response_lengths),) or logps.dtype != np.float64:
+        raise InputError(f"{path}: {logps.dtype} {logps.shape} for {dataset.prefix}; score again")
+    if not (np.isfinite(logps).all() and (logps <= 0).all()):
+        raise InputError(f"{path}: holds values that are no log-probabilities; score again")
+    return logps
+
+
+def _check_origin(
+    path: str, saved_model: str, described: dict, model: str, dataset: PreferenceDataset
+) -> None:
+    if saved_model != model:
+        raise InputError(
+            f"{path}: made with a reference model of fingerprint {saved_model[:16]}…, and this "
+            f"run's has {model[:16]}…: score again with this run's model section, train.seed and "
+            "dtype"
+        )
+    if dataset.fingerprint not in described:
+        tokenizers = {entry["tokenizer"] for entry in described.values()}
+        ours = dataset.manifest["tokenizer"]["fingerprint"]
+        if ours not in tokenizers:
+            raise InputError(
+                f"{path}: made with tokenizer {' '.join(t[:16] for t in sorted(tokenizers))}…, "
+                f"and {dataset.prefix} has {ours[:16]}…: score again"
+            )
+        known = ", ".join(f"{v['prefix']} ({k[:16]}…)" for k, v in described.items())
+        raise InputError(
+            f"{path}: made of data sets {known}, and {dataset.prefix} has fingerprint "
+            f"{dataset.fingerprint[:16]}…: score again"
+        )
+
+
+class PartialScores:
+    """Sums of log-probabilities and of runs so far, kept on disk: FILE.partial/NAME.npy.
+
+    `key` is everything that decides them; scores under another key are begun anew.
+    """
+
+    def __init__(self, path: str, name: str, key: dict, num_responses: int) -> None:
+        self._path = path
+        self._directory = Path(f"{path}.partial")
+        self._file = self._directory / f"{name}.npz"
+        self._key = json.dumps(key, sort_keys=True)
+        self.step = 0
+        self.sums = np.zeros((2, num_responses))
+        self._resume()
+
+    def _resume(self) -> None:
+        try:
+            with np.load(self._file, allow_pickle=False) as saved:
+                if str(saved["key"]) == self._key and saved["sums"].shape == self.sums.shape:
+                    self.step, self.sums = int(saved["step"]), saved["sums"].astype(np.float64)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return  # nothing yet, or torn by a kill: begin anew
+
+    def save(self, step: int) -> None:
+        """Keep the sums after `step` steps. Raises RunError where they cannot be written."""
+        self.step = step
+        temporary = self._file.with_suffix(".tmp")
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, key=self._key, step=step, sums=self.sums)
+            os.replace(temporary, self._file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _unwritten(self._path, error) from error
+
+    def discard(self) -> None:
+        """Remove everything that was kept for FILE."""
+        shutil.rmtree(self._directory, ignore_errors=True)

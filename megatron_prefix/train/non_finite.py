@@ -1,0 +1,66 @@
+"""When a loss or a gradient is not finite: name the rows it came from, and keep the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_prefix.data.steps.collate import MicroBatch
+from megatron_prefix.engine.step import TrainBatch
+from megatron_prefix.errors import RunError
+
+
+def finite_rows(logs: list[dict]) -> list[bool]:
+    """Whether the sums of each row are finite."""
+    return [bool(torch.isfinite(log["sums"]).all()) for log in logs]
+
+
+def file_name(step: int, rank: int | str) -> str:
+    """Name of the file that keeps data-parallel rank `rank`'s rows of a step."""
+    return f"nonfinite-step{step:07d}-rank{rank}.npz"
+
+
+def save_rows(
+    directory: str, step: int, rank: int, rows: list[MicroBatch], batches: list[TrainBatch]
+) -> Path:
+    """Write a rank's rows of a step as one .npz of integer and float arrays, for replay.
+
+    `row0_tokens`, `row0_lengths` and `row0_parents` (the layout's segments), the targets, the
+    pairs with their weights and margins, `row0_response_ids` (group, response), and
+    `row0_ref_logps` where there is a reference.
+    """
+    arrays: dict[str, np.ndarray] = {"step": np.array(step)}
+    for i, (row, batch) in enumerate(zip(rows, batches, strict=True)):
+        own = {
+            "tokens": row.tokens,
+            "lengths": row.layout.lengths,
+            "parents": row.layout.parents,
+            "source_row": row.source_row,
+            "target_token": row.target_token,
+            "response": row.response,
+            "response_ids": row.response_ids,
+            "pairs": row.pairs,
+            "pair_weights": row.pair_weights,
+            "pair_margins": row.pair_margins,
+        }
+        if batch.ref_logps is not None:
+            own["ref_logps"] = batch.ref_logps.cpu().numpy()
+        arrays |= {f"row{i}_{name}": array for name, array in own.items()}
+    path = Path(directory) / file_name(step, rank)
+    try:
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+    except OSError as error:
+        raise RunError(f"step {step} is not finite, and {path} not writable ({error})") from error
+    return path
+
+
+def describe(rank: int, rows: list[MicroBatch], is_finite: list[bool]) -> list[str]:
+    """A line for every row that is to blame: its rank, number and groups."""
+    return [
+        f"rank {rank} row {i} (groups {', '.join(map(str, np.unique(row.response_ids[:, 0])))})"
+        for i, (row, finite) in enumerate(zip(rows, is_finite, strict=True))
+        if not finite
+    ]

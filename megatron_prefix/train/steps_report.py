@@ -1,0 +1,39 @@
+"""One line about a run's steps before it begins: how full rows are and how even ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_prefix.data.steps.packed_steps import PackedPlan, describe_plan
+from megatron_prefix.data.steps.sampler import Sampler
+
+MOST_STEPS = 32
+"""Steps that are looked at, evenly over the run; a plan on disk knows all of its own."""
+
+
+def describe_steps(sampler: Sampler, num_steps: int) -> str:
+    """Fill of the rows, and the costliest rank's modelled work over the mean rank's.
+
+    Where there is a plan, what `pack` found for all its steps stands in front.
+    """
+    lines = []
+    if isinstance(sampler.composition, PackedPlan):
+        lines.append(describe_plan(sampler.composition.manifest))
+    chosen = np.unique(np.linspace(0, num_steps - 1, MOST_STEPS).astype(int)).tolist()
+    tokens = rows = 0
+    unevenness = []
+    for step in chosen:
+        plan = sampler.step(step)
+        filled = [row for share in plan.rows for row in share if row]
+        tokens += sum(bundle.num_tokens for row in filled for bundle in row)
+        rows += len(filled)
+        unevenness.append(max(plan.costs) * len(plan.costs) / sum(plan.costs))
+    text = f"steps: {num_steps:,}, {rows / len(chosen):.1f} rows each"
+    if sampler.row_capacity and not sampler.micro_batch_size:
+        fill = 100 * tokens / (rows * sampler.row_capacity)
+        text += f", fill {fill:.1f} %, {100 - fill:.1f} % of the capacity unused"
+    if sampler.num_ranks > 1:
+        text += f", costliest of {sampler.num_ranks} ranks over the mean {np.mean(unevenness):.3f}"
+    if len(chosen) < num_steps:
+        text += f" (over {len(chosen)} of them)"
+    return "\n".join([*lines, text])
