@@ -49,6 +49,7 @@ gpu-check:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Each part takes 1 to 6 minutes of one core, all of them most of an hour. The tables of
 # docs/benchmarks.md take TOKENIZER=tokenizer.model (SentencePiece) LONGEST=8192.

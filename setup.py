@@ -33,7 +33,16 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
-        "test": ["pytest", "pytest-timeout", "ruff", "trl>=1.16", "hypothesis"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "trl>=1.16",
+            "hypothesis",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
     },
     entry_points={"console_scripts": ["megatron-prefix = megatron_prefix.__main__:main"]},
 )

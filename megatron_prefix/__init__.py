@@ -30,7 +30,7 @@ _PUBLIC = {
     "ModelConfig": "config.schema",
     "LossConfig": "config.schema",
     "forward_step": "engine.step",
-    "to_device": "engine.step",
+    "to_device": "engine.batch",
     "sum_gradients": "engine.step",
     "with_reference": "reference.reference",
     "dpo_loss": "objectives.pairwise",

@@ -139,7 +139,7 @@ def write_random_set(prefix: str | Path, seed: int, num_groups: int) -> str:
 
     15 to 100 tokens a group; the same for the same seed, wherever it lies.
     """
-    from megatron_prefix.data.store.dataset import DatasetWriter
+    from megatron_prefix.data.store.writer import DatasetWriter
     from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
     from megatron_prefix.data.tree import build_tree
 

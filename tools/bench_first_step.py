@@ -21,7 +21,7 @@ import numpy as np
 from bench_common import publish
 
 from megatron_prefix.data.store.blocks import Block
-from megatron_prefix.data.store.dataset import DatasetWriter
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import ByteTokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, merge_paths
 

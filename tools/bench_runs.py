@@ -92,7 +92,7 @@ class Built:
     def known_reference(self, config: Config, dataset: PreferenceDataset, sampler: Sampler):
         """What the reference says of the responses of a run's steps, as read from a sidecar,
         which a whole data set's would be too slow to write for a benchmark."""
-        from megatron_prefix.engine.step import to_device
+        from megatron_prefix.engine.batch import to_device
         from megatron_prefix.reference.reference import PrecomputedReference, response_index
 
         for chunk in self.policy:

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from megatron_prefix.config.schema import Config, parse_config
 from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
-from megatron_prefix.data.steps.cost import forward_flops
 from megatron_prefix.data.steps.sharing import view
+from megatron_prefix.estimate.flops import forward_flops
 from megatron_prefix.testing import saved_bytes
 
 RESPONSES = (1, 2, 4, 8, 16)
@@ -84,7 +84,7 @@ class Passes:
         self.model, self.device = unwrap(self.chunk), here.device
 
     def batch(self, row: MicroBatch):
-        from megatron_prefix.engine.step import to_device
+        from megatron_prefix.engine.batch import to_device
 
         return to_device(row, self.device)
 

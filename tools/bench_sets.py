@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from bench_shapes import SETS, SPREAD, medians
 
-from megatron_prefix.data.store.dataset import DatasetWriter
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree
 
 

@@ -31,8 +31,8 @@ from bench_shapes import SETS, SPREAD
 from tqdm import tqdm
 
 from megatron_prefix.config.schema import Config
-from megatron_prefix.data.steps.cost import ForwardFlops, forward_flops
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.testing import saved_bytes
 
 BASE, SHARED = "packed, unshared", "packed, shared"
@@ -112,7 +112,7 @@ def timed(run, measured: Measured, is_counted: bool) -> bool:
 def kept_for_backward(run) -> tuple[int, int]:
     """Bytes that the policy keeps for backward of the first step's rows, a row at a time, and
     the tokens that these rows execute."""
-    from megatron_prefix.engine.step import to_device
+    from megatron_prefix.engine.batch import to_device
     from megatron_prefix.model.gpt import unwrap
 
     model = unwrap(run.policy[0]).train()

@@ -264,7 +264,7 @@ MUTANTS = (
     ),
     Mutant(
         "a rank projects rows that another rank owns",
-        "engine/step.py",
+        "engine/batch.py",
         "is_own = np.isin(batch.source_row, own)",
         "is_own = np.isin(batch.source_row, np.arange(len(own)))",
         "distributed/test_layouts.py",

@@ -64,7 +64,9 @@ def prepare(plan: TreePlan, backend: str, dtype: torch.dtype, head_dim: int) -> 
     factor = plan.path.gather_factor if backend == "auto" else None
     backend = resolve_backend(backend, plan.device, dtype, head_dim, factor)
     if backend == "flex":
-        _ = plan.block_mask
+        from megatron_prefix.attention.backends.flex import plan_block_mask
+
+        plan_block_mask(plan)
     elif backend != "dense":
         _ = plan.path
     return backend
@@ -100,9 +102,9 @@ def tree_attention(
 
         return path_attention(q, k, v, plan.path, scale)
     if backend == "flex":
-        from megatron_prefix.attention.backends.flex import flex_tree_attention
+        from megatron_prefix.attention.backends.flex import flex_tree_attention, plan_block_mask
 
-        return flex_tree_attention(q, k, v, plan.block_mask, scale)
+        return flex_tree_attention(q, k, v, plan_block_mask(plan), scale)
     if backend == "te":
         from megatron_prefix.attention.backends.te import te_attention
 

@@ -29,14 +29,18 @@ G key/value heads, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.platform.transfer import on_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +114,7 @@ class TreePlan:
         self.device = torch.device(device)
         self.q_rows = q_rows
         self.kv_rows = kv_rows
+        self._built: dict[str, Any] = {}
 
     @property
     def num_queries(self) -> int:
@@ -124,12 +129,11 @@ class TreePlan:
         """The leaf-path plan, for the backends `path`, `flash` and `te`."""
         return build_path_plan(self.layout, self.device, self.q_rows, self.kv_rows)
 
-    @cached_property
-    def block_mask(self):
-        """torch's `BlockMask`, for the backend `flex`."""
-        from megatron_prefix.attention.backends.flex import block_mask
-
-        return block_mask(self.layout, self.device, self.q_rows, self.kv_rows)
+    def once(self, name: str, build: Callable[[TreePlan], T]) -> T:
+        """What `build` makes of this plan, made at the first call with this `name` and kept."""
+        if name not in self._built:
+            self._built[name] = build(self)
+        return self._built[name]
 
 
 def build_path_plan(

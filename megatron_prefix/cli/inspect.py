@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.data.store.verify import verify_dataset
 from megatron_prefix.errors import InputError
 
 
@@ -91,7 +92,7 @@ def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     texts: list[str] = []
     if args.verify:
-        dataset.verify()
+        verify_dataset(dataset)
         values["verified"] = True
         texts.append(f"{dataset.prefix}: checksums and layout of {len(dataset):,} groups are sound")
     if args.tree is not None:

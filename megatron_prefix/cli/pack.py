@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}: data.seed is 0 or more")
     dataset = PreferenceDataset(args.prefix)
-    dataset.verify_checksums()
+    verify_checksums(dataset)
     names = ("seed", "sharing", "row_capacity", "global_batch_size", "rows_per_step")
     names += ("sort_by_length", "packing_method", "epochs")
     settings = PlanSettings(**{name: getattr(args, name) for name in names})

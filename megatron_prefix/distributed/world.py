@@ -25,7 +25,7 @@ from megatron_prefix.config.schema import ParallelConfig
 from megatron_prefix.distributed.liveness import MARGIN_S, Liveness
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model.gpt import TreeTransformerConfig
-from megatron_prefix.platform import megatron_cpu as platform
+from megatron_prefix import platform
 
 DEFAULT_CP_COMM = "needed_rows"
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prefix.attention.api import prepare
+from megatron_prefix.attention.context_parallel.transports import ContextShare
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.steps.sampler import Sampler, StepPlan
 from megatron_prefix.distributed.world import World
-from megatron_prefix.engine.step import TrainBatch, to_device
+from megatron_prefix.engine.batch import TrainBatch, to_device
 from megatron_prefix.model.gpt import TreeTransformerConfig
 
 
@@ -62,7 +63,7 @@ class Feed:
             torch.cuda.set_device(device)
         plan = self._sampler.step(step)
         rows = self._sampler.micro_batches(plan, self._world.data_rank)
-        batches = [to_device(row, device, plan.weight, context=self._context) for row in rows]
+        batches = [to_device(row, device, plan.weight, share=self._share(row)) for row in rows]
         config = self._config
         for batch in batches:
             prepare(
@@ -72,3 +73,8 @@ class Feed:
                 config.kv_channels,
             )
         return PreparedStep(plan=plan, rows=rows, batches=batches)
+
+    def _share(self, row: MicroBatch) -> ContextShare | None:
+        """This rank's part of a row that context-parallel ranks share; None if nobody does."""
+        context = self._context
+        return None if context is None else context.share(row.layout, self._world.device)

@@ -22,11 +22,11 @@ from megatron_prefix.checkpoint.starting_model import HF_FOLDER
 from megatron_prefix.config.rules import layout_faults, world_faults
 from megatron_prefix.config.schema import Config, ModelConfig
 from megatron_prefix.data.steps.collate import RowItem, collate_packed
-from megatron_prefix.data.steps.cost import ForwardFlops, forward_flops
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of, view
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
+from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf.config import read_hf_config
 from megatron_prefix.model.provider import with_sizes

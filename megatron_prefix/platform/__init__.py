@@ -1,7 +1,21 @@
 """What this machine needs: Megatron-Core on CPU, copies to a device, Linux's own calls."""
 
-from megatron_prefix.platform.linux import end_with_parent
-from megatron_prefix.platform.megatron_cpu import adapted, device
-from megatron_prefix.platform.transfer import on_device
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_prefix.faces import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_prefix.platform.linux import end_with_parent
+    from megatron_prefix.platform.megatron_cpu import adapted, device
+    from megatron_prefix.platform.transfer import on_device
+else:
+    __getattr__ = lazy_face(
+        __name__,
+        linux=["end_with_parent"],
+        megatron_cpu=["adapted", "device"],
+        transfer=["on_device"],
+    )
 
 __all__ = ["adapted", "device", "end_with_parent", "on_device"]

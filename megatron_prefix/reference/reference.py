@@ -19,8 +19,9 @@ from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import World
+from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.engine.feed import Feed, PreparedStep
-from megatron_prefix.engine.step import TrainBatch, run_schedule
+from megatron_prefix.engine.step import run_schedule
 from megatron_prefix.model.gpt import unwrap
 from megatron_prefix.platform.transfer import on_device
 from megatron_prefix.reference.sidecars import PartialScores

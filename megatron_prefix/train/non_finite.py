@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.engine.step import TrainBatch
+from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.errors import RunError
 
 

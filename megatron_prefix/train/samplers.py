@@ -13,6 +13,7 @@ from megatron_prefix.data.steps.cost import CostModel
 from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.distributed.world import World
 from megatron_prefix.errors import InputError
 
@@ -35,7 +36,7 @@ def open_verified(
         try:
             dataset = PreferenceDataset(prefix)
             if plan is None or not plan.is_of_these_files(dataset):
-                dataset.verify_checksums()
+                verify_checksums(dataset)
         except InputError as error:
             raise InputError(f"{setting}: {error}") from None
 

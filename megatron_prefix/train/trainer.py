@@ -23,9 +23,10 @@ from megatron_prefix.data.steps.sampler import Sampler, StepPlan
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.signals import StopRequest
 from megatron_prefix.distributed.world import World
+from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.engine.feed import Feed
 from megatron_prefix.engine.optimizer import finish_param_gather, gradient_norm, gradient_step
-from megatron_prefix.engine.step import TrainBatch, run_schedule
+from megatron_prefix.engine.step import run_schedule
 from megatron_prefix.errors import RunError, Stopped
 from megatron_prefix.model.gpt import unwrap
 from megatron_prefix.model.layers.moe import step_auxiliary

@@ -41,7 +41,7 @@ def compare(comm: str, backend: str, seed: int) -> dict:
         *((a.grad, b.grad[own]) for a, b in zip(parts, (q, k, v), strict=True)),
     ]
     count = torch.tensor(float(len(own)), requires_grad=True)
-    total = context.sum(count)
+    total = share.sum(count)
     total.backward()
     return {
         "error": max(float((a - b).detach().abs().max()) for a, b in pairs),

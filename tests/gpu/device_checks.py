@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from megatron_prefix.config.schema import parse_config
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.testing import random_group

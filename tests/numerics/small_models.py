@@ -16,7 +16,7 @@ from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import PrefixTree
-from megatron_prefix.engine.step import TrainBatch, to_device
+from megatron_prefix.engine.batch import TrainBatch, to_device
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.model.gpt import TreeGPTModel
 from megatron_prefix.model.logps import response_logps

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_runs import configure, lines, prepare, trained
 
-from megatron_prefix.data.store.dataset import DatasetWriter
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import RunError

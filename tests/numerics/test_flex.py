@@ -13,6 +13,7 @@ from megatron_prefix.attention.backends.flex import (
     block_ranges,
     compiled,
     flex_tree_attention,
+    plan_block_mask,
     query_intervals,
 )
 from megatron_prefix.attention.context_parallel.ownership import needed_rows
@@ -89,9 +90,9 @@ def test_block_mask_of_the_module_is_torchs_own():
 
     layout = TreeLayout.from_parents([300, 200, 170, 90], [-1, 0, 0, -1])
     plan = TreePlan(layout, "cpu")
-    own = plan.block_mask
+    own = plan_block_mask(plan)
     theirs = create_block_mask(own.mask_mod, 1, 1, 760, 760, device="cpu", BLOCK_SIZE=BLOCK)
-    assert plan.block_mask is own
+    assert plan_block_mask(plan) is own
     assert torch.equal(own.to_dense(), theirs.to_dense())
     assert torch.equal(own.full_kv_num_blocks, theirs.full_kv_num_blocks)
 
@@ -125,7 +126,7 @@ def test_forward_equals_dense_and_is_compiled_once(once):
         _, k, v, _ = random_heads(plan.num_keys, 4, 2, 16, seed=9, dtype=torch.float32)
         q, k, v = (x.detach() for x in (q, k, v))
         with torch.no_grad():
-            out = flex_tree_attention(q, k, v, plan.block_mask, 0.25)
+            out = flex_tree_attention(q, k, v, plan_block_mask(plan), 0.25)
             expected = tree_attention(q, k, v, plan, backend="dense", scale=0.25)
         assert out.shape == expected.shape
         assert (out - expected).abs().max() <= 1e-5
@@ -142,7 +143,7 @@ def test_one_form_too_many_is_refused_and_never_computed_densely(once, monkeypat
 
     def attend(dtype):
         q, k, v = (x.detach() for x in random_heads(190, 4, 2, 16, dtype=dtype)[:3])
-        return flex_tree_attention(q, k, v, plan.block_mask, 0.25)
+        return flex_tree_attention(q, k, v, plan_block_mask(plan), 0.25)
 
     with torch._dynamo.config.patch(recompile_limit=1):
         attend(torch.float32)

@@ -13,7 +13,7 @@ from megatron_prefix.data.steps.collate import (
     collate_padded,
     score_targets,
 )
-from megatron_prefix.engine.step import to_device
+from megatron_prefix.engine.batch import to_device
 from megatron_prefix.model.init import canonical_parameters
 
 

@@ -19,7 +19,7 @@ from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.steps.collate import RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
-from megatron_prefix.engine.step import to_device
+from megatron_prefix.engine.batch import to_device
 from megatron_prefix.model.gpt import TreeGPTModel
 from megatron_prefix.model.provider import model_provider, transformer_config
 from megatron_prefix.testing import saved_bytes

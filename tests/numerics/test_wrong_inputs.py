@@ -18,7 +18,7 @@ from megatron_prefix.attention.megatron import TreePackedSeqParams
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.tree import PrefixTree
-from megatron_prefix.engine.step import TrainBatch, to_device
+from megatron_prefix.engine.batch import TrainBatch, to_device
 from megatron_prefix.layout import TreeLayout
 
 WRONG = 1e-2

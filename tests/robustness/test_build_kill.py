@@ -16,6 +16,7 @@ from test_disk_full import files_up_to
 
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.verify import verify_dataset
 from megatron_prefix.data.store.work_folder import building_folder
 from megatron_prefix.errors import InputError
 
@@ -92,7 +93,7 @@ def test_a_killed_build_leaves_no_data_set_no_process_and_is_cleared_away(
     with pytest.raises(InputError, match="there is no data set"):
         PreferenceDataset(output)
     build_dataset([records], "bytes", output, BuildOptions(merge_prompts=merge_prompts))
-    PreferenceDataset(output).verify()
+    verify_dataset(PreferenceDataset(output))
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         *("in.jsonl", "out.bin", "out.idx", "out.json", "out.tree")
     ]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from commands import SIZES, refused, write_config
 
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.writer import DatasetWriter
 
 STEP = "iter_0000002"
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -30,6 +30,7 @@ from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.columns import COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, suffix_path
+from megatron_prefix.data.store.verify import verify_checksums, verify_dataset
 from megatron_prefix.distributed.world import world
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError
@@ -136,7 +137,7 @@ class Fuzz:
         if found is None:
             assert not output.parent.exists(), (case, what)
         else:
-            PreferenceDataset(output).verify()
+            verify_dataset(PreferenceDataset(output))
             shutil.rmtree(output.parent)
         path.unlink(missing_ok=True)
         return found
@@ -164,8 +165,8 @@ class Fuzz:
 
     def _opened(self, prefix: Path) -> PreferenceDataset:
         dataset = PreferenceDataset(prefix)
-        dataset.verify()
-        PreferenceDataset(prefix).verify_checksums()
+        verify_dataset(dataset)
+        verify_checksums(PreferenceDataset(prefix))
         return dataset
 
     def column(self, rng: random.Random, case: object) -> object | None:

@@ -14,8 +14,9 @@ from megatron_prefix.config.schema import Config, load_config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import world
+from megatron_prefix.engine.batch import to_device
 from megatron_prefix.engine.optimizer import build_model
-from megatron_prefix.engine.step import run_schedule, to_device
+from megatron_prefix.engine.step import run_schedule
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.train.setup import prepare_run
 from megatron_prefix.train.trainer import Run

@@ -12,7 +12,8 @@ from commands import command, lines, refused, write_config
 from safetensors.numpy import load_file
 
 from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.reference.sidecars import PartialScores
@@ -48,8 +49,8 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
     from megatron_prefix.checkpoint.starting_model import initial_model
     from megatron_prefix.config.schema import load_config
     from megatron_prefix.distributed.world import world
+    from megatron_prefix.engine.batch import to_device
     from megatron_prefix.engine.optimizer import build_model
-    from megatron_prefix.engine.step import to_device
     from megatron_prefix.reference.reference import freeze, score
 
     config = load_config(write_config(tmp_path / "c.yaml", dataset, tmp_path / "run"))

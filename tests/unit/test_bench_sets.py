@@ -13,13 +13,14 @@ import bench_sets  # noqa: E402
 from bench_shapes import SETS, medians  # noqa: E402
 
 from megatron_prefix.data.store.dataset import PreferenceDataset  # noqa: E402
+from megatron_prefix.data.store.verify import verify_dataset
 from megatron_prefix.errors import InputError  # noqa: E402
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_drawn_sets_have_the_published_medians(name, tmp_path):
     dataset = PreferenceDataset(bench_sets.write_like(tmp_path / "set", name, 400, 64))
-    dataset.verify()
+    verify_dataset(dataset)
     assert dataset.manifest["counts"]["pairs"] == len(dataset) == 400
     prompts = np.asarray(dataset.response_prompts)
     responses = np.asarray(dataset.response_lengths) - prompts

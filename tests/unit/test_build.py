@@ -10,6 +10,7 @@ from megatron_prefix.__main__ import main
 from megatron_prefix.data.build import builder as build_module
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.verify import verify_dataset
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.errors import InputError
 
@@ -30,7 +31,7 @@ def build(tmp_path, *records, **options):
         [write(tmp_path, *records)], "bytes", tmp_path / "out", BuildOptions(**options)
     )
     dataset = PreferenceDataset(tmp_path / "out")
-    dataset.verify()
+    verify_dataset(dataset)
     return report, dataset
 
 
@@ -256,7 +257,7 @@ EXPECTED = {  # groups, responses, pairs
 def test_real_sets(tmp_path, data_dir, name):
     report = build_dataset([data_dir / f"{name}.jsonl.gz"], "bytes", tmp_path / "out")
     dataset = PreferenceDataset(tmp_path / "out")
-    dataset.verify()
+    verify_dataset(dataset)
     counts = dataset.manifest["counts"]
     assert (counts["groups"], counts["responses"], counts["pairs"]) == EXPECTED[name]
     assert report.dropped == {} and report.wrong.num_records == 0

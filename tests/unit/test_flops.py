@@ -7,9 +7,9 @@ from test_sharing import random_group
 
 from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.steps.collate import RowItem, collate_packed
-from megatron_prefix.data.steps.cost import forward_flops
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import build_tree
+from megatron_prefix.estimate.flops import forward_flops
 
 SIZES = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
 

@@ -13,6 +13,7 @@ from megatron_prefix.data.steps.composition import GroupBatches
 from megatron_prefix.data.steps.record_batches import RecordBatches, group_batches
 from megatron_prefix.data.steps.sampler import Sampler, loss_weights
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.verify import verify_dataset
 from megatron_prefix.errors import InputError
 
 
@@ -34,7 +35,7 @@ def build(tmp_path, records, name="out", **options):
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     report = build_dataset([path], "bytes", tmp_path / name, BuildOptions(**options))
     dataset = PreferenceDataset(tmp_path / name)
-    dataset.verify()
+    verify_dataset(dataset)
     return report, dataset
 
 

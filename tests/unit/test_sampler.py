@@ -7,7 +7,8 @@ from test_sharing import random_group
 from megatron_prefix.data.steps.composition import GroupBatches, RowBatches
 from megatron_prefix.data.steps.sampler import Sampler, loss_weights
 from megatron_prefix.data.steps.sharing import SHARING_MODES, group_lengths
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
 

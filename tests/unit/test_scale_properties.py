@@ -16,8 +16,10 @@ from megatron_prefix.data.steps.packing import as_lists, deal, pack, pack_step, 
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.write_packed_steps import write_plan
 from megatron_prefix.data.store.blocks import Block
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.statistics import path_lengths
+from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
 FEW = settings(max_examples=25, deadline=None)
@@ -101,7 +103,7 @@ def test_the_store_gives_back_what_it_got_however_it_is_cut(found, block):
                 writer.add_block(Block.of_trees(part, [(start + i, 1) for i in range(len(part))]))
             writer.finish()
         dataset = PreferenceDataset(Path(folder) / "cut")
-        dataset.verify()
+        verify_dataset(dataset)
         assert dataset.manifest == PreferenceDataset(Path(folder) / "one").manifest
         for group, tree in enumerate(trees):
             assert_same(dataset[group], tree)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_prefix.data.steps.sharing import SHARING_MODES, all_bundles, bundles_of, view
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
 SEEDS = range(40)

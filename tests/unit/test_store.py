@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from megatron_prefix.data.store.columns import COLUMNS, ColumnWriter, file_entry
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, fingerprint, suffix_path
+from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
 
@@ -69,7 +71,7 @@ def prefix(tmp_path, trees):
 
 def test_round_trip(prefix, trees):
     dataset = PreferenceDataset(prefix)
-    dataset.verify()
+    verify_dataset(dataset)
     assert len(dataset) == 7 and dataset.vocab_size == 100
     for i, tree in enumerate(trees):
         assert_same(dataset[i], tree)
@@ -134,7 +136,7 @@ def test_tokens_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, dtype)
     tokenizer = {**TOKENIZER, "vocab_size": vocab_size}
     write(tmp_path / "a", [large_ids(vocab_size - 1)], tokenizer)
     dataset = PreferenceDataset(tmp_path / "a")
-    dataset.verify()
+    verify_dataset(dataset)
     assert dataset.tokens.dtype == dtype and dataset[0].tokens.max() == vocab_size - 1
 
 
@@ -161,11 +163,11 @@ def test_the_old_data_set_stays_until_the_new_one_is_complete(prefix, trees):
     with pytest.raises(RuntimeError), DatasetWriter(prefix, TOKENIZER) as writer:
         writer.add(trees[0], 0)
         raise RuntimeError
-    PreferenceDataset(prefix).verify()
+    verify_dataset(PreferenceDataset(prefix))
     assert PreferenceDataset(prefix).fingerprint == before
     write(prefix, trees[:2])
     dataset = PreferenceDataset(prefix)
-    dataset.verify()
+    verify_dataset(dataset)
     assert len(dataset) == 2
     names = sorted(p.name for p in prefix.parent.iterdir())
     assert names == ["set.bin", "set.idx", "set.json", "set.tree"]
@@ -265,7 +267,7 @@ def test_a_manifest_that_does_not_fit_is_seen_on_opening(prefix, change, message
 def test_manifests_that_are_no_json_or_have_a_wrong_fingerprint(prefix):
     edit_manifest(prefix, lambda m: m.update(fingerprint="0" * 64))
     with pytest.raises(InputError, match="fingerprint is wrong"):
-        PreferenceDataset(prefix).verify()
+        verify_dataset(PreferenceDataset(prefix))
     suffix_path(prefix, ".json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         PreferenceDataset(prefix)
@@ -321,7 +323,7 @@ def damage(prefix, name, at, value):
 def test_a_wrong_layout_is_seen_though_checksums_fit(prefix, name, at, value, message):
     damage(prefix, name, at, value)
     with pytest.raises(InputError, match=message):
-        PreferenceDataset(prefix).verify()
+        verify_dataset(PreferenceDataset(prefix))
 
 
 def seal_file(prefix, suffix):
@@ -340,7 +342,7 @@ def test_wrong_tokens_and_index_are_seen_though_checksums_fit(prefix):
     tokens.flush()
     seal_file(prefix, ".bin")
     with pytest.raises(InputError, match="outside the vocabulary"):
-        PreferenceDataset(prefix).verify()
+        verify_dataset(PreferenceDataset(prefix))
     path.write_bytes(good)
     seal_file(prefix, ".bin")
     index = np.memmap(suffix_path(prefix, ".idx"), np.int32, "r+", offset=34, shape=(2,))
@@ -348,7 +350,7 @@ def test_wrong_tokens_and_index_are_seen_though_checksums_fit(prefix):
     index.flush()
     seal_file(prefix, ".idx")
     with pytest.raises(InputError, match=r"\.idx: (pointers|node lengths)"):
-        PreferenceDataset(prefix).verify()
+        verify_dataset(PreferenceDataset(prefix))
 
 
 def test_siblings_that_begin_alike_are_seen(tmp_path):
@@ -356,7 +358,7 @@ def test_siblings_that_begin_alike_are_seen(tmp_path):
     object.__setattr__(tree, "tokens", np.array([1, 2, 2]))
     write(tmp_path / "a", [tree])
     with pytest.raises(InputError, match="two children of node 0 begin with the same token"):
-        PreferenceDataset(tmp_path / "a").verify()
+        verify_dataset(PreferenceDataset(tmp_path / "a"))
 
 
 def test_column_headers_hold_any_length(tmp_path):

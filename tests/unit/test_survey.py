@@ -14,9 +14,8 @@ from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.data.inspect.survey import COST_MODEL, span_work, survey
 from megatron_prefix.data.inspect.survey_text import survey_text
-from megatron_prefix.data.steps.cost import CostModel
+from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.sharing import Bundle
-from megatron_prefix.data.steps.work import bundle_work
 from megatron_prefix.data.store import spans as spans_module
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.spans import spans

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from megatron_prefix.data.build.prompt_groups import merge_trees
 from megatron_prefix.data.read.formats.base import Example, ExampleResponse
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.paths import PathEncoder, select
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
@@ -89,7 +91,7 @@ def test_stored_trees_come_back(parts):
                 writer.add(tree, 2 * i, 1 + i)
             writer.finish()
         dataset = PreferenceDataset(prefix)
-        dataset.verify()
+        verify_dataset(dataset)
         assert dataset.group_num_records.tolist() == [1 + i for i in range(len(trees))]
         for group, tree in enumerate(trees):
             for name, value in vars(tree).items():

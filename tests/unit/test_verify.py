@@ -9,7 +9,7 @@ from test_store import edit_manifest, random_tree, write
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.spans import Span, spans
-from megatron_prefix.data.store.verify import _shape_problems
+from megatron_prefix.data.store.verify import _shape_problems, verify_dataset
 from megatron_prefix.errors import InputError
 
 
@@ -30,7 +30,7 @@ def test_a_manifest_that_counts_otherwise_is_seen_though_it_is_sealed(prefix, na
     changed = "pair" if name == "tokens" else "prompt" if name == "lengths" else "extra"
     edit_manifest(prefix, lambda manifest: manifest[name].update({changed: 1}))
     with pytest.raises(InputError, match=rf"\.json: {name} are not those of the files"):
-        PreferenceDataset(prefix).verify()
+        verify_dataset(PreferenceDataset(prefix))
 
 
 def naive_preorder(parents):

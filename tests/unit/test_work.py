@@ -8,11 +8,11 @@ from test_sharing import random_group
 from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.steps.collate import collate_packed
 from megatron_prefix.data.steps.composition import GroupBatches
-from megatron_prefix.data.steps.cost import CostModel, forward_flops
+from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of
-from megatron_prefix.data.steps.work import bundle_work
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
+from megatron_prefix.estimate.flops import forward_flops
 
 MODEL = ModelConfig(num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4)
 

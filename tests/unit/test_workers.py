@@ -12,6 +12,7 @@ from megatron_prefix.data.build.merge_parts import merge_datasets
 from megatron_prefix.data.build.workers import ordered
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, suffix_path
+from megatron_prefix.data.store.verify import verify_dataset
 from megatron_prefix.errors import InputError, RunError
 
 
@@ -55,7 +56,7 @@ def test_the_same_bytes_whatever_the_number_of_workers(tmp_path, workers):
     first, second = reports
     assert first.as_dict() == second.as_dict() and first.num_tokens_made == second.num_tokens_made
     assert first.num_records == 120 and first.wrong.num_records == 10
-    PreferenceDataset(tmp_path / "of1").verify()
+    verify_dataset(PreferenceDataset(tmp_path / "of1"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -154,7 +155,7 @@ class TestMerge:
         prefixes = [self.build(parts, f"part{i}", f"{i}.jsonl") for i in range(3)]
         merge_datasets(prefixes, parts / "merged")
         assert_same_bytes(whole, parts / "merged")
-        PreferenceDataset(parts / "merged").verify()
+        verify_dataset(PreferenceDataset(parts / "merged"))
 
     def test_another_tokenizer_or_option_is_refused(self, parts):
         first = self.build(parts, "a", "0.jsonl")

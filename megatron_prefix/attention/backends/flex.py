@@ -23,15 +23,20 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_prefix.attention.backends.requirements import head_dim_fault, why_not_on_cuda
+from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.platform.transfer import on_device
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -94,7 +99,7 @@ def block_mask(
     q_rows: np.ndarray | None = None,
     kv_rows: np.ndarray | None = None,
     block: int = BLOCK,
-):
+) -> BlockMask:
     """torch's `BlockMask` of a layout, or of some queries and keys of it."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -117,6 +122,11 @@ def block_mask(
         mask_mod=sees,
         seq_lengths=(num_queries, num_keys),
     )
+
+
+def plan_block_mask(plan: TreePlan) -> BlockMask:
+    """A plan's `BlockMask`, built once."""
+    return plan.once("block_mask", lambda p: block_mask(p.layout, p.device, p.q_rows, p.kv_rows))
 
 
 def _listed(is_set: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,17 +62,14 @@ class ContextParallel:
         else:
             keys = Heads(self.group, rows, device)
             plan = TreePlan(layout, device)
-        return ContextShare(own, plan, keys)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, whose gradient every rank takes for its own part as it is."""
-        return _SumOverRanks.apply(values, self.group)
+        return ContextShare(self.group, own, plan, keys)
 
 
 @dataclass(frozen=True, eq=False)
 class ContextShare:
     """What one rank has of one row: its `rows`, who they see, and how keys travel."""
 
+    group: dist.ProcessGroup
     rows: np.ndarray
     plan: TreePlan
     transport: AllGather | NeededRows | Heads
@@ -84,6 +81,10 @@ class ContextShare:
             return tree_attention(q, k, v, self.plan, backend=backend, scale=scale)
 
         return self.transport.attend(attend, q, k, v)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, whose gradient every rank takes for its own part as it is."""
+        return _SumOverRanks.apply(values, self.group)
 
 
 class _SumOverRanks(torch.autograd.Function):

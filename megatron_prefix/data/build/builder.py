@@ -26,7 +26,8 @@ from megatron_prefix.data.read.examples import ExampleReader
 from megatron_prefix.data.read.formats.base import DEGENERATE, DegenerateRecord, Example
 from megatron_prefix.data.read.records import Record, check_inputs, input_bytes, scan_records
 from megatron_prefix.data.store.blocks import Block
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.hf_tokenizer import single_threaded
 from megatron_prefix.data.tokenize.paths import (
     OVERFLOW_MODES,

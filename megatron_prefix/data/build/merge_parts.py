@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.data.build.combine import combine
-from megatron_prefix.data.store.blocks import Block
-from megatron_prefix.data.store.dataset import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.verify import verify_checksums
+from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.errors import InputError
 
 GROUPS = 4096
@@ -29,7 +30,7 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> dict[s
     parts = [PreferenceDataset(prefix) for prefix in prefixes]
     for part in parts:
         _check_alike(parts[0], part)
-        part.verify_checksums()
+        verify_checksums(part)
     first = parts[0].manifest
     inputs = [path for part in parts for path in part.manifest["options"].get("inputs", [])]
     options = {**first["options"], "inputs": inputs} if inputs else first["options"]
@@ -38,7 +39,7 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> dict[s
         before = 0
         for part in parts:
             for start in range(0, len(part), GROUPS):
-                block = Block.of_dataset(part, start, min(start + GROUPS, len(part)))
+                block = part.block(start, min(start + GROUPS, len(part)))
                 block.columns["group_records"] = block.columns["group_records"] + before
                 writer.add_block(block)
             combine(report, _report_behind(part, before))

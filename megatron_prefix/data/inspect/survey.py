@@ -8,18 +8,16 @@ cost of a group is the forward pass of its tree through a model of 8 billion par
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_prefix.data.inspect.describe import packed_rows
+from megatron_prefix.data.steps.cost import CostModel
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.spans import Span
 from megatron_prefix.data.store.statistics import SHARING_TOKENS, Histogram
 from megatron_prefix.data.store.verify import sound_spans
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.steps.cost import CostModel
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 COST_MODEL = {
     "num_layers": 32,

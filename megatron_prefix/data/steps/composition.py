@@ -13,16 +13,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from megatron_prefix.data.steps.packing import pack
 from megatron_prefix.data.steps.sharing import group_lengths
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 WINDOW = 8192
 """Groups packed together by `RowBatches`: enough that the one unfilled row a window is < 1 %."""

@@ -17,18 +17,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_prefix.data.steps.composition import PlanSettings
 from megatron_prefix.data.steps.packing import as_lists
 from megatron_prefix.data.store.columns import sha256
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, manifest_digest, suffix_path
 from megatron_prefix.errors import InputError
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 FORMAT = "megatron_prefix packed plan"
 VERSION = 1

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_prefix.data.steps.composition import Composition, GroupBatches, seeded
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 
 def group_batches(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,15 +25,12 @@ from megatron_prefix.data.steps.collate import (
     tree_targets,
 )
 from megatron_prefix.data.steps.composition import Composition, RowBatches
+from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.steps.packing import deal, pack_step
 from megatron_prefix.data.steps.sharing import Bundle, all_bundles, bundles_of, view
-from megatron_prefix.data.steps.work import bundle_work
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.steps.cost import CostModel
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -15,14 +15,11 @@ one kind of thing only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 SHARING_MODES = ("tree", "pair", "response", "none")
 

@@ -5,18 +5,14 @@ Steps are read one after another. What needs the lengths of trees needs the data
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from megatron_prefix.data.steps.composition import PlanSettings
 from megatron_prefix.data.steps.packed_steps import REMEDY, PackedPlan
 from megatron_prefix.data.steps.write_packed_steps import Bundles, Tally
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify import is_partition
 from megatron_prefix.errors import InputError
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 CHUNK = 1 << 20
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +21,9 @@ from megatron_prefix.data.steps.packed_steps import COLUMNS, FORMAT, MANIFEST, V
 from megatron_prefix.data.steps.packing import pack
 from megatron_prefix.data.steps.sharing import all_bundles
 from megatron_prefix.data.store.columns import ColumnWriter, file_entry
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import manifest_digest
 from megatron_prefix.errors import InputError
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 FLUSH = 1 << 16
 """Bundles held before they are written."""

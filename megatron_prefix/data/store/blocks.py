@@ -11,15 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_prefix.data.store.columns import COLUMNS, OFFSETS
+from megatron_prefix.data.store.columns import COLUMNS
 from megatron_prefix.data.tree import MergedPaths, PrefixTree, joined
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,26 +90,6 @@ class Block:
         return cls(
             tokens=_narrow(arrays["tokens"]), node_lengths=lengths.astype("<i4"), columns=columns
         )
-
-    @classmethod
-    def of_dataset(cls, dataset: PreferenceDataset, start: int, stop: int) -> Block:
-        """Groups `start` to `stop` of a data set."""
-        spans = {"group": (start, stop)}
-        for name in ("node", "response", "pair"):
-            offsets = getattr(dataset, f"group_{name}s")
-            spans[name] = int(offsets[start]), int(offsets[stop])
-        columns = {}
-        for name in COLUMNS:
-            first, last = spans[name.split("_")[0]]
-            column = getattr(dataset, name)
-            columns[name] = (
-                np.diff(column[first : last + 1]) if name in OFFSETS else column[first:last]
-            )
-        first, last = spans["node"]
-        lengths = dataset.node_lengths[first:last]
-        token = int(dataset.node_pointers[first]) // dataset.tokens.itemsize
-        tokens = dataset.tokens[token : token + int(lengths.sum(dtype=np.int64))]
-        return cls(tokens=tokens, node_lengths=lengths, columns=columns)
 
 
 def _narrow(tokens: np.ndarray) -> np.ndarray:

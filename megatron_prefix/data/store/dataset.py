@@ -1,211 +1,20 @@
-"""Trees <-> files. docs/data_format.md has every byte of it.
-
-    PREFIX.bin, PREFIX.idx   Megatron-Core's indexed format: a sequence a node, a document a group
-    PREFIX.tree/*.npy        columns: what the tokens mean, memory-mapped when read
-    PREFIX.json              the manifest, written last: counts, tokenizer, checksums
-
-A data set is written into a directory of its own beside PREFIX and moved into place at the end,
-the manifest last; without a manifest nothing is read. Writing holds one block of groups, reading
-what is touched.
-"""
+"""A data set on disk, memory-mapped: groups as prefix trees, blocks of groups as columns."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.store.blocks import Block, starts
-from megatron_prefix.data.store.columns import COLUMNS, OFFSETS, ColumnWriter, file_entry
-from megatron_prefix.data.store.index import DTYPES, HEADER, MAGIC, IndexedWriter
+from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.store.columns import COLUMNS, OFFSETS
+from megatron_prefix.data.store.index import DTYPES, HEADER, MAGIC
 from megatron_prefix.data.store.manifest import (
-    FILES,
-    FORMAT,
-    VERSION,
-    fingerprint,
     load_manifest,
-    manifest_digest,
     suffix_path,
 )
-from megatron_prefix.data.store.statistics import Statistics
-from megatron_prefix.data.store.work_folder import building_folder, checked_prefix, clear_leftovers
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
-
-BLOCK = 256
-"""Groups that `add` holds before they are written."""
-
-
-class DatasetWriter:
-    """Writes one data set, or nothing: a context manager.
-
-        with DatasetWriter(prefix, tokenizer.describe()) as writer:
-            writer.add(tree, record=0)
-            writer.finish()
-
-    Leaving it without `finish`, by an exception or not, removes everything it made. An earlier
-    data set under the same prefix stays until `finish` replaces it. Raises InputError where the
-    place cannot be written or a token id does not fit the vocabulary.
-    """
-
-    def __init__(
-        self,
-        prefix: str | Path,
-        tokenizer: Mapping[str, Any],
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.prefix = checked_prefix(prefix)
-        self.tokenizer = dict(tokenizer)
-        self.options = dict(options or {})
-        self._statistics = Statistics()
-        self.dtype = np.uint16 if self.tokenizer["vocab_size"] <= 1 << 16 else np.int32
-        self._work = building_folder(self.prefix)
-        self._made: list[Path] = []
-        self._columns: dict[str, ColumnWriter] = {}
-        self._index: IndexedWriter | None = None
-        self._waiting: tuple[list[PrefixTree], list[tuple[int, int]]] = [], []
-
-    def __enter__(self) -> DatasetWriter:
-        try:
-            for parent in reversed([d for d in self.prefix.parents if not d.exists()]):
-                parent.mkdir()
-                self._made.append(parent)
-            clear_leftovers(self.prefix)
-            shutil.rmtree(self._work, ignore_errors=True)
-            (self._work / "tree").mkdir(parents=True)
-        except OSError as error:
-            self._discard()
-            raise InputError(f"output {self.prefix} cannot be written: {error}") from error
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._discard()
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise InputError(f"output {self.prefix} cannot be written: {error}") from error
-
-    @property
-    def statistics(self) -> Statistics:
-        """Of all that was added."""
-        self._flush()
-        return self._statistics
-
-    def add(self, tree: PrefixTree, record: int, num_records: int = 1) -> None:
-        """Append one group; `record` is the index of the (first) input record it comes from."""
-        trees, records = self._waiting
-        trees.append(tree)
-        records.append((record, num_records))
-        if len(trees) == BLOCK:
-            self._flush()
-
-    def add_block(self, block: Block) -> None:
-        """Append groups that come behind all that were added before."""
-        self._flush()
-        self._write(block)
-
-    def _flush(self) -> None:
-        trees, records = self._waiting
-        self._waiting = [], []
-        if trees:
-            self._write(Block.of_trees(trees, records))
-
-    def _write(self, block: Block) -> None:
-        vocab_size = self.tokenizer["vocab_size"]
-        low, high = int(block.tokens.min()), int(block.tokens.max())
-        if low < 0 or high >= vocab_size:
-            at = int(np.flatnonzero((block.tokens < 0) | (block.tokens >= vocab_size))[0])
-            ends = np.cumsum(
-                np.add.reduceat(block.node_lengths, starts(block.columns["group_nodes"]))
-            )
-            record = block.columns["group_records"][np.searchsorted(ends, at, "right")]
-            raise InputError(
-                f"record {record} has token id {block.tokens[at]}, and the vocabulary of "
-                f"tokenizer {self.tokenizer['name']} has {vocab_size}: the tokenizer is damaged"
-            )
-        if self._index is None:
-            self._open()
-        before = dict(self._statistics.counts)
-        self._statistics.add(block)
-        self._index.write(block.tokens, block.node_lengths)
-        for name, column in self._columns.items():
-            values = block.columns[name]
-            if name in OFFSETS:
-                values = before[name.split("_")[1]] + np.cumsum(values)
-            column.write(values)
-
-    def finish(self, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Put the data set in its place and return its manifest, which keeps `report`."""
-        self._flush()
-        if self._index is None:
-            raise InputError(f"nothing is left to write to {self.prefix}: no group has a pair")
-        for column in self._columns.values():
-            column.close()
-        self._index.finish(np.load(self._work / "tree" / "group_nodes.npy", mmap_mode="r"))
-        files = {name: file_entry(self._work / name[1:]) for name in FILES}
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": fingerprint(files, self.tokenizer),
-            "counts": self._statistics.counts,
-            "tokens": self._statistics.tokens,
-            "lengths": self._statistics.lengths(),
-            "dtype": np.dtype(self.dtype).name,
-            "tokenizer": self.tokenizer,
-            "options": self.options,
-            "report": dict(report or {}),
-            "files": files,
-        }
-        manifest["sha256"] = manifest_digest(manifest)
-        with (self._work / "json").open("w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1, allow_nan=False)
-            file.write("\n")
-        for name in (*FILES, ".json"):
-            with (self._work / name[1:]).open("rb") as file:
-                os.fsync(file.fileno())
-        self._move()
-        self._made.clear()
-        return manifest
-
-    def _open(self) -> None:
-        self._index = IndexedWriter(self._work, self.dtype)
-        for name, (dtype, tail) in COLUMNS.items():
-            self._columns[name] = ColumnWriter(self._work / "tree" / f"{name}.npy", dtype, tail)
-        for name in OFFSETS:
-            self._columns[name].write([0])
-
-    def _move(self) -> None:
-        """Take the old manifest away, replace the files, and put the new manifest last."""
-        suffix_path(self.prefix, ".json").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx"):
-            os.replace(self._work / suffix[1:], suffix_path(self.prefix, suffix))
-        tree = suffix_path(self.prefix, ".tree")
-        if tree.exists():
-            os.replace(tree, self._work / "old")
-        os.replace(self._work / "tree", tree)
-        os.replace(self._work / "json", suffix_path(self.prefix, ".json"))
-
-    def _discard(self) -> None:
-        files = [] if self._index is None else [self._index]
-        for file in (*files, *self._columns.values()):
-            with contextlib.suppress(OSError):  # a full disk does not take the rest of a buffer
-                file.close()
-        shutil.rmtree(self._work, ignore_errors=True)
-        while self._made:
-            try:
-                self._made.pop().rmdir()
-            except OSError:  # somebody else put something into it
-                return
 
 
 class PreferenceDataset:
@@ -218,8 +27,8 @@ class PreferenceDataset:
     `pair_margins` [P]; so are `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and
     `tokens` [T].
 
-    Opening checks that every file is there, with its size and shape; `verify_checksums` reads
-    all bytes, `verify` also checks what they mean. All raise InputError.
+    Opening checks that every file is there, with its size and shape; `verify_checksums(dataset)`
+    reads all bytes, `verify_dataset(dataset)` also checks what they mean. All raise InputError.
     """
 
     group_nodes: np.ndarray
@@ -295,19 +104,24 @@ class PreferenceDataset:
         ends = np.append(self.node_pointers, self.tokens.nbytes)
         return np.diff(ends[self.group_nodes]) // self.tokens.itemsize
 
-    def verify_checksums(self) -> None:
-        """Read every file and compare it with the manifest's SHA-256."""
-        from megatron_prefix.data.store.verify import verify_checksums
-
-        verify_checksums(self)
-
-    def verify(self) -> None:
-        """Check the checksums and every invariant of the layout."""
-        from megatron_prefix.data.store.verify import verify_files, verify_layout, verify_manifest
-
-        verify_files(self)
-        verify_layout(self)
-        verify_manifest(self)
+    def block(self, start: int, stop: int) -> Block:
+        """Groups `start` to `stop` as columns."""
+        spans = {"group": (start, stop)}
+        for name in ("node", "response", "pair"):
+            offsets = getattr(self, f"group_{name}s")
+            spans[name] = int(offsets[start]), int(offsets[stop])
+        columns = {}
+        for name in COLUMNS:
+            first, last = spans[name.split("_")[0]]
+            column = getattr(self, name)
+            columns[name] = (
+                np.diff(column[first : last + 1]) if name in OFFSETS else column[first:last]
+            )
+        first, last = spans["node"]
+        lengths = self.node_lengths[first:last]
+        token = int(self.node_pointers[first]) // self.tokens.itemsize
+        tokens = self.tokens[token : token + int(lengths.sum(dtype=np.int64))]
+        return Block(tokens=tokens, node_lengths=lengths, columns=columns)
 
     def __reduce__(self) -> tuple[type[PreferenceDataset], tuple[Path]]:
         return PreferenceDataset, (self.prefix,)

@@ -13,14 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_prefix.data.store.blocks import Block, node_ends, starts
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.dataset import PreferenceDataset
 
 NODES = 1 << 18
 
@@ -101,5 +98,5 @@ def spans(dataset: PreferenceDataset, nodes: int = NODES) -> Iterator[Span]:
     while start < len(dataset):
         reach = np.searchsorted(offsets, int(offsets[start]) + nodes, "right") - 1
         stop = min(max(int(reach), start + 1), len(dataset))
-        yield Span(start, stop, Block.of_dataset(dataset, start, stop))
+        yield Span(start, stop, dataset.block(start, stop))
         start = stop

@@ -7,22 +7,25 @@ memory that of a span.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.columns import sha256
+from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, fingerprint, manifest_digest, suffix_path
 from megatron_prefix.data.store.spans import Span, spans
 from megatron_prefix.data.store.statistics import Statistics
 from megatron_prefix.errors import InputError
 
-if TYPE_CHECKING:
-    from megatron_prefix.data.store.dataset import PreferenceDataset
-
 REMEDY = "build the data set again"
 CHUNK = 1 << 20
+
+
+def verify_dataset(dataset: PreferenceDataset) -> None:
+    """Check the checksums and every invariant of the layout. Raises InputError."""
+    verify_files(dataset)
+    verify_layout(dataset)
+    verify_manifest(dataset)
 
 
 def verify_checksums(dataset: PreferenceDataset) -> None:
@@ -87,7 +90,7 @@ def sound_spans(dataset: PreferenceDataset) -> Iterator[Span]:
 
 def verify_group(dataset: PreferenceDataset, group: int) -> None:
     """Check the columns of one group, of a data set whose offsets are sound. Raises InputError."""
-    _refuse(Span(group, group + 1, Block.of_dataset(dataset, group, group + 1)), dataset)
+    _refuse(Span(group, group + 1, dataset.block(group, group + 1)), dataset)
 
 
 def _refuse(span: Span, dataset: PreferenceDataset) -> None:

@@ -1,0 +1,92 @@
+"""A row on the device: what one micro batch of Megatron-Core's schedule takes.
+
+Shapes: T tokens, N targets, R responses of the row, P pairs of the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_prefix.attention.context_parallel.transports import ContextShare
+from megatron_prefix.attention.megatron import TreePackedSeqParams
+from megatron_prefix.attention.plan import TreePlan
+from megatron_prefix.data.steps.collate import MicroBatch
+from megatron_prefix.platform.transfer import on_device
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainBatch:
+    """One row on the device: what `forward_step` takes from its iterator.
+
+    tokens int64 [1, T]; `params` goes to the model; target i belongs to the response that
+    `response_order` and `response_offsets` sort it under; pairs int64 [P, 2] index the row's
+    responses; pair_weights and pair_margins float64 [P], a margin NaN where the data has none;
+    ref_logps float64 [R] or None where there is no reference; step_weight is the step's
+    normaliser. With `params.share`, tokens and targets are those that this rank owns, and
+    responses and pairs the whole row's.
+    """
+
+    tokens: Tensor
+    params: TreePackedSeqParams
+    response_order: Tensor
+    response_offsets: Tensor
+    pairs: Tensor
+    pair_weights: Tensor
+    pair_margins: Tensor
+    step_weight: float
+    ref_logps: Tensor | None = None
+
+    def with_reference(self, ref_logps: Tensor) -> TrainBatch:
+        return replace(self, ref_logps=ref_logps)
+
+    def with_step_count(self, step_count: float) -> TrainBatch:
+        return replace(self, params=replace(self.params, step_count=step_count))
+
+
+def to_device(
+    batch: MicroBatch,
+    device: torch.device,
+    step_weight: float = 1.0,
+    *,
+    step_count: float = 0.0,
+    share: ContextShare | None = None,
+) -> TrainBatch:
+    """Move a row, or this rank's part of it, to `device` and plan its attention, once for all
+    layers; from pinned memory to CUDA, so that nobody waits for the copies.
+
+    `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
+    """
+    own = np.arange(len(batch.tokens)) if share is None else share.rows
+    is_own = np.isin(batch.source_row, own)
+    response = batch.response[is_own]
+    rows, target_rows = np.unique(batch.source_row[is_own], return_inverse=True)
+    order = np.argsort(response, kind="stable")
+    counts = np.bincount(response, minlength=batch.num_responses)
+    served = None if batch.served is None else batch.served[own]
+
+    tensor = partial(on_device, device=device)
+    return TrainBatch(
+        tokens=tensor(batch.tokens[own])[None],
+        params=TreePackedSeqParams(
+            plan=TreePlan(batch.layout, device) if share is None else share.plan,
+            share=share,
+            position_ids=tensor(batch.layout.position_ids()[own]),
+            projected_rows=tensor(np.searchsorted(own, rows)),
+            target_rows=tensor(target_rows),
+            target_offsets=np.searchsorted(target_rows, np.arange(len(rows) + 1)),
+            target_tokens=tensor(batch.target_token[is_own]),
+            responses_served=None if served is None else tensor(served).float(),
+            step_count=step_count,
+        ),
+        response_order=tensor(order),
+        response_offsets=tensor(np.concatenate([[0], np.cumsum(counts)])),
+        pairs=tensor(batch.pairs),
+        pair_weights=tensor(batch.pair_weights),
+        pair_margins=tensor(batch.pair_margins),
+        step_weight=step_weight,
+    )

@@ -1,0 +1,40 @@
+"""Operations of one forward pass over a row, by part; data/steps/cost.py has the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.data.steps.collate import MicroBatch
+from megatron_prefix.data.steps.cost import CostModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardFlops:
+    """Operations of one forward pass, by part."""
+
+    linear: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.head
+
+    def __add__(self, other: ForwardFlops) -> ForwardFlops:
+        return ForwardFlops(
+            linear=self.linear + other.linear,
+            attention=self.attention + other.attention,
+            head=self.head + other.head,
+        )
+
+
+def forward_flops(model: ModelConfig, vocab_size: int, batch: MicroBatch) -> ForwardFlops:
+    """Operations of one forward pass over a row: linear layers on every token it executes,
+    attention on the area its tokens see, the head on the rows that predict."""
+    cost = CostModel.of_model(model, vocab_size)
+    return ForwardFlops(
+        linear=cost.per_token * len(batch.tokens),
+        attention=cost.per_entry * batch.layout.area(),
+        head=cost.per_row * batch.num_projected,
+    )
