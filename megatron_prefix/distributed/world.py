@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 
+from megatron_prefix import platform
 from megatron_prefix.attention.context_parallel.ownership import ContextCost
 from megatron_prefix.attention.context_parallel.transports import ContextParallel
 from megatron_prefix.config.rules import world_faults
@@ -25,7 +26,6 @@ from megatron_prefix.config.schema import ParallelConfig
 from megatron_prefix.distributed.liveness import MARGIN_S, Liveness
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model.gpt import TreeTransformerConfig
-from megatron_prefix import platform
 
 DEFAULT_CP_COMM = "needed_rows"
 

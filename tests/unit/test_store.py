@@ -9,7 +9,7 @@ import pytest
 from megatron_prefix.data.store.columns import COLUMNS, ColumnWriter, file_entry
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, fingerprint, suffix_path
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify import verify_checksums, verify_dataset
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
@@ -174,7 +174,7 @@ def test_the_old_data_set_stays_until_the_new_one_is_complete(prefix, trees):
 
 
 def test_a_build_killed_while_moving_leaves_nothing_that_opens(prefix, trees, monkeypatch):
-    import megatron_prefix.data.store.dataset as store
+    import megatron_prefix.data.store.writer as store
 
     moved = []
 
@@ -233,9 +233,9 @@ def test_a_flipped_bit_is_seen_by_the_checksums(prefix, name):
     content[-1] ^= 1
     path.write_bytes(content)
     dataset = PreferenceDataset(prefix)
-    for check in (dataset.verify_checksums, dataset.verify):
+    for check in (verify_checksums, verify_dataset):
         with pytest.raises(InputError, match=re.escape(f"{path} is damaged")):
-            check()
+            check(dataset)
 
 
 def edit_manifest(prefix, change):
