@@ -42,7 +42,10 @@ def prepare_trainer(
     datasets = [dataset] if valid is None else [dataset, valid]
     initial = initial_model(config.model, datasets)
     sampler = training_sampler(config, dataset, world, plan, initial.sizes)
-    num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
+    num_steps = config.train.steps
+    if num_steps is None:
+        assert config.train.epochs is not None  # one of them is given
+        num_steps = sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
         raise InputError(
             f"optimizer.lr_warmup_steps = {config.optimizer.lr_warmup_steps} does not end "
@@ -59,7 +62,7 @@ def prepare_trainer(
     policy = build_policy(chunks, model_config, config.optimizer, config.parallel, num_steps)
     identity = run_identity(config, dataset, fingerprint)
     step = _latest(config, world)
-    if step:
+    if step and config.train.load is not None:
         world.beat(f"loading the checkpoint of step {step}")
         checkpoint.load_checkpoint(
             config.train.load, step, policy.chunks, policy.optimizer, policy.scheduler, identity

@@ -76,7 +76,7 @@ class Trainer:
             if settings.save and (
                 is_last or is_asked or _is_due(self.step, settings.save_interval)
             ):
-                self.save()
+                self.save(settings.save)
             if is_asked and not is_last:
                 state = f"saved in {settings.save}" if settings.save else "train.save is not set"
                 raise Stopped(f"stopped by a signal after step {self.step} ({state})")
@@ -139,12 +139,12 @@ class Trainer:
             f"{metrics['num_pairs']} pairs"
         )
 
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
+    def save(self, root: str) -> None:
+        """Write a checkpoint of this step below `root`."""
         self.world.beat(f"the save of step {self.step}")
         self.policy.finish_param_gather()
         checkpoint.save_checkpoint(
-            self.config.train.save,
+            root,
             self.step,
             self.policy.chunks,
             self.policy.optimizer,
@@ -186,8 +186,8 @@ class Trainer:
             "rows/projected": sum(row.num_projected for row in rows),
         }
         sums = torch.stack([torch.stack([*log["sums"].values()]) for log in logs]).sum(0)
-        totals = torch.cat([sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
-        totals = self.world.sum(totals).tolist()
+        own = torch.cat([sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
+        totals = self.world.sum(own).tolist()
         divisors = [plan.weight] + [plan.num_pairs] * (len(names) - 1)
         means = {key: s / d for key, s, d in zip(names, totals, divisors, strict=False)}
         logical = sum(int(pair_lengths(dataset, int(g)).sum()) for g in plan.groups)
