@@ -119,7 +119,9 @@ class Liveness:
                 found = error
             else:
                 found = RunError(text or f"{_first_line(error)}, though every rank answers")
-            found.printed_by_this_process = self._claim(0.0 if self._rank == lowest(states) else HOLD_S)
+            found.printed_by_this_process = self._claim(
+                0.0 if self._rank == lowest(states) else HOLD_S
+            )
         except DistError:
             found = RunError(
                 "the process groups' store does not answer: rank 0, or its launcher, has ended, "

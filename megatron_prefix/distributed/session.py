@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from megatron_prefix.attention.backends.flash_version import flash_version, resolve_flash_version
+from megatron_prefix.attention.backends import flash_version, resolve_flash_version
 from megatron_prefix.config.schema import Config
 from megatron_prefix.distributed.world import World, world
 from megatron_prefix.errors import InputError

@@ -61,10 +61,10 @@ def to_device(
 
     `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
     """
-    own = np.arange(len(batch.tokens)) if share is None else share.rows
+    own = np.arange(len(batch.tokens)) if share is None else share.tokens
     is_own = np.isin(batch.source_row, own)
     response = batch.response[is_own]
-    rows, target_rows = np.unique(batch.source_row[is_own], return_inverse=True)
+    logit_tokens, logit_of_target = np.unique(batch.source_row[is_own], return_inverse=True)
     order = np.argsort(response, kind="stable")
     counts = np.bincount(response, minlength=batch.num_responses)
     served = None if batch.served is None else batch.served[own]
@@ -76,9 +76,9 @@ def to_device(
             plan=TreePlan(batch.layout, device) if share is None else share.plan,
             share=share,
             position_ids=tensor(batch.layout.position_ids()[own]),
-            projected_rows=tensor(np.searchsorted(own, rows)),
-            target_rows=tensor(target_rows),
-            target_offsets=np.searchsorted(target_rows, np.arange(len(rows) + 1)),
+            logit_tokens=tensor(np.searchsorted(own, logit_tokens)),
+            logit_of_target=tensor(logit_of_target),
+            target_offsets=np.searchsorted(logit_of_target, np.arange(len(logit_tokens) + 1)),
             target_tokens=tensor(batch.target_token[is_own]),
             responses_served=None if served is None else tensor(served).float(),
             step_count=step_count,
