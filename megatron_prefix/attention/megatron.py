@@ -24,7 +24,7 @@ from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.attention.rotary import Rotation, rotate
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TreePackedSeqParams(PackedSeqParams):
     """Metadata of one row for the layers and the head.
 
@@ -38,31 +38,29 @@ class TreePackedSeqParams(PackedSeqParams):
     """
 
     qkv_format: str | None = None
-    plan: TreePlan | None = None
+    plan: TreePlan
     """Who sees whom."""
     share: ContextShare | None = None
     """This rank's part of the row, with context parallelism."""
-    position_ids: Tensor | None = None
+    position_ids: Tensor
     """int64 [T]: each token's depth along its root path."""
     rotation: Rotation | None = None
     """Rotates queries and keys by their positions. A model sets it; None rotates nothing."""
-    logit_tokens: Tensor | None = None
+    logit_tokens: Tensor
     """int64 [U]: the tokens that become logits, ascending."""
-    logit_of_target: Tensor | None = None
+    logit_of_target: Tensor
     """int64 [I]: the index into `logit_tokens` of the token that predicts a target, ascending."""
+    target_tokens: Tensor
+    """int64 [I]: the token that is predicted."""
     target_offsets: np.ndarray | None = None
     """[U + 1] on the host: logits u predict the targets `target_offsets[u]` up to, not including,
-    `target_offsets[u + 1]`."""
-    target_tokens: Tensor | None = None
-    """int64 [I]: the token that is predicted."""
+    `target_offsets[u + 1]`. If None, it is computed from `logit_of_target`."""
     responses_served: Tensor | None = None
     """[T], for routers: how many of the row's responses a token is part of; 0 for padding."""
     step_count: float = 0.0
     """For routers: the sum of what counts, over the step's rows on all ranks."""
 
     def __post_init__(self) -> None:
-        if self.plan is None:
-            raise ValueError("TreePackedSeqParams needs a plan: TreePlan(layout, device)")
         if self.qkv_format is None:
             self.qkv_format = "sbhd"
         if self.qkv_format == "thd":
@@ -128,7 +126,6 @@ class TreeCoreAttention(MegatronModule):
         qkv = query, key, value
         if packed_seq_params.share is None:
             plan, scale = packed_seq_params.plan, self.softmax_scale
-            assert plan is not None
             out = tree_attention(*qkv, plan, backend=self.backend, scale=scale)
         else:
             out = packed_seq_params.share.attend(*qkv, self.backend, self.softmax_scale)

@@ -91,7 +91,7 @@ class _Gather(torch.autograd.Function):
 class _View(NamedTuple):
     """The note: a view of one gathered tensor. `offset` counts from the tensor's first entry."""
 
-    index: int
+    tensor_index: int
     """0 for keys, 1 for values."""
     size: torch.Size
     stride: tuple[int, ...]
@@ -112,5 +112,5 @@ class _Regather:
             return self.node.key_gather.gather(*self.node.saved_tensors)
 
     def view(self, view: _View) -> Tensor:
-        tensor = self.keys_and_values[view.index]
+        tensor = self.keys_and_values[view.tensor_index]
         return tensor.as_strided(view.size, view.stride, tensor.storage_offset() + view.offset)
