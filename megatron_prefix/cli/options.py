@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 
-from megatron_prefix.config.schema import Config, load_config
+from megatron_prefix.config import Config, load_config
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
