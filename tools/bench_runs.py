@@ -51,7 +51,7 @@ class Built:
                     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
                         own.copy_(other)
         self.policy, self.optimizer, self.scheduler = build_optimizer(
-            chunks, made, config.optimizer, config.parallel, num_steps
+            chunks, made, config, num_steps
         )
 
     def run(self, config: Config, dataset: PreferenceDataset, reference=None):

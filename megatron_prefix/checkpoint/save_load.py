@@ -26,8 +26,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.torch_dist import COMPLETE
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model.gpt import TreeTransformerConfig, unwrap
-from megatron_prefix.model.hf.weights import REWARD_HEAD
+from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
 
 TRACKER = "latest_checkpointed_iteration.txt"
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}

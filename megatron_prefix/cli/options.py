@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_prefix.config.schema import Config
+    from megatron_prefix.config import Config
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_prefix.config.schema import Config, LossConfig, ModelConfig
+from megatron_prefix.config import Config, LossConfig, ModelSizes
 from megatron_prefix.data.steps.collate import score_targets, tree_targets
 from megatron_prefix.data.steps.composition import Composition, PlanSettings
 from megatron_prefix.data.steps.cost import CostModel
@@ -14,8 +15,10 @@ from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify import verify_checksums
-from megatron_prefix.distributed.world import World
 from megatron_prefix.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_prefix.distributed.world import World
 
 EVALUATION_GROUPS = 64
 """Groups scored at a time where the configuration counts steps in rows."""
@@ -118,7 +121,7 @@ def training_sampler(
     dataset: PreferenceDataset,
     world: World | None = None,
     plan: PackedPlan | None = None,
-    sizes: ModelConfig | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Sampler:
     """The training sampler that the data section describes, on `plan` where there is one.
 
@@ -136,7 +139,7 @@ def evaluation_sampler(
     config: Config,
     dataset: PreferenceDataset,
     world: World | None = None,
-    sizes: ModelConfig | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     batch_size = config.data.global_batch_size or EVALUATION_GROUPS
@@ -148,10 +151,10 @@ def _sampler(
     dataset: PreferenceDataset,
     composition: Composition,
     world: World | None,
-    sizes: ModelConfig | None,
+    sizes: ModelSizes | None,
 ) -> Sampler:
-    data, model = config.data, sizes or config.model
-    has_sizes = model.num_layers is not None
+    data, kind = config.data, config.model.kind
+    sizes = sizes or config.model.sizes()
     return Sampler(
         dataset=dataset,
         composition=composition,
@@ -159,8 +162,8 @@ def _sampler(
         weighting=config.loss.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        targets=TARGETS[model.kind],
+        targets=TARGETS[kind],
         packing_method=data.packing_method,
-        cost=CostModel.of_model(model, dataset.vocab_size) if has_sizes else None,
+        cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
         **(world.rows if world is not None else {}),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
-from megatron_prefix.config.schema import Config, dump_config
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import World
@@ -64,9 +64,7 @@ def prepare_run(
     initial.load(chunks)
     fingerprint = model_fingerprint(chunks) if config.loss.reference != "none" else None
     reference = _reference(config, initial, fingerprint, dataset, valid, here)
-    policy, optimizer, scheduler = build_optimizer(
-        chunks, model_config, config.optimizer, config.parallel, num_steps
-    )
+    policy, optimizer, scheduler = build_optimizer(chunks, model_config, config, num_steps)
     identity = run_identity(config, dataset, fingerprint)
     step = _latest(config, here)
     if step:
@@ -220,7 +218,7 @@ def _open_metrics(config: Config, step: int) -> MetricsWriter:
         writer = MetricsWriter(
             logging.output, resumed_step=step or None, tensorboard=logging.tensorboard
         )
-        (Path(logging.output) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (Path(logging.output) / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"logging.output = {logging.output}: {error}; name a directory that can be written"

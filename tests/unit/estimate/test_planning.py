@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.config.schema import load_config
+from megatron_prefix.config import load_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.estimate.planning import plan_run, verdict
 from megatron_prefix.testing import write_random_set
@@ -120,6 +122,16 @@ def test_layouts_that_do_not_divide_are_refused(data, tmp_path, capsys, size, pa
     code, _, err = plan(capsys, path, "--world-size", size)
     assert code == 2
     assert re.search(message, err)
+
+
+def test_a_plan_needs_neither_torch_nor_megatron(data, tmp_path):
+    code = (
+        "import sys; from megatron_prefix.config import load_config\n"
+        "from megatron_prefix.estimate import plan_run\n"
+        f"assert plan_run(load_config({config(tmp_path, data)!r}))['memory']\n"
+        "assert not {'torch', 'megatron.core'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_verdict():

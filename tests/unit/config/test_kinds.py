@@ -4,7 +4,7 @@ import pytest
 import yaml
 from test_config import changed
 
-from megatron_prefix.config.schema import dump_config, parse_config
+from megatron_prefix.config import parse_config
 from megatron_prefix.errors import InputError
 
 
@@ -26,7 +26,7 @@ def test_what_is_given_agrees_with_the_defaults():
 @pytest.mark.parametrize("kind", ["reward", "lm"])
 def test_the_resolved_configuration_is_the_same_again(kind, loss):
     config = parse_config(changed(model__kind=kind, **(loss if kind == "reward" else {})))
-    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
 
 
 @pytest.mark.parametrize(
