@@ -57,7 +57,7 @@ class Built:
     def run(self, config: Config, dataset: PreferenceDataset, reference=None):
         """A run of the policy over a data set, from its first step; with the frozen reference
         unless another is given."""
-        from megatron_prefix.trackers.jsonl import Progress
+        from megatron_prefix.trackers import Trackers
         from megatron_prefix.train.samplers import training_sampler
         from megatron_prefix.train.trainer import Run
 
@@ -75,8 +75,7 @@ class Built:
             num_steps=steps,
             step=0,
             identity={},
-            metrics=None,
-            progress=Progress(steps, shown=False),
+            trackers=Trackers(),
         )
 
     def model_reference(self, config: Config):

@@ -162,7 +162,7 @@ MUTANTS = (
         "trackers/jsonl.py",
         'json.loads(line)["step"] <= step',
         'json.loads(line)["step"] >= 0',
-        "unit/test_metrics.py",
+        "unit/trackers/test_trackers.py",
     ),
     Mutant(
         "checksums of checkpoints not compared",

@@ -11,6 +11,8 @@ from __future__ import annotations
 from megatron_prefix.config.schema import Config
 from megatron_prefix.distributed.session import running
 from megatron_prefix.distributed.signals import StopRequest
+from megatron_prefix.errors import Stopped
+from megatron_prefix.trackers import Status
 from megatron_prefix.train.samplers import open_plan, open_verified
 from megatron_prefix.train.setup import prepare_run
 
@@ -28,7 +30,12 @@ def train(config: Config) -> None:
         if config.data.valid:
             valid = open_verified(config.data.valid, "data.valid", here)
         run = prepare_run(config, dataset, valid, here, plan)
+        status: Status = "failed"
         try:
             run.run(stop)
+            status = "done"
+        except Stopped:
+            status = "stopped"
+            raise
         finally:
-            run.close()
+            run.close(status)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
-from megatron_prefix.config.schema import Config, dump_config
+from megatron_prefix.config.schema import Config
 from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import World
@@ -22,7 +22,7 @@ from megatron_prefix.reference.reference import (
     freeze,
 )
 from megatron_prefix.reference.sidecars import read_sidecar
-from megatron_prefix.trackers.jsonl import MetricsWriter, Progress
+from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.samplers import check_margins, evaluation_sampler, training_sampler
 from megatron_prefix.train.steps_report import describe_steps
 from megatron_prefix.train.trainer import Run
@@ -73,8 +73,8 @@ def prepare_run(
         here.beat(f"loading the checkpoint of step {step}")
         checkpoint.load_checkpoint(config.train.load, step, policy, optimizer, scheduler, identity)
     _say_start(config, initial, step, here)
-    opened: list[MetricsWriter] = []  # on the main process
-    here.once(lambda: opened.append(_open_metrics(config, step)))
+    trackers = configured_trackers(config, num_steps) if here.is_main else Trackers()
+    here.once(lambda: trackers.start(config, step))
     return Run(
         config=config,
         world=here,
@@ -88,8 +88,7 @@ def prepare_run(
         num_steps=num_steps,
         step=step,
         identity=identity,
-        metrics=opened[0] if opened else None,
-        progress=Progress(num_steps, step, shown=here.is_main),
+        trackers=trackers,
     )
 
 
@@ -211,18 +210,3 @@ def _say_start(config: Config, initial: InitialModel, step: int, here: World) ->
             else f"no checkpoint in {load}: starting afresh"
         )
         print(text, flush=True)
-
-
-def _open_metrics(config: Config, step: int) -> MetricsWriter:
-    """A new run's directory, or the same one from `step` on."""
-    logging = config.logging
-    try:
-        writer = MetricsWriter(
-            logging.output, resumed_step=step or None, tensorboard=logging.tensorboard
-        )
-        (Path(logging.output) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"logging.output = {logging.output}: {error}; name a directory that can be written"
-        ) from None
-    return writer

@@ -32,7 +32,7 @@ from megatron_prefix.model.gpt import unwrap
 from megatron_prefix.model.layers.moe import step_auxiliary
 from megatron_prefix.objectives.objective import pair_metrics
 from megatron_prefix.reference.reference import Reference, score_dataset
-from megatron_prefix.trackers.jsonl import MetricsWriter, Progress
+from megatron_prefix.trackers import Status, Trackers
 from megatron_prefix.train import non_finite as nonfinite
 from megatron_prefix.train.evaluation import preference_metrics
 from megatron_prefix.train.first_step import check_first_loss
@@ -54,8 +54,7 @@ class Run:
     num_steps: int
     step: int
     identity: dict
-    metrics: MetricsWriter | None
-    progress: Progress
+    trackers: Trackers
     valid_ref_logps: np.ndarray | None = None
 
     @cached_property
@@ -69,9 +68,8 @@ class Run:
         if self.step == 0:
             self.evaluate()
         while self.step < self.num_steps:
-            row = self.train_step()
-            self._write(row)
-            self.progress.update(row)
+            values = self.train_step()
+            self.trackers.log(self.step, values)
             is_last = self.step == self.num_steps
             is_asked = stop is not None and stop.is_asked()
             if is_last or _is_due(self.step, settings.eval_interval):
@@ -85,7 +83,7 @@ class Run:
                 raise Stopped(f"stopped by a signal after step {self.step} ({kept})")
 
     def train_step(self) -> dict:
-        """One optimizer step. Returns its line of metrics."""
+        """One optimizer step. Returns its metrics."""
         start = time.monotonic()
         self.world.beat(f"step {self.step + 1}")
         found = self.feed.step(self.step)
@@ -109,7 +107,6 @@ class Run:
         self.step += 1
         seconds = time.monotonic() - start
         return {
-            "step": self.step,
             **means,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
@@ -134,12 +131,7 @@ class Run:
                 f"the evaluation after step {self.step} is not finite (loss {found['loss']}): the "
                 "weights have run away. Lower optimizer.lr, and resume from a checkpoint"
             )
-        self._write({"step": self.step, **{f"eval_{k}": v for k, v in found.items()}})
-        self.progress.say(
-            f"evaluation at step {self.step}: loss {found['loss']:.4f}, "
-            f"accuracy {found['rewards/accuracies']:.3f}, "
-            f"margin {found['rewards/margins']:.3f} over {found['num_pairs']} pairs"
-        )
+        self.trackers.log(self.step, {f"eval_{key}": value for key, value in found.items()})
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
@@ -155,22 +147,10 @@ class Run:
             attach=self.initial.attach,
         )
 
-    def close(self) -> None:
+    def close(self, status: Status) -> None:
+        """Stop the feed and finish the trackers: the run ended with `status`."""
         self.feed.close()
-        self.progress.close()
-        if self.metrics is not None:
-            self.metrics.close()
-
-    def _write(self, row: dict) -> None:
-        if self.metrics is None:
-            return
-        try:
-            self.metrics.write(row)
-        except OSError as error:
-            raise RunError(
-                f"logging.output = {self.config.logging.output}: the metrics of step {row['step']} "
-                f"could not be written ({error}). Free some space, and resume with train.load"
-            ) from error
+        self.trackers.finish(status)
 
     def _gradients(self, batches: list[TrainBatch]) -> list[dict]:
         """Forward and backward over rows, from zero gradients. Returns the rows' logs."""

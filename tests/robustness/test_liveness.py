@@ -24,11 +24,11 @@ import os, signal, sys, time
 from megatron_prefix.__main__ import main
 from megatron_prefix.errors import InputError
 from megatron_prefix.reference import reference
-from megatron_prefix.trackers.jsonl import MetricsWriter
+from megatron_prefix.trackers.jsonl import JsonlTracker
 from megatron_prefix.train.trainer import Run
 
 fault = sys.argv.pop(1)
-gradients, add_scores, write = Run._gradients, reference._add_scores, MetricsWriter.write
+gradients, add_scores, write = Run._gradients, reference._add_scores, JsonlTracker._write
 
 def fail():
     if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
@@ -52,19 +52,19 @@ def scoring(chunks, dataset, step, *others):
         fail()
     return add_scores(chunks, dataset, step, *others)
 
-def writing(self, row):
-    if fault == "disk" and row["step"] == 3:
+def writing(self, line):
+    if fault == "disk" and line.startswith('{"step": 3'):
         raise OSError(28, "No space left on device")
-    if fault == "nan" and row["step"] == 1:
+    if fault == "nan" and line.startswith('{"step": 1'):
         raise AssertionError("step 1 was meant to be not finite")
-    write(self, row)
+    write(self, line)
 
 def poisoned(self, batches):
     logs = gradients(self, batches)
     logs[0]["sums"][0] = float("nan")
     return logs
 
-MetricsWriter.write = writing
+JsonlTracker._write = writing
 if fault == "host":  # rank 0 then has the store
     port = str(int(os.environ["MASTER_PORT"]) + 1)
     os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
