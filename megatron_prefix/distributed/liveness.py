@@ -42,7 +42,8 @@ class Liveness:
     """One rank's part; a context around all that the ranks do together.
 
     On leaving with an exception it becomes a RunError that names the rank to blame, or stays as
-    it is where this rank is; `speaks` then says whether it is this process that prints it.
+    it is where this rank is; `printed_by_this_process` then
+    tells whether this process prints it.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
@@ -108,7 +109,7 @@ class Liveness:
                 if not _is_plain(error):
                     return error  # Python prints its traceback
                 found = error if self._rank == 0 else type(error)(f"rank {self._rank}: {error}")
-                found.speaks = self._claim(0.0 if self._rank == 0 else HOLD_S / 2)
+                found.printed_by_this_process = self._claim(0.0 if self._rank == 0 else HOLD_S / 2)
                 return found
             self._mark("signalled" if is_signal else "answers")
             self._store.compare_set("asked", "", "lost")
@@ -118,13 +119,13 @@ class Liveness:
                 found = error
             else:
                 found = RunError(text or f"{_first_line(error)}, though every rank answers")
-            found.speaks = self._claim(0.0 if self._rank == lowest(states) else HOLD_S)
+            found.printed_by_this_process = self._claim(0.0 if self._rank == lowest(states) else HOLD_S)
         except DistError:
             found = RunError(
                 "the process groups' store does not answer: rank 0, or its launcher, has ended, "
                 f"or its node cannot be reached ({self._doing}). Look at its log"
             )
-            found.speaks = True
+            found.printed_by_this_process = True
         return found
 
     def _watch(self) -> None:
