@@ -167,9 +167,7 @@ def _checked_columns(
     return lengths, parents
 
 
-def _walk(
-    starts: list[int], lengths: list[int], parents: list[int]
-) -> tuple[list[int], list[int]]:
+def _walk(starts: list[int], lengths: list[int], parents: list[int]) -> tuple[list[int], list[int]]:
     """Subtree ends and first positions, in one pass. Raises ValueError if it is no pre-order."""
     subtree_ends = [0] * len(starts)
     first_positions = [0] * len(starts)

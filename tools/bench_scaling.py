@@ -174,7 +174,7 @@ def rows_of(table: str, found: dict[tuple, Measured]) -> list[dict]:
 
 
 def main() -> None:
-    from megatron_prefix.distributed.session import running
+    from megatron_prefix.distributed.session import open_session
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -194,7 +194,7 @@ def main() -> None:
         "responses": "A prompt of 512 tokens, responses of 128.",
         "length": "A prompt of half the tokens, two responses of a quarter each.",
     }
-    with running(config) as here:
+    with open_session(config) as here:
         passes = Passes(config, SIZES[args.size].vocab_size, here)
         for table in ("responses", "length"):
             results = Results(f"{args.name}_{table}", f"{about[table]} {notes}{describe(args)}.")

@@ -66,7 +66,7 @@ def make_config(args: argparse.Namespace, data: dict, output: str) -> Config:
 
 def measure(args: argparse.Namespace) -> dict[str, tuple[int, float]]:
     """(executed tokens, CPU seconds) of each variant's epoch."""
-    from megatron_prefix.distributed.world import world
+    from megatron_prefix.distributed.world import join_world
     from megatron_prefix.train.setup import prepare_run
 
     dataset = PreferenceDataset(args.data)
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[int, float]]:
             name: make_config(args, data, f"{scratch}/{number}")
             for number, (name, data) in enumerate(variants(args).items())
         }
-        with world(configs["padded"].parallel, 0) as here:
+        with join_world(configs["padded"].parallel, 0) as here:
             runs = {name: prepare_run(c, dataset, None, here) for name, c in configs.items()}
             found = {name: [0, 0.0] for name in runs}
             for step in tqdm(range(runs["padded"].num_steps), desc="steps", disable=None):

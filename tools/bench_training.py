@@ -225,14 +225,14 @@ def data_sets(args: argparse.Namespace, scratch: str) -> list[tuple[str, str, in
 
 def measure_all(args: argparse.Namespace, summaries: Results, modes: Results) -> None:
     """Append the rows of both tables, a data set at a time."""
-    from megatron_prefix.distributed.session import running
+    from megatron_prefix.distributed.session import open_session
 
     has_reference = not all(MODES[name].precomputed for name in args.modes)
     with tempfile.TemporaryDirectory() as scratch:
         work = data_sets(args, scratch)
         steps = (1 + args.rounds) * len(args.modes) * len(work)
         first = mode_configs(args, work[0][1], work[0][2], scratch)[args.modes[0]]
-        with running(first) as here:
+        with open_session(first) as here:
             built = None
             for name, prefix, groups in tqdm(work, desc="sets", disable=None):
                 configs = mode_configs(args, prefix, groups, scratch)

@@ -192,7 +192,7 @@ def padded_tokens(rows: list[dict], micro_batch_size: int) -> int:
 
 def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> dict:
     """One data set's row of the table."""
-    from megatron_prefix.distributed.session import running
+    from megatron_prefix.distributed.session import open_session
     from megatron_prefix.train.setup import prepare_run
 
     dataset = PreferenceDataset(prefix)
@@ -218,7 +218,7 @@ def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> 
         model=replace(config.model, dtype=args.dtype),
         train=replace(config.train, save=None),
     )
-    with running(config) as here:
+    with open_session(config) as here:
         run = prepare_run(config, dataset, None, here)
         run = replace(run, sampler=replace(run.sampler, composition=Steps(steps)))
         trainer = their_trainer(hf, rows, args, str(scratch / f"{name}.trl"))

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--name", default=f"profile_{device}", help="of the files under results")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    from megatron_prefix.distributed.session import running
+    from megatron_prefix.distributed.session import open_session
 
     on_cuda = torch.cuda.is_available()
     dataset = PreferenceDataset(args.data)
@@ -148,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         mode = MODES[args.mode]
         config = make_config(args, args.data, mode, scratch, args.global_batch_size, steps)
-        with running(config) as here:
+        with open_session(config) as here:
             run = Built(config, dataset, here, True, steps).run(config, dataset)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
             with ranges(run):

@@ -1,0 +1,21 @@
+"""Processes of a run: joining them, stopping them by a signal, noticing that one has failed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_prefix.faces import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_prefix.distributed.session import open_session
+    from megatron_prefix.distributed.signals import StopRequest
+    from megatron_prefix.distributed.world import World, join_world
+else:
+    __getattr__ = lazy_face(
+        __name__,
+        session=["open_session"],
+        signals=["StopRequest"],
+        world=["World", "join_world"],
+    )
+
+__all__ = ["StopRequest", "World", "join_world", "open_session"]

@@ -137,7 +137,7 @@ def _config_folder(model: ModelConfig) -> Path | None:
 
 
 def _sampler(config: Config, dataset: PreferenceDataset, ranks: int) -> Sampler:
-    """The run's sampler, as World.rows lays out its ranks."""
+    """The run's sampler, as World.sampler_layout lays out its ranks."""
     parallel = config.parallel
     return replace(
         training_sampler(config, dataset),

@@ -19,7 +19,7 @@ from megatron_prefix.checkpoint.starting_model import initial_model
 from megatron_prefix.config.schema import Config
 from megatron_prefix.data.steps.sampler import Sampler, loss_weights
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.session import running
+from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.world import World
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError
@@ -46,7 +46,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         load = resolve_checkpoint(load)
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
-    with running(config) as here:
+    with open_session(config) as here:
         dataset = open_verified(config.data.valid, "data.valid", here)
         initial = initial_model(config.model, [dataset])
         sampler = evaluation_sampler(config, dataset, here, initial.sizes)

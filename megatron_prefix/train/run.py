@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from megatron_prefix.config.schema import Config
-from megatron_prefix.distributed.session import running
+from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.signals import StopRequest
 from megatron_prefix.errors import Stopped
 from megatron_prefix.trackers import Status
@@ -23,7 +23,7 @@ def train(config: Config) -> None:
     Raises InputError before any training where it cannot run, RunError where the run finds
     itself wrong, and Stopped where a signal ended it early.
     """
-    with running(config) as here, StopRequest(here) as stop:
+    with open_session(config) as here, StopRequest(here) as stop:
         plan = open_plan(config, here)
         dataset = open_verified(config.data.train, "data.train", here, plan)
         valid = None

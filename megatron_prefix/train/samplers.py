@@ -162,5 +162,5 @@ def _sampler(
         targets=TARGETS[model.kind],
         packing_method=data.packing_method,
         cost=CostModel.of_model(model, dataset.vocab_size) if has_sizes else None,
-        **(world.rows if world is not None else {}),
+        **(world.sampler_layout if world is not None else {}),
     )

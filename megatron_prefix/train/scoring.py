@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_prefix.checkpoint.starting_model import initial_model
 from megatron_prefix.config.schema import Config
-from megatron_prefix.distributed.session import running
+from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.world import World
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError
@@ -28,7 +28,7 @@ def score_reference(config: Config, output: str) -> None:
         )
     if not Path(output).absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such directory; make it first")
-    with running(config) as here:
+    with open_session(config) as here:
         settings = {"data.train": config.data.train, "data.valid": config.data.valid}
         datasets = {
             dataset.fingerprint: dataset

@@ -31,7 +31,7 @@ from megatron_prefix.data.store.columns import COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, suffix_path
 from megatron_prefix.data.store.verify import verify_checksums, verify_dataset
-from megatron_prefix.distributed.world import world
+from megatron_prefix.distributed.world import join_world
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError
 from megatron_prefix.reference.fingerprint import model_fingerprint
@@ -253,7 +253,7 @@ SHARES = {"inputs": 60, "data_set": 50, "column": 20, "scores": 20, "saved": 30,
 @pytest.fixture(scope="module")
 def fuzz(finished, sidecar, dataset, other, tmp_path_factory) -> Iterator[Fuzz]:
     settings = load_config(write_config(tmp_path_factory.mktemp("c") / "c.yaml", dataset, finished))
-    with world(settings.parallel, settings.train.seed) as here:
+    with join_world(settings.parallel, settings.train.seed) as here:
         Fuzz.here = here
         yield Fuzz(tmp_path_factory.mktemp("fuzz"), finished, sidecar, (dataset, other))
         Fuzz.here = None

@@ -13,7 +13,7 @@ from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.config.schema import Config, load_config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import world
+from megatron_prefix.distributed.world import join_world
 from megatron_prefix.engine.batch import to_device
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.engine.step import run_schedule
@@ -48,7 +48,7 @@ def replayed(path: Path, settings: Config, dataset: str) -> tuple[float, list[bo
     """Loss of the kept rows under the newest checkpoint, and whether each row's is finite."""
     _, rows, ref_logps = saved_rows(path)
     weight = sum(float(row.pair_weights.sum()) for row in rows)
-    with world(settings.parallel, settings.train.seed) as here:
+    with join_world(settings.parallel, settings.train.seed) as here:
         run = prepare_run(settings, PreferenceDataset(dataset), None, here)
         model = build_model(run.initial.transformer_config(settings.train.seed), here)
         checkpoint.load_weights(settings.train.save, model)
@@ -133,7 +133,7 @@ def test_weights_that_are_not_finite_stop_the_first_step(dataset, finished, tmp_
     """A checkpoint to start from may hold them."""
     source = tmp_path / "bad"
     settings = load_config(write_config(tmp_path / "a.yaml", dataset, finished))
-    with world(settings.parallel, 0) as here:
+    with join_world(settings.parallel, 0) as here:
         run = prepare_run(settings, PreferenceDataset(dataset), None, here)
         next(p for n, p in run.policy[0].named_parameters() if "final_layernorm" in n).data[0] = (
             float("nan")

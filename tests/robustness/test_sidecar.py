@@ -48,7 +48,7 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
     """Each response alone in a row, one after another: group by group, as in the record."""
     from megatron_prefix.checkpoint.starting_model import initial_model
     from megatron_prefix.config.schema import load_config
-    from megatron_prefix.distributed.world import world
+    from megatron_prefix.distributed.world import join_world
     from megatron_prefix.engine.batch import to_device
     from megatron_prefix.engine.optimizer import build_model
     from megatron_prefix.reference.reference import freeze, score
@@ -78,7 +78,7 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
                     num_tokens=len(tokens),
                 )
             )
-    with world(config.parallel, config.train.seed) as here:
+    with join_world(config.parallel, config.train.seed) as here:
         initial = initial_model(config.model, [data])
         model = freeze(build_model(initial.transformer_config(config.train.seed), here))
         logps = score(model, [to_device(row, here.device) for row in alone], config.loss)
