@@ -91,9 +91,7 @@ class World:
             num_heads=config.num_attention_heads,
             num_groups=config.num_query_groups,
             head_dim=config.kv_channels,
-            key_bytes=size
-            + size
-            + max(size, 4),  # sent in forward, again in backward, and gradients
+            key_bytes=size + size + max(size, 4),  # in forward, again in backward, gradients
         )
         return ContextParallel(self.groups.cp, comm, cost)
 

@@ -62,5 +62,5 @@ class Trackers:
                 errors.append(error)
         if status == "done" and errors:
             raise errors[0]
-        for error in errors:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+        for text in map(str, errors):
+            print(f"warning: {text}", file=sys.stderr, flush=True)

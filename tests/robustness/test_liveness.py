@@ -1,7 +1,7 @@
-"""A rank that dies, hangs or fails alone ends the other one, and the message names it.
+"""A rank that crashes, hangs or fails alone ends the other one, and the message names it.
 
-Two processes run the program; the fault happens to one of them in its third step. What torchrun
-itself prints behind that is not ours: no line of it comes from a traceback of the program.
+Two processes run the program; the fault happens to one of them in its third step. torchrun prints
+its own text after that; no line of it comes from a traceback of the program.
 """
 
 from __future__ import annotations
@@ -219,9 +219,8 @@ def test_the_verdict_prefers_who_is_gone():
     busy = {**waits, "where": "train/trainer.py:9"}
     failed = {"kind": "failed", "doing": "step 4", "text": "disk full"}
     assert failure_message({0: waits, 1: waits}, {}, None) is None
-    assert "rank 2 ended or hangs (no answer; never seen)" in failure_message(
-        {0: waits}, {2: None}, None
-    )
+    gone = failure_message({0: waits}, {2: None}, None)
+    assert "rank 2 ended or hangs (no answer; never seen)" in gone
     assert "rank 1 failed in step 4: disk full" in failure_message({0: waits, 1: failed}, {}, None)
     assert "rank 1" not in (failure_message({0: waits, 1: busy}, {2: "step 3"}, None) or "")
     late = failure_message({0: waits, 1: busy}, {}, 60.0)
@@ -237,9 +236,8 @@ def test_lost_connections_are_told_from_own_errors():
     wrapped = InputError("not a checkpoint")
     wrapped.__cause__ = gloo
     assert is_connection_loss(gloo) and is_connection_loss(wrapped)
-    assert not is_connection_loss(RuntimeError("shape mismatch")) and not is_connection_loss(
-        InputError("x")
-    )
+    assert not is_connection_loss(RuntimeError("shape mismatch"))
+    assert not is_connection_loss(InputError("x"))
 
 
 def test_the_timeout_has_to_be_positive():

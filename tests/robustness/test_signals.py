@@ -1,4 +1,4 @@
-"""SIGTERM ends a run behind the step that is under way, with exit code 143; a second one at once.
+"""SIGTERM ends a run after the current step, with exit code 143; a second one ends it at once.
 
 In this process and in forks the signal comes out of the run itself, while step 3's line of
 metrics is written: that is within step 3. On two processes it comes from outside, to one of them.
