@@ -153,7 +153,7 @@ MUTANTS = (
     Mutant(
         "run of other data resumed",
         "checkpoint/save_load.py",
-        '    _check_agreement(path, "run", common.get("run"), run)\n',
+        '        _check_agreement(path, "run", common.get("run"), identity)\n',
         "",
         "numerics/test_resume.py",
     ),
@@ -230,7 +230,7 @@ MUTANTS = (
     Mutant(
         "language model's checkpoint evaluated as a reward model",
         "checkpoint/save_load.py",
-        'if (found, kind) == ("lm", "reward"):',
+        'if (saved, kind) == ("lm", "reward"):',
         "if False:",
         "numerics/test_reward_runs.py",
     ),

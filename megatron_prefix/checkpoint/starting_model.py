@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.checkpoint import torch_dist
+from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
 from megatron_prefix.config.rules import SIZES
 from megatron_prefix.config.schema import ModelConfig, ParallelConfig
 from megatron_prefix.data.store.dataset import PreferenceDataset
@@ -72,7 +72,7 @@ class InitialModel:
                 keeps_head = self.draws_head and model.post_process
                 load_hf_weights(model, self.sizes, self.source, keeps_head)
         elif self.sizes.checkpoint is not None:
-            checkpoint.load_weights(self.sizes.checkpoint, chunks, self.draws_head)
+            load_weights(self.sizes.checkpoint, chunks, self.draws_head)
 
     def note(self, seed: int) -> str | None:
         """What a user should be told of how the model begins, if anything."""
@@ -157,7 +157,7 @@ def _draws_head(model: ModelConfig, hf_kind: str | None) -> bool:
         return False
     if model.checkpoint is None:
         return hf_kind == "lm"
-    return torch_dist.model_kind(checkpoint.resolve_checkpoint(model.checkpoint)) == "lm"
+    return torch_dist.model_kind(resolve_checkpoint(model.checkpoint)) == "lm"
 
 
 def _check_vocabulary(dataset: PreferenceDataset, vocab_size: int, source: Path) -> None:
@@ -181,9 +181,14 @@ def _source(model: ModelConfig) -> Path | None:
     if model.hf is not None:
         return locate(model.hf)
     if model.checkpoint is not None:
-        folder = checkpoint.resolve_checkpoint(model.checkpoint) / HF_FOLDER
-        return folder if (folder / "config.json").is_file() else None
+        return config_folder(model.checkpoint)
     return None
+
+
+def config_folder(checkpoint: str | Path) -> Path | None:
+    """The folder of a checkpoint with config.json and tokenizer; None if it has no config.json."""
+    folder = resolve_checkpoint(checkpoint) / HF_FOLDER
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _same_sizes(given: ModelConfig, known: ModelConfig, source: Path) -> None:

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.checkpoint.starting_model import HF_FOLDER
+from megatron_prefix.checkpoint import config_folder
 from megatron_prefix.config.rules import layout_faults, world_faults
 from megatron_prefix.config.schema import Config, ModelConfig
 from megatron_prefix.data.steps.collate import RowItem, collate_packed
@@ -131,8 +130,7 @@ def _config_folder(model: ModelConfig) -> Path | None:
         cached = try_to_load_from_cache(model.hf, "config.json")
         return Path(cached).parent if isinstance(cached, str) else None
     if model.checkpoint is not None and Path(model.checkpoint).exists():
-        folder = checkpoint.resolve_checkpoint(model.checkpoint) / HF_FOLDER
-        return folder if (folder / "config.json").is_file() else None
+        return config_folder(model.checkpoint)
     return None
 
 

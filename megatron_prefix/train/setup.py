@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.checkpoint.save_load import RunCheckpoints
 from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
 from megatron_prefix.config.schema import Config
 from megatron_prefix.data.steps.packed_steps import PackedPlan
@@ -68,10 +68,13 @@ def prepare_run(
         chunks, model_config, config.optimizer, config.parallel, num_steps
     )
     identity = run_identity(config, dataset, fingerprint)
-    step = _latest(config, here)
-    if step:
-        here.beat(f"loading the checkpoint of step {step}")
-        checkpoint.load_checkpoint(config.train.load, step, policy, optimizer, scheduler, identity)
+    step = 0
+    if config.train.load is not None:
+        checkpoints = RunCheckpoints(config.train.load)
+        step = here.once(checkpoints.step_to_resume)
+        if step:
+            here.beat(f"loading the checkpoint of step {step}")
+            checkpoints.load(step, policy, optimizer, scheduler, identity)
     _say_start(config, initial, step, here)
     trackers = configured_trackers(config, num_steps) if here.is_main else Trackers()
     here.once(lambda: trackers.start(config, step))
@@ -162,15 +165,7 @@ def _check_outputs(config: Config, here: World) -> None:
         if train.save is None:
             return
         _probe("train.save", train.save)
-        checkpoint.clear_leftovers(train.save)
-        is_same = (
-            train.load is not None and Path(train.load).resolve() == Path(train.save).resolve()
-        )
-        if checkpoint.latest_step(train.save) is not None and not is_same:
-            raise InputError(
-                f"train.save = {train.save} holds the checkpoints of a run already: go on with "
-                f"train.load: {train.save}, or name another directory"
-            )
+        RunCheckpoints(train.save).claim(train.load)
 
     here.once(check)
 
@@ -185,18 +180,6 @@ def _probe(setting: str, directory: str) -> None:
         raise InputError(
             f"{setting} = {directory}: {error.strerror}; name a directory that can be written"
         ) from None
-
-
-def _latest(config: Config, here: World) -> int:
-    load = config.train.load
-    if load is None:
-        return 0
-    if (Path(load) / checkpoint.COMPLETE).exists():
-        raise InputError(
-            f"train.load = {load} is one checkpoint: give the directory above it, whose "
-            f"{checkpoint.TRACKER} says which one to resume from"
-        )
-    return here.once(lambda: checkpoint.latest_step(load) or 0)
 
 
 def _say_start(config: Config, initial: InitialModel, step: int, here: World) -> None:

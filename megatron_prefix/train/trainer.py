@@ -15,7 +15,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.checkpoint.save_load import RunCheckpoints
 from megatron_prefix.checkpoint.starting_model import InitialModel
 from megatron_prefix.config.schema import Config
 from megatron_prefix.data.steps.collate import MicroBatch
@@ -77,7 +77,7 @@ class Run:
             if settings.save and (
                 is_last or is_asked or _is_due(self.step, settings.save_interval)
             ):
-                self.save()
+                self.save(settings.save)
             if is_asked and not is_last:
                 kept = f"saved in {settings.save}" if settings.save else "train.save is not set"
                 raise Stopped(f"stopped by a signal after step {self.step} ({kept})")
@@ -133,12 +133,11 @@ class Run:
             )
         self.trackers.log(self.step, {f"eval_{key}": value for key, value in found.items()})
 
-    def save(self) -> None:
-        """Write a checkpoint of this step."""
+    def save(self, root: str) -> None:
+        """Write a checkpoint of this step below `root`."""
         self.world.beat(f"the save of step {self.step}")
         finish_param_gather(self.policy)
-        checkpoint.save_checkpoint(
-            self.config.train.save,
+        RunCheckpoints(root).save(
             self.step,
             self.policy,
             self.optimizer,
@@ -147,7 +146,7 @@ class Run:
             attach=self.initial.attach,
         )
 
-    def close(self, status: Status) -> None:
+    def close(self, status: Status = "done") -> None:
         """Stop the feed and finish the trackers: the run ended with `status`."""
         self.feed.close()
         self.trackers.finish(status)

@@ -216,7 +216,7 @@ class Fuzz:
         what = damaged(rng, path, [p for p in files if p != path])
 
         def load() -> str:
-            checkpoint.latest_step(root)
+            checkpoint.RunCheckpoints(root).latest_step()
             checkpoint.load_weights(root, self.chunks)
             return model_fingerprint(self.chunks)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import command, lines, write_config
 
-from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.checkpoint import RunCheckpoints, load_weights
 from megatron_prefix.config.schema import Config, load_config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.store.dataset import PreferenceDataset
@@ -51,7 +51,7 @@ def replayed(path: Path, settings: Config, dataset: str) -> tuple[float, list[bo
     with join_world(settings.parallel, settings.train.seed) as here:
         run = prepare_run(settings, PreferenceDataset(dataset), None, here)
         model = build_model(run.initial.transformer_config(settings.train.seed), here)
-        checkpoint.load_weights(settings.train.save, model)
+        load_weights(settings.train.save, model)
         run.close()
         for chunk in model:
             for parameter in chunk.parameters():
@@ -138,8 +138,8 @@ def test_weights_that_are_not_finite_stop_the_first_step(dataset, finished, tmp_
         next(p for n, p in run.policy[0].named_parameters() if "final_layernorm" in n).data[0] = (
             float("nan")
         )
-        checkpoint.save_checkpoint(
-            str(source), 1, run.policy, run.optimizer, run.scheduler, {}, lambda directory: None
+        RunCheckpoints(source).save(
+            1, run.policy, run.optimizer, run.scheduler, {}, lambda directory: None
         )
         run.close()
     path = config(tmp_path, dataset, model={"checkpoint": str(source)})
