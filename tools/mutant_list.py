@@ -1,4 +1,4 @@
-"""What `mutants.py` breaks, one thing at a time: model, attention and training."""
+"""Mutants of model, attention and training; see `mutants.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """`old` stands in `file` (below megatron_prefix/) exactly once."""
+    """`old` occurs in `file` (below megatron_prefix/) exactly once; `tests` is below tests/."""
 
     name: str
     file: str

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[3] / "tools"))
 import bench_training  # noqa: E402
 from bench_common import NOT_RUN  # noqa: E402
 
