@@ -11,7 +11,7 @@ import bench_training  # noqa: E402
 from bench_common import NOT_RUN  # noqa: E402
 
 from megatron_prefix.config.schema import parse_config  # noqa: E402
-from megatron_prefix.data.steps.cost import ForwardFlops  # noqa: E402
+from megatron_prefix.estimate.flops import ForwardFlops  # noqa: E402
 
 
 @pytest.fixture
