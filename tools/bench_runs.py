@@ -34,8 +34,8 @@ class Built:
         num_steps: int,
     ) -> None:
         from megatron_prefix.checkpoint.starting_model import initial_model
-        from megatron_prefix.engine.optimizer import build_model, build_optimizer
-        from megatron_prefix.reference.reference import freeze
+        from megatron_prefix.engine import build_model, build_policy
+        from megatron_prefix.reference import frozen_model
 
         self.world, self.vocab_size = world, dataset.vocab_size
         self.initial = initial_model(config.model, [dataset])
@@ -46,33 +46,31 @@ class Built:
         draw(chunks, config.model.init_method_std)
         self.reference = None
         if has_reference:
-            self.reference = freeze(build_model(of_reference, world))
+            self.reference = frozen_model(of_reference, world)
             with torch.no_grad():
                 for ours, theirs in zip(self.reference, chunks, strict=True):
                     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
                         own.copy_(other)
-        self.policy, self.optimizer, self.scheduler = build_optimizer(
-            chunks, made, config.optimizer, config.parallel, num_steps
-        )
+        self.policy = build_policy(chunks, made, config.optimizer, config.parallel, num_steps)
 
     def run(self, config: Config, dataset: PreferenceDataset, reference=None):
         """A run of the policy on a data set, from the first step, with the frozen reference unless
         another one is given."""
+        from megatron_prefix.objectives import check
         from megatron_prefix.trackers import Trackers
         from megatron_prefix.train.samplers import training_sampler
-        from megatron_prefix.train.trainer import Run
+        from megatron_prefix.train.trainer import Trainer
 
         steps = config.train.steps
-        return Run(
+        return Trainer(
             config=config,
+            objective=check(config.loss, config.model.kind),
             world=self.world,
             initial=self.initial,
             sampler=training_sampler(config, dataset, self.world),
             valid=None,
             reference=reference or self.model_reference(config),
             policy=self.policy,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
             num_steps=steps,
             step=0,
             identity={},
@@ -81,21 +79,19 @@ class Built:
 
     def model_reference(self, config: Config):
         """The frozen reference, or the policy if there is none."""
-        from megatron_prefix.reference.reference import ModelReference
-        from megatron_prefix.train.setup import ROUNDING
+        from megatron_prefix.reference.model import ROUNDING, ModelReference
 
         dtype = config.model.dtype
         rounding = 0.0 if dtype == "float32" else ROUNDING[dtype]
-        chunks = self.reference or self.policy
-        return ModelReference("drawn", chunks, config.loss, self.world, rounding)
+        return ModelReference(self.reference or self.policy.chunks, self.world, rounding)
 
     def known_reference(self, config: Config, dataset: PreferenceDataset, sampler: Sampler):
         """Reference log-probabilities of the responses in a run's steps, as if read from a sidecar.
         Scoring the whole data set would take too long for a benchmark."""
         from megatron_prefix.engine.batch import to_device
-        from megatron_prefix.reference.reference import PrecomputedReference, response_index
+        from megatron_prefix.reference.model import PrecomputedReference, response_index
 
-        for chunk in self.policy:
+        for chunk in self.policy.chunks:
             chunk.eval()  # a step makes it train again
         model, known = self.model_reference(config), np.full(len(dataset.response_lengths), np.nan)
         for step in range(config.train.steps):
@@ -105,7 +101,7 @@ class Built:
             for row, batch in zip(rows, model.attach(rows, batches), strict=True):
                 known[response_index(dataset, row)] = batch.ref_logps.cpu().numpy()
         rounding = 2.0**-8 if config.model.dtype == "bfloat16" else 2.0**-16
-        return PrecomputedReference("drawn", dataset, {dataset.fingerprint: known}, rounding)
+        return PrecomputedReference(dataset, {dataset.fingerprint: known}, rounding)
 
     def runs(
         self, configs: dict[str, Config], modes: dict[str, Mode], dataset: PreferenceDataset

@@ -67,7 +67,7 @@ def make_config(args: argparse.Namespace, data: dict, output: str) -> Config:
 def measure(args: argparse.Namespace) -> dict[str, tuple[int, float]]:
     """(executed tokens, CPU seconds) of each variant's epoch."""
     from megatron_prefix.distributed.world import join_world
-    from megatron_prefix.train.setup import prepare_run
+    from megatron_prefix.train.setup import prepare_trainer
 
     dataset = PreferenceDataset(args.data)
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[int, float]]:
             for number, (name, data) in enumerate(variants(args).items())
         }
         with join_world(configs["padded"].parallel, 0) as world:
-            runs = {name: prepare_run(c, dataset, None, world) for name, c in configs.items()}
+            runs = {name: prepare_trainer(c, dataset, None, world) for name, c in configs.items()}
             totals = {name: [0, 0.0] for name in runs}
             for step in tqdm(range(runs["padded"].num_steps), desc="steps", disable=None):
                 for name, run in runs.items():

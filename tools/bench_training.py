@@ -34,6 +34,7 @@ from tqdm import tqdm
 from megatron_prefix.config.schema import Config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
+from megatron_prefix.objectives import check
 from megatron_prefix.testing import saved_bytes
 
 BASE, SHARED = "packed, unshared", "packed, shared"
@@ -74,7 +75,8 @@ def step_flops(rows: list[ForwardFlops], projected_again: float, config: Config)
     second pass (see `logps.py`).
     """
     parts = sum(rows, ForwardFlops())
-    passes = 4.0 if config.loss.reference == "model" else 3.0
+    objective = check(config.loss, config.model.kind)
+    passes = 4.0 if objective.reference == "model" else 3.0
     recomputed = config.model.recompute_granularity == "full"
     layers = recomputed * (parts.linear + parts.attention)
     return passes * parts.total + layers + projected_again

@@ -194,7 +194,7 @@ def padded_tokens(rows: list[dict], micro_batch_size: int) -> int:
 def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> dict:
     """One data set's row of the table."""
     from megatron_prefix.distributed.session import open_session
-    from megatron_prefix.train.setup import prepare_run
+    from megatron_prefix.train.setup import prepare_trainer
 
     dataset = PreferenceDataset(prefix)
     steps = exact_steps(np.diff(dataset.group_pairs), args.batch_size, args.steps)
@@ -220,7 +220,7 @@ def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> 
         train=replace(config.train, save=None),
     )
     with open_session(config) as world:
-        run = prepare_run(config, dataset, None, world)
+        run = prepare_trainer(config, dataset, None, world)
         run = replace(run, sampler=replace(run.sampler, composition=Steps(steps)))
         trainer = their_trainer(hf, rows, args, str(scratch / f"{name}.trl"))
         theirs, ours, their_losses, our_losses, executed = in_turn(trainer, run)

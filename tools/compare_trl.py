@@ -55,7 +55,9 @@ DATA = os.environ.get(
 
 def our_config(folder: Path, hf: Path, setting: Setting) -> Config:
     """The configuration of our run on the data set `folder`/set."""
-    loss = {"beta": setting.beta, "label_smoothing": setting.label_smoothing}
+    loss = {"loss_type": setting.loss_type, "beta": setting.beta}
+    if setting.label_smoothing:
+        loss["label_smoothing"] = setting.label_smoothing
     if setting.kind == "reward":
         loss = {"margin": setting.margin, "center_rewards_coefficient": setting.center}
     elif setting.precomputed:
@@ -151,7 +153,7 @@ def _dpo_arguments(setting: Setting) -> dict:
     return {
         "per_device_train_batch_size": 1 if smoothed else setting.batch_size,
         "gradient_accumulation_steps": setting.batch_size if smoothed else 1,
-        "loss_type": ["aot"] if smoothed else ["sigmoid"],
+        "loss_type": ["aot"] if smoothed else [setting.loss_type],
         "beta": setting.beta,
         "label_smoothing": setting.label_smoothing,
         "precompute_ref_log_probs": setting.precomputed,

@@ -25,8 +25,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.engine import optimizer as engine
 from megatron_prefix.model.gpt import unwrap
-from megatron_prefix.train import trainer as run_module
 
 PREFIX = "part: "
 PARTS = (
@@ -70,20 +70,20 @@ def part_of_module(module: torch.nn.Module) -> str | None:
 @contextlib.contextmanager
 def ranges(run) -> Iterator[None]:
     """Run the parts of `run` inside profiler ranges, until the context ends."""
-    step, schedule = run_module.gradient_step, run_module.run_schedule
-    for chunk in [*run.policy, *run.reference.chunks]:
+    update, schedule = engine.Policy.update, engine.run_schedule
+    for chunk in [*run.policy.chunks, *run.reference.chunks]:
         model = unwrap(chunk)
         model._postprocess = in_part(model._postprocess, "head")
         model._preprocess = in_part(model._preprocess, "embedding")
         for module in model.decoder.modules():
             if (name := part_of_module(module)) is not None:
                 module.forward = in_part(module.forward, name)
-    run_module.gradient_step = in_part(step, "optimizer")
-    run_module.run_schedule = in_part(schedule, "schedule, gradient buffers, loss")
+    engine.Policy.update = in_part(update, "optimizer")
+    engine.run_schedule = in_part(schedule, "schedule, gradient buffers, loss")
     try:
         yield
     finally:
-        run_module.gradient_step, run_module.run_schedule = step, schedule
+        engine.Policy.update, engine.run_schedule = update, schedule
 
 
 def parts_of(events: list, on_cuda: bool) -> dict[str, float]:

@@ -25,6 +25,8 @@ class Setting:
     steps: int = 8
     batch_size: int = 8
     lr: float = 1e-4
+    loss_type: str = "sigmoid"
+    """`sigmoid` or `ipo`, as both programs name them."""
     beta: float = 0.1
     label_smoothing: float = 0.0
     clip_grad: float = 1.0

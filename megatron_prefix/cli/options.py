@@ -6,6 +6,7 @@ import argparse
 import warnings
 
 from megatron_prefix.config.schema import Config, load_config
+from megatron_prefix.errors import InputError
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +23,15 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The checked configuration. Raises InputError."""
-    return load_config(args.config, args.overrides)
+    """The checked configuration, its objective too. Raises InputError."""
+    from megatron_prefix.objectives import check
+
+    config = load_config(args.config, args.overrides)
+    try:
+        check(config.loss, config.model.kind)
+    except InputError as error:
+        raise InputError(f"{args.config}: {error}") from None
+    return config
 
 
 def quiet_megatron() -> None:

@@ -29,6 +29,7 @@ from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf.config import read_hf_config
 from megatron_prefix.model.provider import with_sizes
+from megatron_prefix.objectives import check
 from megatron_prefix.train.samplers import TARGETS, training_sampler
 
 STEPS_READ = 8
@@ -221,6 +222,7 @@ def _memory(
     rows: int | None,
 ) -> dict[str, Any]:
     """Every stage's memory by component, and which stage has most."""
+    objective = check(config.loss, config.model.kind)
     stages = [
         rank_memory(
             model,
@@ -229,7 +231,7 @@ def _memory(
             world_size=world_size,
             row_tokens=row_tokens,
             stage=stage,
-            has_reference=config.loss.reference == "model",
+            has_reference=objective.reference == "model",
             rows=rows,
         )
         for stage in range(config.parallel.pipeline_model_parallel_size)

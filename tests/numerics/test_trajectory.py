@@ -227,7 +227,8 @@ def test_rows_per_step_follows_the_unshared_run_on_its_own_plan(
                 run.run()
             finally:
                 run.close()
-            weights.append({n: p.detach().clone() for n, p in run.policy[0].named_parameters()})
+            parameters = run.policy.chunks[0].named_parameters()
+            weights.append({n: p.detach().clone() for n, p in parameters})
     assert isinstance(composition, RowBatches) and composition.num_steps(1) > 1
     expected = lines(tmp_path / unshared)
     assert_it_learns(expected)

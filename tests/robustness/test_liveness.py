@@ -23,12 +23,12 @@ FAULTY = """
 import os, signal, sys, time
 from megatron_prefix.__main__ import main
 from megatron_prefix.errors import InputError
-from megatron_prefix.reference import reference
+from megatron_prefix.reference import model as reference
 from megatron_prefix.trackers.jsonl import JsonlTracker
-from megatron_prefix.train.trainer import Run
+from megatron_prefix.train.trainer import Trainer
 
 fault = sys.argv.pop(1)
-gradients, add_scores, write = Run._gradients, reference._add_scores, JsonlTracker._write
+gradients, add_scores, write = Trainer._gradients, reference._add_scores, JsonlTracker._write
 
 def fail():
     if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
@@ -61,7 +61,7 @@ def writing(self, line):
 
 def poisoned(self, batches):
     logs = gradients(self, batches)
-    logs[0]["sums"][0] = float("nan")
+    logs[0]["sums"]["loss"].fill_(float("nan"))
     return logs
 
 JsonlTracker._write = writing
@@ -69,9 +69,9 @@ if fault == "host":  # rank 0 then has the store
     port = str(int(os.environ["MASTER_PORT"]) + 1)
     os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
 if os.environ["RANK"] == ("0" if fault == "host" else "1"):
-    Run._gradients, reference._add_scores = stepping, scoring
+    Trainer._gradients, reference._add_scores = stepping, scoring
 if fault == "nan":
-    Run._gradients = poisoned
+    Trainer._gradients = poisoned
 sys.exit(main())
 """
 """The program, with a fault on rank 1; those of `disk` and `host` are on rank 0, `nan` on both."""
