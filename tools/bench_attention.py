@@ -29,9 +29,13 @@ from bench_shapes import SPREAD, fill, first_paths, plain_causal, shapes, tiled_
 from tqdm import tqdm
 
 from megatron_prefix.attention import TreePlan, tree_attention
-from megatron_prefix.attention.api import BACKENDS, why_not
 from megatron_prefix.attention.auto import FIELDS, TABLE, read_table
-from megatron_prefix.attention.backends.flash_version import flash_version, resolve_flash_version
+from megatron_prefix.attention.backends import (
+    BACKENDS,
+    flash_version,
+    load_backend,
+    resolve_flash_version,
+)
 from megatron_prefix.layout import TreeLayout
 
 FORWARD_AND_BACKWARD = 3.5
@@ -247,7 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=rows, help="tokens")
     parser.add_argument("--trees", nargs="+", default=list(shapes()), choices=list(shapes()))
     parser.add_argument(
-        "--backends", nargs="+", choices=BACKENDS[1:], help="default: all that run on this machine"
+        "--backends", nargs="+", choices=BACKENDS, help="default: all that run on this machine"
     )
     parser.add_argument("--heads", type=int, default=32 if on_cuda else 4)
     parser.add_argument("--groups", type=int, default=8 if on_cuda else 2)
@@ -270,7 +274,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    obstacles = {x: why_not(x, device, dtype, args.head_dim) for x in BACKENDS[1:]}
+    obstacles = {x: load_backend(x).why_not(device, dtype, args.head_dim) for x in BACKENDS}
     backends = args.backends or [x for x, obstacle in obstacles.items() if obstacle is None]
     version = args.flash_version
     version = resolve_flash_version(version if version == "auto" else int(version), device)

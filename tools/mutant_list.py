@@ -111,9 +111,9 @@ MUTANTS = (
     Mutant(
         "gathered keys kept until backward",
         "attention/backends/regather.py",
-        "return x if x.dtype != dtype else _View(which, x.size(), x.stride(), offset)",
+        "return x if x.dtype != dtype else _View(index, x.size(), x.stride(), offset)",
         "return x",
-        "numerics/test_bring.py",
+        "numerics/test_regather.py",
     ),
     Mutant(
         "block of keys taken for seen as a whole where a subtree ends in it",
@@ -288,6 +288,6 @@ MUTANTS = (
         "attention/context_parallel/ownership.py",
         "is_full = before[layout.subtree_ends] > before[ends]",
         "is_full = before[layout.subtree_ends] > layout.num_tokens",
-        "unit/test_ownership.py",
+        "unit/attention/context_parallel/test_ownership.py",
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from megatron_prefix.attention.backends.flash_version import flash_version, resolve_flash_version
+from megatron_prefix.attention.backends import flash_version, resolve_flash_version
 from megatron_prefix.config.schema import Config
 from megatron_prefix.distributed.world import World, join_world
 from megatron_prefix.errors import InputError

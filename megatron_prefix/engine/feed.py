@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prefix.attention.api import prepare
+from megatron_prefix.attention import prepare_plan
 from megatron_prefix.attention.context_parallel.transports import ContextShare
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.steps.sampler import Sampler, StepPlan
@@ -66,7 +66,7 @@ class Feed:
         batches = [to_device(row, device, plan.weight, share=self._share(row)) for row in rows]
         config = self._config
         for batch in batches:
-            prepare(
+            prepare_plan(
                 batch.params.plan,
                 config.tree_attention_backend,
                 config.params_dtype,

@@ -53,7 +53,7 @@ class TreeTransformerConfig(TransformerConfig):
     rotary_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tree_attention_backend: str = "auto"
-    """One of attention.api.BACKENDS."""
+    """One of attention.backends.BACKENDS, or `auto`."""
     lm_head_chunk_size: int = 2048
     """Rows projected to logits at a time."""
     moe_count: str = "tokens"
@@ -166,7 +166,7 @@ class TreeGPTModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        rows = hidden_states.squeeze(1).index_select(0, packed_seq_params.projected_rows)
+        rows = hidden_states.squeeze(1).index_select(0, packed_seq_params.logit_tokens)
         return self._head(rows, packed_seq_params)
 
     def _head(self, rows_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
@@ -177,7 +177,7 @@ class TreeGPTModel(GPTModel):
         return token_logps(
             rows_UC,
             lambda chunk: self.output_layer(chunk.unsqueeze(1), weight=weight)[0].squeeze(1),
-            params.target_rows,
+            params.logit_of_target,
             params.target_tokens,
             offsets=params.target_offsets,
             vocab_size=self.config.vocab_size,

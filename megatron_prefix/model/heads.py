@@ -59,7 +59,7 @@ class TreeRewardModel(TreeGPTModel):
 
     def _head(self, rows_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
         """Score of every target's row, float32 [N]."""
-        return self.score(rows_UC).index_select(0, params.target_rows)
+        return self.score(rows_UC).index_select(0, params.logit_of_target)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -32,7 +32,7 @@ def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleS
 
     Transformer Engine's layers where it is installed, else Megatron-Core's local ones. `config`
     says whether queries and keys are normed, and how many experts there are; `backend` is one of
-    attention.api.BACKENDS.
+    attention.backends.BACKENDS, or `auto`.
     """
     experts = config.num_moe_experts
     if has_transformer_engine():

@@ -7,7 +7,7 @@ and restores them on exit. With CUDA it does nothing. Paths are relative to mega
 | --- | --- |
 | `device="cuda"` of tensor factories -> cpu | schedules.py:596, optimizer.py:481, 907 |
 | `Tensor.cuda()` returns the tensor | distrib_optimizer.py:1089 |
-| `Tensor.type()` gives CPU tensors the names of CUDA types | clip_grads.py:167, optimizer.py:671, 690 |
+| `Tensor.type()` gives CPU tensors CUDA names | clip_grads.py:167, optimizer.py:671, 690 |
 | `torch.cuda.current_device()` -> cpu | rotary_pos_embedding.py:162, mappings.py:91 |
 | `torch.cuda.synchronize()` does nothing | p2p_communication.py:242, filesystem_async.py:230 |
 | the CUDA random state is empty | random.py:55 and 76, where recomputation saves it |

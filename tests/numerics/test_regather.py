@@ -1,4 +1,4 @@
-"""Keys that are brought again in backward: nothing of them is kept, and ways nest."""
+"""Keys that are gathered again in backward: none of them is saved, and calls may be nested."""
 
 import gc
 import weakref
@@ -9,34 +9,35 @@ import torch
 from stand_ins import te_module
 from test_attention import assert_close, forward_backward
 
-from megatron_prefix.attention import TreePlan, build_path_plan, tree_attention
-from megatron_prefix.attention.backends.regather import Way, attend_to_brought
+from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention.backends.regather import KeyGather, attend_gathered
 from megatron_prefix.attention.backends.te import te_attention
+from megatron_prefix.attention.plan import build_path_plan
 from megatron_prefix.testing import random_forest, random_heads
 
 
 class Counted:
-    """Rows in another order, and who still holds what was brought."""
+    """Tokens in another order; counts gathers and the gathered tensors that are still alive."""
 
-    def __init__(self, rows):
-        self.rows, self.num_brought, self.alive = rows, 0, []
+    def __init__(self, tokens):
+        self.tokens, self.num_gathers, self.storages = tokens, 0, []
 
-    def bring(self, k, v):
-        self.num_brought += 1
-        found = k[self.rows], v[self.rows]
-        self.alive += [weakref.ref(x.untyped_storage()) for x in found]
-        return found
+    def gather(self, k, v):
+        self.num_gathers += 1
+        gathered = k[self.tokens], v[self.tokens]
+        self.storages += [weakref.ref(x.untyped_storage()) for x in gathered]
+        return gathered
 
-    def give_back(self, dk, dv):
-        return tuple(torch.zeros_like(x).index_copy(0, self.rows, x) for x in (dk, dv))
+    def scatter(self, dk, dv):
+        return tuple(torch.zeros_like(x).index_copy(0, self.tokens, x) for x in (dk, dv))
 
     @property
-    def way(self):
-        return Way(self.bring, self.give_back)
+    def key_gather(self):
+        return KeyGather(gather=self.gather, scatter=self.scatter)
 
     def num_alive(self):
         gc.collect()
-        return sum(ref() is not None for ref in self.alive)
+        return sum(ref() is not None for ref in self.storages)
 
 
 def case(seed=4):
@@ -58,16 +59,16 @@ def te_over(plan):
     return lambda q, k, v: te_attention(q, k, v, plan, q.size(-1) ** -0.5, te_module)
 
 
-def test_ways_nest_and_keep_nothing_but_own_keys():
+def test_nested_calls_save_only_own_keys():
     plan, outer, (q, k, v, grad), expected = case()
-    out = attend_to_brought(te_over(plan), q, k, v, outer.way)
-    assert outer.num_brought == 1 and outer.num_alive() == 0
+    out = attend_gathered(te_over(plan), q, k, v, outer.key_gather)
+    assert outer.num_gathers == 1 and outer.num_alive() == 0
     grads = torch.autograd.grad(out, (q, k, v), grad)
     assert_close((out, *grads), expected)
-    assert outer.num_brought == 2 and outer.num_alive() == 0
+    assert outer.num_gathers == 2 and outer.num_alive() == 0
 
 
-def test_gathered_keys_of_te_are_not_kept():
+def test_gathered_keys_of_te_are_not_saved():
     plan, _, (q, k, v, grad), _ = case()
     gathered = []
 
@@ -86,17 +87,17 @@ def test_gathered_keys_of_te_are_not_kept():
     torch.autograd.grad(out, (q, k, v), grad)
 
 
-def test_without_gradients_nothing_is_kept_for_them():
+def test_nothing_is_saved_without_gradients():
     plan, outer, (q, k, v, _), expected = case()
     with torch.no_grad():
-        out = attend_to_brought(te_over(plan), q, k, v, outer.way)
+        out = attend_gathered(te_over(plan), q, k, v, outer.key_gather)
     assert (out - expected[0]).abs().max() <= 1e-12
-    assert outer.num_brought == 1 and outer.num_alive() == 0
+    assert outer.num_gathers == 1 and outer.num_alive() == 0
 
 
 def test_only_queries_require_gradients():
     plan, outer, (q, k, v, grad), expected = case()
-    out = attend_to_brought(te_over(plan), q, k.detach(), v.detach(), outer.way)
+    out = attend_gathered(te_over(plan), q, k.detach(), v.detach(), outer.key_gather)
     assert outer.num_alive() == 0
     (dq,) = torch.autograd.grad(out, (q,), grad)
     assert (dq - expected[1]).abs().max() <= 1e-12
@@ -106,7 +107,7 @@ def test_only_queries_require_gradients():
 def test_inside_recomputation(use_reentrant):
     plan, outer, (q, k, v, grad), expected = case()
     out = torch.utils.checkpoint.checkpoint(
-        lambda *x: attend_to_brought(te_over(plan), *x, outer.way),
+        lambda *x: attend_gathered(te_over(plan), *x, outer.key_gather),
         q, k, v, use_reentrant=use_reentrant,
     )  # fmt: skip
     assert outer.num_alive() == 0

@@ -1,14 +1,14 @@
-"""Which FlashAttention stands behind torch's flash operators during a run.
+"""The version of FlashAttention that torch's flash operators call during a run.
 
-torch's own is FlashAttention-2. It can put FlashAttention-3 or -4 behind the same operators where
-they are installed, for the whole process. A run does so in one place, when it joins its process
-group, and undoes it at its end:
+torch contains FlashAttention-2. If FlashAttention-3 or -4 is installed, torch can make the same
+operators call it, in the whole process. A run selects the version in one place, when it joins its
+process group, and restores the previous one at its end:
 
     with flash_version(3):
-        ...                      # `aten::_flash_attention_forward` is FlashAttention-3's
-                                 # and here again whatever it was before
+        ...                      # `aten::_flash_attention_forward` calls FlashAttention-3
+    ...                          # and here the previous version again
 
-`auto` is 3 on Hopper where that is installed, else 2; 4 is only ever used by name.
+`auto` is 3 on Hopper if version 3 is installed, else 2. Version 4 is used only if named.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 
 class _Implementation(NamedTuple):
     name: str
-    """What torch calls it."""
+    """torch's name of it."""
     module: str
-    """What torch imports for it."""
+    """The module that torch imports for it."""
     majors: tuple[int, ...]
-    """Compute capabilities it has kernels for, the first number."""
+    """Major compute capabilities for which it has kernels."""
     remedy: str
 
 
@@ -40,11 +40,12 @@ IMPLEMENTATIONS = {
     ),
     4: _Implementation("FA4", "flash_attn.cute.interface", (9, 10), "`pip install flash-attn-4`"),
 }
+VERSIONS = {implementation.name: version for version, implementation in IMPLEMENTATIONS.items()}
 NEEDED = tuple(f"{x}_flash_attention_impl" for x in ("activate", "current", "restore"))
 
 
 def why_not_version(version: int, device: torch.device | str) -> str | None:
-    """What keeps FlashAttention `version` from serving torch's operators, with the remedy."""
+    """Why torch's operators cannot call FlashAttention `version`, with the remedy; else None."""
     if version == 2:
         return None
     wanted, device = IMPLEMENTATIONS[version], torch.device(device)
@@ -60,7 +61,7 @@ def why_not_version(version: int, device: torch.device | str) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major not in wanted.majors:
         return (
-            f"it has kernels for compute capability {' and '.join(map(str, wanted.majors))}, "
+            f"it has kernels for compute capability {' and '.join(map(str, wanted.majors))}, but "
             f"this device has {major}.{minor}; use flash_version 2"
         )
     return None
@@ -69,7 +70,7 @@ def why_not_version(version: int, device: torch.device | str) -> str | None:
 def resolve_flash_version(version: int | str, device: torch.device | str) -> int:
     """The version that `version` (auto, 2, 3 or 4) stands for on `device`: 2, 3 or 4.
 
-    Raises ValueError, with the remedy, where a version given by number cannot serve.
+    Raises ValueError, with the remedy, if a version given by number cannot be used.
     """
     if version == "auto":
         return 3 if why_not_version(3, device) is None else 2
@@ -77,38 +78,38 @@ def resolve_flash_version(version: int | str, device: torch.device | str) -> int
         raise ValueError(f"flash_version {version!r} is unknown; use one of auto, 2, 3, 4")
     if obstacle := why_not_version(version, device):
         raise ValueError(f"flash_version {version} cannot be used: {obstacle}")
-    return version
+    return int(version)
 
 
 def active_version() -> int:
-    """The FlashAttention that is behind torch's operators now: 2, 3 or 4."""
+    """The version of FlashAttention that torch's operators call now: 2, 3 or 4."""
     if not hasattr(torch.nn.attention, NEEDED[1]):
         return 2
     name = torch.nn.attention.current_flash_attention_impl()
-    return {None: 2, **{x.name: version for version, x in IMPLEMENTATIONS.items()}}[name]
+    return 2 if name is None else VERSIONS[name]
 
 
 @contextlib.contextmanager
 def flash_version(version: int) -> Iterator[None]:
-    """Have FlashAttention `version` behind torch's operators inside, and what was there after.
+    """Make torch's operators call FlashAttention `version` inside the context.
 
-    `version` comes from `resolve_flash_version`. Process-wide; nests.
+    `version` comes from `resolve_flash_version`. Holds for the whole process; may be nested.
     """
     torch_attention = torch.nn.attention
-    if not hasattr(torch_attention, NEEDED[1]):  # such a torch has FlashAttention-2 only
+    if not hasattr(torch_attention, NEEDED[1]):  # this version of torch has only FlashAttention-2
         assert version == 2
         yield
         return
     before = torch_attention.current_flash_attention_impl()
-    _put(None if version == 2 else IMPLEMENTATIONS[version].name)
+    _activate(None if version == 2 else IMPLEMENTATIONS[version].name)
     try:
         yield
     finally:
-        _put(before)
+        _activate(before)
 
 
-def _put(name: str | None) -> None:
-    """Make `name` the active implementation; None is torch's own."""
+def _activate(name: str | None) -> None:
+    """Make `name` the active implementation; None is torch's FlashAttention-2."""
     if name == torch.nn.attention.current_flash_attention_impl():
         return
     if name is None:
@@ -120,5 +121,5 @@ def _put(name: str | None) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # a package above it is missing
+    except ModuleNotFoundError:  # its parent package is missing
         return False

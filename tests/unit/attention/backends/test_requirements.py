@@ -1,11 +1,11 @@
-"""What CUDA backends ask of a machine, in the order in which they ask."""
+"""Requirements of CUDA backends, in the order in which they are checked."""
 
 import importlib.util
 
 import pytest
 import torch
 
-from megatron_prefix.attention.api import why_not
+from megatron_prefix.attention.backends import load_backend
 from megatron_prefix.attention.backends.requirements import head_dim_fault
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
@@ -33,20 +33,20 @@ def machine(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["flash", "te", "flex"])
 def test_every_obstacle_in_turn(machine, backend):
-    module = MODULES.get(backend)
+    module, why_not = MODULES.get(backend), load_backend(backend).why_not
     machine(None)
-    assert why_not(backend, torch.device("mps"), BF16).startswith("it runs on CUDA, not on mps")
-    assert "not in torch.float64; set dtype" in why_not(backend, CUDA, torch.float64)
+    assert why_not(torch.device("mps"), BF16, None).startswith("it runs on CUDA, not on mps")
+    assert "not in torch.float64; set dtype" in why_not(CUDA, torch.float64, None)
     if module:
-        assert f"{module} is not installed; " in why_not(backend, CUDA, BF16)
+        assert f"{module} is not installed; " in why_not(CUDA, BF16, None)
     machine(None, module)
-    assert "finds no CUDA device" in why_not(backend, CUDA, BF16)
+    assert "finds no CUDA device" in why_not(CUDA, BF16, None)
     machine((6, 1), module)
-    assert "this device has (6, 1)" in why_not(backend, CUDA, BF16)
+    assert "this device has (6, 1)" in why_not(CUDA, BF16, None)
     machine((9, 0), module)
-    assert why_not(backend, CUDA, BF16, 128) is None
-    assert "needs a head dim" in why_not(backend, CUDA, BF16, 264)
-    assert (why_not(backend, CUDA, torch.float32) is None) == (backend == "flex")
+    assert why_not(CUDA, BF16, 128) is None
+    assert "needs a head dim" in why_not(CUDA, BF16, 264)
+    assert (why_not(CUDA, torch.float32, None) is None) == (backend == "flex")
 
 
 @pytest.mark.parametrize(
