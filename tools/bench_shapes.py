@@ -113,7 +113,7 @@ def tiled_area(layout: TreeLayout, q_tile: int, kv_tile: int) -> int:
     m - n + min((i + 1) q_tile, n), rounded up to whole tiles. With tiles of 4, n = 6 and m = 10:
     8 and 10 keys, so 2 and 3 tiles.
     """
-    from megatron_prefix.attention import build_path_plan
+    from megatron_prefix.attention.plan import build_path_plan
 
     plan = build_path_plan(layout, "cpu")
     total = 0
