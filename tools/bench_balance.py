@@ -15,18 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelSizes
 from megatron_prefix.data.steps.composition import seeded
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 
-MODEL = ModelConfig(
+MODEL = ModelSizes(
     num_layers=32,
     hidden_size=4096,
     ffn_hidden_size=14336,
     num_attention_heads=32,
     num_query_groups=8,
+    kv_channels=128,
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.config import Config, parse_config
 
 LLAMA_1B = {
     "num_layers": 16,

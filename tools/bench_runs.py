@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from bench_model import Mode
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 
@@ -51,7 +51,7 @@ class Built:
                 for ours, theirs in zip(self.reference, chunks, strict=True):
                     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
                         own.copy_(other)
-        self.policy = build_policy(chunks, made, config.optimizer, config.parallel, num_steps)
+        self.policy = build_policy(chunks, made, config, num_steps)
 
     def run(self, config: Config, dataset: PreferenceDataset, reference=None):
         """A run of the policy on a data set, from the first step, with the frozen reference unless

@@ -25,7 +25,7 @@ from bench_model import SIZES, add_model, describe, model_section
 from bench_sets import drawn_tree
 from tqdm import tqdm
 
-from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.config import Config, parse_config
 from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.estimate.flops import forward_flops
@@ -115,7 +115,7 @@ class Measured:
     def __init__(self, row: MicroBatch, passes: Passes, config: Config, vocab_size: int) -> None:
         self.batch, self.passes = passes.batch(row), passes
         self.tokens = len(row.tokens)
-        self.flops = forward_flops(config.model, vocab_size, row).total
+        self.flops = forward_flops(config.model.sizes(), vocab_size, row).total
         self.kept = passes.kept(self.batch)
         self.seconds: list[float] = []
 

@@ -17,7 +17,7 @@ import warnings
 from bench_common import publish
 from tqdm import tqdm
 
-from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.config import Config, parse_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 
 PAPER = {"padded": "1.00", "shared": "1.53", "sorted": "2.62", "shared and sorted": "3.22"}

@@ -31,7 +31,7 @@ from bench_sets import named, tree_median, write_like
 from bench_shapes import SETS, SPREAD
 from tqdm import tqdm
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.objectives import check
@@ -100,7 +100,7 @@ def timed(run, measured: Measured, is_counted: bool) -> bool:
     measured.wall.append(time.perf_counter() - wall)
     measured.processor.append(time.process_time() - processor)
     model, vocab_size = run.config.model, run.sampler.dataset.vocab_size
-    parts = [forward_flops(model, vocab_size, row) for row in rows]
+    parts = [forward_flops(model.sizes(), vocab_size, row, model.kind) for row in rows]
     in_chunks = [row.num_projected > model.lm_head_chunk_size for row in rows]
     again = sum(part.head for part, is_cut in zip(parts, in_chunks, strict=True) if is_cut)
     measured.flops.append(step_flops(parts, again, run.config))

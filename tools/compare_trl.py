@@ -43,7 +43,7 @@ from trl_common import (
     with_margins,
 )
 
-from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.config import Config, parse_config
 from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError

@@ -69,30 +69,30 @@ MUTANTS = (
     Mutant(
         "branch row's gradient from one response only",
         "model/logps.py",
-        "index_put_((row_N,), grad_N, True)",
-        "index_put_((row_N,), grad_N, False)",
-        "unit/test_logps.py",
+        "index_put_((logit_N,), grad_N, True)",
+        "index_put_((logit_N,), grad_N, False)",
+        "unit/model/test_logps.py",
     ),
     Mutant(
         "repeated target's gradient once",
         "model/logps.py",
         "torch.where(is_local_N, grad_N, 0), accumulate=True)",
         "torch.where(is_local_N, grad_N, 0), accumulate=False)",
-        "unit/test_logps.py",
+        "unit/model/test_logps.py",
     ),
     Mutant(
         "padded vocabulary predicted",
         "model/logps.py",
         "        scores_UV[:, max(vocab_size - start, 0) :] = -torch.inf\n",
         "",
-        "unit/test_logps.py",
+        "unit/model/test_logps.py",
     ),
     Mutant(
         "float32 sums over responses",
         "model/logps.py",
         "ordered = token_logps_N.to(torch.float64)[order_N]",
         "ordered = token_logps_N.to(torch.float32)[order_N]",
-        "unit/test_logps.py",
+        "unit/model/test_logps.py",
     ),
     Mutant(
         "gather order",
@@ -134,7 +134,7 @@ MUTANTS = (
         "attention/rotary.py",
         "torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)",
         "torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=sign)",
-        "unit/test_rope.py",
+        "unit/model/layers/test_rope.py",
     ),
     Mutant(
         "sampler reseeded on resume",
@@ -237,9 +237,9 @@ MUTANTS = (
     Mutant(
         "key and value heads of imported models in the wrong groups",
         "model/hf/weights.py",
-        "grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in found]",
-        "grouped = [x.reshape(1, -1, *x.shape[1:]) for x in found]",
-        "unit/test_hf_weights.py",
+        "grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in tensors]",
+        "grouped = [x.reshape(1, -1, *x.shape[1:]) for x in tensors]",
+        "unit/model/hf/test_hf_weights.py",
     ),
     Mutant(
         "a shared token counted once a response whatever is asked for",
@@ -250,7 +250,7 @@ MUTANTS = (
     ),
     Mutant(
         "experts numbered by rank",
-        "model/init.py",
+        "model/parameters.py",
         "first_expert = experts // group.size() * group.rank()",
         "first_expert = 0",
         "distributed/test_experts.py",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     )
     from megatron_prefix.checkpoint.starting_model import (
         InitialModel,
-        config_folder,
+        hf_folder,
         initial_model,
     )
 else:
@@ -23,13 +23,13 @@ else:
         __name__,
         convert=["export_checkpoint", "import_checkpoint"],
         save_load=["RunCheckpoints", "load_weights", "resolve_checkpoint"],
-        starting_model=["InitialModel", "config_folder", "initial_model"],
+        starting_model=["InitialModel", "hf_folder", "initial_model"],
     )
 
 __all__ = [
     "InitialModel",
     "RunCheckpoints",
-    "config_folder",
+    "hf_folder",
     "export_checkpoint",
     "import_checkpoint",
     "initial_model",

@@ -45,13 +45,14 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_prefix.checkpoint.save_load import resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
 from megatron_prefix.checkpoint.torch_dist import check_checksums, check_harmless, write_checksums
-from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.config import locate, read_hf_config
-from megatron_prefix.model.hf.files import HFTensors, copy_companions, write_safetensors
-from megatron_prefix.model.hf.reward_model import hf_kind
-from megatron_prefix.model.hf.weights import WeightMap
-from megatron_prefix.model.provider import with_sizes
+from megatron_prefix.model.hf import (
+    HFModel,
+    HFTensors,
+    WeightMap,
+    copy_companions,
+    write_safetensors,
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def import_checkpoint(hf: str, output: str | Path) -> Converted:
 
     Raises InputError if the model cannot be read or `output` exists; nothing is written then.
     """
-    directory = locate(hf)
-    weights = _weight_map(directory)
-    tensors = HFTensors(directory)
+    model = HFModel.open(hf)
+    weights = _weight_map(model)
+    tensors = HFTensors(model.directory)
     tensors.check(weights.hf_shapes())
     items = _write_items(weights, tensors)
     with _new_directory(Path(output), "--output") as partial:
@@ -85,7 +86,7 @@ def import_checkpoint(hf: str, output: str | Path) -> Converted:
         written = writer.write_data(plan, _ReadWhenWritten(weights, tensors, names)).wait()
         writer.finish(metadata, [written])
         torch.save({}, partial / "common.pt")
-        companions = copy_companions(directory, partial / HF_FOLDER)
+        companions = copy_companions(model.directory, partial / HF_FOLDER)
         write_checksums(partial)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     return _summary(
@@ -107,7 +108,8 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
             f"{source}/config.json is missing, so the model's architecture is not known: put the "
             "config.json and the tokenizer of its Hugging Face model there"
         )
-    weights = _weight_map(source)
+    model = HFModel.read(source)
+    weights = _weight_map(model)
     checkpoint = CheckpointTensors(path, weights)
     checkpoint.check()
     dtypes = {x: checkpoint.dtype(name) for name in weights.names() for x in weights.hf_names(name)}
@@ -120,9 +122,9 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
             _hf_tensors(weights, checkpoint),
             max_shard_bytes,
         )
-        _write_config(read_hf_config(source), set(dtypes.values()), partial / "config.json")
+        _write_config(model.config, set(dtypes.values()), partial / "config.json")
     note = None
-    if weights.model.kind == "reward" and read_hf_config(source).get("pad_token_id") is None:
+    if weights.kind == "reward" and model.config.get("pad_token_id") is None:
         note = (
             "pad_token_id is null, because the tokenizer has no padding token other than its end "
             "of text: transformers then scores single texts only; to score batches, add a padding "
@@ -136,9 +138,8 @@ def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[t
         yield from weights.split(name, checkpoint.read(name)).items()
 
 
-def _weight_map(directory: Path) -> WeightMap:
-    config, source = read_hf_config(directory), f"{directory}/config.json"
-    return WeightMap(*with_sizes(ModelConfig(kind=hf_kind(config, source)), config, source))
+def _weight_map(model: HFModel) -> WeightMap:
+    return WeightMap(model.sizes, model.vocab_size, model.kind)
 
 
 def _summary(dtypes: dict[str, torch.dtype], weights: WeightMap, companions: list) -> Converted:

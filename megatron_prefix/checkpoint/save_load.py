@@ -26,8 +26,7 @@ from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.optimizer_state import restore_optimizer, sharded_optimizer_state
 from megatron_prefix.checkpoint.torch_dist import COMPLETE
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model.gpt import TreeTransformerConfig, unwrap
-from megatron_prefix.model.hf.weights import REWARD_HEAD
+from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _OF_HEADS = ("kind", "untie_embeddings_and_output_weights")

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prefix.data.store.columns import sha256
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.weights import REWARD_HEAD
+from megatron_prefix.model import REWARD_HEAD
 
 COMPLETE = "metadata.json"
 CHECKSUMS = "checksums.json"

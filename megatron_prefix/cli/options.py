@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
-    from megatron_prefix.config.schema import Config
+    from megatron_prefix.config import Config
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def read_config(args: argparse.Namespace) -> Config:
     """The checked configuration, its objective too. Raises InputError."""
-    from megatron_prefix.config.schema import load_config
+    from megatron_prefix.config import load_config
     from megatron_prefix.objectives import check
 
     config = load_config(args.config, args.overrides)

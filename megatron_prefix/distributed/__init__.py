@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from megatron_prefix.distributed.session import open_session
     from megatron_prefix.distributed.signals import StopRequest
     from megatron_prefix.distributed.world import World, join_world
+    from megatron_prefix.distributed.world_size import world_faults
 else:
     __getattr__ = lazy_face(
         __name__,
         session=["open_session"],
         signals=["StopRequest"],
         world=["World", "join_world"],
+        world_size=["world_faults"],
     )
 
-__all__ = ["StopRequest", "World", "join_world", "open_session"]
+__all__ = ["StopRequest", "World", "join_world", "open_session", "world_faults"]

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from megatron_prefix.attention.backends import flash_version, resolve_flash_version
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.distributed.world import World, join_world
 from megatron_prefix.errors import InputError
 

@@ -20,9 +20,9 @@ from megatron.core.tensor_parallel.random import (
 
 from megatron_prefix.attention.context_parallel.ownership import ContextCost
 from megatron_prefix.attention.context_parallel.transports import ContextParallel
-from megatron_prefix.config.rules import world_faults
-from megatron_prefix.config.schema import ParallelConfig
+from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.liveness import MARGIN_S, FailureDetection
+from megatron_prefix.distributed.world_size import world_faults
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model.gpt import TreeTransformerConfig
 from megatron_prefix.platform import adapted, device

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_prefix.config.schema import LossConfig
+from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import pairwise, reward
 from megatron_prefix.objectives.record import LossInputs, LossOutputs, ObjectiveRecord

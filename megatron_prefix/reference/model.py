@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from megatron_prefix.checkpoint.starting_model import InitialModel
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset

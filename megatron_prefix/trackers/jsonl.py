@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError
 from megatron_prefix.trackers.run_folder import METRICS_FILE, starting, writing
 from megatron_prefix.trackers.tracker import Status

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.trackers.tracker import Status
 
 PLAIN_INTERVAL_S = 10.0

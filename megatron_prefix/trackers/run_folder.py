@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_prefix.config.schema import Config, dump_config
+from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError, RunError
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,7 +23,7 @@ def open_run_folder(config: Config, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not step and (folder / METRICS_FILE).exists():
             _rename_earlier(folder)
-        (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
 
 
 def _rename_earlier(folder: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.errors import RunError
 from megatron_prefix.trackers.jsonl import JsonlTracker
 from megatron_prefix.trackers.progress import ProgressTracker

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.trackers.run_folder import TENSORBOARD_FOLDER, starting, writing
 from megatron_prefix.trackers.tracker import Status
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 
 Status = Literal["done", "stopped", "failed"]
 """How a run ended: after its last step, by a signal, or with an error."""

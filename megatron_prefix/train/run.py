@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.signals import StopRequest
 from megatron_prefix.errors import Stopped

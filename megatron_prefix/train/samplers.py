@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prefix.config.schema import Config, ModelConfig
+from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.data.steps.collate import score_targets, tree_targets
 from megatron_prefix.data.steps.composition import Composition, PlanSettings
 from megatron_prefix.data.steps.cost import CostModel
@@ -119,7 +119,7 @@ def training_sampler(
     dataset: PreferenceDataset,
     world: World | None = None,
     plan: PackedPlan | None = None,
-    sizes: ModelConfig | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Sampler:
     """The training sampler of the data section; it follows `plan` if there is one.
 
@@ -137,7 +137,7 @@ def evaluation_sampler(
     config: Config,
     dataset: PreferenceDataset,
     world: World | None = None,
-    sizes: ModelConfig | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     batch_size = config.data.global_batch_size or EVALUATION_GROUPS
@@ -149,10 +149,10 @@ def _sampler(
     dataset: PreferenceDataset,
     composition: Composition,
     world: World | None,
-    sizes: ModelConfig | None,
+    sizes: ModelSizes | None,
 ) -> Sampler:
-    data, model = config.data, sizes or config.model
-    has_sizes = model.num_layers is not None
+    data, kind = config.data, config.model.kind
+    sizes = sizes or config.model.sizes()
     return Sampler(
         dataset=dataset,
         composition=composition,
@@ -160,8 +160,8 @@ def _sampler(
         weighting=check(config.loss, config.model.kind).weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        targets=TARGETS[model.kind],
+        targets=TARGETS[kind],
         packing_method=data.packing_method,
-        cost=CostModel.of_model(model, dataset.vocab_size) if has_sizes else None,
+        cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
         **(world.sampler_layout if world is not None else {}),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.world import World
 from megatron_prefix.errors import InputError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_prefix.checkpoint.save_load import RunCheckpoints
 from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import World
@@ -56,7 +56,7 @@ def prepare_trainer(
     initial.load(chunks)
     fingerprint = model_fingerprint(chunks) if objective.reference != "none" else None
     reference = open_reference(objective, config, initial, fingerprint, datasets, world)
-    policy = build_policy(chunks, model_config, config.optimizer, config.parallel, num_steps)
+    policy = build_policy(chunks, model_config, config, num_steps)
     identity = run_identity(config, dataset, fingerprint)
     step = 0
     if config.train.load is not None:

@@ -93,7 +93,7 @@ class Runs:
     def weights(self, name: str, step: int = NUM_STEPS) -> dict[str, torch.Tensor]:
         from megatron.core import dist_checkpointing
 
-        from megatron_prefix.config.schema import ParallelConfig
+        from megatron_prefix.config import ParallelConfig
         from megatron_prefix.distributed.world import join_world
 
         path = self.output(name) / "saved" / f"iter_{step:07d}"

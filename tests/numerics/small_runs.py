@@ -10,7 +10,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.config.schema import Config, ParallelConfig, parse_config
+from megatron_prefix.config import Config, ParallelConfig, parse_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import join_world
 from megatron_prefix.train.run import train

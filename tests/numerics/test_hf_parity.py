@@ -25,7 +25,7 @@ from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_prefix.checkpoint.save_load import model_state
 from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import Config, ModelConfig, load_config, parse_config
+from megatron_prefix.config import Config, ModelConfig, load_config, parse_config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError

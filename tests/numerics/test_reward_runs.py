@@ -14,7 +14,7 @@ from test_trajectory import LAYOUTS, settled_seed
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import Config, load_config
+from megatron_prefix.config import Config, load_config
 from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import join_world

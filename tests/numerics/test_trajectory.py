@@ -21,7 +21,7 @@ import pytest
 import torch
 from small_runs import configure, lines, prepare, saved_weights, trained
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.steps.composition import GroupBatches, RowBatches
 from megatron_prefix.data.store.dataset import PreferenceDataset

@@ -25,7 +25,7 @@ from test_payloads import seal
 
 from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import load_config
+from megatron_prefix.config import load_config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.columns import COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from commands import Launched, launch, write_config
 
-from megatron_prefix.config.schema import parse_config
+from megatron_prefix.config import parse_config
 from megatron_prefix.distributed.verdict import failure_message, is_connection_loss
 from megatron_prefix.errors import InputError
 

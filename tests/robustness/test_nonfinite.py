@@ -10,7 +10,7 @@ import torch
 from commands import command, lines, write_config
 
 from megatron_prefix.checkpoint import RunCheckpoints, load_weights
-from megatron_prefix.config.schema import Config, load_config
+from megatron_prefix.config import Config, load_config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import join_world

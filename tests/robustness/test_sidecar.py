@@ -47,7 +47,7 @@ def test_training_is_that_with_a_reference_model(dataset, other, sidecar, tmp_pa
 def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
     """Each response alone in a row, one after another: group by group, as in the record."""
     from megatron_prefix.checkpoint.starting_model import initial_model
-    from megatron_prefix.config.schema import load_config
+    from megatron_prefix.config import load_config
     from megatron_prefix.distributed.world import join_world
     from megatron_prefix.engine import score_rows
     from megatron_prefix.engine.batch import to_device

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.config import Config, parse_config
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.trackers import Trackers, configured_trackers, read_metrics
 from megatron_prefix.trackers.jsonl import JsonlTracker

@@ -10,7 +10,7 @@ from megatron_prefix.attention.backends.flash_versions import (
     resolve_flash_version,
     why_not_version,
 )
-from megatron_prefix.config.schema import parse_config
+from megatron_prefix.config import parse_config
 from megatron_prefix.distributed.session import open_session
 from megatron_prefix.errors import InputError
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.config.schema import load_config
+from megatron_prefix.config import load_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.estimate.planning import plan_run, verdict
 from megatron_prefix.testing import write_random_set

@@ -1,35 +1,41 @@
-"""config.json of reward models: what is told apart, and which token pads."""
+"""config.json of reward models: how they are recognised, and which token pads."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.reward_model import hf_kind, reward_config
+from megatron_prefix.model.hf.config import HFModel
+from megatron_prefix.model.hf.export import reward_config
 
 LM = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 2}
 
 
+def kind_of(config: dict) -> str:
+    return HFModel(Path("here"), config).kind
+
+
 def test_kinds():
     one = {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    assert hf_kind(one, "here") == "reward"
-    assert hf_kind({**one, "id2label": None, "num_labels": 1}, "here") == "reward"
-    assert hf_kind(LM, "here") == "lm" and hf_kind({}, "here") == "lm"
+    assert kind_of(one) == "reward"
+    assert kind_of({**one, "id2label": None, "num_labels": 1}) == "reward"
+    assert kind_of(LM) == "lm" and kind_of({}) == "lm"
 
 
 def test_a_classifier_with_other_labels_is_refused():
     two = {"architectures": ["LlamaForSequenceClassification"]}
-    with pytest.raises(InputError, match="here: a sequence classifier with 2 labels"):
-        hf_kind(two, "here")
+    with pytest.raises(InputError, match="here/config.json: a sequence classifier with 2 labels"):
+        kind_of(two)
     with pytest.raises(InputError, match="with 3 labels"):
-        hf_kind({**two, "id2label": {"0": "a", "1": "b", "2": "c"}}, "here")
+        kind_of({**two, "id2label": {"0": "a", "1": "b", "2": "c"}})
 
 
 def test_the_result_is_a_reward_models(tmp_path):
     found = reward_config({**LM, "hidden_size": 8, "pad_token_id": 5}, tmp_path)
-    assert hf_kind(found, "here") == "reward" and found["hidden_size"] == 8
+    assert kind_of(found) == "reward" and found["hidden_size"] == 8
     assert found["architectures"] == ["LlamaForSequenceClassification"]
     assert found["num_labels"] == 1 and found["pad_token_id"] == 5
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from test_config import changed
 
-from megatron_prefix.config.schema import dump_config, parse_config
+from megatron_prefix.config import parse_config
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 
@@ -33,7 +33,7 @@ def test_what_is_given_agrees_with_the_defaults():
 @pytest.mark.parametrize("kind", ["reward", "lm"])
 def test_the_resolved_configuration_is_the_same_again(kind, loss):
     config, _ = checked(model__kind=kind, **(loss if kind == "reward" else {}))
-    text = dump_config(config)
+    text = config.to_yaml()
     assert parse_config(yaml.safe_load(text)) == config
     given = {"loss_type", *(key.removeprefix("loss__") for key in loss if kind == "reward")}
     assert set(yaml.safe_load(text)["loss"]) == given

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.files import HFTensors, copy_companions, write_safetensors
-from megatron_prefix.model.hf.weights import WeightMap, canonical_name, is_expert
+from megatron_prefix.model.hf.weights import WeightMap
+from megatron_prefix.model.names import canonical_name, is_expert
 
 VOCAB = 13
 MIXTURES = [
@@ -23,7 +24,8 @@ FUSED = "self_attention.linear_qkv.layer_norm_weight"
 
 def weight_map(**parts) -> WeightMap:
     sizes = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 4}
-    return WeightMap(ModelConfig(**sizes, num_query_groups=2, kv_channels=6, **parts), VOCAB)
+    model = ModelConfig(**sizes, num_query_groups=2, kv_channels=6, **parts)
+    return WeightMap(model.sizes(), VOCAB, model.kind)
 
 
 def random_tensors(weights: WeightMap, dtype=torch.float32) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_prefix.config.schema import ModelConfig, ParallelConfig
+from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.estimate.memory import (
     chunks_in_flight,
     layer_activations,
@@ -44,7 +44,7 @@ LAYER = 192 + 384 + 16
 
 
 def total(model: ModelConfig, vocab_size: int) -> int:
-    return sum(parameter_counts(model, vocab_size).values())
+    return sum(parameter_counts(model.sizes(), vocab_size).values())
 
 
 def test_known_models():
@@ -53,7 +53,7 @@ def test_known_models():
 
 
 def test_a_tiny_model_by_component():
-    assert parameter_counts(TINY, 10) == {
+    assert parameter_counts(TINY.sizes(), 10) == {
         "embedding": 80,
         "attention": 4 * 192,
         "feed_forward": 4 * 384,
@@ -63,16 +63,16 @@ def test_a_tiny_model_by_component():
     qwen = replace(TINY, add_qkv_bias=True, qk_layernorm=True)
     assert total(qwen, 10) - total(TINY, 10) == 4 * (16 + 4)
     assert total(replace(TINY, untie_embeddings_and_output_weights=False), 10) == 2536 - 80
-    assert parameter_counts(replace(TINY, kind="reward"), 10)["head"] == 8
+    assert parameter_counts(TINY.sizes(), 10, "reward")["head"] == 8
 
 
 def test_experts_take_the_place_of_the_feed_forward_network():
     mixture = replace(TINY, num_moe_experts=6, moe_ffn_hidden_size=5)
-    counts = parameter_counts(mixture, 10)
+    counts = parameter_counts(mixture.sizes(), 10)
     assert counts["experts"] == 4 * 6 * 3 * 8 * 5 and counts["router"] == 4 * 6 * 8
     assert "feed_forward" not in counts
     parallel = ParallelConfig(expert_model_parallel_size=3, **TP2, sequence_parallel=True)
-    dense, experts = rank_parameters(mixture, parallel, 10, 0)
+    dense, experts = rank_parameters(mixture, mixture.sizes(), parallel, 10, 0)
     assert experts == 4 * 6 * 3 * 8 * 5 // 6
     assert dense == 4 * 192 // 2 + 4 * 16 + 4 * 6 * 8 + 8 + 2 * (16 // 2 * 8)
 
@@ -81,14 +81,14 @@ def test_experts_take_the_place_of_the_feed_forward_network():
 def test_stages_and_tensor_ranks_hold_their_parts(tied):
     model = replace(TINY, untie_embeddings_and_output_weights=not tied)
     parallel = ParallelConfig(**PP2, num_layers_in_first_pipeline_stage=1)
-    assert stage_layers(model, parallel) == [1, 3]
-    assert rank_parameters(model, parallel, 10, 0) == (12 * 8 + LAYER, 0)
-    assert rank_parameters(model, parallel, 10, 1) == (12 * 8 + 3 * LAYER + 8, 0)
+    assert stage_layers(model.num_layers, parallel) == [1, 3]
+    assert rank_parameters(model, model.sizes(), parallel, 10, 0) == (12 * 8 + LAYER, 0)
+    assert rank_parameters(model, model.sizes(), parallel, 10, 1) == (12 * 8 + 3 * LAYER + 8, 0)
     alone = 4 * LAYER + 8 + (1 if tied else 2) * 12 * 8
-    assert rank_parameters(model, ParallelConfig(), 10, 0) == (alone, 0)
+    assert rank_parameters(model, model.sizes(), ParallelConfig(), 10, 0) == (alone, 0)
     halves = ParallelConfig(**TP2)  # the vocabulary is padded to a multiple of 8
     expected = 4 * (LAYER - 16) // 2 + 4 * 16 + 8 + (1 if tied else 2) * 16 // 2 * 8
-    assert rank_parameters(model, halves, 10, 0) == (expected, 0)
+    assert rank_parameters(model, model.sizes(), halves, 10, 0) == (expected, 0)
 
 
 def test_a_ranks_weights_are_those_that_are_built(tmp_path):
@@ -103,15 +103,14 @@ def test_a_ranks_weights_are_those_that_are_built(tmp_path):
             model = replace(TINY, **changes)
             config = transformer_config(model, vocab_size=10, seed=1)
             built = model_provider(config=config, pg_collection=here.groups)
-            found = sum(rank_parameters(model, ParallelConfig(), 10, 0))
+            found = sum(rank_parameters(model, model.sizes(), ParallelConfig(), 10, 0))
             assert found == sum(p.numel() for p in built.parameters()), changes
 
 
 def memory(model: ModelConfig, parallel: dict, world_size: int = 1, stage: int = 0, **given):
     settings = {"vocab_size": 12, "row_tokens": 100, **given}
-    return rank_memory(
-        model, ParallelConfig(**parallel), world_size=world_size, stage=stage, **settings
-    )
+    layout = ParallelConfig(**parallel)
+    return rank_memory(model, model.sizes(), layout, world_size=world_size, stage=stage, **settings)
 
 
 def test_states_of_the_optimizer():
@@ -135,25 +134,31 @@ def test_states_of_the_optimizer():
     assert memory(TINY, {}, world_size=4).optimizer == 8 * num
     assert memory(TINY, {**zero, "context_parallel_size": 2}, world_size=4).optimizer == 2 * num
     mixture = replace(TINY, num_moe_experts=6, moe_ffn_hidden_size=5)
-    dense, experts = rank_parameters(mixture, ParallelConfig(), 12, 0)
+    dense, experts = rank_parameters(mixture, mixture.sizes(), ParallelConfig(), 12, 0)
     shared = memory(mixture, {**zero, "expert_model_parallel_size": 2}, world_size=4)
     assert shared.optimizer == 8 * dense // 4 + 8 * (experts // 2) // 2
 
 
 def test_activations_of_a_layer():
     # 4 C + (2 N + 2 G) H + 3 F = 32 + 24 + 48 numbers of 4 bytes, and 4 N bytes
-    assert layer_activations(TINY, ParallelConfig(), 100) == 100 * (104 * 4 + 16)
-    assert layer_activations(replace(TINY, dtype="bfloat16"), ParallelConfig(), 100) == 100 * 224
-    whole = layer_activations(TINY, ParallelConfig(**TP2), 100)
+    assert layer_activations(TINY, TINY.sizes(), ParallelConfig(), 100) == 100 * (104 * 4 + 16)
+    half = replace(TINY, dtype="bfloat16")
+    assert layer_activations(half, TINY.sizes(), ParallelConfig(), 100) == 100 * 224
+    whole = layer_activations(TINY, TINY.sizes(), ParallelConfig(**TP2), 100)
     assert whole == 100 * ((32 + 36) * 4 + 8)
-    shared = layer_activations(TINY, ParallelConfig(**TP2, sequence_parallel=True), 100)
+    shared = layer_activations(
+        TINY, TINY.sizes(), ParallelConfig(**TP2, sequence_parallel=True), 100
+    )
     assert shared == 100 * (52 * 4 + 8)
     mixture = replace(TINY, num_moe_experts=6, moe_ffn_hidden_size=5)  # two experts a token
-    assert layer_activations(mixture, ParallelConfig(), 1) == (32 + 24 + 2 * (16 + 15)) * 4 + 16
+    assert (
+        layer_activations(mixture, mixture.sizes(), ParallelConfig(), 1)
+        == (32 + 24 + 2 * (16 + 15)) * 4 + 16
+    )
 
 
 def test_what_recomputation_keeps():
-    layer = layer_activations(TINY, ParallelConfig(), 100)
+    layer = layer_activations(TINY, TINY.sizes(), ParallelConfig(), 100)
     kept = {
         "none": memory(TINY, {}),
         "selective": memory(replace(TINY, recompute_granularity="selective"), {}),
@@ -184,7 +189,7 @@ def test_rows_in_flight():
     assert 23 / 20 == 1 + 3 / 20
     assert pipeline_bubble(plain, 8) == 3 / 8 and pipeline_bubble(chunks, 8) == 3 / 40
     assert pipeline_bubble(ParallelConfig(), 3) == 0
-    layer = layer_activations(TINY, ParallelConfig(**PP2), 100)
+    layer = layer_activations(TINY, TINY.sizes(), ParallelConfig(**PP2), 100)
     found = [memory(TINY, PP2, world_size=2, stage=s).activations for s in (0, 1)]
     assert found == [2 * 2 * layer, 2 * layer]
 
