@@ -33,12 +33,12 @@ class Built:
         has_reference: bool,
         num_steps: int,
     ) -> None:
-        from megatron_prefix.checkpoint.starting_model import initial_model
+        from megatron_prefix.checkpoint.starting_model import resolve_starting_model
         from megatron_prefix.engine import build_model, build_policy
         from megatron_prefix.reference import frozen_model
 
         self.world, self.vocab_size = world, dataset.vocab_size
-        self.initial = initial_model(config.model, [dataset])
+        self.initial = resolve_starting_model(config.model, [dataset])
         made, of_reference = (
             self.initial.transformer_config(None, config.parallel) for _ in range(2)
         )

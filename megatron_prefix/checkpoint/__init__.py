@@ -14,25 +14,25 @@ if TYPE_CHECKING:
         resolve_checkpoint,
     )
     from megatron_prefix.checkpoint.starting_model import (
-        InitialModel,
+        StartingModel,
         hf_folder,
-        initial_model,
+        resolve_starting_model,
     )
 else:
     __getattr__ = lazy_face(
         __name__,
         convert=["export_checkpoint", "import_checkpoint"],
         save_load=["RunCheckpoints", "load_weights", "resolve_checkpoint"],
-        starting_model=["InitialModel", "hf_folder", "initial_model"],
+        starting_model=["StartingModel", "hf_folder", "resolve_starting_model"],
     )
 
 __all__ = [
-    "InitialModel",
     "RunCheckpoints",
-    "hf_folder",
+    "StartingModel",
     "export_checkpoint",
+    "hf_folder",
     "import_checkpoint",
-    "initial_model",
     "load_weights",
     "resolve_checkpoint",
+    "resolve_starting_model",
 ]

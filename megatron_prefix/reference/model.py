@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_prefix.checkpoint.starting_model import InitialModel
+from megatron_prefix.checkpoint.starting_model import StartingModel
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.steps.sampler import Sampler
@@ -103,7 +103,7 @@ class NoReference:
 def open_reference(
     objective: Objective,
     config: Config,
-    initial: InitialModel,
+    initial: StartingModel,
     fingerprint: str | None,
     datasets: list[PreferenceDataset],
     world: World,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
-from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
+from megatron_prefix.checkpoint.starting_model import StartingModel, resolve_starting_model
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps.sampler import Sampler, loss_weights
 from megatron_prefix.data.store.dataset import PreferenceDataset
@@ -50,7 +50,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
     with open_session(config) as world:
         dataset = open_verified(config.data.valid, "data.valid", world)
-        initial = initial_model(config.model, [dataset])
+        initial = resolve_starting_model(config.model, [dataset])
         sampler = evaluation_sampler(config, dataset, world, initial.sizes)
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         check_columns(objective, dataset, "data.valid")
@@ -67,7 +67,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
 
 def _own_scores(
     config: Config,
-    initial: InitialModel,
+    initial: StartingModel,
     model: list[torch.nn.Module],
     load: str | None,
     sampler: Sampler,
@@ -86,7 +86,7 @@ def _own_scores(
 def _logps(
     objective: Objective,
     config: Config,
-    initial: InitialModel,
+    initial: StartingModel,
     model: list[torch.nn.Module],
     load: str | None,
     sampler: Sampler,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_prefix.checkpoint.starting_model import initial_model
+from megatron_prefix.checkpoint.starting_model import resolve_starting_model
 from megatron_prefix.config import Config
 from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.world import World
@@ -42,7 +42,7 @@ def score_reference(config: Config, output: str) -> None:
             if prefix is not None
             for dataset in [open_verified(prefix, setting, world)]
         }
-        initial = initial_model(config.model, list(datasets.values()))
+        initial = resolve_starting_model(config.model, list(datasets.values()))
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         initial.load(model)
         fingerprint = model_fingerprint(model)

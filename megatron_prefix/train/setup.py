@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_prefix.checkpoint.save_load import RunCheckpoints
-from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
+from megatron_prefix.checkpoint.starting_model import StartingModel, resolve_starting_model
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.store.dataset import PreferenceDataset
@@ -40,7 +40,7 @@ def prepare_trainer(
     if valid is not None:
         check_columns(objective, valid, "data.valid")
     datasets = [dataset] if valid is None else [dataset, valid]
-    initial = initial_model(config.model, datasets)
+    initial = resolve_starting_model(config.model, datasets)
     sampler = training_sampler(config, dataset, world, plan, initial.sizes)
     num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
@@ -147,7 +147,7 @@ def _probe(setting: str, directory: str) -> None:
         ) from None
 
 
-def _print_start(config: Config, initial: InitialModel, step: int, world: World) -> None:
+def _print_start(config: Config, initial: StartingModel, step: int, world: World) -> None:
     load, note = config.train.load, initial.note(config.train.seed)
     if world.is_main and note is not None and not step:
         print(note, flush=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_prefix.checkpoint.save_load import RunCheckpoints
-from megatron_prefix.checkpoint.starting_model import InitialModel
+from megatron_prefix.checkpoint.starting_model import StartingModel
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.steps.sampler import Sampler, StepPlan
@@ -42,7 +42,7 @@ class Trainer:
     config: Config
     objective: Objective
     world: World
-    initial: InitialModel
+    initial: StartingModel
     sampler: Sampler
     valid: Sampler | None
     reference: Reference

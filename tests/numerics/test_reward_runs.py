@@ -13,7 +13,7 @@ from small_runs import configure, lines, prepare, saved_weights, trained
 from test_trajectory import LAYOUTS, settled_seed
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.checkpoint.starting_model import initial_model
+from megatron_prefix.checkpoint.starting_model import resolve_starting_model
 from megatron_prefix.config import Config, load_config
 from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
@@ -154,7 +154,7 @@ def test_score_is_refused(done, tmp_path):
 
 def head(here, model: Config, dataset: str, seed: int = 1234) -> tuple[torch.Tensor, str | None]:
     """The head that a model section begins with, and what is said of it."""
-    initial = initial_model(model, [PreferenceDataset(dataset)])
+    initial = resolve_starting_model(model, [PreferenceDataset(dataset)])
     chunks = build_model(initial.transformer_config(seed), here)
     initial.load(chunks)
     return chunks[0].score.weight.detach().clone(), initial.note(seed)

@@ -24,7 +24,7 @@ from damage import BYTES, damaged
 from test_payloads import seal
 
 from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.checkpoint.starting_model import initial_model
+from megatron_prefix.checkpoint.starting_model import resolve_starting_model
 from megatron_prefix.config import load_config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.columns import COLUMNS
@@ -107,7 +107,7 @@ class Fuzz:
         config = load_config(folder / "sound.yaml")
         self.data = PreferenceDataset(sets[0])
         self.chunks = build_model(
-            initial_model(config.model, [self.data]).transformer_config(config.train.seed),
+            resolve_starting_model(config.model, [self.data]).transformer_config(config.train.seed),
             self.here,
         )
         self.model = model_fingerprint(self.chunks)

@@ -46,7 +46,7 @@ def test_training_is_that_with_a_reference_model(dataset, other, sidecar, tmp_pa
 
 def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
     """Each response alone in a row, one after another: group by group, as in the record."""
-    from megatron_prefix.checkpoint.starting_model import initial_model
+    from megatron_prefix.checkpoint.starting_model import resolve_starting_model
     from megatron_prefix.config import load_config
     from megatron_prefix.distributed.world import join_world
     from megatron_prefix.engine import score_rows
@@ -80,7 +80,7 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
                 )
             )
     with join_world(config.parallel, config.train.seed) as here:
-        initial = initial_model(config.model, [data])
+        initial = resolve_starting_model(config.model, [data])
         model = frozen_model(initial.transformer_config(config.train.seed), here)
         logps = score_rows(model, [to_device(row, here.device) for row in alone])
     expected = np.array([float(x[0]) for x in logps])
