@@ -32,8 +32,9 @@ _PUBLIC = {
     "forward_step": "engine.step",
     "to_device": "engine.batch",
     "sum_gradients": "engine.step",
-    "with_reference": "reference.reference",
+    "with_reference": "reference.model",
     "dpo_loss": "objectives.pairwise",
+    "ipo_loss": "objectives.pairwise",
     "bradley_terry_loss": "objectives.reward",
 }
 

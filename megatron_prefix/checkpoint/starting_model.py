@@ -1,8 +1,9 @@
-"""The model that policy and reference start from: where it comes from, and what goes along.
+"""The model that policy and reference start from: its sizes, weights and tokenizer.
 
-`model.hf` is a Hugging Face directory, `model.checkpoint` a distributed checkpoint, which has
-config.json and tokenizer in `hf/` where it came from Hugging Face; otherwise sizes are given and
-weights are drawn. Checkpoints of the run get the same `hf/`, so that they can be exported.
+`model.hf` is a Hugging Face directory. `model.checkpoint` is a distributed checkpoint; if it was
+imported from Hugging Face, its folder `hf/` has config.json and tokenizer. With neither, the sizes
+are given and the weights are drawn. Checkpoints of the run get the same `hf/`, so that they can be
+exported.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.checkpoint import torch_dist
+from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -27,16 +28,16 @@ from megatron_prefix.model import (
 from megatron_prefix.model.hf import HFModel, write_hf_folder
 
 HF_FOLDER = "hf"
-"""Folder of a checkpoint with config.json and tokenizer, as Hugging Face keeps them."""
+"""Folder of a checkpoint with config.json and tokenizer in the form of Hugging Face."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitialModel:
-    """What a run starts from: `config` is the model section, `vocab_size` is unpadded.
+class StartingModel:
+    """The model that a run starts from: `config` is the model section, `vocab_size` is unpadded.
 
-    `source` has config.json and tokenizer, None for a model from sizes; `longest` is the longest
-    path of the run's data in tokens. With `draws_head` the weights are a language model's and a
-    reward model's head is drawn.
+    `source` has config.json and tokenizer; it is None for a model from sizes. `longest` is the
+    longest path of the run's data, in tokens. With `draws_head`, a reward model takes a language
+    model's weights, and its head is drawn.
     """
 
     config: ModelConfig
@@ -49,7 +50,7 @@ class InitialModel:
     def transformer_config(
         self, seed: int, parallel: ParallelConfig | None = None
     ) -> TreeTransformerConfig:
-        """Megatron-Core's configuration; `seed` draws weights where none are loaded."""
+        """Megatron-Core's configuration; `seed` draws the weights that are not loaded."""
         drawn = self.config.hf is None and self.config.checkpoint is None
         return transformer_config(
             self.config,
@@ -61,7 +62,7 @@ class InitialModel:
         )
 
     def load(self, chunks: list[torch.nn.Module]) -> None:
-        """Fill models made from `transformer_config` with the weights to start from."""
+        """Load the weights to start from into models made from `transformer_config`."""
         if self.config.hf is not None:
             assert self.source is not None
             for chunk in chunks:
@@ -69,10 +70,10 @@ class InitialModel:
                 keeps_head = self.draws_head and model.post_process
                 load_hf_weights(model, self.sizes, self.source.directory, keeps_head)
         elif self.config.checkpoint is not None:
-            checkpoint.load_weights(self.config.checkpoint, chunks, self.draws_head)
+            load_weights(self.config.checkpoint, chunks, self.draws_head)
 
     def note(self, seed: int) -> str | None:
-        """What a user should be told of how the model begins, if anything."""
+        """A message for the user about the origin of the weights, if one is needed."""
         if not self.draws_head:
             return None
         origin = f"model.hf = {self.config.hf}"
@@ -92,10 +93,12 @@ class InitialModel:
         )
 
 
-def initial_model(model: ModelConfig, datasets: Sequence[PreferenceDataset]) -> InitialModel:
-    """What `model` describes, checked against the data it will see. Raises InputError.
+def resolve_starting_model(
+    model: ModelConfig, datasets: Sequence[PreferenceDataset]
+) -> StartingModel:
+    """Find the model that section `model` describes, and check it against the data sets.
 
-    The vocabulary is the model's where it comes from Hugging Face, else the data sets'.
+    The vocabulary is the model's if it has a config.json, else the data sets'. Raises InputError.
     """
     longest = max(int(dataset.response_lengths.max()) for dataset in datasets)
     source, sizes = _source(model), model.sizes()
@@ -120,7 +123,7 @@ def initial_model(model: ModelConfig, datasets: Sequence[PreferenceDataset]) -> 
                 f"(sliding_window) and the data's longest path has {longest}: build the data set "
                 f"with --max-length {window}"
             )
-    return InitialModel(
+    return StartingModel(
         config=model,
         sizes=sizes,
         vocab_size=vocab_size,
@@ -131,25 +134,25 @@ def initial_model(model: ModelConfig, datasets: Sequence[PreferenceDataset]) -> 
 
 
 def _draws_head(model: ModelConfig, hf_kind: str | None) -> bool:
-    """Whether a reward model starts from a language model's weights. Raises InputError where a
-    language model is to start from a reward model's."""
+    """Whether a reward model starts from a language model's weights. Raises InputError if a
+    language model is asked to start from a reward model's."""
     if model.hf is not None and (hf_kind, model.kind) == ("reward", "lm"):
         raise InputError(
-            f"model.hf = {model.hf} is a reward model, without a language-model head, and "
+            f"model.hf = {model.hf} is a reward model without a language-model head, but "
             "model.kind is lm: set model.kind: reward, or give a language model"
         )
     if model.kind != "reward":
         return False
     if model.checkpoint is None:
         return hf_kind == "lm"
-    return torch_dist.model_kind(checkpoint.resolve_checkpoint(model.checkpoint)) == "lm"
+    return torch_dist.model_kind(resolve_checkpoint(model.checkpoint)) == "lm"
 
 
 def _check_vocabulary(dataset: PreferenceDataset, vocab_size: int, source: Path) -> None:
-    """Refuse tokens that the model does not have.
+    """Refuse a data set with tokens that the model does not have.
 
-    A tokenizer may know more than its model: added tokens that were never trained. Such a data
-    set is refused only where they occur.
+    A tokenizer may have more tokens than its model, which were added and never trained. The data
+    set is refused only if it uses them.
     """
     if dataset.vocab_size <= vocab_size:
         return
@@ -171,19 +174,19 @@ def _source(model: ModelConfig) -> HFModel | None:
 
 def hf_folder(path: str) -> Path | None:
     """The folder with config.json of a checkpoint; None if it has no such folder."""
-    folder = checkpoint.resolve_checkpoint(path) / HF_FOLDER
+    folder = resolve_checkpoint(path) / HF_FOLDER
     return folder if (folder / "config.json").is_file() else None
 
 
 def _check_same_sizes(model: ModelConfig, given: ModelSizes, source: HFModel) -> None:
-    """Refuse sizes that are not the checkpoint's: a wrong scaling or epsilon would go unnoticed."""
+    """Refuse sizes that differ from the checkpoint's: a wrong epsilon would go unnoticed."""
     for key, known in vars(source.sizes).items():
         if key == "untie_embeddings_and_output_weights" and model.kind == "reward":
             continue  # it has no output layer
         if key == "ffn_hidden_size" and source.sizes.num_moe_experts:
-            continue  # of layers without experts, and there are none
+            continue  # it is the size of layers without experts, and there are none
         if (value := getattr(given, key)) != known:
             raise InputError(
-                f"model.{key} = {value}, and {source.source} of model.checkpoint says {known}: "
+                f"model.{key} = {value}, but {source.source} of model.checkpoint has {known}: "
                 "leave the sizes out, the checkpoint has them"
             )

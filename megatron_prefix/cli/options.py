@@ -6,6 +6,8 @@ import argparse
 import warnings
 from typing import TYPE_CHECKING
 
+from megatron_prefix.errors import InputError
+
 if TYPE_CHECKING:
     from megatron_prefix.config import Config
 
@@ -27,10 +29,16 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The configuration, checked. Raises InputError."""
-    from megatron_prefix.config.schema import load_config
+    """The checked configuration, its objective too. Raises InputError."""
+    from megatron_prefix.config import load_config
+    from megatron_prefix.objectives import check
 
-    return load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
+    try:
+        check(config.loss, config.model.kind)
+    except InputError as error:
+        raise InputError(f"{args.config}: {error}") from None
+    return config
 
 
 def quiet_megatron() -> None:

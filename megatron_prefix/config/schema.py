@@ -70,28 +70,31 @@ class DataConfig:
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
 class LossConfig:
-    """The objective over pairs of responses."""
+    """The objective over pairs of responses. `megatron_prefix.objectives.check` says which of
+    the options an objective uses; None is "not given"."""
 
-    loss_type: Literal["sigmoid", "bradley_terry"] = "sigmoid"
-    """`sigmoid`: DPO (Rafailov et al. 2023, equation 7); `bradley_terry`: of reward models, and
-    their default (Ouyang et al. 2022, equation 1)."""
-    beta: Positive = 0.1
-    """Reward per nat of log-probability ratio."""
-    label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=0.5)] = 0.0
-    """Probability that a label is wrong (conservative DPO)."""
-    weighting: Literal["pair", "group"] = "pair"
-    """`pair`: every pair weighs 1 (times its own weight); `group`: every comparison set does."""
-    reference: Literal["model", "precomputed", "none"] = "model"
-    """`model`: a frozen copy of the initial policy, run over each step's rows;
-    `precomputed`: log-probabilities that `score` wrote, read from `ref_logps`; `none`: of reward
-    models, and their default."""
+    loss_type: str = "sigmoid"
+    """Name of the objective. For language models: `sigmoid` (DPO, Rafailov et al. 2023,
+    equation 7) or `ipo` (Azar et al. 2023, equation 17, with log-ratios per token); for reward
+    models: `bradley_terry`, their default (Ouyang et al. 2022, equation 1)."""
+    beta: Positive | None = None
+    """Reward per nat of log-probability ratio; 0.1 if not given."""
+    label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=0.5)] | None = None
+    """Probability that a label is wrong (conservative DPO); 0 if not given."""
+    weighting: Literal["pair", "group"] | None = None
+    """`pair` (default): every pair weighs 1 (times its own weight); `group`: every comparison
+    set does."""
+    reference: Literal["model", "precomputed", "none"] | None = None
+    """`model`: a frozen copy of the initial policy, run over each step's rows; `precomputed`:
+    log-probabilities that `score` wrote, read from `ref_logps`; `none`: no reference. Default:
+    `model` if the objective needs a reference, else `none`."""
     ref_logps: str | None = None
     """Sidecar for `data.train` that `score --output` wrote; with `reference: precomputed`."""
-    margin: Switch = False
-    """Reward models: the chosen reward has to exceed the rejected one by the pair's own margin,
-    which every pair of the data sets must have."""
+    margin: Switch | None = None
+    """The chosen reward has to exceed the rejected one by the pair's own margin, which every
+    pair of the data sets must have."""
     center_rewards_coefficient: Positive | None = None
-    """Reward models: adds this times (chosen + rejected reward)^2 to a pair's loss."""
+    """Adds this times (chosen + rejected reward)^2 to a pair's loss."""
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
@@ -157,8 +160,10 @@ class Config:
     logging: LoggingConfig
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML, every default included."""
+        """The resolved configuration as YAML, every default included; of the loss section what was
+        given, because an objective refuses options that it does not use."""
         tree = TypeAdapter(Config).dump_python(self, mode="json")
+        tree["loss"] = {key: value for key, value in tree["loss"].items() if value is not None}
         if self.model.num_layers is None:  # hf or checkpoint gives them, also next time
             tree["model"] = {k: v for k, v in tree["model"].items() if k not in SIZES}
         for section, key in NOT_OF_REWARD if self.model.kind == "reward" else ():

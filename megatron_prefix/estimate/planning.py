@@ -22,11 +22,12 @@ from megatron_prefix.data.steps.collate import RowItem, collate_packed
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of, view
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world_size import world_faults
+from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf import HFModel
+from megatron_prefix.objectives import check
 from megatron_prefix.train.samplers import TARGETS, training_sampler
 
 STEPS_READ = 8
@@ -143,7 +144,7 @@ def _config_folder(model: ModelConfig) -> Path | None:
         return Path(cached).parent if isinstance(cached, str) else None
     if model.checkpoint is not None and Path(model.checkpoint).exists():
         # imported only in this case, because it loads Megatron-Core
-        from megatron_prefix.checkpoint.starting_model import hf_folder
+        from megatron_prefix.checkpoint import hf_folder
 
         return hf_folder(model.checkpoint)
     return None
@@ -238,6 +239,7 @@ def _memory(
     rows: int | None,
 ) -> dict[str, Any]:
     """Every stage's memory by component, and the stage that has most."""
+    objective = check(config.loss, config.model.kind)
     stages = [
         rank_memory(
             config.model,
@@ -247,7 +249,7 @@ def _memory(
             world_size=world_size,
             row_tokens=row_tokens,
             stage=stage,
-            has_reference=config.loss.reference == "model",
+            has_reference=objective.reference == "model",
             rows=rows,
         )
         for stage in range(config.parallel.pipeline_model_parallel_size)

@@ -1,4 +1,4 @@
-"""What a model is, whatever layout or checkpoint it came from: a hash of its weights by name."""
+"""Model fingerprint: a hash of the weights by name, the same in every layout and checkpoint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_prefix.model import whole_parameters
 def model_fingerprint(chunks: list[torch.nn.Module]) -> str:
     """SHA-256 over the SHA-256 of every parameter, in the order of canonical names.
 
-    A parameter counts whole, with its precision, its shape and its bytes, without the rows that
-    pad the vocabulary; so the layout does not matter. Collective; one parameter at a time.
+    A parameter is hashed unsharded, with its precision, shape and bytes, without the padding of the
+    vocabulary. Collective; one parameter at a time.
     """
     own: dict[str, str] = {}
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Data sets and samplers that a configuration asks for."""
+"""The data sets and samplers of a configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_prefix.config import Config, LossConfig, ModelSizes
+from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.data.steps.collate import score_targets, tree_targets
 from megatron_prefix.data.steps.composition import Composition, PlanSettings
 from megatron_prefix.data.steps.cost import CostModel
@@ -16,14 +16,15 @@ from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
+from megatron_prefix.objectives import Objective, check
 
 if TYPE_CHECKING:
     from megatron_prefix.distributed.world import World
 
 EVALUATION_GROUPS = 64
-"""Groups scored at a time where the configuration counts steps in rows."""
+"""Groups scored at a time if the configuration counts steps in rows."""
 TARGETS = {"lm": tree_targets, "reward": score_targets}
-"""What each kind of model is asked of a tree."""
+"""The targets in a tree of each kind of model."""
 
 
 def open_verified(
@@ -31,8 +32,8 @@ def open_verified(
 ) -> PreferenceDataset:
     """Open the data set that `setting` names; the main process checks every checksum.
 
-    With a `plan` for which `pack` read the very same files, they are not read again. Raises
-    InputError where it is damaged, or holds nothing to compare.
+    If `pack` checked these very files for `plan`, they are not read again. Raises InputError if
+    the data set is damaged, or has nothing to compare.
     """
 
     def verify() -> None:
@@ -48,8 +49,8 @@ def open_verified(
     dataset = PreferenceDataset(prefix)
     if not dataset.manifest["counts"]["pairs"]:
         raise InputError(
-            f"{setting}: {prefix} holds {len(dataset.response_lengths)} responses and no pair (it "
-            "was built from unpaired records), and the loss compares pairs: build from records "
+            f"{setting}: {prefix} has {len(dataset.response_lengths)} responses and no pair (it "
+            "was built from unpaired records), but the loss compares pairs: build from records "
             "with chosen and rejected responses"
         )
     return dataset
@@ -71,9 +72,9 @@ def open_plan(config: Config, world: World) -> PackedPlan | None:
     return PackedPlan(path)
 
 
-def check_margins(loss: LossConfig, dataset: PreferenceDataset, setting: str) -> None:
-    """Refuse a data set some of whose pairs have no margin, where the loss needs it."""
-    if not loss.margin:
+def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
+    """Refuse a data set that lacks something the objective needs of its pairs: a margin."""
+    if "margins" not in objective.columns:
         return
     missing = np.flatnonzero(np.isnan(dataset.pair_margins))
     if len(missing):
@@ -81,14 +82,14 @@ def check_margins(loss: LossConfig, dataset: PreferenceDataset, setting: str) ->
         raise InputError(
             f"{setting}: {len(missing)} of the {len(dataset.pair_margins)} pairs in "
             f"{dataset.prefix} have no margin (first in group {group}, record "
-            f"{int(dataset.group_records[group])}), and loss.margin: true needs one of each: give "
-            "every record a margin and build again, or leave loss.margin out"
+            f"{int(dataset.group_records[group])}), but loss.margin: true needs one for each: give "
+            "every record a margin and build again, or remove loss.margin"
         )
 
 
 @dataclass(frozen=True)
 class InOrder:
-    """A composition that takes the data set's groups as they stand, `batch_size` a step."""
+    """A composition in the data set's own order, `batch_size` groups per step."""
 
     num_groups: int
     batch_size: int
@@ -102,7 +103,7 @@ class InOrder:
 
 
 def plan_settings(config: Config) -> PlanSettings:
-    """What of a configuration decides which groups share a step and a row."""
+    """The settings that decide which groups share a step and a row."""
     data = config.data
     return PlanSettings(
         seed=data.seed,
@@ -123,10 +124,10 @@ def training_sampler(
     plan: PackedPlan | None = None,
     sizes: ModelSizes | None = None,
 ) -> Sampler:
-    """The training sampler that the data section describes, on `plan` where there is one.
+    """The training sampler of the data section; it follows `plan` if there is one.
 
-    `sizes` are the model's where `config` only names it; ranks get alike of its work. Raises
-    InputError where the plan is of other data or settings.
+    `sizes` are the model's if `config` only names it; they give the work per row, which is
+    balanced over the ranks. Raises InputError if the plan is for other data or settings.
     """
     settings = plan_settings(config)
     if plan is not None:
@@ -159,11 +160,11 @@ def _sampler(
         dataset=dataset,
         composition=composition,
         sharing=data.sharing,
-        weighting=config.loss.weighting,
+        weighting=check(config.loss, config.model.kind).weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
         targets=TARGETS[kind],
         packing_method=data.packing_method,
         cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
-        **(world.rows if world is not None else {}),
+        **(world.sampler_layout if world is not None else {}),
     )

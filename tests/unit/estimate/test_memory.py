@@ -93,12 +93,12 @@ def test_stages_and_tensor_ranks_hold_their_parts(tied):
 
 def test_a_ranks_weights_are_those_that_are_built(tmp_path):
     """Against the model itself, in every sense: biases, norms of heads, experts, reward head."""
-    from megatron_prefix.distributed.world import world
+    from megatron_prefix.distributed.world import join_world
     from megatron_prefix.model.provider import model_provider, transformer_config
 
     mixture = {"num_moe_experts": 6, "moe_ffn_hidden_size": 5}
     qwen = {"add_qkv_bias": True, "qk_layernorm": True}
-    with world(ParallelConfig(), seed=0) as here:
+    with join_world(ParallelConfig(), seed=0) as here:
         for changes in ({}, qwen, mixture, {"kind": "reward"}, {"kind": "reward", **mixture}):
             model = replace(TINY, **changes)
             config = transformer_config(model, vocab_size=10, seed=1)

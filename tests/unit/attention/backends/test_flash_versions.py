@@ -11,7 +11,7 @@ from megatron_prefix.attention.backends.flash_versions import (
     why_not_version,
 )
 from megatron_prefix.config import parse_config
-from megatron_prefix.distributed.session import running
+from megatron_prefix.distributed.session import open_session
 from megatron_prefix.errors import InputError
 
 
@@ -103,10 +103,10 @@ def test_a_version_without_its_backend_is_refused(backend):
 def test_a_run_puts_the_version_in_place_and_takes_it_away(monkeypatch, fake):
     config = configured(attention_backend="flash", flash_version=3)
     with pytest.raises(InputError, match="model.flash_version 3 cannot be used: "):
-        with running(config):
+        with open_session(config):
             raise AssertionError("entered")
     monkeypatch.setattr(module, "why_not_version", lambda *_: None)
-    with running(config) as here:
+    with open_session(config) as here:
         assert here.device.type == "cpu" and fake.active == ["FA3"]
-    with running(configured(attention_backend="path")):
+    with open_session(configured(attention_backend="path")):
         assert fake.active == []

@@ -25,15 +25,15 @@ def test_by_hand():
         [0.31326168751822286, softplus(2.0), math.log(2)], rel=1e-13
     )
     assert result.losses.dtype == torch.float64
-    assert result.margins.tolist() == [1.0, -2.0, 0.0]
-    assert result.accuracies.tolist() == [1.0, 0.0, 0.5]
+    assert result.metrics["rewards/margins"].tolist() == [1.0, -2.0, 0.0]
+    assert result.metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 0.5]
 
 
 def test_a_margin_moves_the_loss_and_not_the_rewards():
     result = bradley_terry_loss(column(CHOSEN), column(REJECTED), margins=column(MARGINS))
     expected = [softplus(-0.75), softplus(2.0), softplus(2.0)]
     assert result.losses.tolist() == pytest.approx(expected, rel=1e-13)
-    assert result.margins.tolist() == [1.0, -2.0, 0.0]
+    assert result.metrics["rewards/margins"].tolist() == [1.0, -2.0, 0.0]
 
 
 def test_centring_adds_the_square_of_the_sum():
@@ -63,7 +63,10 @@ def test_gradient_by_hand(margins, coefficient):
 def test_rewards_carry_no_gradient():
     result = bradley_terry_loss(column(CHOSEN, True), column(REJECTED, True))
     assert result.losses.requires_grad
-    assert not result.chosen.requires_grad and not result.rejected.requires_grad
+    assert (
+        not result.metrics["rewards/chosen"].requires_grad
+        and not result.metrics["rewards/rejected"].requires_grad
+    )
 
 
 def test_large_margins_overflow_nothing():

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[3] / "tools"))
 import bench_training  # noqa: E402
 from bench_common import NOT_RUN  # noqa: E402
 
 from megatron_prefix.config import parse_config  # noqa: E402
-from megatron_prefix.data.steps.cost import ForwardFlops  # noqa: E402
+from megatron_prefix.estimate.flops import ForwardFlops  # noqa: E402
 
 
 @pytest.fixture

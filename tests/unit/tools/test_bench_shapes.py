@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[3] / "tools"))
 import bench_attention  # noqa: E402
 import bench_shapes  # noqa: E402
 
-from megatron_prefix.attention import build_path_plan  # noqa: E402
+from megatron_prefix.attention.plan import build_path_plan  # noqa: E402
 from megatron_prefix.layout import TreeLayout  # noqa: E402
 from megatron_prefix.testing import random_forest  # noqa: E402
 
