@@ -1,11 +1,11 @@
-"""Where responses begin, special tokens that users spell, and what templates change."""
+"""The start of the loss, special tokens inside messages, and what templates change."""
 
 import numpy as np
 import pytest
 
-from megatron_prefix.data.build.builder import build_dataset
-from megatron_prefix.data.read.fields import Message
-from megatron_prefix.data.read.formats.base import Example, ExampleResponse
+from megatron_prefix.data.build import build_dataset
+from megatron_prefix.data.read import Message
+from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.tokenize.paths import NOTE_MERGED, PathEncoder
 from megatron_prefix.data.tokenize.rendering import (
     NOTE_LOST,
@@ -171,7 +171,7 @@ def test_special_tokens_in_messages_stay_text_unless_asked(folder):
 
 
 def test_other_tokenizers_have_nothing_to_parse(tmp_path):
-    with pytest.raises(InputError, match="--parse-special: tokenizer bytes"):
+    with pytest.raises(InputError, match="--parse-special has no effect with tokenizer bytes"):
         load_tokenizer("bytes", parse_special=True)
 
 

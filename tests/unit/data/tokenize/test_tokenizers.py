@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from megatron_prefix.data.read.examples import ExampleReader
-from megatron_prefix.data.read.fields import Message
-from megatron_prefix.data.read.formats.base import Example, ExampleResponse
-from megatron_prefix.data.tokenize.paths import NOTE_TEMPLATE, PathEncoder, TooLong, select
-from megatron_prefix.data.tokenize.tokenizers import Tokenizer, load_tokenizer, plain_layout
+from megatron_prefix.data.read import ExampleReader, Inputs, Message
+from megatron_prefix.data.read.formats import Example, ExampleResponse
+from megatron_prefix.data.tokenize import PathEncoder, Tokenizer, TooLong, load_tokenizer, select
+from megatron_prefix.data.tokenize.base import plain_layout
+from megatron_prefix.data.tokenize.paths import NOTE_TEMPLATE
 from megatron_prefix.data.tree import Pair
 from megatron_prefix.errors import InputError
 
@@ -379,10 +379,8 @@ def test_truncation_with_a_chat_template_keeps_the_system_message(hf_dir, tmp_pa
 def test_real_dialogues_with_a_boundary_merging_tokenizer(data_dir, sentencepiece_model):
     from itertools import islice
 
-    from megatron_prefix.data.read.records import read_records
-
     tokenizer, reader = load_tokenizer(sentencepiece_model), ExampleReader()
-    for record in islice(read_records([data_dir / "hh_pairs.jsonl.gz"]), 50):
+    for record in islice(Inputs([data_dir / "hh_pairs.jsonl.gz"]).read(), 50):
         example = reader.read(record.value)
         paths, _ = encode(tokenizer, example)
         shared = min(p.loss_start for p in paths)

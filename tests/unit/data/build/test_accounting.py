@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
 
 TURN = "\n\nAssistant:"

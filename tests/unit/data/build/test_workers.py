@@ -6,9 +6,8 @@ import signal
 
 import pytest
 
-from megatron_prefix.data.build import builder as build_module
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
-from megatron_prefix.data.build.merge_parts import merge_datasets
+from megatron_prefix.data.build import BuildOptions, build_dataset, merge_datasets
+from megatron_prefix.data.build import chunks as chunks_module
 from megatron_prefix.data.build.workers import ordered
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, suffix_path
@@ -18,8 +17,8 @@ from megatron_prefix.errors import InputError, RunError
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(build_module, "CHUNK", 3)
-    monkeypatch.setattr(build_module, "FIRST_CHUNK", 3)
+    monkeypatch.setattr(chunks_module, "CHUNK", 3)
+    monkeypatch.setattr(chunks_module, "FIRST_CHUNK", 3)
 
 
 def records(start, stop):

@@ -31,7 +31,7 @@ def build(capsys, output, *inputs, flags=()):
 @pytest.mark.parametrize("name", UNICODE)
 def test_characters_go_through_build_inspect_and_decode(tmp_path, capsys, name):
     """Byte for byte, neither composed nor turned around; shown escaped where they would act."""
-    from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
+    from megatron_prefix.data.tokenize import load_tokenizer
 
     text = UNICODE[name]
     record = {"prompt": f"{text}?", "chosen": f"{text}!", "rejected": text[::-1] + "."}

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.build import builder as build_module
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.build import chunks as chunks_module
+from megatron_prefix.data.read import Inputs
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify import verify_dataset
-from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
+from megatron_prefix.data.tokenize import load_tokenizer
 from megatron_prefix.errors import InputError
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -189,11 +190,11 @@ def test_internal_failures_are_not_hidden(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("megatron_prefix.data.build.builder.build_dataset", fail)
+    monkeypatch.setattr("megatron_prefix.data.build.build_dataset", fail)
     with pytest.raises(ZeroDivisionError):
         command("--input", "x", "--output", "y")
     monkeypatch.setattr(
-        "megatron_prefix.data.build.builder.build_dataset",
+        "megatron_prefix.data.build.build_dataset",
         lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     assert command("--input", "x", "--output", "y") == 130
@@ -235,14 +236,14 @@ def test_progress_hears_of_all_bytes(tmp_path):
 
 
 def test_large_rows_make_small_chunks(tmp_path):
-    """Of tables, too, whose rows are no lines."""
+    """Also for a JSON array, whose records are not lines."""
     row = {"prompt": "p" * 200_000, "chosen": ["a" * 100_000], "rejected": "b"}
     lines = tmp_path / "lines.jsonl"
     lines.write_text(f"{json.dumps(row)}\n" * 50)
     array = tmp_path / "array.json"
     array.write_text(json.dumps([row] * 50))
     for path in (lines, array):
-        sizes = [len(chunk.records) for chunk in build_module._chunks([path], None)]
+        sizes = [len(records) for records, _ in chunks_module.read_chunks(Inputs([path]))]
         assert sizes == [7] * 7 + [1], path
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.build.duplicates import Digests, DigestTable
 from megatron_prefix.data.steps.composition import GroupBatches
 from megatron_prefix.data.steps.record_batches import RecordBatches, group_batches
