@@ -191,6 +191,7 @@ def common_tokens(a: np.ndarray, b: np.ndarray) -> int:
 def _insert(root: _Node, tokens: np.ndarray) -> None:
     """Add a path below `root`."""
     node, at = root, 0
+    # Invariant: the path down to the end of `node` is tokens[:at].
     while at < len(tokens):
         rest = tokens[at:]
         child = next((c for c in node.children if c.tokens[0] == rest[0]), None)
@@ -230,6 +231,7 @@ def _flatten(root: _Node) -> tuple[list[_Node], list[int]]:
     """Nodes in depth-first pre-order, and the indices of their parents."""
     nodes: list[_Node] = []
     parents: list[int] = []
+    # The last entry of the stack is next, so the first child is pushed last.
     stack = [(child, -1) for child in reversed(root.children)]
     while stack:
         node, parent = stack.pop()
@@ -254,12 +256,13 @@ class MergedPaths(NamedTuple):
 
 
 def _merged(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> MergedPaths:
-    root = _Node(np.zeros(0, np.int64))
+    root = _Node(np.zeros(0, np.int64))  # its children are the roots of the tree
     for r in responses:
         _insert(root, r.tokens)
     for r in responses:
         _cut(root, r.tokens, r.loss_start)
         _cut(root, r.tokens, len(r.tokens))
+    # Only now, when no node is split any more, do nodes get their numbers.
     nodes, parents = _flatten(root)
     index = {id(node): i for i, node in enumerate(nodes)}
     ends = [_ends(root, index, r.tokens, r.loss_start) for r in responses]
@@ -276,6 +279,8 @@ def _two_answers(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> Me
     """
     if len(responses) != 2 or responses[0].loss_start != responses[1].loss_start:
         return None
+    # The paths must differ in their responses, and before one of them ends. Then the tree is the
+    # prompt, the part that both responses share (it may be empty), and two leaves.
     a, b, start = responses[0].tokens, responses[1].tokens, responses[0].loss_start
     common = common_tokens(a, b)
     if not start <= common < min(len(a), len(b)):

@@ -36,6 +36,9 @@ def prompt_digest(example: Example) -> int:
 
 def content_digest(example: Example) -> int:
     """Digest of all texts and labels: the pairs, or without pairs the scores; not the margins."""
+    # A prompt is a part only if it differs from that of the response before: of a pair with the
+    # prompt "Hi" the parts are [tools, "prompt", "text", "Hi", "response", "", "text", "Yes",
+    # "response", "", "text", "No", "0 1"].
     parts = [example.tools]
     last: Text | None = None
     for response in example.responses:
@@ -95,6 +98,7 @@ class DigestTable:
 
     def duplicates(self, limit: int) -> dict[str, Any]:
         """How many records repeat an earlier one, and the first `limit` as [record, first]."""
+        # For each record, `first` is the first one with its content: (0, 0), (1, 1), (2, 0).
         count, listed = 0, []
         for pair in self._rows(
             "SELECT record, first FROM (SELECT record, min(record) OVER (PARTITION BY content) "
@@ -110,6 +114,8 @@ class DigestTable:
 
         Prompts [7, 5, 7] -> [0, 2], [1].
         """
+        # (group, first group with its prompt), sorted by the latter: (0, 1), (2, 1), (1, 2). SQLite
+        # counts ids from 1.
         rows = self._rows(
             "SELECT id - 1, min(id) OVER (PARTITION BY prompt) AS first FROM groups "
             "ORDER BY first, id"

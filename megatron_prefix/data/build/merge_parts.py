@@ -39,6 +39,7 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> dict[s
         for part in parts:
             for start in range(0, len(part), GROUPS):
                 block = part.block(start, min(start + GROUPS, len(part)))
+                # Parts of 10 and 5 records: record 3 of the second part is record 13 of the whole.
                 block.columns["group_records"] = block.columns["group_records"] + before
                 writer.add_block(block)
             combine(report, _shifted_report(part, before))

@@ -83,7 +83,7 @@ def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:
     pairs: list[Pair] = []
     num_sets = 0
     for tree in trees:
-        first = len(paths)
+        first = len(paths)  # responses of this tree are numbered from here on
         for response in range(tree.num_responses):
             tokens, loss_start = tree.response_tokens(response)
             paths.append(

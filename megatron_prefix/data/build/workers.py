@@ -59,6 +59,8 @@ def _in_processes(
     pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
+        # The oldest result is taken as soon as the queue is full, so that its length is bounded
+        # and results come in order; a slow item only delays those after it.
         for item in items:
             waiting.append((item, pool.submit(_work, item)))
             if len(waiting) >= AHEAD * workers:

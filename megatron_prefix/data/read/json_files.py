@@ -116,6 +116,7 @@ def _read_array(data: bytes) -> Iterator[JsonItem]:
     except UnicodeDecodeError as error:
         yield data.count(b"\n", 0, error.start) + 1, None, _not_utf8(error)
         return
+    # Invariant: `position` is at a value, or at the closing bracket.
     position = _skip_space(text, text.index("[") + 1)
     line, counted = 1, 0  # line breaks before `counted` are in `line`
     while True:

@@ -73,7 +73,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._parse_special = parse_special
         self._special = _special_tokens(self._tokenizer)
         self._special_set = frozenset(self._special.values())
-        self._starts = {text[:2] for text in self._special}
+        self._starts = {text[:2] for text in self._special}  # a quick test before the pattern
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -125,6 +125,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _as_text(self, text: str) -> list[int]:
         """The characters of a special token as ordinary tokens, as they are after other text."""
+        # Some tokenizers put a space before the first word of a text, so the characters are encoded
+        # after an "a" and the tokens of "a" are removed: [a] [<] [|] [im] … -> [<] [|] [im] …
         before = self._encode("a", split_special_tokens=True).tolist()
         whole = self._encode(f"a{text}", split_special_tokens=True).tolist()
         if whole[: len(before)] == before:
@@ -184,6 +186,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 "distinguished from those of the chat template: remove them from the record, or "
                 "give --parse-special"
             )
+        # `position` is the number of characters of `text` before each mark.
         literal, position = [], 0
         for piece in pieces[:-1]:
             position += len(piece)

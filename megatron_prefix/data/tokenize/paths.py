@@ -116,16 +116,21 @@ class PathEncoder:
             text = self._render(turns, False)
             contains_special = bool(text.literal)
             notes += self._template_notes(turns, text)
+            # A template can render the prompt of an answered turn differently, for example
+            # without the text that asks for an answer. Then only the common part is prompt.
             boundary = common_prefix(prompt.text, text.text)
             if boundary < len(prompt.text):
                 notes.append(NOTE_TEMPLATE)
                 prompt_ids = self._ids(response.prompt, prompt.head(boundary))
         notes += [NOTE_SPECIAL] * contains_special
+        # prompt [Say] [:] [_], whole text [Say] [:] [_yes]: they share 2 tokens, fewer than the
+        # prompt has. The token [_yes] has a character of the response, so prompt_only is 2 too.
         ids = self._ids(response.prompt, text)
         loss_start = prompt_only = common_tokens(prompt_ids, ids)
         if loss_start < len(prompt_ids):
             notes.append(NOTE_MERGED)
             prompt_only = max(loss_start, self._tokens_within(ids, text.text[:boundary]))
+        # Tokens of the path are numbered with begin-of-text: `lead` is 1 if it is added.
         parts, lead = [ids], int(self._needs_bos(ids))
         if lead:
             parts.insert(0, self._bos)

@@ -143,6 +143,8 @@ def _truncate(
     Protected tokens and one more prompt token stay, so the longest possible cut is `room`. A
     response that is too long even then has no influence on the cut.
     """
+    # Paths of 7 and 12 tokens, max_length 6, 1 protected token, loss from token 4: room = 2. The
+    # second does not fit even with that cut (10 tokens); the first decides: cut = 1.
     fitted, num_cut, cut_tokens = list(paths), 0, 0
     for set_id in dict.fromkeys(path.set_id for path in paths):
         members = [i for i, p in enumerate(paths) if p.set_id == set_id and i not in lost]

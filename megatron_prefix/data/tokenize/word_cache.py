@@ -50,6 +50,7 @@ class WordCache:
         """Token ids, int64 [T]."""
         if not self._is_exact:
             return np.array(self._model.encode(text), np.int64)
+        # The prompt comes first, then the prompt with each response: encode only the response.
         prompt, ids = self._last
         end = len(prompt)
         if end and text.startswith(prompt) and _BETWEEN.match(text, end) and self._is_identity:
@@ -58,6 +59,8 @@ class WordCache:
         return self._last[1]
 
     def _of_words(self, text: str) -> np.ndarray:
+        # A plain split at every space is faster. It is right if there is no "▁" and no space beside
+        # another space or at an end of the text.
         if "  " in text or SPACE in text or text[:1] == " " or text[-1:] == " ":
             words = _BETWEEN.split(text)
         else:
@@ -87,6 +90,7 @@ class WordCache:
         """
         is_plain = (_NO_SPACE if self._is_identity else _ASCII).fullmatch
         plain = [word for word in words if is_plain(word)]
+        # The words are encoded together and the ids are cut where a piece begins with a space.
         ids, begins = self._model.encode(" ".join(plain)), self._begins
         starts = [i for i, token in enumerate(ids) if begins[token]]
         normal = plain

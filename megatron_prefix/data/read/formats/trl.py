@@ -62,6 +62,8 @@ def split_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -
     """
     if chosen == rejected:
         raise DegenerateRecord(Reason.EQUAL)
+    # [u, a, u, a1] and [u, a, u, a2, u, a3] share three messages and go on with the assistant: 3.
+    # [u, a] and [u, a, u, a2] share two, but the first needs a response: 1.
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1

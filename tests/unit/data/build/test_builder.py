@@ -176,7 +176,7 @@ def test_unknown_flags_and_missing_ones_are_bad_usage(tmp_path, capsys, flags):
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_only_the_first_rank_speaks(tmp_path, capsys, monkeypatch):
+def test_only_the_first_rank_prints_errors(tmp_path, capsys, monkeypatch):
     for rank, speaks in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert command("--input", tmp_path / "absent", "--output", tmp_path / "out") == 2
@@ -226,13 +226,13 @@ def test_the_same_build_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "x.json").read_bytes() == (tmp_path / "y.json").read_bytes()
 
 
-def test_progress_hears_of_all_bytes(tmp_path):
+def test_progress_is_called_for_all_bytes(tmp_path):
     path = write(tmp_path, *[GOOD] * 200)
-    heard = []
-    build_dataset([path, path], "bytes", tmp_path / "out", progress=lambda *x: heard.append(x))
+    calls = []
+    build_dataset([path, path], "bytes", tmp_path / "out", progress=lambda *x: calls.append(x))
     size = path.stat().st_size
-    assert len(heard) == 2 and heard[-1] == (2 * size, 2 * size, 400)  # 32 records, and the rest
-    assert [h[0] for h in heard] == sorted(h[0] for h in heard)
+    assert len(calls) == 2 and calls[-1] == (2 * size, 2 * size, 400)  # 32 records, and the rest
+    assert [c[0] for c in calls] == sorted(c[0] for c in calls)
 
 
 def test_large_rows_make_small_chunks(tmp_path):

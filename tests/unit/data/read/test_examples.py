@@ -193,7 +193,7 @@ def test_oasst_sets_come_depth_first_in_the_records_order():
     assert [r.set_id for r in example.responses] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_oasst_unranked_message_stands_in_prompts_below():
+def test_oasst_unranked_message_is_in_the_prompts_below():
     deep = asked("q2", node("x", rank=0), node("y", rank=1))
     example = read({"prompt": asked("q", node("kept", deep), node("gone", rank=0))})
     assert [r.response[0].content for r in example.responses] == ["x", "y"]
@@ -224,7 +224,10 @@ def test_oasst_without_a_label_is_degenerate():
         ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "surrogate"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": {"a": 1}}, "list of objects"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "{"}, "not JSON"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "images": ["x"]}, "'images' is not supported"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "images": ["x"]},
+            "'images' is not supported",
+        ),
         ({"prompt": [user("q")], "chosen": [user("a")], "rejected": [assistant("b")]}, "begins"),
         ({"prompt": [user("q")], "chosen": ["a"], "rejected": []}, "message 1 is text"),
         ({"prompt": [assistant("q")], "chosen": [assistant("a")], "rejected": []}, None),

@@ -1,4 +1,4 @@
-"""Prompts that are encoded once give the tokens of texts encoded whole."""
+"""Prompts that are encoded once give the same tokens as texts encoded as a whole."""
 
 import pytest
 from hypothesis import given, settings

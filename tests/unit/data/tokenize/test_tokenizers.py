@@ -55,7 +55,7 @@ def sentencepiece_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory):
-    """A tiny BPE that merges letters, and a space with the letter behind it."""
+    """A tiny BPE that merges letters, and a space with the letter after it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -97,7 +97,7 @@ def test_bytes():
     assert tokenizer.describe()["fingerprint"] == load_tokenizer("bytes").fingerprint
 
 
-def test_begin_and_end_of_text_stand_once():
+def test_begin_and_end_of_text_occur_once():
     (chosen, rejected), notes = encode(load_tokenizer("bytes"), pair_example("ab", "c", "d"))
     assert chosen.tokens.tolist() == [256, 97, 98, 99, 257] and chosen.loss_start == 3
     assert rejected.tokens.tolist() == [256, 97, 98, 100, 257] and notes == []
@@ -328,7 +328,7 @@ def test_drop_counts_responses_that_lose_their_last_pair():
     assert selection.dropped == {"over --max-length": (1, 1), "left without a pair": (1, 0)}
 
 
-def test_truncation_cuts_all_responses_of_a_set_alike():
+def test_truncation_cuts_all_responses_of_a_set_equally():
     example = ranked_example("0123456789", "a", "bbb")  # 13 and 15 tokens
     selection = choose(example, max_length=11, overflow="truncate-prompt")
     decode = load_tokenizer("bytes").decode

@@ -1,4 +1,4 @@
-"""Words encoded once give the tokens of texts encoded whole, whatever the model does to them."""
+"""Words that are encoded once give the same tokens as whole texts, for every kind of model."""
 
 import io
 import random

@@ -61,7 +61,7 @@ def test_tools_may_be_json_text():
     assert read(as_text) == read(record)
 
 
-def test_a_prompt_that_repeats_a_turn_of_both_dialogues_is_passed_over():
+def test_a_prompt_that_repeats_a_turn_of_both_dialogues_is_ignored():
     example = read(sample("ultrafeedback_binarized")[1])
     assert outline(example) == (
         [("user", "Spell cat.")],
@@ -114,7 +114,7 @@ def test_nemo_aligner_rewards_are_scores():
     ]
 
 
-def test_alpaca_joins_instruction_and_input_behind_system_and_history():
+def test_alpaca_joins_instruction_and_input_after_system_and_history():
     prompt, responses, _ = outline(read(sample("llama_factory_alpaca")[0]))
     assert prompt == [
         ("system", "You translate."),
@@ -168,7 +168,7 @@ def test_unpaired_labels_are_scores_without_pairs():
         read({"prompt": "p", "completion": "c", "label": None})
 
 
-def test_weights_hold_for_all_pairs_of_a_record():
+def test_weights_apply_to_all_pairs_of_a_record():
     example = read({**sample("nemo_rl")[0], "weight": 0.5})
     assert [p.weight for p in example.pairs] == [0.5] * 3
     assert all(math.isnan(p.margin) for p in example.pairs)
@@ -190,7 +190,7 @@ def test_map_takes_columns_from_dotted_paths():
 
 
 @pytest.mark.parametrize("text", ["chosen", "=x", "chosen=", ""])
-def test_maps_that_are_none(text):
+def test_maps_of_another_form(text):
     with pytest.raises(InputError, match="is not COLUMN=PATH"):
         parse_columns([text])
 
