@@ -21,16 +21,22 @@ from mutant_list import MUTANTS, Mutant
 from mutant_list_data import DATA_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build", "quickstart")
+CACHES = {".git", ".venv", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
+OUTPUTS = {"build", "quickstart"}
+"""Folders at the root that are not copied; the package has folders with these names too."""
 TESTS_FAILED = 1  # pytest's exit code
 TIMEOUT_S = 900
+
+
+def _ignored(folder: str, names: list[str]) -> set[str]:
+    return (CACHES | OUTPUTS if Path(folder) == ROOT else CACHES) & set(names)
 
 
 def run(mutant: Mutant, scratch: Path) -> str:
     """`killed`, `survived`, or what kept it from being tried."""
     copy = scratch / "repository"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*IGNORED))
+    shutil.copytree(ROOT, copy, ignore=_ignored)
     path = copy / "megatron_prefix" / mutant.file
     text = path.read_text(encoding="utf-8")
     if mutant.old and text.count(mutant.old) != 1:

@@ -45,7 +45,7 @@ def read_json_file(raw: io.BufferedReader) -> Iterator[JsonItem]:
         yield line + 1, None, f"{damage} ({error})"
         return
     if is_empty:
-        yield 1, None, f"the file contains no record: {EXPECTED} is expected"
+        yield 1, None, f"the file contains no record; expected: {EXPECTED}"
 
 
 def decode_line(line: bytes) -> Decoded:
@@ -55,8 +55,8 @@ def decode_line(line: bytes) -> Decoded:
     except UnicodeDecodeError as error:
         return None, _not_utf8(error)
     except (ValueError, RecursionError) as error:
-        torn = "" if line.endswith(b"\n") else "; it is the last line: was the file cut off?"
-        return None, f"not JSON ({_reason(error)}): {EXPECTED} is expected{torn}"
+        torn = "" if line.endswith(b"\n") else "; it is the last line, so the file may be cut off"
+        return None, f"not JSON ({_reason(error)}); expected: {EXPECTED}{torn}"
 
 
 def _opened(raw: io.BufferedReader) -> tuple[io.BufferedIOBase, str]:
@@ -127,7 +127,7 @@ def _read_array(data: bytes) -> Iterator[JsonItem]:
             value, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             error_line = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            yield error_line, None, f"not JSON ({_reason(error)}): {EXPECTED} is expected"
+            yield error_line, None, f"not JSON ({_reason(error)}); expected: {EXPECTED}"
             return
         yield line, *_object(value)
         position = _skip_space(text, position)
@@ -150,7 +150,7 @@ def _skip_space(text: str, position: int) -> int:
 def _object(value: Any) -> Decoded:
     if isinstance(value, dict):
         return value, None
-    return None, f"the record is {json_type(value)}, not an object: {EXPECTED} is expected"
+    return None, f"the record is {json_type(value)}, not an object; expected: {EXPECTED}"
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

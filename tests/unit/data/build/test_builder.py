@@ -159,7 +159,7 @@ def test_the_command_builds_and_prints_the_summary(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--max-length", "1"], "at least 2 tokens"),
-        (["--overflow", "drop"], "needs --max-length"),
+        (["--overflow", "drop"], "has no effect without --max-length"),
         (["--max-length", "3"], "in.jsonl, line 1: response 0 takes 4 tokens"),
     ],
 )
