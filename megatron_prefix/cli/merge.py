@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge the parts and print the counts."""
-    from megatron_prefix.data.build.merge_parts import merge_datasets
+    from megatron_prefix.data.build import merge_datasets
     from megatron_prefix.data.store.statistics import format_counts
 
     manifest = merge_datasets(args.prefixes, args.output)
