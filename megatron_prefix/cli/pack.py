@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_prefix.data.store.verify import verify_checksums
+from megatron_prefix.data.store.verify.checks import verify_checksums
 from megatron_prefix.errors import InputError
 
 

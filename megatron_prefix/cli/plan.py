@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 def plan_text(found: dict[str, Any]) -> str:
     """The plan for people: a block for each thing that is known."""
-    from megatron_prefix.data.store.statistics import align
+    from megatron_prefix.text import align
 
     ranks = found["data_parallel_size"]
     blocks = [[f"{found['world_size']} processes, {ranks} data-parallel ranks"]]
@@ -78,7 +78,7 @@ def _memory_rows(memory: dict[str, Any]) -> list[list[str]]:
 
 
 def _data_lines(found: dict[str, Any]) -> list[str]:
-    from megatron_prefix.data.store.statistics import align
+    from megatron_prefix.text import align
 
     data, pipeline = found["data"], found["pipeline"]
     lines = [

@@ -13,7 +13,7 @@ from megatron_prefix.data.steps.cost import CostModel
 from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_checksums
+from megatron_prefix.data.store.verify.checks import verify_checksums
 from megatron_prefix.distributed.world import World
 from megatron_prefix.errors import InputError
 

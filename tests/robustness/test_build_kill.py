@@ -15,9 +15,9 @@ from commands import command, lines, refused, write_config
 from test_disk_full import files_up_to
 
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.files.work_folder import building_folder
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_dataset
-from megatron_prefix.data.store.work_folder import building_folder
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.errors import InputError
 
 

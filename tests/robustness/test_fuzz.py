@@ -30,7 +30,7 @@ from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.columns import COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, suffix_path
-from megatron_prefix.data.store.verify import verify_checksums, verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_checksums, verify_dataset
 from megatron_prefix.distributed.world import world
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError

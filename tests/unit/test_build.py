@@ -10,7 +10,7 @@ from megatron_prefix.__main__ import main
 from megatron_prefix.data.build import builder as build_module
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.errors import InputError
 

@@ -13,7 +13,7 @@ from megatron_prefix.data.steps.composition import GroupBatches
 from megatron_prefix.data.steps.record_batches import RecordBatches, group_batches
 from megatron_prefix.data.steps.sampler import Sampler, loss_weights
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.errors import InputError
 
 

@@ -8,11 +8,10 @@ import pytest
 from test_inspect import inspect
 from test_store import random_tree, write
 
+from megatron_prefix.data.files.checksums import file_entry, manifest_digest
 from megatron_prefix.data.steps.composition import PlanSettings
 from megatron_prefix.data.steps.write_packed_steps import write_plan
-from megatron_prefix.data.store.columns import file_entry
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.manifest import manifest_digest
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from megatron_prefix.data.steps.write_packed_steps import write_plan
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.statistics import path_lengths
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prefix.data.store.columns import COLUMNS, ColumnWriter, file_entry
+from megatron_prefix.data.files.checksums import file_entry
+from megatron_prefix.data.files.columns import ColumnWriter
+from megatron_prefix.data.store.columns import COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, fingerprint, suffix_path
-from megatron_prefix.data.store.verify import verify_checksums, verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_checksums, verify_dataset
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
@@ -153,7 +155,7 @@ def test_nothing_stays_of_a_build_that_fails(tmp_path, trees):
         raise RuntimeError
     with DatasetWriter(tmp_path / "a", TOKENIZER) as writer:
         writer.add(trees[0], 0)
-    with pytest.raises(InputError, match="nothing is left"):
+    with pytest.raises(InputError, match="would be empty"):
         write(tmp_path / "a", [])
     assert list(tmp_path.iterdir()) == []
 
@@ -255,7 +257,7 @@ def edit_manifest(prefix, change):
         (lambda m: m["counts"].update(groups="7"), "damaged"),
         (lambda m: m.update(dtype="object"), "damaged"),
         (lambda m: m["counts"].update(groups=6), "not the index"),
-        (lambda m: m["counts"].update(responses=6), "its manifest asks for"),
+        (lambda m: m["counts"].update(responses=6), "in its manifest"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_seen_on_opening(prefix, change, message):
@@ -303,14 +305,14 @@ def damage(prefix, name, at, value):
         ("group_responses", 2, 4, "group_responses.npy: offsets"),
         ("group_pairs", -1, 20, "group_pairs.npy: offsets"),
         ("group_records", 3, 2, "records do not ascend"),
-        ("node_parents", 0, 3, "group 0: node 0 does not stand behind"),
+        ("node_parents", 0, 3, "group 0: node 0 does not follow"),
         ("node_parents", 2, -2, "group 0: node 2 has a parent"),
         ("response_first", 1, 99, "group 0: response_first points outside"),
         ("response_last", 1, -1, "group 0: response_last points outside"),
         ("response_first", 0, 4, "group 0: response 0 begins off"),
         ("response_lengths", 5, 1, "group 1: response_lengths differ"),
         ("response_prompts", 5, 0, "group 1: response_prompts differ"),
-        ("response_sets", 4, 0, "group 0: pair 2 reaches over two"),
+        ("response_sets", 4, 0, "group 0: pair 2 takes its responses from two"),
         ("response_ranks", 0, -2, "group 0: a rank"),
         ("response_scores", 0, np.inf, "group 0: the score of response 0 is infinite"),
         ("pair_responses", 0, (1, 1), "group 0: pair 0 compares"),

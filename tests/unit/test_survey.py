@@ -16,10 +16,10 @@ from megatron_prefix.data.inspect.survey import COST_MODEL, span_work, survey
 from megatron_prefix.data.inspect.survey_text import survey_text
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.sharing import Bundle
-from megatron_prefix.data.store import spans as spans_module
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.spans import spans
 from megatron_prefix.data.store.statistics import Histogram
+from megatron_prefix.data.store.verify import spans as spans_module
+from megatron_prefix.data.store.verify.spans import spans
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from test_store import edit_manifest, random_tree, write
 
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.spans import Span, spans
-from megatron_prefix.data.store.verify import _shape_problems, verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
+from megatron_prefix.data.store.verify.problems import shape_problems
+from megatron_prefix.data.store.verify.spans import Span, spans
 from megatron_prefix.errors import InputError
 
 
@@ -51,7 +52,7 @@ def test_pre_order_is_told_from_every_other_order():
         nodes = [-1, 0, *parents, -1]
         columns = {"group_nodes": np.array([2, 5, 1]), "node_parents": np.array(nodes)}
         block = Block(tokens=np.arange(8), node_lengths=np.ones(8, np.int64), columns=columns)
-        found = next(_shape_problems(Span(0, 3, block)), None)
+        found = next(shape_problems(Span(0, 3, block)), None)
         assert (found is None) == naive_preorder(parents), (parents, found)
         assert found is None or found[0] == 1
 

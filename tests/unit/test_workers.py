@@ -12,7 +12,7 @@ from megatron_prefix.data.build.merge_parts import merge_datasets
 from megatron_prefix.data.build.workers import ordered
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, suffix_path
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.errors import InputError, RunError
 
 

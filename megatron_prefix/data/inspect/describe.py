@@ -8,11 +8,11 @@ import numpy as np
 
 from megatron_prefix.data.steps.composition import RowBatches
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.statistics import align
-from megatron_prefix.data.store.verify import verify_group, verify_offsets
+from megatron_prefix.data.store.verify.checks import verify_group, verify_offsets
 from megatron_prefix.data.tokenize.tokenizers import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import align
 
 if TYPE_CHECKING:
     from megatron_prefix.data.steps.collate import MicroBatch

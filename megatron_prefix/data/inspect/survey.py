@@ -15,9 +15,9 @@ import numpy as np
 from megatron_prefix.data.inspect.describe import packed_rows
 from megatron_prefix.data.steps.cost import CostModel
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.spans import Span
 from megatron_prefix.data.store.statistics import SHARING_TOKENS, Histogram
-from megatron_prefix.data.store.verify import sound_spans
+from megatron_prefix.data.store.verify.checks import sound_spans
+from megatron_prefix.data.store.verify.spans import Span
 
 COST_MODEL = {
     "num_layers": 32,

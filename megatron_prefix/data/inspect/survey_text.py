@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from megatron_prefix.data.store.statistics import SHARING_TOKENS, align, format_lengths
+from megatron_prefix.data.store.statistics import SHARING_TOKENS
+from megatron_prefix.text import align, format_lengths
 
 WIDTH = 100
 BAR = 20

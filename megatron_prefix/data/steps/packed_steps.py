@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.data.files.checksums import manifest_digest, sha256
 from megatron_prefix.data.steps.composition import PlanSettings
 from megatron_prefix.data.steps.packing import as_lists
-from megatron_prefix.data.store.columns import sha256
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.manifest import FILES, manifest_digest, suffix_path
+from megatron_prefix.data.store.manifest import FILES, suffix_path
 from megatron_prefix.errors import InputError
 
 FORMAT = "megatron_prefix packed plan"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_prefix.data.files.columns import is_partition
 from megatron_prefix.data.steps.composition import PlanSettings
 from megatron_prefix.data.steps.packed_steps import REMEDY, PackedPlan
 from megatron_prefix.data.steps.write_packed_steps import Bundles, Tally
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import is_partition
 from megatron_prefix.errors import InputError
 
 CHUNK = 1 << 20

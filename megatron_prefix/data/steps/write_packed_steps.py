@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.data.files.checksums import file_entry, manifest_digest
+from megatron_prefix.data.files.columns import ColumnWriter
 from megatron_prefix.data.steps.composition import PlanSettings, RowBatches
 from megatron_prefix.data.steps.packed_steps import COLUMNS, FORMAT, MANIFEST, VERSION, files_seen
 from megatron_prefix.data.steps.packing import pack
 from megatron_prefix.data.steps.sharing import all_bundles
-from megatron_prefix.data.store.columns import ColumnWriter, file_entry
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.manifest import manifest_digest
 from megatron_prefix.errors import InputError
 
 FLUSH = 1 << 16

@@ -1,8 +1,8 @@
-"""Where a data set grows before it is complete, and what a killed build leaves of it.
+"""The folder in which a data set grows before it is complete, and what a killed build leaves.
 
-A build works in `.NAME.HOST.PID.building` beside PREFIX; what `--merge-prompts` merges stands in
-`.NAME.HOST.PID.merging`. One that is killed cannot take it away;
-the next build of the same PREFIX on the same machine does, if no process has that number.
+A build works in `.NAME.HOST.PID.building` next to PREFIX, and `--merge-prompts` keeps the data set
+that it merges in `.NAME.HOST.PID.merging`. A killed build cannot remove its folder. The next build
+of the same PREFIX on the same machine removes it if no process has that number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_prefix.errors import InputError
 
 
 def checked_prefix(output: str | Path) -> Path:
-    """The prefix `output`, which has to name a file to be; else InputError."""
+    """`output` as a prefix of file names. Raises InputError if it cannot be one."""
     if "\0" in str(output) or Path(output).name in ("", ".."):
         raise InputError(f"output {str(output)!r} names no file: give a prefix of file names")
     if str(output).endswith(os.sep):
@@ -31,16 +31,16 @@ def building_folder(prefix: Path, kind: str = "building") -> Path:
 
 
 def clear_leftovers(prefix: Path) -> None:
-    """Remove the folders of builds of `prefix` whose process is dead."""
-    mine = f".{prefix.name}.{platform.node()}."
-    pattern = re.compile(re.escape(mine) + r"(\d+)\.(building|merging)")
+    """Remove the folders of builds of `prefix` whose process has ended."""
+    own = f".{prefix.name}.{platform.node()}."
+    pattern = re.compile(re.escape(own) + r"(\d+)\.(building|merging)")
     for folder in prefix.parent.iterdir():
-        found = pattern.fullmatch(folder.name)
-        if found and not _is_alive(int(found[1])):
+        match = pattern.fullmatch(folder.name)
+        if match and not _is_running(int(match[1])):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

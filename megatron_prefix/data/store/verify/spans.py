@@ -1,11 +1,11 @@
-"""A data set, a span of groups at a time, so that what reads all of it holds little of it.
+"""Spans: a data set in parts of many groups, so that reading all of it takes little memory.
 
-    for block in spans(dataset):
-        block.columns["node_parents"]       # of groups block.start to block.stop
+    for span in spans(dataset):
+        span["node_parents"]       # of groups span.start to span.stop
 
-A span has about NODES nodes, and at least one group. Columns that count from a group's first node
-or response are lifted to the span's here: `first_nodes` and its like. Shape suffixes: G groups, M
-nodes, R responses, P pairs of a span.
+A span has about NODES nodes and at least one group. On disk, nodes and responses are numbered
+within their group; `parents` and `own_nodes` number them within the span. Shape suffixes: G groups,
+M nodes, R responses, P pairs of a span.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NODES = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Groups `start` to `stop` of a data set, and what follows from their columns."""
+    """Groups `start` to `stop` of a data set: their columns, and values computed from them."""
 
     start: int
     stop: int
@@ -40,17 +40,17 @@ class Span:
 
     @cached_property
     def group_of_node(self) -> np.ndarray:
-        """[M], counted from the span's first group."""
+        """Group of each node, counted from the span's first, [M]."""
         return np.repeat(np.arange(self.stop - self.start), self["group_nodes"])
 
     @cached_property
     def group_of_response(self) -> np.ndarray:
-        """[R], counted from the span's first group."""
+        """Group of each response, counted from the span's first, [R]."""
         return np.repeat(np.arange(self.stop - self.start), self["group_responses"])
 
     @cached_property
     def group_of_pair(self) -> np.ndarray:
-        """[P], counted from the span's first group."""
+        """Group of each pair, counted from the span's first, [P]."""
         return np.repeat(np.arange(self.stop - self.start), self["group_pairs"])
 
     @cached_property
@@ -76,10 +76,10 @@ class Span:
         return node_ends(ones, self["node_parents"], self["group_nodes"])
 
     def walk(self) -> Iterator[np.ndarray]:
-        """Nodes that carry loss, each response's next one up in every round.
+        """Nodes that carry loss: first the last node of every response, then their parents, and so
+        on up to `response_first`.
 
-        Ends below `response_first` where that is no ancestor: every parent must stand before its
-        child.
+        Parents must come before their children, so that the walk ends.
         """
         node, top = self.own_nodes("last"), self.own_nodes("first")
         while len(node):
@@ -88,7 +88,7 @@ class Span:
             node, top = self.parents[node[below]], top[below]
 
     def per_group(self, values: np.ndarray, of: str = "nodes") -> np.ndarray:
-        """Sums of values of nodes (or `responses`) over each group, which has at least one."""
+        """Sums over each group of values per node (or per response: `of="responses"`)."""
         return np.add.reduceat(values, starts(self[f"group_{of}"]))
 
 
