@@ -57,9 +57,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Pack and print one line about the whole plan."""
-    from megatron_prefix.data.steps.composition import PlanSettings
-    from megatron_prefix.data.steps.packed_steps import describe_plan
-    from megatron_prefix.data.steps.write_packed_steps import write_plan
+    from megatron_prefix.data.steps.compositions.settings import StepSettings
+    from megatron_prefix.data.steps.packed.reading import describe_packed_steps
+    from megatron_prefix.data.steps.packed.writing import write_packed_steps
     from megatron_prefix.data.store.dataset import PreferenceDataset
 
     if args.seed < 0:
@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> None:
     verify_checksums(dataset)
     names = ("seed", "sharing", "row_capacity", "global_batch_size", "rows_per_step")
     names += ("sort_by_length", "packing_method", "epochs")
-    settings = PlanSettings(**{name: getattr(args, name) for name in names})
+    settings = StepSettings(**{name: getattr(args, name) for name in names})
     with _Progress() as progress:
-        manifest = write_plan(dataset, settings, args.output, progress)
-    print(describe_plan(manifest))
+        manifest = write_packed_steps(dataset, settings, args.output, progress)
+    print(describe_packed_steps(manifest))
     print(f"wrote {args.output}")
 
 

@@ -62,9 +62,9 @@ def to_device(
     `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
     """
     own = np.arange(len(batch.tokens)) if share is None else share.rows
-    is_own = np.isin(batch.source_row, own)
+    is_own = np.isin(batch.logit_token, own)
     response = batch.response[is_own]
-    rows, target_rows = np.unique(batch.source_row[is_own], return_inverse=True)
+    rows, target_rows = np.unique(batch.logit_token[is_own], return_inverse=True)
     order = np.argsort(response, kind="stable")
     counts = np.bincount(response, minlength=batch.num_responses)
     served = None if batch.served is None else batch.served[own]

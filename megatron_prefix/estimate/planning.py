@@ -21,16 +21,17 @@ from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
 from megatron_prefix.config.rules import layout_faults, world_faults
 from megatron_prefix.config.schema import Config, ModelConfig
-from megatron_prefix.data.steps.collate import RowItem, collate_packed
+from megatron_prefix.data.steps.collate import TARGETS
+from megatron_prefix.data.steps.rows import group_rows
 from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of, view
+from megatron_prefix.data.steps.sharing import SHARING_MODES
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf.config import read_hf_config
 from megatron_prefix.model.provider import with_sizes
-from megatron_prefix.train.samplers import TARGETS, training_sampler
+from megatron_prefix.train.samplers import training_sampler
 
 STEPS_READ = 8
 """First steps of the run whose rows are looked at."""
@@ -187,11 +188,7 @@ def _cost(
     """Tokens and operations of forward passes, a step, without padding."""
     tokens, flops = 0, ForwardFlops()
     for group in groups:
-        tree = dataset[int(group)]
-        for bundle in bundles_of(dataset, int(group), mode):
-            part = view(tree, mode, bundle.item)
-            item = RowItem(group=int(group), view=part, pair_weights=np.ones(len(part.pairs)))
-            row = collate_packed([item], 1, TARGETS[config.model.kind])
+        for row in group_rows(dataset, int(group), mode, TARGETS[config.model.kind]):
             tokens += row.num_tokens
             if model is not None:
                 flops += forward_flops(model, vocab_size, row)

@@ -17,7 +17,8 @@ import torch
 from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import initial_model
 from megatron_prefix.config.schema import Config
-from megatron_prefix.data.steps.sampler import Sampler, loss_weights
+from megatron_prefix.data.steps.rows import loss_weights
+from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.session import running
 from megatron_prefix.distributed.world import World

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from megatron_prefix.config.schema import Config, LossConfig, ModelConfig
-from megatron_prefix.data.steps.collate import score_targets, tree_targets
-from megatron_prefix.data.steps.composition import Composition, PlanSettings
+from megatron_prefix.data.steps.collate import TARGETS
+from megatron_prefix.data.steps.compositions.batches import Composition, InOrder
+from megatron_prefix.data.steps.compositions.settings import StepSettings
 from megatron_prefix.data.steps.cost import CostModel
-from megatron_prefix.data.steps.packed_steps import PackedPlan
+from megatron_prefix.data.steps.packed.reading import PackedSteps
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify.checks import verify_checksums
@@ -19,12 +18,10 @@ from megatron_prefix.errors import InputError
 
 EVALUATION_GROUPS = 64
 """Groups scored at a time where the configuration counts steps in rows."""
-TARGETS = {"lm": tree_targets, "reward": score_targets}
-"""What each kind of model is asked of a tree."""
 
 
 def open_verified(
-    prefix: str, setting: str, world: World, plan: PackedPlan | None = None
+    prefix: str, setting: str, world: World, plan: PackedSteps | None = None
 ) -> PreferenceDataset:
     """Open the data set that `setting` names; the main process checks every checksum.
 
@@ -52,7 +49,7 @@ def open_verified(
     return dataset
 
 
-def open_plan(config: Config, world: World) -> PackedPlan | None:
+def open_plan(config: Config, world: World) -> PackedSteps | None:
     """The plan that `data.plan` names; the main process checks its checksums."""
     path = config.data.plan
     if path is None:
@@ -60,12 +57,12 @@ def open_plan(config: Config, world: World) -> PackedPlan | None:
 
     def verify() -> None:
         try:
-            PackedPlan(path).verify()
+            PackedSteps(path).verify()
         except InputError as error:
             raise InputError(f"data.plan: {error}") from None
 
     world.once(verify)
-    return PackedPlan(path)
+    return PackedSteps(path)
 
 
 def check_margins(loss: LossConfig, dataset: PreferenceDataset, setting: str) -> None:
@@ -83,25 +80,10 @@ def check_margins(loss: LossConfig, dataset: PreferenceDataset, setting: str) ->
         )
 
 
-@dataclass(frozen=True)
-class InOrder:
-    """A composition that takes the data set's groups as they stand, `batch_size` a step."""
-
-    num_groups: int
-    batch_size: int
-
-    def groups(self, step: int) -> np.ndarray:
-        stop = min((step + 1) * self.batch_size, self.num_groups)
-        return np.arange(step * self.batch_size, stop)
-
-    def num_steps(self, epochs: int) -> int:
-        return epochs * -(-self.num_groups // self.batch_size)
-
-
-def plan_settings(config: Config) -> PlanSettings:
+def plan_settings(config: Config) -> StepSettings:
     """What of a configuration decides which groups share a step and a row."""
     data = config.data
-    return PlanSettings(
+    return StepSettings(
         seed=data.seed,
         sharing=data.sharing,
         row_capacity=data.row_capacity,
@@ -117,7 +99,7 @@ def training_sampler(
     config: Config,
     dataset: PreferenceDataset,
     world: World | None = None,
-    plan: PackedPlan | None = None,
+    plan: PackedSteps | None = None,
     sizes: ModelConfig | None = None,
 ) -> Sampler:
     """The training sampler that the data section describes, on `plan` where there is one.

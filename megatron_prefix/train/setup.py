@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
 from megatron_prefix.config.schema import Config, dump_config
-from megatron_prefix.data.steps.packed_steps import PackedPlan
+from megatron_prefix.data.steps.packed.reading import PackedSteps
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import World
 from megatron_prefix.engine.optimizer import build_model, build_optimizer
@@ -36,7 +36,7 @@ def prepare_run(
     dataset: PreferenceDataset,
     valid: PreferenceDataset | None,
     here: World,
-    plan: PackedPlan | None = None,
+    plan: PackedSteps | None = None,
 ) -> Run:
     """A run up to its next step, resumed where `train.load` has a checkpoint; collective.
 

@@ -19,7 +19,7 @@ from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.checkpoint.starting_model import InitialModel
 from megatron_prefix.config.schema import Config
 from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.sampler import Sampler, StepPlan
+from megatron_prefix.data.steps.sampler import Sampler, Step
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.signals import StopRequest
 from megatron_prefix.distributed.world import World
@@ -181,14 +181,14 @@ class Run:
         return run_schedule(self.policy, batches, self.config.loss)
 
     def _totals(
-        self, plan: StepPlan, rows: list[MicroBatch], logs: list[dict]
+        self, plan: Step, rows: list[MicroBatch], logs: list[dict]
     ) -> tuple[dict[str, float], dict[str, int]]:
         """Means of the step (the loss over its weight, everything else over pairs) and its token
         counts, from one sum over ranks, in float64, which has all counts exactly."""
         dataset, names = self.sampler.dataset, pair_metrics(self.config.loss)
         counts = {
             "tokens/executed": sum(len(row.tokens) for row in rows),
-            "tokens/targets": sum(len(row.source_row) for row in rows),
+            "tokens/targets": sum(len(row.logit_token) for row in rows),
             "rows/projected": sum(row.num_projected for row in rows),
         }
         sums = torch.stack([log["sums"] for log in logs]).sum(0)

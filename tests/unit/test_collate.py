@@ -53,7 +53,7 @@ def check_against_each_response_alone(batch, given):
         mine = np.flatnonzero(batch.response == local)
         assert len(mine) == len(alone.tokens) - alone.loss_start
         for depth, target in enumerate(mine, alone.loss_start):
-            seen = np.flatnonzero(visible[batch.source_row[target]])
+            seen = np.flatnonzero(visible[batch.logit_token[target]])
             assert batch.tokens[seen].tolist() == alone.tokens[:depth].tolist()
             assert positions[seen].tolist() == list(range(depth))
             assert batch.target_token[target] == alone.tokens[depth]
@@ -63,7 +63,7 @@ def test_the_docstrings_example():
     tree = build_tree([path([1, 2, 3, 4], 2), path([1, 2, 5, 6, 7], 2)], [])
     batch = collate_packed([item(tree)])
     assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
-    assert batch.source_row.tolist() == [1, 1, 2, 4, 5]
+    assert batch.logit_token.tolist() == [1, 1, 2, 4, 5]
     assert batch.target_token.tolist() == [3, 5, 4, 6, 7]
     assert batch.response.tolist() == [0, 1, 0, 1, 1]
     assert batch.layout.position_ids().tolist() == [0, 1, 2, 3, 2, 3, 4]
@@ -77,7 +77,7 @@ def test_targets_of_a_response_inside_others_by_hand():
     assert target.tolist() == [7, 8, 7, 9, 2, 7]
     assert source.tolist() == [1, 2, 1, 2, 4, 1]
     batch = collate_packed([item(three_responses())])
-    assert batch.source_row.tolist() == [1, 1, 1, 2, 2, 4]
+    assert batch.logit_token.tolist() == [1, 1, 1, 2, 2, 4]
     assert batch.num_projected == 3
 
 
@@ -89,11 +89,11 @@ def test_rows_say_what_each_response_alone_says(seed, how, sharing):
     multiple = 1 + seed % 5
     batch = COLLATES[how](items, multiple)
     check_against_each_response_alone(batch, given)
-    assert (np.diff(batch.source_row) >= 0).all()
-    assert batch.num_projected == len(set(batch.source_row.tolist()))
+    assert (np.diff(batch.logit_token) >= 0).all()
+    assert batch.num_projected == len(set(batch.logit_token.tolist()))
     assert len(batch.tokens) % multiple == 0
     assert batch.num_tokens == sum(i.view.tree.num_tokens for i in items)
-    for name in ("tokens", "source_row", "target_token", "response", "response_ids", "pairs"):
+    for name in ("tokens", "logit_token", "target_token", "response", "response_ids", "pairs"):
         assert getattr(batch, name).dtype == np.int64, name
 
 
@@ -125,7 +125,7 @@ def test_padding_is_never_a_source_or_a_target():
             batch = collate(shifted, 16)
             assert (batch.tokens == PADDING_TOKEN).sum() == len(batch.tokens) - batch.num_tokens
             assert (batch.tokens == PADDING_TOKEN).any(), how
-            assert (batch.tokens[batch.source_row] != PADDING_TOKEN).all()
+            assert (batch.tokens[batch.logit_token] != PADDING_TOKEN).all()
             assert (batch.target_token != PADDING_TOKEN).all()
 
 
@@ -142,7 +142,7 @@ def test_a_packed_row_ends_in_a_tree_of_padding():
     assert len(batch.tokens) == 16 and batch.num_tokens == 12
     assert batch.tokens[12:].tolist() == [0, 0, 0, 0]
     assert batch.layout.parents[-1] == -1 and batch.layout.lengths[-1] == 4
-    assert batch.source_row.max() < 12
+    assert batch.logit_token.max() < 12
     assert len(collate_packed([item(tree)], 6).tokens) == 6  # divides: nothing is added
 
 
@@ -158,7 +158,7 @@ def test_padded_sequences_are_as_long_as_the_longest():
     # Padding goes on with its sequence, so attention pays for it as in a padded batch.
     assert batch.layout.position_ids().reshape(4, 8).tolist() == [list(range(8))] * 4
     assert batch.layout.area() == 4 * 36
-    assert batch.source_row.tolist() == [1, 2, 9, 10, 11, 17, 25, 26]
+    assert batch.logit_token.tolist() == [1, 2, 9, 10, 11, 17, 25, 26]
     assert batch.num_tokens == 4 + 5 + 3 + 4
     assert len(collate_padded([item(tree, "none", 0)]).tokens) == 2 * 5
     # A tree is one sequence, padded behind its last leaf.
@@ -175,6 +175,6 @@ def test_an_empty_row_is_padding_without_loss(how, multiple):
     assert batch.tokens.tolist() == [PADDING_TOKEN] * multiple
     assert batch.layout.num_tokens == multiple
     assert batch.num_tokens == batch.num_responses == batch.num_projected == 0
-    assert len(batch.source_row) == len(batch.target_token) == len(batch.response) == 0
+    assert len(batch.logit_token) == len(batch.target_token) == len(batch.response) == 0
     assert batch.pairs.shape == batch.response_ids.shape == (0, 2)
     assert batch.pair_weights.shape == batch.pair_margins.shape == (0,)

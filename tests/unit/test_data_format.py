@@ -74,15 +74,15 @@ def test_a_data_set_is_read_with_numpy_alone(tmp_path):
 
 
 def test_a_plan_is_read_with_numpy_alone(tmp_path):
-    from megatron_prefix.data.steps.composition import PlanSettings
+    from megatron_prefix.data.steps.compositions.settings import StepSettings
+    from megatron_prefix.data.steps.packed.writing import write_packed_steps
     from megatron_prefix.data.steps.sampler import Sampler
-    from megatron_prefix.data.steps.write_packed_steps import write_plan
     from megatron_prefix.data.store.dataset import PreferenceDataset
     from megatron_prefix.testing import write_random_set
 
     dataset = PreferenceDataset(write_random_set(tmp_path / "set", 0, 9))
-    settings = PlanSettings(seed=1, row_capacity=8192, global_batch_size=4, epochs=2)
-    write_plan(dataset, settings, tmp_path / "plan")
+    settings = StepSettings(seed=1, row_capacity=8192, global_batch_size=4, epochs=2)
+    write_packed_steps(dataset, settings, tmp_path / "plan")
     sampler = Sampler(dataset=dataset, composition=settings.composition(dataset), row_capacity=8192)
     steps = list(read_steps(tmp_path / "plan"))
     assert len(steps) == 5

@@ -41,7 +41,7 @@ def test_statistics(prefix, capsys):
     lines = out.splitlines()
     for words in (["groups", "3"], ["pairs", "5"], ["responses", "10"]):
         assert words in [line.split() for line in lines]
-    assert "responses a comparison set (K)  2: 5" in lines
+    assert "responses per comparison set (K)  2: 5" in lines
     assert "comparison sets a group  1: 1, 2: 2" in out and "longest path  3: 1, 6: 2" in out
     assert "  duplicates  1 records repeat an earlier one (kept)" in lines
     assert max(map(len, lines[2:])) <= 100 and "█" in out and "by cost" in out
@@ -120,12 +120,12 @@ def test_the_picture_shows_exactly_what_is_visible(prefix):
     """Every (key, query) cell's centre lies in a polygon just where the layout allows it."""
     from matplotlib.path import Path as Outline
 
-    from megatron_prefix.data.inspect.describe import row_items
+    from megatron_prefix.data.inspect.describe import packed_row
     from megatron_prefix.data.inspect.picture import _segment_kinds, _visible_areas
     from megatron_prefix.data.store.dataset import PreferenceDataset
 
     dataset = PreferenceDataset(prefix)
-    batch, groups = row_items(dataset, 1, 400)
+    batch, groups = packed_row(dataset, 1, 400)
     layout = batch.layout
     kinds = _segment_kinds([dataset[g] for g in groups], len(layout.starts))
     polygons, _ = _visible_areas(layout, kinds)

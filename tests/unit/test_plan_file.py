@@ -9,15 +9,15 @@ from test_sampler import write
 from test_sharing import random_group
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.steps.composition import PlanSettings
-from megatron_prefix.data.steps.packed_steps import PackedPlan, describe_plan
+from megatron_prefix.data.steps.compositions.settings import StepSettings
+from megatron_prefix.data.steps.packed.reading import PackedSteps, describe_packed_steps
+from megatron_prefix.data.steps.packed.writing import write_packed_steps
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES, group_lengths
-from megatron_prefix.data.steps.write_packed_steps import write_plan
 from megatron_prefix.errors import InputError
 
 GROUPS = 30
-SETTINGS = PlanSettings(seed=3, row_capacity=900, global_batch_size=7, epochs=2)
+SETTINGS = StepSettings(seed=3, row_capacity=900, global_batch_size=7, epochs=2)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def sampler(dataset, settings, composition, num_ranks=1):
 def test_a_plan_has_the_steps_of_a_run_without_it(
     dataset, tmp_path, sharing, size, sort_by_length, method
 ):
-    settings = PlanSettings(
+    settings = StepSettings(
         seed=3,
         sharing=sharing,
         row_capacity=max(900, int(group_lengths(dataset, sharing).max())),
@@ -53,8 +53,8 @@ def test_a_plan_has_the_steps_of_a_run_without_it(
         epochs=2,
         **size,
     )
-    manifest = write_plan(dataset, settings, tmp_path / "plan")
-    plan = PackedPlan(tmp_path / "plan")
+    manifest = write_packed_steps(dataset, settings, tmp_path / "plan")
+    plan = PackedSteps(tmp_path / "plan")
     plan.verify()
     plan.check(dataset, settings, None)
     composition = settings.composition(dataset)
@@ -71,7 +71,7 @@ def test_a_plan_has_the_steps_of_a_run_without_it(
             np.add.at(seen, ours.groups, num_ranks == 1)
     assert seen.tolist() == [2] * GROUPS
     assert 0 < manifest["fill"] <= 1 and manifest["row_max_over_mean"] >= 1
-    assert f"{manifest['counts']['rows']:,} rows" in describe_plan(manifest)
+    assert f"{manifest['counts']['rows']:,} rows" in describe_packed_steps(manifest)
 
 
 def test_sorted_steps_hold_groups_of_like_length(dataset):
@@ -102,14 +102,14 @@ def test_sorted_steps_hold_groups_of_like_length(dataset):
     ],
 )
 def test_another_setting_is_refused_with_both_values(dataset, tmp_path, change, message):
-    write_plan(dataset, SETTINGS, tmp_path / "plan")
+    write_packed_steps(dataset, SETTINGS, tmp_path / "plan")
     with pytest.raises(InputError, match=message):
-        PackedPlan(tmp_path / "plan").check(dataset, replace(SETTINGS, **change), None)
+        PackedSteps(tmp_path / "plan").check(dataset, replace(SETTINGS, **change), None)
 
 
 def test_other_data_and_too_many_steps_are_refused(dataset, tmp_path):
-    write_plan(dataset, SETTINGS, tmp_path / "plan")
-    plan = PackedPlan(tmp_path / "plan")
+    write_packed_steps(dataset, SETTINGS, tmp_path / "plan")
+    plan = PackedSteps(tmp_path / "plan")
     other = write(tmp_path / "other", [random_group(np.random.default_rng(9)) for _ in range(4)])
     with pytest.raises(InputError, match=f"{other.fingerprint[:16]}… of 4 groups, the plan's"):
         plan.check(other, SETTINGS, None)
@@ -118,7 +118,7 @@ def test_other_data_and_too_many_steps_are_refused(dataset, tmp_path):
     with pytest.raises(InputError, match="has 8 whole steps and train.steps is 9"):
         plan.check(dataset, counted, 9)
     with pytest.raises(InputError, match="group .* needs .* --row-capacity is 5"):
-        write_plan(dataset, replace(SETTINGS, row_capacity=5), tmp_path / "small")
+        write_packed_steps(dataset, replace(SETTINGS, row_capacity=5), tmp_path / "small")
     assert sorted(p.name for p in tmp_path.glob("*")) == [
         *("other.bin", "other.idx", "other.json", "other.tree", "plan")
     ]
@@ -126,34 +126,34 @@ def test_other_data_and_too_many_steps_are_refused(dataset, tmp_path):
 
 def test_damage_is_found(dataset, tmp_path):
     path = tmp_path / "plan"
-    write_plan(dataset, SETTINGS, path)
+    write_packed_steps(dataset, SETTINGS, path)
     with pytest.raises(InputError, match="there is no plan .*absent"):
-        PackedPlan(tmp_path / "absent")
+        PackedSteps(tmp_path / "absent")
     column = path / "groups.npy"
     good = bytearray(column.read_bytes())
     column.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(InputError, match="groups.npy is damaged"):
-        PackedPlan(path).verify()
+        PackedSteps(path).verify()
     column.write_bytes(good[:-8])
     with pytest.raises(InputError, match="groups.npy"):
-        PackedPlan(path)
+        PackedSteps(path)
     column.write_bytes(good)
     items = np.load(path / "items.npy", mmap_mode="r+")
     items[0] = items[1]
     items.flush()
-    plan = PackedPlan(path)
+    plan = PackedSteps(path)
     with pytest.raises(InputError, match="step 0 is not a packing of its groups"):
         sampler(dataset, SETTINGS, plan).step(0)
     manifest = json.loads((path / "plan.json").read_text())
     manifest["settings"]["seed"] = 4
     (path / "plan.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="plan.json is damaged, or was changed"):
-        PackedPlan(path)
+        PackedSteps(path)
 
 
 def test_unchanged_files_are_told_from_changed_ones(dataset, tmp_path):
-    write_plan(dataset, SETTINGS, tmp_path / "plan")
-    plan = PackedPlan(tmp_path / "plan")
+    write_packed_steps(dataset, SETTINGS, tmp_path / "plan")
+    plan = PackedSteps(tmp_path / "plan")
     assert plan.is_of_these_files(dataset)
     path = dataset.prefix.with_name(f"{dataset.prefix.name}.bin")
     path.write_bytes(path.read_bytes())
@@ -167,7 +167,7 @@ def test_the_command_packs_and_replaces_only_plans(dataset, tmp_path, capsys):
         assert main([*argv, "--global-batch-size", "7", "--epochs", "2", "--seed", seed]) == 0
     said = capsys.readouterr().out
     assert "plan: 9 steps" in said and "fill" in said
-    assert PackedPlan(output).manifest["settings"]["seed"] == 4
+    assert PackedSteps(output).manifest["settings"]["seed"] == 4
     assert [p.name for p in tmp_path.iterdir()] == ["plan"]
     with pytest.raises(SystemExit):
         main(argv)

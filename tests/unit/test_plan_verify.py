@@ -9,8 +9,8 @@ from test_inspect import inspect
 from test_store import random_tree, write
 
 from megatron_prefix.data.files.checksums import file_entry, manifest_digest
-from megatron_prefix.data.steps.composition import PlanSettings
-from megatron_prefix.data.steps.write_packed_steps import write_plan
+from megatron_prefix.data.steps.compositions.settings import StepSettings
+from megatron_prefix.data.steps.packed.writing import write_packed_steps
 from megatron_prefix.data.store.dataset import PreferenceDataset
 
 
@@ -21,10 +21,10 @@ def folder(tmp_path_factory):
     write(folder / "set", [random_tree(rng) for _ in range(20)])
     write(folder / "other", [random_tree(rng) for _ in range(20)])
     for sharing in ("tree", "pair"):
-        settings = PlanSettings(
+        settings = StepSettings(
             seed=1, sharing=sharing, row_capacity=50, global_batch_size=4, epochs=2
         )
-        write_plan(PreferenceDataset(folder / "set"), settings, folder / sharing)
+        write_packed_steps(PreferenceDataset(folder / "set"), settings, folder / sharing)
     return folder
 
 

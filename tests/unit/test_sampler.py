@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from test_sharing import random_group
 
-from megatron_prefix.data.steps.composition import GroupBatches, RowBatches
-from megatron_prefix.data.steps.sampler import Sampler, loss_weights
+from megatron_prefix.data.steps.compositions.batches import GroupBatches
+from megatron_prefix.data.steps.compositions.order import epoch_order
+from megatron_prefix.data.steps.compositions.row_batches import RowBatches
+from megatron_prefix.data.steps.rows import loss_weights
+from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES, group_lengths
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.writer import DatasetWriter
@@ -53,7 +56,7 @@ class TestGroupBatches:
     def test_the_docstrings_example(self):
         """Epochs run on into each other: no step is short until the limit."""
         order = GroupBatches(5, 2, "f", 0)
-        first, second = (order._order(epoch).tolist() for epoch in (0, 1))
+        first, second = (epoch_order(5, "f", 0, epoch).tolist() for epoch in (0, 1))
         assert first != second
         flat = [*first, *second]
         assert groups_of_steps(order, 5) == [flat[i : i + 2] for i in range(0, 10, 2)]
@@ -149,7 +152,7 @@ class TestRowBatches:
         assert RowBatches(np.array([6, 6]), 10, 1, "f", 0).fill() == 0.6
 
     def test_too_long_a_group_is_named_at_once(self):
-        with pytest.raises(InputError, match="group 2 has 12 tokens.*row_capacity is 10"):
+        with pytest.raises(InputError, match="row_capacity is 10 and group 2 has 12 tokens"):
             RowBatches(np.array([3, 4, 12]), 10, 1, "f", 0)
 
 
@@ -299,7 +302,7 @@ class TestErrors:
                 row_capacity=capacity,
             )
 
-        message = f"group 1 needs {needs} tokens.*sharing: {sharing}.*row_capacity is {needs - 1}"
+        message = f"row_capacity is {needs - 1} and group 1 .*{needs} tokens.*sharing: {sharing}"
         with pytest.raises(InputError, match=message):
             make(needs - 1)
         make(needs).step(0)
@@ -317,7 +320,7 @@ class TestErrors:
                 row_capacity=capacity,
             )
 
-        message = f"group 1 needs {needs} tokens in one sequence.*row_capacity is {needs - 1}"
+        message = f"row_capacity is {needs - 1} and group 1 .*{needs} tokens in one sequence"
         with pytest.raises(InputError, match=message):
             make(needs - 1)
         make(needs)

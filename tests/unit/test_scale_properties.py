@@ -10,11 +10,11 @@ from test_packing import check_rows, naive_first_fit_decreasing
 from test_sampler import write as write_groups
 from test_store import TOKENIZER, assert_same
 
-from megatron_prefix.data.steps.composition import PlanSettings
-from megatron_prefix.data.steps.packed_steps import PackedPlan
+from megatron_prefix.data.steps.compositions.settings import StepSettings
+from megatron_prefix.data.steps.packed.reading import PackedSteps
+from megatron_prefix.data.steps.packed.writing import write_packed_steps
 from megatron_prefix.data.steps.packing import as_lists, deal, pack, pack_step, spread
 from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.steps.write_packed_steps import write_plan
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.statistics import path_lengths
@@ -132,7 +132,7 @@ def test_a_run_goes_on_anywhere_on_any_number_of_ranks_with_or_without_a_plan(
     found, seed, size, by_rows, is_sorted, method, epochs, num_ranks
 ):
     """Every step from a sampler of its own, as after a resume, is the step of the whole run."""
-    plan_settings = PlanSettings(
+    plan_settings = StepSettings(
         seed=seed,
         row_capacity=64,
         global_batch_size=None if by_rows else size,
@@ -143,8 +143,8 @@ def test_a_run_goes_on_anywhere_on_any_number_of_ranks_with_or_without_a_plan(
     )
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_groups(Path(folder) / "set", found)
-        write_plan(dataset, plan_settings, Path(folder) / "plan")
-        plan = PackedPlan(Path(folder) / "plan")
+        write_packed_steps(dataset, plan_settings, Path(folder) / "plan")
+        plan = PackedSteps(Path(folder) / "plan")
         plan.check(dataset, plan_settings, None)
         whole = plan_settings.composition(dataset)
         counts = np.zeros(len(found), int)

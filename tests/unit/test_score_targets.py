@@ -6,7 +6,7 @@ from test_collate import COLLATES, random_items
 from test_sharing import three_responses
 
 from megatron_prefix.data.steps.collate import score_targets, tree_targets
-from megatron_prefix.data.steps.composition import GroupBatches
+from megatron_prefix.data.steps.compositions.batches import GroupBatches
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES
 from megatron_prefix.data.store.dataset import PreferenceDataset
@@ -42,9 +42,9 @@ def test_the_scored_row_sees_its_whole_response_and_no_more(seed, how, sharing):
     items, given = random_items(seed, sharing)
     batch = COLLATES[how](items, 4, score_targets)
     assert sorted(batch.response.tolist()) == list(range(batch.num_responses))
-    assert (np.diff(batch.source_row) >= 0).all() and not batch.target_token.any()
+    assert (np.diff(batch.logit_token) >= 0).all() and not batch.target_token.any()
     visible = visibility_by_walking(batch.layout.lengths, batch.layout.parents)
-    for row, response in zip(batch.source_row, batch.response, strict=True):
+    for row, response in zip(batch.logit_token, batch.response, strict=True):
         group, number = batch.response_ids[response]
         path = given[group][0][number].tokens
         assert batch.tokens[visible[row]].tolist() == path.tolist()
@@ -62,12 +62,12 @@ def test_the_sampler_asks_for_them(tmp_path):
     order = GroupBatches(5, 5, dataset.fingerprint, 1)
     sampler = Sampler(dataset=dataset, composition=order, row_capacity=4096, targets=score_targets)
     rows = sampler.micro_batches(sampler.step(0))
-    assert sum(len(row.source_row) for row in rows) == len(dataset.response_lengths)
+    assert sum(len(row.logit_token) for row in rows) == len(dataset.response_lengths)
 
 
 def test_an_empty_row_asks_nothing():
     batch = COLLATES["packed"]([], 4, score_targets)
-    assert len(batch.source_row) == batch.num_projected == 0
+    assert len(batch.logit_token) == batch.num_projected == 0
 
 
 def test_three_responses_of_one_prompt():

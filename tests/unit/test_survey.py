@@ -12,8 +12,8 @@ from test_store import damage, random_tree, write
 
 from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.build.builder import build_dataset
-from megatron_prefix.data.inspect.survey import COST_MODEL, span_work, survey
-from megatron_prefix.data.inspect.survey_text import survey_text
+from megatron_prefix.data.inspect.measure import COST_MODEL, span_work, survey
+from megatron_prefix.data.inspect.report import survey_text
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.sharing import Bundle
 from megatron_prefix.data.store.dataset import PreferenceDataset
@@ -115,20 +115,20 @@ def test_a_tree_and_its_picture(dataset, tmp_path, capsys):
 
 def test_targets_are_marked_where_they_stand(dataset):
     """Rows that predict, longer where several responses are; tokens that are predicted."""
-    from megatron_prefix.data.inspect.describe import tree_batch
+    from megatron_prefix.data.inspect.describe import tree_row
     from megatron_prefix.data.inspect.picture import _segment_kinds, _target_marks
 
-    batch = tree_batch(dataset, 0)
+    batch = tree_row(dataset, 0)
     kinds = _segment_kinds([dataset[0]], len(batch.layout.starts))
     size = batch.layout.num_tokens
     rows, below = {}, set()
-    for mark in _target_marks(batch.layout, kinds, batch.source_row, 1.0):
+    for mark in _target_marks(batch.layout, kinds, batch.logit_token, 1.0):
         (left, top), (right, bottom) = mark[0], mark[2]
         if left > size:
             rows |= dict.fromkeys(range(int(top), int(bottom)), right - left)
         else:
             below |= set(range(int(left), int(right)))
-    times = Counter(batch.source_row.tolist())
+    times = Counter(batch.logit_token.tolist())
     assert rows == {row: pytest.approx(0.4 if n == 1 else 1.0) for row, n in times.items()}
     own = {n for r in range(dataset[0].num_responses) for n in dataset[0].response_nodes(r)}
     offsets = dataset[0].node_offsets

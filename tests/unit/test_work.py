@@ -7,7 +7,7 @@ from test_sharing import random_group
 
 from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.steps.collate import collate_packed
-from megatron_prefix.data.steps.composition import GroupBatches
+from megatron_prefix.data.steps.compositions.batches import GroupBatches
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of
@@ -50,7 +50,7 @@ def test_columns_tell_what_a_row_costs(dataset, sharing):
             assert work == (row.num_tokens, row.layout.area(), row.num_projected)
             flops = forward_flops(MODEL, dataset.vocab_size, row)
             assert work.cost(cost) == pytest.approx(flops.total, rel=1e-12)
-            assert work.cost(None) == row.num_tokens
+            assert work.tokens == row.num_tokens
 
 
 def test_ranks_get_like_cost_and_not_like_tokens(tmp_path):

@@ -69,8 +69,12 @@ class PreferenceDataset:
 
     @property
     def files(self) -> dict[str, Path]:
-        """The data set's files by their name in the manifest, which itself is not one of them."""
+        """The files of the data set except the manifest, by their name in it."""
         return {name: suffix_path(self.prefix, name) for name in FILES}
+
+    @property
+    def manifest_path(self) -> Path:
+        return suffix_path(self.prefix, ".json")
 
     def __getitem__(self, group: int) -> PrefixTree:
         group = self._checked(group)

@@ -1,9 +1,8 @@
-"""What a data set looks like as a whole: how long, how wide, how deep, and what costs most.
+"""Survey of a data set: how long, how wide and how deep its trees are, and which cost most.
 
-Columns alone are read, in spans, so a million groups take seconds and no token is touched. The
-cost of a group is the forward pass of its tree through a model of 8 billion parameters:
-
-    linear layers a token executed, attention a visible (q, k) entry, the head a row of logits
+Only columns are read, in spans, so a million groups take seconds and no token is read. The cost of
+a group is a forward pass of its tree through a model of 8 billion parameters, as data/steps/cost.py
+computes it.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.data.inspect.describe import packed_rows
-from megatron_prefix.data.steps.cost import CostModel
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.statistics import SHARING_TOKENS, Histogram
-from megatron_prefix.data.store.verify.checks import sound_spans
-from megatron_prefix.data.store.verify.spans import Span
+from megatron_prefix.data.steps import CostModel
+from megatron_prefix.data.store import SHARING_TOKENS, Histogram, PreferenceDataset
+from megatron_prefix.data.store.verify import Span, sound_spans
 
 COST_MODEL = {
     "num_layers": 32,
@@ -28,22 +25,22 @@ COST_MODEL = {
 }
 """The model whose forward pass `cost` is, under the names of the model section."""
 LISTED = 10
-"""Most expensive groups that are listed."""
+"""Number of the costliest groups that are listed."""
 BINS = 12
 RATIOS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-"""Edges of the histogram of prompt over response tokens, open at both ends."""
+"""Edges of the histogram of prompt tokens over response tokens. The ends are open."""
 
 
 def survey(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[str, Any]:
-    """Counts, tokens and factors of the sharing modes, lengths, ratios, shape, what costs most.
+    """Counts, tokens under each sharing mode, lengths, ratios, shapes, and the costliest groups.
 
-    `factors[a][b]` is how many times the tokens of mode b mode a takes. A histogram is {"edges",
-    "counts"}: bin i holds values from edges[i] up to, not including, edges[i + 1].
-    `responses_per_set` and the others of the kind map a number to how many sets (or groups) have
-    it. With `row_capacity` also the fill of rows packed whole from one epoch. Raises InputError.
+    `factors[a][b]` is the tokens of mode a over those of mode b. A histogram is {"edges",
+    "counts"}: bin i holds values from edges[i] up to, not including, edges[i + 1]. A tally, such as
+    `responses_per_set`, maps a number to how many sets (or groups) have it. With `row_capacity` the
+    result has the fill of an epoch's rows of whole trees too. Raises InputError.
     """
     manifest, report = dataset.manifest, dataset.manifest["report"]
-    tokens, found = manifest["tokens"], _Survey(dataset)
+    tokens = manifest["tokens"]
     result = {
         "prefix": str(dataset.prefix),
         "fingerprint": dataset.fingerprint,
@@ -55,7 +52,7 @@ def survey(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[
             for a in SHARING_TOKENS
         },
         "lengths": manifest["lengths"],
-        **found.summary(),
+        **_Survey(dataset).summary(),
         "build": {
             "records": report.get("num_records"),
             "duplicates": report.get("duplicates", {}).get("num_records"),
@@ -107,7 +104,7 @@ class _Survey:
         self._ratios += np.bincount(ratios, minlength=len(self._ratios))
         self._sums += (prompts.sum(), (paths - prompts).sum())
         sets = span["response_sets"].astype(np.int64)
-        most = int(sets.max()) + 1
+        most = int(sets.max()) + 1  # one key per comparison set: group * most + set
         keys = span.group_of_response * most + sets
         sizes = np.unique(keys, return_counts=True)[1]
         firsts = np.cumsum(span["group_responses"]) - span["group_responses"]
@@ -120,9 +117,11 @@ class _Survey:
         self._add_costs(span, trees)
 
     def _add_costs(self, span: Span, trees: np.ndarray) -> None:
-        area, rows = span_work(span)
+        area, logit_tokens = span_work(span)
         model = self._cost_model
-        cost = model.per_token * trees + model.per_entry * area + model.per_row * rows
+        cost = (
+            model.per_token * trees + model.per_entry * area + model.per_logit_token * logit_tokens
+        )
         self._total_cost += float(cost.sum())
         for key, values in (("tokens", trees), ("cost", cost)):
             first = np.argsort(-values, kind="stable")[:LISTED].tolist()
@@ -158,9 +157,9 @@ class _Survey:
 
 
 def span_work(span: Span) -> tuple[np.ndarray, np.ndarray]:
-    """Visible (q, k) entries and rows of logits of each group as a tree, int64 [G] both.
+    """Visible (q, k) entries and logit tokens of each group as a tree, int64 [G] both.
 
-    data/steps/work.py has the formulas and an example.
+    data/steps/cost.py has the formulas and an example.
     """
     lengths, above = span.lengths, span.ends - span.lengths
     area = span.per_group(lengths * above + lengths * (lengths + 1) // 2)
@@ -173,6 +172,5 @@ def span_work(span: Span) -> tuple[np.ndarray, np.ndarray]:
 
 def _cost_model(vocab_size: int) -> CostModel:
     from megatron_prefix.config.schema import ModelConfig
-    from megatron_prefix.data.steps.cost import CostModel
 
     return CostModel.of_model(ModelConfig(**COST_MODEL), vocab_size)

@@ -1,7 +1,7 @@
-"""A data set's steps, packed once and written as a plan; plan_file.py says what a plan is.
+"""Pack the steps of a data set and write them; reading.py describes the files.
 
-The directory is made under another name and moved into place when it is complete. Packing takes
-time in proportion to the groups, and memory in proportion to those of one epoch.
+The folder is made under another name and moved into place when it is complete. Packing takes time
+in proportion to all groups, and memory in proportion to the groups of one epoch.
 """
 
 from __future__ import annotations
@@ -16,38 +16,46 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.files.checksums import file_entry, manifest_digest
-from megatron_prefix.data.files.columns import ColumnWriter
-from megatron_prefix.data.steps.composition import PlanSettings, RowBatches
-from megatron_prefix.data.steps.packed_steps import COLUMNS, FORMAT, MANIFEST, VERSION, files_seen
+from megatron_prefix.data.files import ColumnWriter, file_entry, manifest_digest
+from megatron_prefix.data.steps.compositions import RowBatches, StepSettings
+from megatron_prefix.data.steps.packed.reading import (
+    COLUMNS,
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    files_seen,
+    is_packed_steps,
+)
 from megatron_prefix.data.steps.packing import pack
 from megatron_prefix.data.steps.sharing import all_bundles
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 FLUSH = 1 << 16
-"""Bundles held before they are written."""
+"""Bundles collected before they are written."""
 
 Progress = Callable[[int, int], None]
 
 
-def write_plan(
+def write_packed_steps(
     dataset: PreferenceDataset,
-    settings: PlanSettings,
+    settings: StepSettings,
     output: str | Path,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Pack `settings.epochs` epochs into the plan `output` and return its manifest.
+    """Pack `settings.epochs` epochs into the folder `output` and return its manifest.
 
-    Takes memory in proportion to the groups of one epoch. Raises InputError where a bundle does
-    not fit a row or the place cannot be written.
+    `settings` needs `epochs` and `row_capacity`. `progress` is called with (steps done, steps).
+    Raises InputError if a bundle does not fit a row, or if the folder cannot be written.
     """
     if "\0" in str(output) or Path(output).name in ("", ".."):
-        raise InputError(f"--output {str(output)!r} names no directory to make: give another name")
+        raise InputError(f"--output {str(output)!r} names no folder: give another name")
     output = Path(output)
     work = output.with_name(f".{output.name}.{os.getpid()}.packing")
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise InputError(f"--output {output} exists and is no plan: give another name")
+    if output.exists() and not is_packed_steps(output):
+        raise InputError(
+            f"--output {output} exists and does not hold packed steps: give another name"
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
@@ -64,16 +72,16 @@ def write_plan(
     return manifest
 
 
-class Bundles:
-    """Lengths of the bundles of groups, gathered a step at a time."""
+class BundleLengths:
+    """Lengths of all bundles of a data set in tokens. Raises InputError if one exceeds a row."""
 
     def __init__(self, dataset: PreferenceDataset, sharing: str, capacity: int) -> None:
         group, _, self.tokens = all_bundles(dataset, sharing)
         worst = int(self.tokens.argmax())
         if self.tokens[worst] > capacity:
             raise InputError(
-                f"{dataset.prefix}: group {group[worst]} needs {self.tokens[worst]} tokens in one "
-                f"row under --sharing {sharing}, and --row-capacity is {capacity}: raise it, or "
+                f"--row-capacity is {capacity} and group {group[worst]} of {dataset.prefix} needs "
+                f"{self.tokens[worst]} tokens in one row under --sharing {sharing}: raise it, or "
                 "build with a smaller --max-length"
             )
         self.firsts = None
@@ -83,6 +91,11 @@ class Bundles:
             )
 
     def of(self, groups: np.ndarray) -> np.ndarray:
+        """Lengths of the bundles of `groups`, one group after another.
+
+        Bundles of groups 0, 1, 2 at [0 1 | 2 | 3 4]: firsts [0 2 3 5]. Groups [2 0]: starts [3 0],
+        counts [2 2], shift [0 2]; indices 0 1 2 3 + [3 3 -2 -2] = [3 4 0 1].
+        """
         if self.firsts is None:
             return self.tokens[groups]
         starts, counts = self.firsts[groups], self.firsts[groups + 1] - self.firsts[groups]
@@ -91,20 +104,22 @@ class Bundles:
 
 
 def _write(
-    dataset: PreferenceDataset, settings: PlanSettings, work: Path, progress: Progress | None
+    dataset: PreferenceDataset, settings: StepSettings, work: Path, progress: Progress | None
 ) -> dict[str, Any]:
-    bundles = Bundles(dataset, settings.sharing, settings.row_capacity)
+    capacity, epochs = settings.row_capacity, settings.epochs
+    assert capacity is not None and epochs is not None, settings
+    bundles = BundleLengths(dataset, settings.sharing, capacity)
     composition = settings.composition(dataset)
-    num_steps = composition.num_steps(settings.epochs)
-    writer, tally = _PlanWriter(work), Tally(settings.row_capacity)
+    num_steps = composition.num_steps(epochs)
+    writer, tally = _StepWriter(work), Tally(capacity)
     for step in range(num_steps):
         groups = composition.groups(step)
         tokens = bundles.of(groups)
         if isinstance(composition, RowBatches):
-            counts = [len(bundles.of(row)) for row in composition.rows(step)]
-            items, offsets = np.arange(len(tokens)), np.concatenate([[0], np.cumsum(counts)])
+            sizes = [len(bundles.of(row)) for row in composition.rows(step)]
+            items, offsets = np.arange(len(tokens)), np.concatenate([[0], np.cumsum(sizes)])
         else:
-            items, offsets = pack(tokens, settings.row_capacity, settings.packing_method)
+            items, offsets = pack(tokens, capacity, settings.packing_method)
         writer.add(groups, items, offsets)
         tally.add(tokens[items], offsets)
         if progress is not None:
@@ -119,7 +134,7 @@ def _write(
             "seen": files_seen(dataset),
         },
         "settings": asdict(settings),
-        "counts": {**counts, "whole_steps": _whole_steps(dataset, settings, num_steps)},
+        "counts": {**counts, "whole_steps": _whole_steps(dataset, settings, epochs, num_steps)},
         **tally.summary(),
         "files": {f"{name}.npy": file_entry(work / f"{name}.npy") for name in COLUMNS},
     }
@@ -128,23 +143,26 @@ def _write(
     return manifest
 
 
-def _whole_steps(dataset: PreferenceDataset, settings: PlanSettings, num_steps: int) -> int:
-    """Steps that a run without an end has as well: all but a last one that the end cuts."""
-    if settings.rows_per_step or settings.sort_by_length:
+def _whole_steps(
+    dataset: PreferenceDataset, settings: StepSettings, epochs: int, num_steps: int
+) -> int:
+    """Number of steps that are the same in an endless run: all, or all but a last one that the end
+    of the epochs cuts."""
+    if settings.global_batch_size is None or settings.sort_by_length:
         return num_steps
     last = num_steps - 1
-    records = settings.epochs * int(dataset.group_num_records.sum())
+    records = epochs * int(dataset.group_num_records.sum())
     if records <= settings.global_batch_size:
         return int(records == settings.global_batch_size)
     ending, endless = (
-        replace(settings, epochs=epochs).composition(dataset).groups(last)
-        for epochs in (settings.epochs, None)
+        replace(settings, epochs=limit).composition(dataset).groups(last)
+        for limit in (epochs, None)
     )
     return num_steps if np.array_equal(ending, endless) else last
 
 
-class _PlanWriter:
-    """Columns of a plan, written a batch of steps at a time."""
+class _StepWriter:
+    """Writes the columns, many steps at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {n: ColumnWriter(folder / f"{n}.npy", d) for n, d in COLUMNS.items()}
@@ -183,7 +201,7 @@ class _PlanWriter:
 
 
 class Tally:
-    """How full and how even a plan's rows are."""
+    """How full and how even rows are, over all steps."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -191,7 +209,7 @@ class Tally:
         self._unevenness = 0.0
 
     def add(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
-        """One step: the lengths of its bundles, row after row."""
+        """Add one step: the lengths of its bundles, row after row."""
         rows = np.add.reduceat(tokens, offsets[:-1])
         total = int(rows.sum())
         self._tokens, self._rows = self._tokens + total, self._rows + len(rows)

@@ -1,4 +1,4 @@
-"""A survey (survey.py) for people: what they ask first stands first, within WIDTH columns."""
+"""A survey (measure.py) as text of WIDTH columns, the most asked for first."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from megatron_prefix.data.store.statistics import SHARING_TOKENS
+from megatron_prefix.data.store import SHARING_TOKENS
 from megatron_prefix.text import align, format_lengths
 
 WIDTH = 100
 BAR = 20
 EIGHTHS = " ▏▎▍▌▋▊▉"
 SHOWN = 5
-"""Most expensive groups a list; JSON has more."""
+"""Costliest groups per list; JSON has more."""
 TALLIED = 12
 """Values of a tally that are shown; JSON has all."""
 
 
-def survey_text(found: Mapping[str, Any]) -> str:
-    """`survey` as lines."""
-    tokenizer = found["tokenizer"]
-    lines = [f"{found['prefix']}  ({tokenizer['kind']}, vocabulary {tokenizer['vocab_size']:,})"]
-    lines += [f"fingerprint {found['fingerprint']}", ""]
+def survey_text(values: Mapping[str, Any]) -> str:
+    """The result of `survey` as text."""
+    tokenizer = values["tokenizer"]
+    lines = [f"{values['prefix']}  ({tokenizer['kind']}, vocabulary {tokenizer['vocab_size']:,})"]
+    lines += [f"fingerprint {values['fingerprint']}", ""]
     names = ("groups", "responses", "pairs", "nodes", "tokens")
-    lines += align([[name, f"{found['counts'][name]:,}"] for name in names])
-    lines += _build_lines(found["build"])
-    lines += ["", *_factor_lines(found["tokens"], found["factors"])]
-    lines += ["", *format_lengths(found["lengths"])]
-    histograms = {f"{n} tokens": _bars(h) for n, h in found["histograms"].items()}
-    ratio = found["prompt_over_response"]
+    lines += align([[name, f"{values['counts'][name]:,}"] for name in names])
+    lines += _build_lines(values["build"])
+    lines += ["", *_factor_lines(values["tokens"], values["factors"])]
+    lines += ["", *format_lengths(values["lengths"])]
+    histograms = {f"{n} tokens": _bars(h) for n, h in values["histograms"].items()}
+    ratio = values["prompt_over_response"]
     histograms[f"prompt / response tokens (all: {ratio['mean']:.2f})"] = _ratio_bars(ratio)
     lines += _side_by_side(histograms)
     lines += [""]
     for key, name in (
-        ("responses_per_set", "responses a comparison set (K)"),
-        ("sets_per_group", "comparison sets a group"),
+        ("responses_per_set", "responses per comparison set (K)"),
+        ("sets_per_group", "comparison sets per group"),
         ("nodes_on_longest_path", "depth: nodes on a group's longest path"),
     ):
-        lines += _tally_lines(name, found[key])
-    lines += ["", *_expensive_lines(found["expensive"], found["counts"])]
-    if "packing" in found:
-        packing = found["packing"]
+        lines += _tally_lines(name, values[key])
+    lines += ["", *_expensive_lines(values["expensive"], values["counts"])]
+    if "packing" in values:
+        packing = values["packing"]
         lines += [
             "",
-            f"rows of {packing['row_capacity']:,} tokens  {packing['rows']:,} an epoch, "
+            f"rows of {packing['row_capacity']:,} tokens  {packing['rows']:,} per epoch, "
             f"{100 * packing['fill']:.1f} % full",
         ]
     return "\n".join(lines)
@@ -100,7 +100,7 @@ def _ratio_bars(ratio: Mapping[str, Any]) -> list[str]:
 
 
 def _chart(labels: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """A line a bin: label, bar, share. The longest bar is BAR wide; bins with anything show it."""
+    """One line per bin: label, bar, share. The longest bar is BAR wide, and no count is no bar."""
     top, total = max(counts, default=0), max(sum(counts), 1)
     width = max(map(len, labels), default=0)
     lines = []
@@ -112,10 +112,11 @@ def _chart(labels: Sequence[str], counts: Sequence[int]) -> list[str]:
 
 
 def _side_by_side(charts: Mapping[str, Sequence[str]]) -> list[str]:
-    """Two charts beside each other, under their names."""
+    """Charts in two columns, under their names."""
     blocks = [[name, *chart] for name, chart in charts.items()]
+    empty: list[str] = []
     lines: list[str] = []
-    for left, right in zip_longest(blocks[::2], blocks[1::2], fillvalue=[]):
+    for left, right in zip_longest(blocks[::2], blocks[1::2], fillvalue=empty):
         lines.append("")
         for a, b in zip_longest(left, right, fillvalue=""):
             lines.append(f"{a.ljust(WIDTH // 2)}{b}".rstrip())
@@ -134,7 +135,7 @@ def _expensive_lines(expensive: Mapping[str, Any], counts: Mapping[str, int]) ->
     model = expensive["cost_model"]
     mean_cost = expensive["total_cost"] / counts["groups"]
     lines = [
-        f"most expensive groups (cost: a forward pass, {model['num_layers']} layers of "
+        f"costliest groups (cost: a forward pass, {model['num_layers']} layers of "
         f"{model['hidden_size']:,} as in 8B models, whole trees)"
     ]
     header = ["", "group", "record", "responses", "tokens", "TFLOP", "of all", "x mean"]
