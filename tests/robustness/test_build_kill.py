@@ -162,8 +162,8 @@ def test_a_run_on_a_plan_is_the_run_without_it(dataset, other, tmp_path, capsys)
         found.append(lines(folder))
     assert found[0] == found[1] and len(found[0]) == 6
     start = ["train", "--config", path]
-    refused([*start, f"data.plan={plans['seed']}"], capsys, "data.seed is 5, the plan's 6")
+    refused([*start, f"data.plan={plans['seed']}"], capsys, "data.seed is 5 and was 6")
     refused([*start, f"data.plan={plans['data']}"], capsys, "of 8 groups", "of 5")
     refused([*start, "data.global_batch_size=4"], capsys, "data.global_batch_size is 4", "3")
     refused([*start, "data.row_capacity=4096"], capsys, "data.row_capacity is 4096", "8192")
-    refused([*start, f"data.plan={tmp_path}/absent"], capsys, "there is no plan")
+    refused([*start, f"data.plan={tmp_path}/absent"], capsys, "there are no packed steps")

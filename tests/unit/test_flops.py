@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from test_sharing import random_group
+from data_sets import random_group
 
 from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.steps.collate import RowItem, collate_packed

@@ -25,8 +25,8 @@ def packed_rows(dataset: PreferenceDataset, row_capacity: int) -> RowBatches:
     lengths = dataset.groups_num_tokens()
     if lengths.max() > row_capacity:
         raise InputError(
-            f"--row-capacity is {row_capacity} and group {lengths.argmax()} of {dataset.prefix} has "
-            f"{lengths.max()} tokens: raise it, or build with a smaller --max-length"
+            f"--row-capacity is {row_capacity} and group {lengths.argmax()} of {dataset.prefix} "
+            f"has {lengths.max()} tokens: raise it, or build with a smaller --max-length"
         )
     return RowBatches(lengths, row_capacity, 1, dataset.fingerprint, 0)
 

@@ -36,7 +36,7 @@ from megatron_prefix.errors import InputError
 FORMAT = "megatron_prefix packed plan"
 VERSION = 1
 MANIFEST = "plan.json"
-COLUMNS = {
+COLUMNS: dict[str, np.dtype] = {
     "groups": np.dtype("<i8"),
     "step_groups": np.dtype("<i8"),
     "items": np.dtype("<i4"),
@@ -132,13 +132,13 @@ class PackedSteps:
         differing = []
         if data["fingerprint"] != dataset.fingerprint:
             differing.append(
-                f"data.train is {dataset.fingerprint[:16]}… of {len(dataset)} groups, packed "
-                f"{data['fingerprint'][:16]}… of {data['groups']}"
+                f"data.train is {dataset.fingerprint[:16]}… of {len(dataset)} groups and was "
+                f"{data['fingerprint'][:16]}… of {data['groups']} when packed"
             )
         for name, value in asdict(settings).items():
             if value != packed[name] and not (name == "epochs" and steps):
                 section = "train" if name == "epochs" else "data"
-                differing.append(f"{section}.{name} is {value}, packed {packed[name]}")
+                differing.append(f"{section}.{name} is {value} and was {packed[name]} when packed")
         if differing:
             raise InputError(
                 f"data.plan = {self.path} does not match: {'; '.join(differing)}. Pack again with "

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_sharing import random_group
+from data_sets import random_group, write_groups
 
 from megatron_prefix.data.steps.compositions.batches import GroupBatches
 from megatron_prefix.data.steps.compositions.order import epoch_order
@@ -10,22 +10,11 @@ from megatron_prefix.data.steps.compositions.row_batches import RowBatches
 from megatron_prefix.data.steps.rows import loss_weights
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES, group_lengths
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.writer import DatasetWriter
-from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
+from megatron_prefix.data.tree import Pair, ResponsePath
 from megatron_prefix.errors import InputError
 
 GROUPS = 30
 CAPACITY = 640
-
-
-def write(prefix, groups):
-    tokenizer = {"name": "seven", "vocab_size": 7, "fingerprint": "7"}
-    with DatasetWriter(prefix, tokenizer) as writer:
-        for record, (paths, pairs) in enumerate(groups):
-            writer.add(build_tree(paths, pairs), record)
-        writer.finish()
-    return PreferenceDataset(prefix)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +24,7 @@ def groups():
 
 @pytest.fixture(scope="module")
 def dataset(groups, tmp_path_factory):
-    return write(tmp_path_factory.mktemp("sampler") / "random", groups)
+    return write_groups(tmp_path_factory.mktemp("sampler") / "random", groups)
 
 
 def batches(dataset, size=7, seed=3, limit=None):
@@ -164,7 +153,7 @@ class TestWeights:
         ]
         sides = [(0, 1, 3.0), (2, 3, 1.0), (2, 4, 0.5), (4, 3, 0.5)]
         pairs = [Pair(chosen=c, rejected=r, weight=w) for c, r, w in sides]
-        dataset = write(tmp_path / "weights", [(paths, pairs)])
+        dataset = write_groups(tmp_path / "weights", [(paths, pairs)])
         assert loss_weights(dataset, 0, "pair").tolist() == [3.0, 1.0, 0.5, 0.5]
         assert loss_weights(dataset, 0, "group").tolist() == [1.0, 0.5, 0.25, 0.25]
 
@@ -286,7 +275,7 @@ def uneven(tmp_path_factory):
     small = [response(3), response(4)], [Pair(chosen=0, rejected=1)]
     sides = Pair(chosen=1, rejected=2), Pair(chosen=0, rejected=2)
     large = [response(n) for n in (10, 4, 5)], sides
-    return write(tmp_path_factory.mktemp("uneven") / "uneven", [small, large])
+    return write_groups(tmp_path_factory.mktemp("uneven") / "uneven", [small, large])
 
 
 class TestErrors:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_sets import inspect
 
-from megatron_prefix.__main__ import main
 from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.data.inspect.picture import _runs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def answer(text, *replies, rank=None, role="assistant"):
@@ -29,12 +29,6 @@ def prefix(tmp_path_factory):
     return folder / "set"
 
 
-def inspect(capsys, *args):
-    code = main(["inspect", *map(str, args)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_statistics(prefix, capsys):
     code, out, _ = inspect(capsys, prefix)
     assert code == 0
@@ -42,7 +36,7 @@ def test_statistics(prefix, capsys):
     for words in (["groups", "3"], ["pairs", "5"], ["responses", "10"]):
         assert words in [line.split() for line in lines]
     assert "responses per comparison set (K)  2: 5" in lines
-    assert "comparison sets a group  1: 1, 2: 2" in out and "longest path  3: 1, 6: 2" in out
+    assert "comparison sets per group  1: 1, 2: 2" in out and "longest path  3: 1, 6: 2" in out
     assert "  duplicates  1 records repeat an earlier one (kept)" in lines
     assert max(map(len, lines[2:])) <= 100 and "█" in out and "by cost" in out
 
@@ -151,7 +145,7 @@ def test_runs():
         (["--row", 0], "--row needs --row-capacity"),
         (["--row", 9, "--row-capacity", 400], "--row is 9"),
         (["--row", -1, "--row-capacity", 400], "--row is -1"),
-        (["--row", 0, "--row-capacity", 50], "group 1 has"),
+        (["--row", 0, "--row-capacity", 50], "is 50 and group 1 of"),
         (["--row-capacity", 0], "at least 1"),
         (["--picture", "x.png"], "--picture needs --row"),
         (["--tree", 0, "--row", 0, "--row-capacity", 400, "--picture", "x.png"], "which one"),

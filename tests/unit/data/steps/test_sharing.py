@@ -2,42 +2,14 @@
 
 import numpy as np
 import pytest
+from data_sets import VOCAB, path, random_group, three_responses
 
 from megatron_prefix.data.steps.sharing import SHARING_MODES, all_bundles, bundles_of, view
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.writer import DatasetWriter
-from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
+from megatron_prefix.data.tree import Pair, build_tree
 
 SEEDS = range(40)
-VOCAB = 7
-
-
-def random_group(rng):
-    """Response paths and pairs of a conversation of up to 4 turns.
-
-    A response may merge with the last token of its prompt, so that its loss starts one token
-    earlier than its siblings'; with 7 tokens responses often share a beginning, and now and
-    then one is the beginning of another.
-    """
-    paths, pairs = [], []
-    prompt = rng.integers(0, VOCAB, rng.integers(2, 6))
-    for set_id in range(int(rng.integers(1, 5))):
-        first = len(paths)
-        for rank in range(int(rng.integers(2, 5))):
-            start = len(prompt) - int(rng.random() < 0.25)
-            tokens = np.concatenate([prompt[:start], rng.integers(0, VOCAB, rng.integers(1, 6))])
-            paths.append(
-                ResponsePath(
-                    tokens=tokens, loss_start=start, set_id=set_id, rank=rank, score=rng.normal()
-                )
-            )
-        sides = [(a, b) for a in range(first, len(paths)) for b in range(a + 1, len(paths))]
-        for index in rng.permutation(len(sides))[: rng.integers(1, len(sides) + 1)]:
-            chosen, rejected = rng.permutation(sides[index]).tolist()
-            weight, margin = float(rng.uniform(0.5, 2)), float(rng.normal())
-            pairs.append(Pair(chosen=chosen, rejected=rejected, weight=weight, margin=margin))
-        prompt = np.concatenate([paths[first].tokens, rng.integers(0, VOCAB, rng.integers(1, 4))])
-    return paths, pairs
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +27,6 @@ def dataset(groups, tmp_path_factory):
             writer.add(build_tree(paths, pairs), record)
         writer.finish()
     return PreferenceDataset(prefix)
-
-
-def path(tokens, loss_start, **kwargs):
-    return ResponsePath(tokens=np.array(tokens), loss_start=loss_start, **kwargs)
 
 
 def check_view(part, paths, pairs):
@@ -120,12 +88,6 @@ def test_the_random_groups_are_not_trivial(groups, dataset):
     assert tokens["tree"] < tokens["pair"] < tokens["none"]
     assert tokens["response"] < tokens["none"]
     assert max(len(pairs) for _, pairs in groups) > 10
-
-
-def three_responses():
-    paths = [path([5, 6, 7, 8], 2), path([5, 6, 7, 9, 2], 2), path([5, 6, 7], 2)]
-    pairs = [Pair(chosen=0, rejected=1), Pair(chosen=2, rejected=0, weight=0.5, margin=3.0)]
-    return build_tree(paths, pairs)
 
 
 def nodes_of(part):

@@ -2,29 +2,11 @@
 
 import numpy as np
 import pytest
+from naive_packing import check_rows, naive_first_fit_decreasing
 
 from megatron_prefix.data.steps.packing import deal, first_fit_decreasing, pack_step, spread
 
 SEEDS = range(40)
-
-
-def naive_first_fit_decreasing(lengths, capacity):
-    """Every row is tried in turn: O(n^2)."""
-    rows = []
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for row in rows:
-            if sum(lengths[i] for i in row) + lengths[item] <= capacity:
-                row.append(item)
-                break
-        else:
-            rows.append([item])
-    return rows
-
-
-def check_rows(rows, lengths, capacity):
-    """Every item in exactly one row, and no row over its capacity."""
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
 
 
 def random_lengths(seed, most=60):
@@ -53,7 +35,7 @@ def test_a_row_as_long_as_its_capacity_and_equal_lengths_in_order():
 
 
 def test_too_long_an_item_is_named():
-    with pytest.raises(ValueError, match="item 2 has 9 tokens, a row 8"):
+    with pytest.raises(ValueError, match="item 2 has 9 tokens, and a row 8"):
         first_fit_decreasing([1, 8, 9, 3], 8)
 
 

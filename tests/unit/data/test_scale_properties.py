@@ -4,11 +4,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from data_sets import TOKENIZER, assert_same, write_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packing import check_rows, naive_first_fit_decreasing
-from test_sampler import write as write_groups
-from test_store import TOKENIZER, assert_same
+from naive_packing import check_rows, naive_first_fit_decreasing
 
 from megatron_prefix.data.steps.compositions.settings import StepSettings
 from megatron_prefix.data.steps.packed.reading import PackedSteps

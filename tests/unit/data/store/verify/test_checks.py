@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from test_store import edit_manifest, random_tree, write
+from data_sets import edit_manifest, random_tree, write
 
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.dataset import PreferenceDataset

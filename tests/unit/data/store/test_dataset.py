@@ -1,10 +1,10 @@
-import json
 import pickle
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_sets import TOKENIZER, assert_same, damage, edit_manifest, random_tree, write
 
 from megatron_prefix.data.files.checksums import file_entry
 from megatron_prefix.data.files.columns import ColumnWriter
@@ -15,48 +15,6 @@ from megatron_prefix.data.store.verify.checks import verify_checksums, verify_da
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
-
-TOKENIZER = {"kind": "test", "name": "test", "vocab_size": 100, "fingerprint": "f" * 64}
-
-
-def random_tree(rng, vocab_size=100):
-    """Two comparison sets, the second below a response of the first."""
-    prompt = rng.integers(0, vocab_size, rng.integers(1, 6)).tolist()
-    answers = [rng.integers(0, vocab_size, rng.integers(1, 5)).tolist() for _ in range(3)]
-    deeper = prompt + answers[0] + rng.integers(0, vocab_size, 2).tolist()
-    tails = [rng.integers(0, vocab_size, rng.integers(1, 5)).tolist() for _ in range(2)]
-    rows = [(prompt, a, 0) for a in answers] + [(deeper, t, 1) for t in tails]
-    paths = [
-        ResponsePath(
-            tokens=np.array(p + a, np.int64),
-            loss_start=len(p),
-            set_id=s,
-            rank=i,
-            score=float(rng.normal()) if i % 2 else float("nan"),
-        )
-        for i, (p, a, s) in enumerate(rows)
-    ]
-    pairs = [
-        Pair(chosen=0, rejected=1, weight=0.5, margin=1.25),
-        Pair(chosen=2, rejected=0),
-        Pair(chosen=3, rejected=4),
-    ]
-    return build_tree(paths, pairs)
-
-
-def write(prefix, trees, tokenizer=TOKENIZER, records=None):
-    with DatasetWriter(prefix, tokenizer) as writer:
-        for i, tree in enumerate(trees):
-            writer.add(tree, records[i] if records else i)
-        return writer.finish({"format": "test"})
-
-
-def assert_same(a, b):
-    for name in vars(a):
-        left, right = getattr(a, name), getattr(b, name)
-        assert left.dtype == right.dtype and np.array_equal(
-            left, right, equal_nan="f" in left.dtype.str
-        )
 
 
 @pytest.fixture
@@ -240,13 +198,6 @@ def test_a_flipped_bit_is_seen_by_the_checksums(prefix, name):
             check(dataset)
 
 
-def edit_manifest(prefix, change):
-    path = suffix_path(prefix, ".json")
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -281,20 +232,6 @@ def test_columns_with_pickled_objects_are_not_loaded(prefix):
     edit_manifest(prefix, lambda m: m["files"][".tree/pair_weights.npy"].update(file_entry(path)))
     with pytest.raises(InputError, match="pair_weights.npy cannot be read"):
         PreferenceDataset(prefix)
-
-
-def damage(prefix, name, at, value):
-    """Change one entry and make all checksums fit again, so that only the layout is wrong."""
-    path = suffix_path(prefix, f".tree/{name}.npy")
-    column = np.load(path, mmap_mode="r+")
-    column[at] = value
-    column.flush()
-
-    def seal(manifest):
-        manifest["files"][f".tree/{name}.npy"] = file_entry(path)
-        manifest["fingerprint"] = fingerprint(manifest["files"], manifest["tokenizer"])
-
-    edit_manifest(prefix, seal)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +313,7 @@ def test_column_headers_hold_any_length(tmp_path):
 
 def test_the_documented_columns_have_their_types():
     """A line "| `pair_responses` | int32 [P, 2] | …": int32, two numbers an entry."""
-    text = (Path(__file__).resolve().parents[2] / "docs" / "data_format.md").read_text()
+    text = (Path(__file__).resolve().parents[4] / "docs" / "data_format.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \[(.*?)\] \|", text, re.MULTILINE)
     found = {name: (dtype, shape.endswith(", 2")) for name, dtype, shape in rows}
     expected = {name: (dtype.name, tail == (2,)) for name, (dtype, tail) in COLUMNS.items()}
@@ -384,7 +321,7 @@ def test_the_documented_columns_have_their_types():
 
 
 def test_the_documented_reader_reads_what_was_written(prefix, trees):
-    text = (Path(__file__).resolve().parents[2] / "docs" / "data_format.md").read_text()
+    text = (Path(__file__).resolve().parents[4] / "docs" / "data_format.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     assert "megatron" not in code and code.count("\n") <= 45
     namespace = {}

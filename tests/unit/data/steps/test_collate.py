@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_sharing import path, random_group, three_responses
+from data_sets import path, random_group, three_responses
 
 from megatron_prefix.data.steps.collate import (
     PADDING_TOKEN,

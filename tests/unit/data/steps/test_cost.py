@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from test_sampler import write
-from test_sharing import random_group
+from data_sets import random_group, write_groups
 
 from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.steps.collate import collate_packed
@@ -20,7 +19,7 @@ MODEL = ModelConfig(num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attent
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     groups = [random_group(np.random.default_rng([2, seed])) for seed in range(20)]
-    return write(tmp_path_factory.mktemp("work") / "random", groups)
+    return write_groups(tmp_path_factory.mktemp("work") / "random", groups)
 
 
 def test_the_docstrings_example(tmp_path):
@@ -29,7 +28,7 @@ def test_the_docstrings_example(tmp_path):
         ResponsePath(tokens=np.array([5, 6, 2]), loss_start=2),
     ]
     assert build_tree(paths, [Pair(chosen=0, rejected=1)]).num_tokens == 5
-    dataset = write(tmp_path / "one", [(paths, [Pair(chosen=0, rejected=1)])])
+    dataset = write_groups(tmp_path / "one", [(paths, [Pair(chosen=0, rejected=1)])])
     assert bundle_work(dataset, bundles_of(dataset, 0, "tree")[0], "tree") == (5, 13, 2)
 
 
@@ -63,7 +62,7 @@ def test_ranks_get_like_cost_and_not_like_tokens(tmp_path):
         paths = [ResponsePath(tokens=np.array([1, *own]), loss_start=1) for own in sides]
         return paths, [Pair(chosen=0, rejected=1)]
 
-    dataset = write(tmp_path / "set", [pair(400) for _ in range(2)] + [pair(20)] * 60)
+    dataset = write_groups(tmp_path / "set", [pair(400) for _ in range(2)] + [pair(20)] * 60)
     quadratic = CostModel(per_token=1.0, per_entry=1.0, per_row=0.0)
 
     def unevenness(cost):

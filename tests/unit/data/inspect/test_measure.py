@@ -5,10 +5,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from data_sets import damage, inspect, random_tree, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_inspect import inspect
-from test_store import damage, random_tree, write
 
 from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.build.builder import build_dataset

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from data_sets import three_responses
 from test_collate import COLLATES, random_items
-from test_sharing import three_responses
 
 from megatron_prefix.data.steps.collate import score_targets, tree_targets
 from megatron_prefix.data.steps.compositions.batches import GroupBatches

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_sampler import write
-from test_sharing import random_group
+from data_sets import random_group, write_groups
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.steps.compositions.settings import StepSettings
@@ -23,7 +22,7 @@ SETTINGS = StepSettings(seed=3, row_capacity=900, global_batch_size=7, epochs=2)
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     groups = [random_group(np.random.default_rng([4, seed])) for seed in range(GROUPS)]
-    return write(tmp_path_factory.mktemp("plan") / "random", groups)
+    return write_groups(tmp_path_factory.mktemp("plan") / "random", groups)
 
 
 def sampler(dataset, settings, composition, num_ranks=1):
@@ -92,13 +91,16 @@ def test_sorted_steps_hold_groups_of_like_length(dataset):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 4}, "data.seed is 4, the plan's 3"),
-        ({"row_capacity": 901}, "data.row_capacity is 901, the plan's 900"),
-        ({"global_batch_size": 8}, "data.global_batch_size is 8, the plan's 7"),
-        ({"sharing": "pair"}, "data.sharing is pair, the plan's tree"),
-        ({"sort_by_length": True}, "data.sort_by_length is True, the plan's False"),
-        ({"packing_method": "best-fit"}, "packing_method is best-fit, the plan's first-fit"),
-        ({"epochs": 3}, "train.epochs is 3, the plan's 2"),
+        ({"seed": 4}, "data.seed is 4 and was 3 when packed"),
+        ({"row_capacity": 901}, "data.row_capacity is 901 and was 900 when packed"),
+        ({"global_batch_size": 8}, "data.global_batch_size is 8 and was 7 when packed"),
+        ({"sharing": "pair"}, "data.sharing is pair and was tree when packed"),
+        ({"sort_by_length": True}, "data.sort_by_length is True and was False when packed"),
+        (
+            {"packing_method": "best-fit"},
+            "best-fit and was first-fit when packed",
+        ),
+        ({"epochs": 3}, "train.epochs is 3 and was 2 when packed"),
     ],
 )
 def test_another_setting_is_refused_with_both_values(dataset, tmp_path, change, message):
@@ -110,14 +112,16 @@ def test_another_setting_is_refused_with_both_values(dataset, tmp_path, change, 
 def test_other_data_and_too_many_steps_are_refused(dataset, tmp_path):
     write_packed_steps(dataset, SETTINGS, tmp_path / "plan")
     plan = PackedSteps(tmp_path / "plan")
-    other = write(tmp_path / "other", [random_group(np.random.default_rng(9)) for _ in range(4)])
-    with pytest.raises(InputError, match=f"{other.fingerprint[:16]}… of 4 groups, the plan's"):
+    other = write_groups(
+        tmp_path / "other", [random_group(np.random.default_rng(9)) for _ in range(4)]
+    )
+    with pytest.raises(InputError, match=f"{other.fingerprint[:16]}… of 4 groups and was"):
         plan.check(other, SETTINGS, None)
     counted = replace(SETTINGS, epochs=None)
     plan.check(dataset, counted, 8)  # 60 groups: eight steps of seven, and one of four
-    with pytest.raises(InputError, match="has 8 whole steps and train.steps is 9"):
+    with pytest.raises(InputError, match="has 8 whole steps, and train.steps is 9"):
         plan.check(dataset, counted, 9)
-    with pytest.raises(InputError, match="group .* needs .* --row-capacity is 5"):
+    with pytest.raises(InputError, match="--row-capacity is 5 and group .* needs"):
         write_packed_steps(dataset, replace(SETTINGS, row_capacity=5), tmp_path / "small")
     assert sorted(p.name for p in tmp_path.glob("*")) == [
         *("other.bin", "other.idx", "other.json", "other.tree", "plan")
@@ -127,7 +131,7 @@ def test_other_data_and_too_many_steps_are_refused(dataset, tmp_path):
 def test_damage_is_found(dataset, tmp_path):
     path = tmp_path / "plan"
     write_packed_steps(dataset, SETTINGS, path)
-    with pytest.raises(InputError, match="there is no plan .*absent"):
+    with pytest.raises(InputError, match="there are no packed steps in .*absent"):
         PackedSteps(tmp_path / "absent")
     column = path / "groups.npy"
     good = bytearray(column.read_bytes())
@@ -147,7 +151,7 @@ def test_damage_is_found(dataset, tmp_path):
     manifest = json.loads((path / "plan.json").read_text())
     manifest["settings"]["seed"] = 4
     (path / "plan.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="plan.json is damaged, or was changed"):
+    with pytest.raises(InputError, match="plan.json is damaged or was changed"):
         PackedSteps(path)
 
 
@@ -166,7 +170,7 @@ def test_the_command_packs_and_replaces_only_plans(dataset, tmp_path, capsys):
     for seed in ("3", "4"):
         assert main([*argv, "--global-batch-size", "7", "--epochs", "2", "--seed", seed]) == 0
     said = capsys.readouterr().out
-    assert "plan: 9 steps" in said and "fill" in said
+    assert "packed: 9 steps" in said and "fill" in said
     assert PackedSteps(output).manifest["settings"]["seed"] == 4
     assert [p.name for p in tmp_path.iterdir()] == ["plan"]
     with pytest.raises(SystemExit):
@@ -174,4 +178,4 @@ def test_the_command_packs_and_replaces_only_plans(dataset, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     argv[3] = str(tmp_path / "mine")
     assert main([*argv, "--rows-per-step", "2"]) == 2
-    assert "exists and is no plan" in capsys.readouterr().err
+    assert "exists and does not hold packed steps" in capsys.readouterr().err
