@@ -53,7 +53,7 @@ def _verify_groups(packed: PackedSteps) -> None:
     epochs = packed.manifest["settings"]["epochs"]
     for group in np.flatnonzero(seen != epochs)[:1].tolist():
         raise InputError(
-            f"{packed.path}: {epochs} epochs have group {group} {seen[group]} times: {REMEDY}"
+            f"{packed.path}: group {group} occurs {seen[group]} times in {epochs} epochs: {REMEDY}"
         )
 
 

@@ -31,10 +31,10 @@ def dataset(tmp_path):
 @pytest.mark.parametrize("nodes", [1, 40, 10**6])
 def test_the_work_of_a_span_is_that_of_its_groups(dataset, nodes):
     found = [span_work(span) for span in spans(dataset, nodes)]
-    area, rows = (np.concatenate(part).tolist() for part in zip(*found, strict=True))
+    area, logit_tokens = (np.concatenate(part).tolist() for part in zip(*found, strict=True))
     for group in range(len(dataset)):
         work = bundle_work(dataset, Bundle(group, 0, 0), "tree")
-        assert (area[group], rows[group]) == (work.area, work.rows)
+        assert (area[group], logit_tokens[group]) == (work.area, work.logit_tokens)
 
 
 @pytest.mark.parametrize("nodes", [1, 10**6])

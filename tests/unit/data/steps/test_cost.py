@@ -8,6 +8,7 @@ from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.data.steps.collate import collate_packed
 from megatron_prefix.data.steps.compositions.batches import GroupBatches
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
+from megatron_prefix.data.steps.rows import row_items
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
@@ -45,14 +46,14 @@ def test_columns_tell_what_a_row_costs(dataset, sharing):
     for group in range(len(dataset)):
         for bundle in bundles_of(dataset, group, sharing):
             work = bundle_work(dataset, bundle, sharing)
-            row = collate_packed(sampler._items([bundle]))
+            row = collate_packed(row_items(dataset, [bundle], sharing, "pair"))
             assert work == (row.num_tokens, row.layout.area(), row.num_projected)
             flops = forward_flops(MODEL, dataset.vocab_size, row)
             assert work.cost(cost) == pytest.approx(flops.total, rel=1e-12)
             assert work.tokens == row.num_tokens
 
 
-def test_ranks_get_like_cost_and_not_like_tokens(tmp_path):
+def test_ranks_get_similar_cost_and_not_similar_tokens(tmp_path):
     """One long answer costs as much attention as many short ones of as many tokens."""
     rng = np.random.default_rng(0)
 
@@ -63,7 +64,7 @@ def test_ranks_get_like_cost_and_not_like_tokens(tmp_path):
         return paths, [Pair(chosen=0, rejected=1)]
 
     dataset = write_groups(tmp_path / "set", [pair(400) for _ in range(2)] + [pair(20)] * 60)
-    quadratic = CostModel(per_token=1.0, per_entry=1.0, per_row=0.0)
+    quadratic = CostModel(per_token=1.0, per_entry=1.0, per_logit_token=0.0)
 
     def unevenness(cost):
         order = GroupBatches(len(dataset), len(dataset), dataset.fingerprint, 0)

@@ -323,9 +323,9 @@ class TestErrors:
                 micro_batch_size=size,
             )
 
-        with pytest.raises(InputError, match="group 1 is 3 sequences.*micro_batch_size is 2"):
+        with pytest.raises(InputError, match="micro_batch_size is 2 and group 1 .* 3 sequences"):
             make("response", 2)
-        with pytest.raises(InputError, match="group 0 is 2 sequences.*micro_batch_size is 1"):
+        with pytest.raises(InputError, match="micro_batch_size is 1 and group 0 .* 2 sequences"):
             make("none", 1)
         for sharing, size in (("response", 3), ("none", 2), ("tree", 1), ("pair", 1)):
             sampler = make(sharing, size)
