@@ -3,20 +3,20 @@
 #
 #   examples/launch/torchrun.sh train --config examples/launch/8b/dpo.yaml
 #
-# On several nodes start the same line on each of them (slurm.sbatch does):
+# On several nodes start the same line on each of them (slurm.sbatch does this):
 #
 #   NNODES=4 RDZV_HOST=node001 RUN_ID=dpo-1 examples/launch/torchrun.sh train --config …
 #
-# NNODES         nodes (1)
-# GPUS_PER_NODE  processes a node (8)
-# RDZV_HOST      one of the nodes: the others meet there; needed with several nodes
-# RDZV_PORT      its free port (29500)
-# RUN_ID         any word that this launch's nodes share and no other's; needed with several nodes
+# NNODES         number of nodes (1)
+# GPUS_PER_NODE  processes per node (8)
+# RDZV_HOST      the node at which all nodes meet; needed with several nodes
+# RDZV_PORT      a free port of that node (29500)
+# RUN_ID         any word that only the nodes of this launch share; needed with several nodes
 # PYTHON         interpreter (python)
 # DRY_RUN        print the command instead of running it
 #
-# SIGTERM or SIGUSR1 to this script lets training finish its step, save, and exit with 143; the same
-# line goes on from there where train.load is train.save.
+# SIGTERM or SIGUSR1 to this script lets training finish its step, save, and exit with 143. If
+# train.load is train.save, the same line continues from there.
 set -u
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -30,7 +30,7 @@ else
         --rdzv-id="${RUN_ID:?give a word that only the nodes of this launch share}"
     )
 fi
-# No restarts by torchrun: a run goes on from its last checkpoint, by whoever starts it again.
+# No restarts by torchrun: the run continues from its last checkpoint when it is started again.
 command=(
     "${PYTHON:-python}" -m torch.distributed.run "${rendezvous[@]}"
     --nnodes="$nnodes" --nproc-per-node="${GPUS_PER_NODE:-8}" --max-restarts=0
@@ -42,9 +42,9 @@ if [ -n "${DRY_RUN:-}" ]; then
     exit 0
 fi
 
-# The signal goes to the training processes themselves, once: torchrun would kill them 30 seconds
-# after passing it on, which is too soon for a large model's checkpoint, and a second signal ends
-# them without one.
+# The signal is sent to the training processes directly, and only once. torchrun would kill them 30
+# seconds after it passed the signal on, which is too soon for the checkpoint of a large model, and a
+# second signal ends them without a checkpoint.
 stopping=
 stop() {
     [ -n "$stopping" ] && return
@@ -55,7 +55,7 @@ stop() {
 }
 trap stop TERM USR1
 (
-    trap '' USR1 # where the signal reaches the whole process group
+    trap '' USR1 # if the signal reaches the whole process group
     exec "${command[@]}"
 ) &
 launcher=$!

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The whole way in a minute or two, on CPU: data, training, evaluation, comparison.
-# Run from the repository's root with megatron-prefix on the PATH (make quickstart does both).
+# Everything in a minute or two, on CPU: data, training, evaluation, comparison.
+# Run it from the repository's root, with megatron-prefix on the PATH (make quickstart does both).
 set -eu
 config=examples/quickstart/dpo.yaml
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
