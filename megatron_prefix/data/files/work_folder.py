@@ -1,4 +1,4 @@
-"""The folder in which a data set grows before it is complete, and what a killed build leaves.
+"""Work folders: data sets grow in them until they are complete.
 
 A build works in `.NAME.HOST.PID.building` next to PREFIX, and `--merge-prompts` keeps the data set
 that it merges in `.NAME.HOST.PID.merging`. A killed build cannot remove its folder. The next build

@@ -40,8 +40,8 @@ def pack(
     if ordered[-1] < 1:
         raise ValueError(f"item {order[-1]} has {ordered[-1]} tokens, and 1 is the least")
     # Runs of equal lengths: ordered [7 5 5 2] -> starts [0 1 3], counts [1 2 1]. `place` gives the
-    # row and the number of items of each placement, in the same order: rows [0 1 2 1], amounts
-    # [1 1 1 1] say that the items `order[0..3]` go to rows 0, 1, 2 and 1.
+    # row and the number of items of each placement, in the same order: with rows [0 1 2 1] and
+    # amounts [1 1 1 1] the items `order[0..3]` go to rows 0, 1, 2 and 1.
     starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] + 1))
     counts = np.diff(starts, append=len(ordered)).tolist()
     place = {"first-fit": _first_fit, "best-fit": _best_fit}[method]

@@ -58,8 +58,8 @@ class Sampler:
     Row lengths are rounded up to `row_multiple` (tensor x context parallel size), and the rows per
     rank to `count_multiple` (the pipeline size under virtual pipelining). With `micro_batch_size`,
     a row is not packed but holds that many padded sequences. `targets` are what the model predicts
-    of each tree. `cost` is what ranks share equally; without it, tokens. Raises InputError before
-    the first step if any bundle of the data set does not fit.
+    of each tree. Rows are dealt so that ranks have similar `cost`; without it, similar tokens.
+    Raises InputError before the first step if any bundle of the data set does not fit.
     """
 
     dataset: PreferenceDataset

@@ -21,9 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.files.checksums import file_entry, manifest_digest
-from megatron_prefix.data.files.columns import ColumnWriter
-from megatron_prefix.data.files.work_folder import building_folder, checked_prefix, clear_leftovers
+from megatron_prefix.data.files import (
+    ColumnWriter,
+    building_folder,
+    checked_prefix,
+    clear_leftovers,
+    file_entry,
+    manifest_digest,
+)
 from megatron_prefix.data.store.blocks import Block, starts
 from megatron_prefix.data.store.columns import COLUMNS, OFFSETS
 from megatron_prefix.data.store.index import IndexedWriter
@@ -124,7 +129,8 @@ class DatasetWriter:
             record = block.columns["group_records"][np.searchsorted(ends, at, "right")]
             raise InputError(
                 f"record {record} has token id {block.tokens[at]}, and tokenizer "
-                f"{self.tokenizer['name']} has {vocab_size} ids, so it is damaged: load it again"
+                f"{self.tokenizer['name']} has ids 0 to {vocab_size - 1}, so its files are "
+                "damaged: copy them again"
             )
         if self._index is None:
             self._index = self._opened()

@@ -1,4 +1,4 @@
-"""What can be wrong with the groups of a span, found by whole columns.
+"""Problems of the groups of a span, found by whole columns.
 
 Each check yields (group of the span, the problem), at most one per kind. Shape suffixes: G groups,
 M nodes, R responses, P pairs of the span.

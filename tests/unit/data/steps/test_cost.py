@@ -36,13 +36,6 @@ def test_the_docstrings_example(tmp_path):
 @pytest.mark.parametrize("sharing", SHARING_MODES)
 def test_columns_tell_what_a_row_costs(dataset, sharing):
     cost = CostModel.of_model(MODEL, dataset.vocab_size)
-    sampler = Sampler(
-        dataset=dataset,
-        composition=GroupBatches(len(dataset), 4, dataset.fingerprint, 0),
-        sharing=sharing,
-        row_capacity=4096,
-        cost=cost,
-    )
     for group in range(len(dataset)):
         for bundle in bundles_of(dataset, group, sharing):
             work = bundle_work(dataset, bundle, sharing)
