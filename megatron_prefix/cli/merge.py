@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge and print the counts."""
-    from megatron_prefix.data.build.merge_parts import merge_datasets
+    from megatron_prefix.data.build import merge_datasets
     from megatron_prefix.text import format_counts
 
     manifest = merge_datasets(args.prefixes, args.output)

@@ -33,10 +33,10 @@ def records(tmp_path) -> Path:
 
 BUILD = """
 import sys, time
-from megatron_prefix.data.build import builder as build
+from megatron_prefix.data.build import chunks
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 
-build.CHUNK = 64
+chunks.CHUNK = 64
 
 def slowly(position, total, groups):
     print(groups, flush=True)

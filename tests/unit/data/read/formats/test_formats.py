@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_prefix.cli.build import FORMAT_NAMES
-from megatron_prefix.data.read.examples import ExampleReader, parse_columns
-from megatron_prefix.data.read.formats import FORMATS
-from megatron_prefix.data.read.formats.base import DegenerateRecord
+from megatron_prefix.data.read import ExampleReader, parse_columns
+from megatron_prefix.data.read.formats import FORMATS, DegenerateRecord
 from megatron_prefix.errors import InputError
 
-SAMPLES = Path(__file__).resolve().parents[1] / "data" / "formats"
+SAMPLES = Path(__file__).resolve().parents[4] / "data" / "formats"
 
 
 def sample(name):
@@ -24,24 +23,24 @@ def read(record, format="auto", columns=None):
     return ExampleReader(format, columns).read(record)
 
 
-def said(text):
+def plain(text):
     return text if isinstance(text, str) else [(m.role, m.content) for m in text]
 
 
 def outline(example):
     """(prompt, [responses], [(chosen, rejected)]) of an example with one prompt."""
-    prompts = {str(said(r.prompt)) for r in example.responses}
+    prompts = {str(plain(r.prompt)) for r in example.responses}
     assert len(prompts) == 1
-    responses = [said(r.response) for r in example.responses]
+    responses = [plain(r.response) for r in example.responses]
     return (
-        said(example.responses[0].prompt),
+        plain(example.responses[0].prompt),
         responses,
         [(p.chosen, p.rejected) for p in example.pairs],
     )
 
 
 def test_the_command_knows_every_format():
-    assert FORMAT_NAMES == tuple(FORMATS)
+    assert sorted(FORMAT_NAMES) == sorted(FORMATS)
 
 
 def test_trl_scores_margins_and_tools():
@@ -62,7 +61,7 @@ def test_tools_may_be_json_text():
     assert read(as_text) == read(record)
 
 
-def test_a_prompt_that_repeats_a_turn_of_both_dialogues_is_passed_over():
+def test_a_prompt_that_repeats_a_turn_of_both_dialogues_is_ignored():
     example = read(sample("ultrafeedback_binarized")[1])
     assert outline(example) == (
         [("user", "Spell cat.")],
@@ -70,7 +69,7 @@ def test_a_prompt_that_repeats_a_turn_of_both_dialogues_is_passed_over():
         [(0, 1)],
     )
     other = {**sample("ultrafeedback_binarized")[1], "prompt": "Another"}
-    with pytest.raises(InputError, match="make them alike"):
+    with pytest.raises(InputError, match="both must be text, or both lists of messages"):
         read(other)
 
 
@@ -97,17 +96,17 @@ def test_nemo_rl_ranks_make_all_pairs():
     ties = {"context": "q", "completions": [{"rank": 1, "completion": c} for c in "ab"]}
     with pytest.raises(DegenerateRecord, match="no pair"):
         read(ties)
-    for bad, found in ((None, "missing"), (-1, "-1"), (True, "True"), (1 << 31, "2147483648")):
-        with pytest.raises(InputError, match=f"entry 1: 'rank' is {found}"):
+    for bad, shown in ((None, "missing"), (-1, "-1"), (True, "True"), (1 << 31, "2147483648")):
+        with pytest.raises(InputError, match=f"entry 1: 'rank' is {shown}"):
             read({"context": "q", "completions": [{"rank": bad, "completion": "a"}]})
-    with pytest.raises(InputError, match="make them alike"):
+    with pytest.raises(InputError, match="both must be text, or both lists of messages"):
         read({"context": "q", "completions": [{"rank": 0, "completion": []}]})
 
 
 def test_nemo_aligner_rewards_are_scores():
     example = read(sample("nemo_aligner")[1])
     assert [r.score for r in example.responses] == [2.5, -1.0]
-    assert said(example.responses[0].response).startswith("Lake Garda.")
+    assert plain(example.responses[0].response).startswith("Lake Garda.")
     turns = {"prompt": [{"role": "user", "content": "q"}], "chosen_response": "a"}
     assert outline(read({**turns, "rejected_response": "b"}))[1] == [
         [("assistant", "a")],
@@ -115,7 +114,7 @@ def test_nemo_aligner_rewards_are_scores():
     ]
 
 
-def test_alpaca_joins_instruction_and_input_behind_system_and_history():
+def test_alpaca_joins_instruction_and_input_after_system_and_history():
     prompt, responses, _ = outline(read(sample("llama_factory_alpaca")[0]))
     assert prompt == [
         ("system", "You translate."),
@@ -169,7 +168,7 @@ def test_unpaired_labels_are_scores_without_pairs():
         read({"prompt": "p", "completion": "c", "label": None})
 
 
-def test_weights_hold_for_all_pairs_of_a_record():
+def test_weights_apply_to_all_pairs_of_a_record():
     example = read({**sample("nemo_rl")[0], "weight": 0.5})
     assert [p.weight for p in example.pairs] == [0.5] * 3
     assert all(math.isnan(p.margin) for p in example.pairs)
@@ -191,7 +190,7 @@ def test_map_takes_columns_from_dotted_paths():
 
 
 @pytest.mark.parametrize("text", ["chosen", "=x", "chosen=", ""])
-def test_maps_that_are_none(text):
+def test_maps_of_another_form(text):
     with pytest.raises(InputError, match="is not COLUMN=PATH"):
         parse_columns([text])
 

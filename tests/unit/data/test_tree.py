@@ -9,7 +9,7 @@ def path(tokens, loss_start, **more):
 
 
 def random_paths(rng, count, alphabet=3, length=12):
-    """Paths over few letters, so that they share much; one prompt of 1 to 3 tokens."""
+    """Paths of few different tokens, so that they share much; a prompt of 1 to 3 tokens."""
     prompt = rng.integers(0, alphabet, rng.integers(1, 4)).tolist()
     rows = [
         prompt + rng.integers(0, alphabet, rng.integers(1, length)).tolist() for _ in range(count)
@@ -78,14 +78,14 @@ def test_restrict_keeps_the_chosen_responses(seed):
     rng = np.random.default_rng(seed)
     paths = random_paths(rng, 6)
     pairs = [Pair(chosen=a, rejected=b, weight=a + 1) for a in range(6) for b in range(6) if a < b]
-    kept = sorted(rng.choice(6, 3, replace=False).tolist())
-    tree = build_tree(paths, pairs).restrict(kept)
-    for new, old in enumerate(kept):
+    selected = sorted(rng.choice(6, 3, replace=False).tolist())
+    tree = build_tree(paths, pairs).restrict(selected)
+    for new, old in enumerate(selected):
         tokens, loss_start = tree.response_tokens(new)
         assert tokens.tolist() == paths[old].tokens.tolist() and loss_start == paths[old].loss_start
-    assert tree.num_tokens == len(prefixes([paths[i] for i in kept]))
+    assert tree.num_tokens == len(prefixes([paths[i] for i in selected]))
     assert tree.pairs.tolist() == [[0, 1], [0, 2], [1, 2]]
-    assert tree.pair_weights.tolist() == [kept[0] + 1, kept[0] + 1, kept[1] + 1]
+    assert tree.pair_weights.tolist() == [selected[0] + 1, selected[0] + 1, selected[1] + 1]
     check_pre_order(tree)
 
 

@@ -1,4 +1,4 @@
-"""Properties of token paths and trees that hold for whatever is put in."""
+"""Properties of token paths and trees that hold for every input."""
 
 import tempfile
 from pathlib import Path
@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_prefix.data.build.prompt_groups import merge_trees
-from megatron_prefix.data.read.formats.base import Example, ExampleResponse
+from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.data.store.writer import DatasetWriter
-from megatron_prefix.data.tokenize.paths import PathEncoder, select
-from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
+from megatron_prefix.data.tokenize import PathEncoder, load_tokenizer, select
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
 BYTES = load_tokenizer("bytes")
@@ -22,7 +21,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 @st.composite
 def groups(draw):
-    """Paths over three tokens, so that they share much, some below others; all pairs of a set."""
+    """Paths of three different tokens, so that they share much; all pairs of a set."""
     paths = []
     for set_id in range(draw(st.integers(1, 3))):
         tokens = st.lists(st.integers(0, 2), max_size=6)
@@ -47,7 +46,7 @@ def prefixes(paths):
 
 
 def check_tree(tree, paths):
-    """Every path comes back, every distinct prefix is one token, nodes stand in pre-order."""
+    """Every path comes back, every distinct prefix is one token, nodes are in pre-order."""
     for i, path in enumerate(paths):
         tokens, loss_start = tree.response_tokens(i)
         assert tokens.tolist() == path.tokens.tolist() and loss_start == path.loss_start
@@ -62,7 +61,7 @@ def check_tree(tree, paths):
 
 @settings(max_examples=150, deadline=None)
 @given(groups())
-def test_trees_hold_their_paths_once(group):
+def test_trees_contain_their_paths_once(group):
     paths, pairs = group
     tree = build_tree(paths, pairs)
     check_tree(tree, paths)
@@ -71,7 +70,7 @@ def test_trees_hold_their_paths_once(group):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(groups(), min_size=1, max_size=3))
-def test_merged_trees_hold_the_paths_of_all(parts):
+def test_merged_trees_contain_the_paths_of_all(parts):
     tree = merge_trees([build_tree(*part) for part in parts])
     check_tree(tree, [path for paths, _ in parts for path in paths])
     sides = tree.response_sets[tree.pairs]
@@ -127,11 +126,14 @@ def test_what_is_selected_fits_and_every_loss_has_a_reason(prompt, responses, li
     )
     encoder = PathEncoder(BYTES)
     paths, _ = encoder.encode(example)
-    kept = select(example, paths, encoder=encoder, max_length=limit, overflow=overflow)
-    lost = [sum(counts) for counts in zip((0, 0), *kept.dropped.values(), strict=True)]
-    assert lost == [len(responses) - len(kept.paths), len(example.pairs) - len(kept.pairs)]
-    for path in kept.paths:
+    selection = select(example, paths, encoder=encoder, max_length=limit, overflow=overflow)
+    lost = [sum(counts) for counts in zip((0, 0), *selection.dropped.values(), strict=True)]
+    assert lost == [
+        len(responses) - len(selection.paths),
+        len(example.pairs) - len(selection.pairs),
+    ]
+    for path in selection.paths:
         assert 1 < len(path.tokens) <= limit and 0 < path.loss_start < len(path.tokens)
         assert path.tokens[0] == 256 and path.tokens[-1] == 257
-    if kept.paths:
-        build_tree(kept.paths, kept.pairs)
+    if selection.paths:
+        build_tree(selection.paths, selection.pairs)

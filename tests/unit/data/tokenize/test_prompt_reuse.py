@@ -1,4 +1,4 @@
-"""Prompts that are encoded once give the tokens of texts encoded whole."""
+"""Prompts that are encoded once give the same tokens as texts encoded as a whole."""
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +56,7 @@ def make(folder, pre_tokenizer, normalizer=None):
 @pytest.mark.parametrize("expression", [None, *sorted(EXPRESSIONS), r"\p{L}+ ?|."])
 def test_every_text_has_the_tokens_of_the_whole(tmp_path, expression):
     tokenizer = make(tmp_path, steps(expression))
-    assert tokenizer._reuse._is_local == (expression is None or expression in EXPRESSIONS)
+    assert tokenizer._reuse._is_exact == (expression is None or expression in EXPRESSIONS)
     whole = tokenizer._tokenizer.backend_tokenizer
 
     @settings(max_examples=300, deadline=None)
@@ -73,4 +73,4 @@ def test_every_text_has_the_tokens_of_the_whole(tmp_path, expression):
 def test_normalisers_and_prefixes_are_left_alone(tmp_path):
     lower = tokenizers.normalizers.Lowercase()
     for number, made in enumerate(((byte_level(add_prefix_space=False), lower), (byte_level(),))):
-        assert not make(tmp_path / str(number), *made)._reuse._is_local
+        assert not make(tmp_path / str(number), *made)._reuse._is_exact

@@ -1,4 +1,4 @@
-"""Several processes write the bytes of one, and end as it does."""
+"""Several processes write the same bytes as one, and end in the same way."""
 
 import json
 import os
@@ -6,9 +6,8 @@ import signal
 
 import pytest
 
-from megatron_prefix.data.build import builder as build_module
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
-from megatron_prefix.data.build.merge_parts import merge_datasets
+from megatron_prefix.data.build import BuildOptions, build_dataset, merge_datasets
+from megatron_prefix.data.build import chunks as chunks_module
 from megatron_prefix.data.build.workers import ordered
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, suffix_path
@@ -18,12 +17,12 @@ from megatron_prefix.errors import InputError, RunError
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(build_module, "CHUNK", 3)
-    monkeypatch.setattr(build_module, "FIRST_CHUNK", 3)
+    monkeypatch.setattr(chunks_module, "CHUNK", 3)
+    monkeypatch.setattr(chunks_module, "FIRST_CHUNK", 3)
 
 
 def records(start, stop):
-    """Good ones, every seventh without a difference, every eleventh without a column."""
+    """Good records, but each seventh has no difference and each eleventh lacks a column."""
     rows = []
     for i in range(start, stop):
         row = {"prompt": f"Say {i}: " * (i % 5 + 1), "chosen": f"yes {i}", "rejected": "no" * 3}
@@ -68,8 +67,8 @@ def test_an_error_stops_at_the_first_wrong_record(tmp_path, workers):
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_what_the_first_records_set_holds_for_all_chunks(tmp_path):
-    """No record says anything before the eighth: chunks that were on their way are done again."""
+def test_the_format_of_the_first_records_holds_for_all_chunks(tmp_path):
+    """The eighth record is the first good one: chunks built before it is known are built again."""
     rows = [{"x": 1}] * 7 + records(0, 4) + [{"chosen": "\n\nHuman: a", "rejected": "b"}]
     path = write(tmp_path / "in.jsonl", rows * 2)
     for workers in (1, 3):
@@ -78,7 +77,7 @@ def test_what_the_first_records_set_holds_for_all_chunks(tmp_path):
     assert_same_bytes(tmp_path / "of1", tmp_path / "of3")
 
 
-def test_an_error_of_a_chunk_read_by_a_stale_rule_is_none(tmp_path):
+def test_an_error_of_a_chunk_read_in_a_stale_state_is_ignored(tmp_path):
     """In the first records' format the long prompt would be an error; it is a mixed format."""
     wrong, hh = {"x": 1}, {"chosen": "\n\nHuman: a\n\nAssistant: b"}
     hh["rejected"] = hh["chosen"] + "c"
@@ -108,13 +107,13 @@ def refuse(item):
     return 2 * item
 
 
-def test_results_come_in_order_and_errors_behind_them():
+def test_results_come_in_order_and_errors_after_them():
     for workers in (1, 3):
-        found = []
+        results = []
         with pytest.raises(InputError, match="five"):
             for item, result in ordered(refuse, range(50), workers):
-                found.append((item, result))
-        assert found == [(i, 2 * i) for i in range(5)]
+                results.append((item, result))
+        assert results == [(i, 2 * i) for i in range(5)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

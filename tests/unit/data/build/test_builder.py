@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.build import builder as build_module
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.build import chunks as chunks_module
+from megatron_prefix.data.read import Inputs
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify.checks import verify_dataset
-from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
+from megatron_prefix.data.tokenize import load_tokenizer
 from megatron_prefix.errors import InputError
 
 GOOD = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -175,7 +176,7 @@ def test_unknown_flags_and_missing_ones_are_bad_usage(tmp_path, capsys, flags):
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_only_the_first_rank_speaks(tmp_path, capsys, monkeypatch):
+def test_only_the_first_rank_prints_errors(tmp_path, capsys, monkeypatch):
     for rank, speaks in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert command("--input", tmp_path / "absent", "--output", tmp_path / "out") == 2
@@ -189,11 +190,11 @@ def test_internal_failures_are_not_hidden(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("megatron_prefix.data.build.builder.build_dataset", fail)
+    monkeypatch.setattr("megatron_prefix.data.build.build_dataset", fail)
     with pytest.raises(ZeroDivisionError):
         command("--input", "x", "--output", "y")
     monkeypatch.setattr(
-        "megatron_prefix.data.build.builder.build_dataset",
+        "megatron_prefix.data.build.build_dataset",
         lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
     )
     assert command("--input", "x", "--output", "y") == 130
@@ -225,24 +226,24 @@ def test_the_same_build_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "x.json").read_bytes() == (tmp_path / "y.json").read_bytes()
 
 
-def test_progress_hears_of_all_bytes(tmp_path):
+def test_progress_is_called_for_all_bytes(tmp_path):
     path = write(tmp_path, *[GOOD] * 200)
-    heard = []
-    build_dataset([path, path], "bytes", tmp_path / "out", progress=lambda *x: heard.append(x))
+    calls = []
+    build_dataset([path, path], "bytes", tmp_path / "out", progress=lambda *x: calls.append(x))
     size = path.stat().st_size
-    assert len(heard) == 2 and heard[-1] == (2 * size, 2 * size, 400)  # 32 records, and the rest
-    assert [h[0] for h in heard] == sorted(h[0] for h in heard)
+    assert len(calls) == 2 and calls[-1] == (2 * size, 2 * size, 400)  # 32 records, and the rest
+    assert [c[0] for c in calls] == sorted(c[0] for c in calls)
 
 
 def test_large_rows_make_small_chunks(tmp_path):
-    """Of tables, too, whose rows are no lines."""
+    """Also for a JSON array, whose records are not lines."""
     row = {"prompt": "p" * 200_000, "chosen": ["a" * 100_000], "rejected": "b"}
     lines = tmp_path / "lines.jsonl"
     lines.write_text(f"{json.dumps(row)}\n" * 50)
     array = tmp_path / "array.json"
     array.write_text(json.dumps([row] * 50))
     for path in (lines, array):
-        sizes = [len(chunk.records) for chunk in build_module._chunks([path], None)]
+        sizes = [len(records) for records, _ in chunks_module.read_chunks(Inputs([path]))]
         assert sizes == [7] * 7 + [1], path
 
 

@@ -1,4 +1,4 @@
-"""Input that would be read otherwise than it says, and characters that get lost elsewhere."""
+"""Input that could easily be read in another way, and characters that other programs lose."""
 
 import json
 
@@ -30,8 +30,8 @@ def build(capsys, output, *inputs, flags=()):
 
 @pytest.mark.parametrize("name", UNICODE)
 def test_characters_go_through_build_inspect_and_decode(tmp_path, capsys, name):
-    """Byte for byte, neither composed nor turned around; shown escaped where they would act."""
-    from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
+    """Byte for byte, not normalised or reordered; control characters are printed escaped."""
+    from megatron_prefix.data.tokenize import load_tokenizer
 
     text = UNICODE[name]
     record = {"prompt": f"{text}?", "chosen": f"{text}!", "rejected": text[::-1] + "."}
@@ -66,7 +66,7 @@ def test_half_a_character_is_refused_with_its_line(tmp_path, capsys, half):
         '[{"prompt": "a", "chosen": "b", "rejected": "c", "more": {"prompt": 1, "prompt": 2}}]',
     ],
 )
-def test_a_name_that_stands_twice_is_refused(tmp_path, capsys, text):
+def test_a_name_that_occurs_twice_is_refused(tmp_path, capsys, text):
     (tmp_path / "in.json").write_text(text)
     code, _, err = build(capsys, tmp_path / "o" / "set", tmp_path / "in.json")
     assert code == 2 and "in.json, line 1" in err and "the name 'prompt' twice" in err
@@ -127,7 +127,7 @@ def test_outputs_that_name_no_file_are_refused(tmp_path, capsys, monkeypatch, ou
 
 @pytest.mark.parametrize(("size", "whole"), [(2, 3), (4, 1), (6, 1), (7, 0), (10**12, 0)])
 def test_a_batch_larger_than_all_records_is_one_step_that_is_not_whole(tmp_path, size, whole):
-    """However large: nothing of its size is made."""
+    """Of any size: nothing of its size is allocated."""
     (tmp_path / "in.jsonl").write_text((ROW + "\n") * 3)
     assert (
         main(

@@ -1,4 +1,4 @@
-"""What a build says it dropped, cut and noted of the real sets, counted again from the files.
+"""The build report of the real sets: all that was dropped, cut and noted is counted again.
 
 Nothing of the package reads the records here: the standard library counts bytes, and the byte
 tokenizer adds one token in front and one behind.
@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
 
 TURN = "\n\nAssistant:"
@@ -31,7 +31,7 @@ def shared_start(a, b):
 
 
 def hh_pairs(row):
-    """(prompt, chosen, rejected, parts early) of a row of HH-RLHF."""
+    """(prompt, chosen, rejected, parts early) of a record of HH-RLHF."""
     chosen, rejected = row["chosen"], row["rejected"]
     cut = chosen.rfind(TURN, 0, shared_start(chosen, rejected)) + len(TURN)
     early = TURN in chosen[cut:] or TURN in rejected[cut:]
@@ -50,8 +50,8 @@ def oasst_sets(node, text=""):
     text += mark + node["text"]
     below = [reply for reply in node["replies"] if reply["role"] == "assistant"]
     ranked = [(r["rank"], " " + r["text"]) for r in below if r.get("rank") is not None]
-    found = [(text + TURN, ranked)] if len({rank for rank, _ in ranked}) > 1 else []
-    return found + [item for reply in node["replies"] for item in oasst_sets(reply, text)]
+    own = [(text + TURN, ranked)] if len({rank for rank, _ in ranked}) > 1 else []
+    return own + [item for reply in node["replies"] for item in oasst_sets(reply, text)]
 
 
 def length(*parts):
@@ -79,10 +79,10 @@ def test_pairs_dropped_and_noted(name, data_dir, tmp_path):
     listed = [f"{path.name}:{i + 1}" for i, fit in enumerate(fits) if not fit]
     assert dropped["over --max-length"]["records"] == listed[:1000]
     assert counts["groups"] == counts["pairs"] == fits.count(True)
-    kept = [record for record, fit in zip(records, fits, strict=True) if fit]
-    assert note(report, "before the last turn") == sum(early for *_, early in kept)
-    assert note(report, "white space only") == sum(not x.strip() for k in kept for x in k[1:3])
-    repeated = Counter(record[:3] for record in kept)
+    fitting = [record for record, fit in zip(records, fits, strict=True) if fit]
+    assert note(report, "before the last turn") == sum(early for *_, early in fitting)
+    assert note(report, "white space only") == sum(not x.strip() for r in fitting for x in r[1:3])
+    repeated = Counter(record[:3] for record in fitting)
     assert report["duplicates"]["num_records"] == sum(n - 1 for n in repeated.values())
 
 
@@ -113,7 +113,7 @@ def test_pairs_truncated(name, data_dir, tmp_path):
 
 
 def kept_bytes(prompt):
-    """Bytes of the system message in front of the first turn of a user."""
+    """Bytes of the system message before the first turn of a user."""
     system = prompt.startswith(MARKS["system"])
     return prompt.index(MARKS["human"]) if system else 0
 
@@ -140,8 +140,8 @@ def test_trees_dropped(data_dir, tmp_path):
         blank += sum(not text.strip() for _, ranked in sets for _, text in ranked)
         kept_pairs += sum(map(len, left))
         lost_pairs += sum(map(len, pairs)) - sum(map(len, left))
-        for (_, ranked), fit, here in zip(sets, fits, left, strict=True):
-            paired = {i for pair in here for i in pair}
+        for (_, ranked), fit, left_pairs in zip(sets, fits, left, strict=True):
+            paired = {i for pair in left_pairs for i in pair}
             kept_responses += len(paired)
             lost_responses += fit.count(False)
             unpaired += len(ranked) - fit.count(False) - len(paired)

@@ -1,11 +1,11 @@
-"""Where responses begin, special tokens that users spell, and what templates change."""
+"""The start of the loss, special tokens inside messages, and what templates change."""
 
 import numpy as np
 import pytest
 
-from megatron_prefix.data.build.builder import build_dataset
-from megatron_prefix.data.read.fields import Message
-from megatron_prefix.data.read.formats.base import Example, ExampleResponse
+from megatron_prefix.data.build import build_dataset
+from megatron_prefix.data.read import Message
+from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.tokenize.paths import NOTE_MERGED, PathEncoder
 from megatron_prefix.data.tokenize.rendering import (
     NOTE_LOST,
@@ -40,7 +40,7 @@ def pair_example(prompt, chosen, rejected, tools=""):
 
 
 def make_tokenizer(folder, merges, template=CHATML):
-    """A byte-level BPE with exactly these merges, for instance ["b c", "a b"]."""
+    """A byte-level BPE with exactly these merges, for example ["b c", "a b"]."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -60,7 +60,7 @@ def make_tokenizer(folder, merges, template=CHATML):
 
 
 def split_text(tokenizer, path):
-    """The tokens of a path in front of the loss, and with loss, each as text."""
+    """The tokens of a path before its loss starts, and those after it, each as text."""
     pieces = [tokenizer.decode([t]) for t in path.tokens.tolist()]
     return pieces[: path.loss_start], pieces[path.loss_start : -1]
 
@@ -95,8 +95,8 @@ def test_one_side_only_straddles(tmp_path):
     assert split_text(tokenizer, paths[1]) == (["a", "b"], ["d"]) and notes == [NOTE_MERGED]
 
 
-def test_tokens_cut_anew_in_front_of_the_response_carry_no_loss(tmp_path):
-    """[ab] alone, but [a] [bc] with the response: [a] holds nothing of it."""
+def test_tokens_cut_differently_before_the_response_have_no_loss(tmp_path):
+    """[ab] alone, but [a] [bc] with the response: [a] has no character of it."""
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, ["b c", "a b"]))
     assert len(tokenizer.encode("xab")) == 2
     paths, _ = PathEncoder(tokenizer).encode(pair_example("xab", "c", "ce"))
@@ -171,7 +171,7 @@ def test_special_tokens_in_messages_stay_text_unless_asked(folder):
 
 
 def test_other_tokenizers_have_nothing_to_parse(tmp_path):
-    with pytest.raises(InputError, match="--parse-special: tokenizer bytes"):
+    with pytest.raises(InputError, match="--parse-special has no effect with tokenizer bytes"):
         load_tokenizer("bytes", parse_special=True)
 
 
@@ -226,7 +226,7 @@ def test_what_a_template_changed():
 
 
 class Lying(type(load_tokenizer("bytes"))):
-    """Says it has 258 tokens and gives one that no uint16 can hold."""
+    """Claims to have 258 tokens but gives one that does not fit into uint16."""
 
     def encode(self, text):
         return np.append(super().encode(text), 70000)

@@ -1,4 +1,4 @@
-"""Records with one prompt in one group, batches that count records, and repeated records."""
+"""Groups of all records with the same prompt, batches that count records, repeated records."""
 
 import json
 from contextlib import closing
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.build.duplicates import Digests, DigestTable
 from megatron_prefix.data.steps.compositions.batches import GroupBatches
 from megatron_prefix.data.steps.compositions.record_batches import RecordBatches, group_batches
@@ -42,14 +42,14 @@ def build(tmp_path, records, name="out", **options):
 
 def compared(dataset):
     """Every pair as (whole chosen path, its loss start, rejected path, …, weight, margin)."""
-    found = []
+    pairs = []
     for group in range(len(dataset)):
         tree = dataset[group]
         for pair, sides in enumerate(tree.pairs.tolist()):
             paths = [tree.response_tokens(side) for side in sides]
             numbers = [tree.pair_weights[pair], tree.pair_margins[pair], *tree.scores[sides]]
-            found.append(repr([[(t.tolist(), start) for t, start in paths], numbers]))
-    return sorted(found)
+            pairs.append(repr([[(t.tolist(), start) for t, start in paths], numbers]))
+    return sorted(pairs)
 
 
 def test_one_prompt_is_one_group_and_every_record_a_set(tmp_path):
@@ -128,10 +128,10 @@ def test_repeated_records_are_counted_and_kept(tmp_path):
     ]
     report, dataset = build(tmp_path, records)
     assert len(dataset) == 6
-    found = dataset.manifest["report"]["duplicates"]
-    assert found == {"num_records": 2, "records": [[2, 0], [5, 0]]}
+    duplicates = dataset.manifest["report"]["duplicates"]
+    assert duplicates == {"num_records": 2, "records": [[2, 0], [5, 0]]}
     assert "duplicates  2 records repeat" in report.summary()
-    assert "record 2 is as record 0" in report.summary()
+    assert "record 2 repeats record 0" in report.summary()
     unpaired = [{"prompt": "p", "completion": "c", "label": bool(i % 2)} for i in range(3)]
     report, _ = build(tmp_path, unpaired)
     assert report.as_dict()["duplicates"]["records"] == [[2, 0]]

@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from megatron_prefix.data.read.examples import ExampleReader
-from megatron_prefix.data.read.fields import Message
-from megatron_prefix.data.read.formats.base import Example, ExampleResponse
-from megatron_prefix.data.tokenize.paths import NOTE_TEMPLATE, PathEncoder, TooLong, select
-from megatron_prefix.data.tokenize.tokenizers import Tokenizer, load_tokenizer, plain_layout
+from megatron_prefix.data.read import ExampleReader, Inputs, Message
+from megatron_prefix.data.read.formats import Example, ExampleResponse
+from megatron_prefix.data.tokenize import PathEncoder, Tokenizer, TooLong, load_tokenizer, select
+from megatron_prefix.data.tokenize.base import plain_layout
+from megatron_prefix.data.tokenize.paths import NOTE_TEMPLATE
 from megatron_prefix.data.tree import Pair
 from megatron_prefix.errors import InputError
 
@@ -55,7 +55,7 @@ def sentencepiece_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hf_dir(tmp_path_factory):
-    """A tiny BPE that merges letters, and a space with the letter behind it."""
+    """A tiny BPE that merges letters, and a space with the letter after it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -97,7 +97,7 @@ def test_bytes():
     assert tokenizer.describe()["fingerprint"] == load_tokenizer("bytes").fingerprint
 
 
-def test_begin_and_end_of_text_stand_once():
+def test_begin_and_end_of_text_occur_once():
     (chosen, rejected), notes = encode(load_tokenizer("bytes"), pair_example("ab", "c", "d"))
     assert chosen.tokens.tolist() == [256, 97, 98, 99, 257] and chosen.loss_start == 3
     assert rejected.tokens.tolist() == [256, 97, 98, 100, 257] and notes == []
@@ -328,7 +328,7 @@ def test_drop_counts_responses_that_lose_their_last_pair():
     assert selection.dropped == {"over --max-length": (1, 1), "left without a pair": (1, 0)}
 
 
-def test_truncation_cuts_all_responses_of_a_set_alike():
+def test_truncation_cuts_all_responses_of_a_set_equally():
     example = ranked_example("0123456789", "a", "bbb")  # 13 and 15 tokens
     selection = choose(example, max_length=11, overflow="truncate-prompt")
     decode = load_tokenizer("bytes").decode
@@ -379,10 +379,8 @@ def test_truncation_with_a_chat_template_keeps_the_system_message(hf_dir, tmp_pa
 def test_real_dialogues_with_a_boundary_merging_tokenizer(data_dir, sentencepiece_model):
     from itertools import islice
 
-    from megatron_prefix.data.read.records import read_records
-
     tokenizer, reader = load_tokenizer(sentencepiece_model), ExampleReader()
-    for record in islice(read_records([data_dir / "hh_pairs.jsonl.gz"]), 50):
+    for record in islice(Inputs([data_dir / "hh_pairs.jsonl.gz"]).read(), 50):
         example = reader.read(record.value)
         paths, _ = encode(tokenizer, example)
         shared = min(p.loss_start for p in paths)
