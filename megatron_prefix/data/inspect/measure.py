@@ -14,7 +14,7 @@ import numpy as np
 from megatron_prefix.data.inspect.describe import packed_rows
 from megatron_prefix.data.steps import CostModel
 from megatron_prefix.data.store import SHARING_TOKENS, Histogram, PreferenceDataset
-from megatron_prefix.data.store.verify.checks import Span, sound_spans
+from megatron_prefix.data.store.verify import Span, sound_spans
 
 COST_MODEL = {
     "num_layers": 32,
