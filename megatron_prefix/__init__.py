@@ -27,13 +27,14 @@ _PUBLIC = {
     "TreeTransformerConfig": "model.gpt",
     "model_provider": "model.provider",
     "transformer_config": "model.provider",
-    "ModelConfig": "config.schema",
-    "LossConfig": "config.schema",
+    "ModelConfig": "config",
+    "LossConfig": "config",
     "forward_step": "engine.step",
     "to_device": "engine.batch",
     "sum_gradients": "engine.step",
-    "with_reference": "reference.reference",
+    "with_reference": "reference.model",
     "dpo_loss": "objectives.pairwise",
+    "ipo_loss": "objectives.pairwise",
     "bradley_terry_loss": "objectives.reward",
 }
 

@@ -1,4 +1,4 @@
-"""How full packed rows are in `rows_per_step` mode, and what packing costs.
+"""How full packed rows are in `rows_per_step` mode.
 
 python tools/bench_packing.py --data hh --row-capacity 4096
 """

@@ -1,4 +1,4 @@
-"""What `mutants.py` breaks, one thing at a time: data, from records to rows."""
+"""Mutants of the data, from records to rows; see `mutants.py`."""
 
 from __future__ import annotations
 

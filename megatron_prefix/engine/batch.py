@@ -1,4 +1,4 @@
-"""A row on the device: what one micro batch of Megatron-Core's schedule takes.
+"""TrainBatch: a row on the device, as one micro batch of Megatron-Core's schedule takes it.
 
 Shapes: T tokens, N targets, R responses of the row, P pairs of the row.
 """
@@ -23,18 +23,20 @@ from megatron_prefix.platform.transfer import on_device
 class TrainBatch:
     """One row on the device: what `forward_step` takes from its iterator.
 
-    tokens int64 [1, T]; `params` goes to the model; target i belongs to the response that
-    `response_order` and `response_offsets` sort it under; pairs int64 [P, 2] index the row's
-    responses; pair_weights and pair_margins float64 [P], a margin NaN where the data has none;
-    ref_logps float64 [R] or None where there is no reference; step_weight is the step's
-    normaliser. With `params.share`, tokens and targets are those that this rank owns, and
-    responses and pairs the whole row's.
+    tokens int64 [1, T]; `params` goes to the model. `response_order` [N] sorts the targets by
+    response, and `response_offsets` [R + 1] is where each response's targets begin in that order.
+    response_tokens int64 [R] counts each response's own tokens; pairs int64 [P, 2] index the row's
+    responses; pair_weights and pair_margins float64 [P], a margin NaN if the data has none;
+    step_weight is what the step's loss is divided by; ref_logps float64 [R], None if there is no
+    reference. With `params.share`, tokens and targets are those that this rank owns; responses
+    and pairs are always the whole row's.
     """
 
     tokens: Tensor
     params: TreePackedSeqParams
     response_order: Tensor
     response_offsets: Tensor
+    response_tokens: Tensor
     pairs: Tensor
     pair_weights: Tensor
     pair_margins: Tensor
@@ -57,14 +59,17 @@ def to_device(
     share: ContextShare | None = None,
 ) -> TrainBatch:
     """Move a row, or this rank's part of it, to `device` and plan its attention, once for all
-    layers; from pinned memory to CUDA, so that nobody waits for the copies.
+    layers. The host does not wait for copies from pinned memory to CUDA.
 
     `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
     """
-    own = np.arange(len(batch.tokens)) if share is None else share.rows
+    own = np.arange(len(batch.tokens)) if share is None else share.tokens
     is_own = np.isin(batch.logit_token, own)
     response = batch.response[is_own]
-    rows, target_rows = np.unique(batch.logit_token[is_own], return_inverse=True)
+    # Tokens that predict several targets are projected once. Their indices in the row,
+    # [2, 2, 5] of three targets, become the distinct [2, 5] and, per target, [0, 0, 1].
+    logit_tokens, logit_of_target = np.unique(batch.logit_token[is_own], return_inverse=True)
+    # Targets of the responses [1, 0, 1] -> order [1, 0, 2], offsets [0, 1, 3].
     order = np.argsort(response, kind="stable")
     counts = np.bincount(response, minlength=batch.num_responses)
     served = None if batch.served is None else batch.served[own]
@@ -76,15 +81,16 @@ def to_device(
             plan=TreePlan(batch.layout, device) if share is None else share.plan,
             share=share,
             position_ids=tensor(batch.layout.position_ids()[own]),
-            projected_rows=tensor(np.searchsorted(own, rows)),
-            target_rows=tensor(target_rows),
-            target_offsets=np.searchsorted(target_rows, np.arange(len(rows) + 1)),
+            logit_tokens=tensor(np.searchsorted(own, logit_tokens)),
+            logit_of_target=tensor(logit_of_target),
+            target_offsets=np.searchsorted(logit_of_target, np.arange(len(logit_tokens) + 1)),
             target_tokens=tensor(batch.target_token[is_own]),
             responses_served=None if served is None else tensor(served).float(),
             step_count=step_count,
         ),
         response_order=tensor(order),
         response_offsets=tensor(np.concatenate([[0], np.cumsum(counts)])),
+        response_tokens=tensor(batch.response_tokens),
         pairs=tensor(batch.pairs),
         pair_weights=tensor(batch.pair_weights),
         pair_margins=tensor(batch.pair_margins),

@@ -1,7 +1,7 @@
-"""What a step runs on, prepared on a thread while the step before runs.
+"""Feed: the rows of each step, prepared on a thread while the step before runs.
 
-Planning rows, reading trees, finding targets, context-parallel owners and attention plans is work
-for the host alone; with it out of the way the device does not wait between steps.
+The host alone plans rows, reads trees, finds targets, assigns tokens to context-parallel ranks and
+plans attention. Done ahead of time, the device does not wait for it between steps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prefix.attention.api import prepare
+from megatron_prefix.attention import prepare_plan
 from megatron_prefix.attention.context_parallel.transports import ContextShare
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.steps.sampler import Sampler, Step
@@ -21,7 +21,7 @@ from megatron_prefix.model.gpt import TreeTransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PreparedStep:
+class StepRows:
     """A step's plan, and this rank's rows of it on the host and on the device."""
 
     plan: Step
@@ -30,10 +30,10 @@ class PreparedStep:
 
 
 class Feed:
-    """Steps of one sampler for this rank; asking for one starts the next one's preparation.
+    """Steps of one sampler for this rank. A request for one starts the preparation of the next.
 
-    `config` is the model's, which decides how keys travel and what its attention reads. Nothing
-    is prepared beyond `num_steps`. Close it, so that the thread ends.
+    `config` is the model's, which decides how keys travel and what its attention reads. Steps from
+    `num_steps` on are not prepared. Close it, so that the thread ends.
     """
 
     def __init__(
@@ -42,22 +42,22 @@ class Feed:
         self._sampler, self._world, self._config = sampler, world, config
         self._context, self._num_steps = world.context(config), num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
-        self._next: tuple[int, Future] | None = None
+        self._next: tuple[int, Future[StepRows]] | None = None
 
-    def step(self, step: int) -> PreparedStep:
+    def step(self, step: int) -> StepRows:
         """Step `step`, counted from 0. Raises what its preparation raised."""
         if self._next is None or self._next[0] != step:
             self._next = (step, self._thread.submit(self._prepare, step))
-        _, found = self._next
+        _, rows = self._next
         self._next = None
         if step + 1 < self._num_steps:
             self._next = (step + 1, self._thread.submit(self._prepare, step + 1))
-        return found.result()
+        return rows.result()
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _prepare(self, step: int) -> PreparedStep:
+    def _prepare(self, step: int) -> StepRows:
         device = self._world.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -66,15 +66,15 @@ class Feed:
         batches = [to_device(row, device, plan.weight, share=self._share(row)) for row in rows]
         config = self._config
         for batch in batches:
-            prepare(
+            prepare_plan(
                 batch.params.plan,
                 config.tree_attention_backend,
                 config.params_dtype,
                 config.kv_channels,
             )
-        return PreparedStep(plan=plan, rows=rows, batches=batches)
+        return StepRows(plan=plan, rows=rows, batches=batches)
 
     def _share(self, row: MicroBatch) -> ContextShare | None:
-        """This rank's part of a row that context-parallel ranks share; None if nobody does."""
+        """This rank's part of a row; None without context parallelism."""
         context = self._context
         return None if context is None else context.share(row.layout, self._world.device)

@@ -1,8 +1,9 @@
-"""Megatron-Core's wrappers, optimizer and schedule from the configuration."""
+"""The trained model: Megatron-Core's wrappers, optimizer and schedule, from the configuration."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -12,12 +13,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer.module import Float16Module
 
-from megatron_prefix.config.schema import OptimizerConfig as OptimizerSettings
-from megatron_prefix.config.schema import ParallelConfig
+from megatron_prefix.config import Config
 from megatron_prefix.distributed.world import World
-from megatron_prefix.engine.step import sum_gradients
+from megatron_prefix.engine.batch import TrainBatch
+from megatron_prefix.engine.step import run_schedule, sum_gradients
 from megatron_prefix.model.gpt import TreeTransformerConfig
 from megatron_prefix.model.provider import model_provider
+from megatron_prefix.objectives import Objective
 
 
 def build_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
@@ -37,17 +39,65 @@ def build_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Mo
     return chunks
 
 
-def build_optimizer(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Policy:
+    """The model that is trained: wrapped chunks, their optimizer and the learning rate's
+    schedule."""
+
+    chunks: list[torch.nn.Module]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def gradients(self, batches: list[TrainBatch], objective: Objective) -> list[dict]:
+        """Forward and backward over rows, from zero gradients. Returns `run_schedule`'s logs."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return run_schedule(self.chunks, batches, objective)
+
+    def update(self) -> tuple[float, float] | None:
+        """Clip the gradients and step. Returns their global norm before clipping and the learning
+        rate, or None, with the weights unchanged, if the norm is not finite."""
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        norm = self.gradient_norm()
+        if not math.isfinite(norm):
+            return None
+        if self.optimizer.config.clip_grad > 0:
+            for part in self.optimizer.chained_optimizers:
+                clip_grad_by_total_norm_fp32(
+                    part.get_parameters(),
+                    max_norm=self.optimizer.config.clip_grad,
+                    total_norm=norm,
+                )
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(increment=1)
+        return norm, learning_rate
+
+    def gradient_norm(self) -> float:
+        """Norm of the summed gradients over all parameters of the model."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def finish_param_gather(self) -> None:
+        """Make every weight current before it is read other than by a forward pass; collective."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
+
+def build_policy(
     chunks: list[torch.nn.Module],
     config: TreeTransformerConfig,
-    settings: OptimizerSettings,
-    parallel: ParallelConfig,
+    run: Config,
     num_steps: int,
-) -> tuple[list[torch.nn.Module], MegatronOptimizer, OptimizerParamScheduler]:
-    """Wrap model chunks for training and make their optimizer and schedule.
+) -> Policy:
+    """Wrap model chunks for training, with their optimizer and schedule.
 
-    `num_steps` is the length of the run, over which the learning rate decays.
+    `run` has the settings of optimizer and layout; `num_steps` is the length of the run, over
+    which the learning rate decays.
     """
+    settings, parallel = run.optimizer, run.parallel
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -93,39 +143,7 @@ def build_optimizer(
     )
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = sum_gradients
-    if parallel.overlap_grad_reduce:  # gradients are added up behind the last row alone
+    if parallel.overlap_grad_reduce:  # gradients are summed after the last row only
         pauses = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
-    return chunks, optimizer, scheduler
-
-
-def finish_param_gather(chunks: list[torch.nn.Module]) -> None:
-    """Make every weight current before it is read other than by a forward pass; collective."""
-    for chunk in chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
-
-
-def gradient_step(
-    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-) -> tuple[float, float] | None:
-    """Clip and step. Returns the global gradient norm before clipping and the learning rate, or
-    None, with the weights as they were, where the norm is not finite."""
-    learning_rate = float(optimizer.param_groups[0]["lr"])
-    norm = gradient_norm(optimizer)
-    if not math.isfinite(norm):
-        return None
-    if optimizer.config.clip_grad > 0:
-        for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(
-                part.get_parameters(), max_norm=optimizer.config.clip_grad, total_norm=norm
-            )
-    optimizer.step_with_ready_grads()
-    scheduler.step(increment=1)
-    return norm, learning_rate
-
-
-def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Norm of the summed gradients over all parameters of the model."""
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    return Policy(chunks=chunks, optimizer=optimizer, scheduler=scheduler)

@@ -1,16 +1,17 @@
-"""One step: rows onto the device, through Megatron-Core's schedule, to one weighted loss.
+"""One step: rows through Megatron-Core's schedule to one weighted loss, or to scores.
 
-The loss is a sum over the global batch's pairs divided by their weights' sum, which the step
-plan knows beforehand. So nothing is divided by micro batches, tokens or ranks: data
-parallelism adds gradients up, and the result does not depend on how pairs were packed.
+The loss is a sum over the global batch's pairs divided by the sum of their weights, which is known
+before the step. So nothing is divided by micro batches, tokens or ranks: data parallelism adds
+the gradients, and the result does not depend on how pairs were packed.
 
 Shapes: T tokens, N targets, R responses of the row, P pairs of the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,48 +23,84 @@ from megatron.core.parallel_state import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_prefix.config.schema import LossConfig
+from megatron_prefix.config import LossConfig
 from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.model.logps import response_logps
-from megatron_prefix.objectives.objective import pair_metrics, pair_rewards
+from megatron_prefix.objectives import LossInputs, Objective, check
+
+Forward = Callable[[Iterator[TrainBatch], torch.nn.Module], tuple[Tensor, Callable]]
+"""Megatron-Core's forward step: the model's output, and a function that makes a loss of it."""
 
 
 def forward_step(
     data_iterator: Iterator[TrainBatch], model: torch.nn.Module, *, loss: LossConfig
 ) -> tuple[Tensor, Callable]:
-    """Megatron-Core's forward step: token log-probabilities, or a reward model's scores, and what
-    makes a loss of them."""
+    """Megatron-Core's forward step for a loop of your own, with the objective of `loss`.
+
+    The loss function that comes with the output returns what `preference_loss` does. Raises
+    InputError if `loss` is not a valid loss section.
+    """
+    return _training_forward(data_iterator, model, objective=check(loss))
+
+
+def _training_forward(
+    data_iterator: Iterator[TrainBatch], model: torch.nn.Module, *, objective: Objective
+) -> tuple[Tensor, Callable]:
     batch = next(data_iterator)
     output = model(batch.tokens, None, None, packed_seq_params=batch.params)
-    return output, partial(preference_loss, batch=batch, loss=loss)
+    return output, partial(preference_loss, batch=batch, objective=objective)
+
+
+def _scoring_forward(
+    data_iterator: Iterator[TrainBatch], model: torch.nn.Module
+) -> tuple[Tensor, Callable]:
+    batch = next(data_iterator)
+    output = model(batch.tokens, None, None, packed_seq_params=batch.params)
+
+    def scores(token_logps: Tensor, *, non_loss_data: bool) -> Tensor:
+        return response_scores(token_logps, batch).detach()
+
+    return output, scores
+
+
+def response_scores(token_logps: Tensor, batch: TrainBatch) -> Tensor:
+    """Log-probability of each response of the row, float64 [R], or a reward model's score of it;
+    summed over the context-parallel ranks that share the row."""
+    scores = response_logps(token_logps, batch.response_order, batch.response_offsets)
+    share = batch.params.share
+    return scores if share is None else share.sum(scores)
 
 
 def preference_loss(
-    token_logps: Tensor, *, batch: TrainBatch, loss: LossConfig, non_loss_data: bool = False
-) -> Tensor | tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Share of the step's loss that this row has, with its pair count and sums for logging.
+    token_logps: Tensor, *, batch: TrainBatch, objective: Objective
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """This row's share of the step's loss, its pair count, and its values for logging:
 
-    With `non_loss_data` the row's response log-probabilities, float64 [R], and nothing else. A
-    reward model's score takes the place of a response's log-probability.
+    sums       name -> sum over the row's pairs: "loss" with the pairs' weights, the objective's
+               metrics without
+    logratios  |logp - ref_logp| of both sides of each pair [2P], if there is a reference
+    ref_logps  |ref_logp| of the same
     """
-    logps = response_logps(token_logps, batch.response_order, batch.response_offsets)
-    share = batch.params.share
-    if share is not None:
-        logps = share.sum(logps)
-    if non_loss_data:
-        return logps.detach()
-    pairs = pair_rewards(loss, logps, batch.ref_logps, batch.pairs, batch.pair_margins)
-    weighted = (batch.pair_weights * pairs.losses).sum()
-    chosen, rejected = batch.pairs.unbind(1)
-    values = (pairs.chosen, pairs.rejected, pairs.margins, pairs.accuracies)
-    values += (logps[chosen], logps[rejected])
-    sums = [weighted, *(x.sum() for x in values)][: len(pair_metrics(loss))]
-    logs = {"sums": torch.stack([x.detach() for x in sums])}
+    scores = response_scores(token_logps, batch)
+    inputs = LossInputs(
+        scores=scores,
+        ref_logps=batch.ref_logps,
+        num_tokens=batch.response_tokens,
+        pairs=batch.pairs,
+        margins=batch.pair_margins,
+    )
+    outputs = objective.outputs(inputs)
+    weighted = (batch.pair_weights * outputs.losses).sum()
+    metrics = outputs.metrics | objective.logp_metrics(inputs)
+    sums = {"loss": weighted.detach()} | {name: x.sum() for name, x in metrics.items()}
+    logs: dict[str, Any] = {"sums": sums}
     if batch.ref_logps is not None:
-        logs["rewards"] = torch.cat([pairs.chosen, pairs.rejected]).abs()
-        logs["ref_logps"] = batch.ref_logps[torch.cat([chosen, rejected])].abs()
-    is_first = share is None or share.group.rank() == 0  # it counts for all
-    num_pairs = len(batch.pairs) if is_first else 0
+        sides = torch.cat(batch.pairs.unbind(1))
+        logs["logratios"] = (scores.detach() - batch.ref_logps)[sides].abs()
+        logs["ref_logps"] = batch.ref_logps[sides].abs()
+    share = batch.params.share
+    counts_pairs = share is None or share.group.rank() == 0  # one rank of those that share the row
+    num_pairs = len(batch.pairs) if counts_pairs else 0
     count = torch.full((), num_pairs, dtype=torch.int, device=token_logps.device)
     return weighted / batch.step_weight, count, logs
 
@@ -74,45 +111,56 @@ def sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: objec
 
 
 def run_schedule(
-    model: Sequence[torch.nn.Module],
-    batches: Iterable[TrainBatch],
-    loss: LossConfig,
-    *,
-    forward_only: bool = False,
-) -> list:
-    """Run rows through Megatron-Core's schedule for the current process groups.
+    model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch], objective: Objective
+) -> list[dict[str, Any]]:
+    """Forward and backward over rows; `preference_loss`'s values of every row, in their order and
+    on every pipeline stage."""
+    with torch.enable_grad():
+        logs = _schedule(partial(_training_forward, objective=objective), model, batches)
+    return from_last_stage(logs, batches[0].tokens.device)
 
-    Returns `preference_loss`'s logs of every row after forward and backward, or with
-    `forward_only` its response log-probabilities, in the order of the rows and on every
-    pipeline stage.
-    """
-    batches = list(batches)
-    with torch.set_grad_enabled(not forward_only):
-        found = get_forward_backward_func()(
-            forward_step_func=partial(forward_step, loss=loss),
-            data_iterator=[iter(batches) for _ in model],
-            model=list(model),
-            num_microbatches=len(batches),
-            seq_length=max(batch.tokens.size(1) for batch in batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
+
+def score_rows(model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]) -> list[Tensor]:
+    """Forward over rows without gradients; `response_scores` of every row, in their order and on
+    every pipeline stage."""
+    with torch.no_grad():
+        scores = _schedule(
+            _scoring_forward, model, batches, forward_only=True, collect_non_loss_data=True
         )
-    return from_last_stage(found, batches[0].tokens.device)
+    return from_last_stage(scores, batches[0].tokens.device)
 
 
-def from_last_stage(found: list, device: torch.device) -> list:
-    """What the last pipeline stage found, on every stage; tensors come back on `device`."""
+def _schedule(
+    forward: Forward,
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[TrainBatch],
+    **options: bool,
+) -> list:
+    """Run rows through Megatron-Core's schedule for the current process groups. What the last
+    pipeline stage collects; nothing on the others."""
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=[iter(batches) for _ in model],
+        model=list(model),
+        num_microbatches=len(batches),
+        seq_length=max(batch.tokens.size(1) for batch in batches),
+        micro_batch_size=1,
+        **{"forward_only": False, **options},
+    )
+
+
+def from_last_stage(values: list, device: torch.device) -> list:
+    """What the last pipeline stage has, on every stage; tensors come back on `device`."""
     group = get_pipeline_model_parallel_group()
     if group.size() == 1:
-        return found
+        return values
     last = get_pipeline_model_parallel_last_rank()
-    values = [_moved(found, torch.device("cpu")) if dist.get_rank() == last else None]
-    dist.broadcast_object_list(values, src=last, group=group)
-    return _moved(values[0], device)
+    shared = [_moved(values, torch.device("cpu")) if dist.get_rank() == last else None]
+    dist.broadcast_object_list(shared, src=last, group=group)
+    return _moved(shared[0], device)
 
 
-def _moved(value: object, device: torch.device) -> object:
+def _moved(value: Any, device: torch.device) -> Any:
     """Lists and dictionaries of tensors on another device."""
     if isinstance(value, Tensor):
         return value.to(device)

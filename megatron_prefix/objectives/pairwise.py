@@ -1,32 +1,27 @@
-"""Losses over (chosen, rejected) pairs.
+"""Losses of language models over (chosen, rejected) pairs: a function and a record each.
 
-Shapes: P pairs. Log-probabilities are sums over a response's tokens, in nats, float64.
+Shapes: P pairs. Log-probabilities are sums over a response's tokens, in nats, float64. In the
+equations, u and v are the log-ratios of the chosen and the rejected response: policy minus
+reference.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from megatron_prefix.objectives.record import (
+    FirstValue,
+    LossOutputs,
+    ObjectiveRecord,
+    Option,
+    reward_metrics,
+)
 
-class PairRewards(NamedTuple):
-    """Loss and implicit rewards of each pair, [P] each; rewards carry no gradient."""
-
-    losses: Tensor
-    chosen: Tensor
-    rejected: Tensor
-
-    @property
-    def margins(self) -> Tensor:
-        return self.chosen - self.rejected
-
-    @property
-    def accuracies(self) -> Tensor:
-        """1 where the chosen reward is above, 1/2 at a tie, 0 where it is below."""
-        return (torch.sign(self.margins) + 1) / 2
+LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+NUM_TOKENS = ("chosen_num_tokens", "rejected_num_tokens")
 
 
 def dpo_loss(
@@ -37,19 +32,71 @@ def dpo_loss(
     *,
     beta: float,
     label_smoothing: float = 0.0,
-) -> PairRewards:
+) -> LossOutputs:
     """Direct preference optimisation.
 
-    With the implicit reward r = beta (logp - ref_logp) and the margin m = r_chosen - r_rejected,
+    With the rewards beta u and beta v and their margin m = beta (u - v),
 
         loss = -(1 - s) log sigmoid(m) - s log sigmoid(-m)
 
     Rafailov et al. 2023 (arXiv 2305.18290), equation 7, for s = 0; the conservative form with
-    label noise s is Mitchell 2023. At m = 0 it is ln 2 whatever s. All arguments and results
-    are [P].
+    label noise s is Mitchell 2023. All tensors are [P].
     """
     chosen = beta * (chosen_logps - ref_chosen_logps)
     rejected = beta * (rejected_logps - ref_rejected_logps)
     margins = chosen - rejected
     losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
-    return PairRewards(losses, chosen.detach(), rejected.detach())
+    return LossOutputs(losses=losses, metrics=reward_metrics(chosen, rejected))
+
+
+def ipo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    chosen_num_tokens: Tensor,
+    rejected_num_tokens: Tensor,
+    *,
+    beta: float,
+) -> LossOutputs:
+    """Identity preference optimisation, with log-ratios per token.
+
+        loss = (u / n_chosen - v / n_rejected - 1 / (2 beta))^2
+
+    Azar et al. 2023 (arXiv 2310.12036), equation 17, with tau = beta. The division by each
+    response's own tokens n is that of TRL 1.16, whose authors confirmed it with those of the paper.
+    Rewards are beta u and beta v. All tensors are [P].
+    """
+    chosen = chosen_logps - ref_chosen_logps
+    rejected = rejected_logps - ref_rejected_logps
+    gap = chosen / chosen_num_tokens - rejected / rejected_num_tokens
+    losses = (gap - 1 / (2 * beta)).square()
+    return LossOutputs(losses=losses, metrics=reward_metrics(beta * chosen, beta * rejected))
+
+
+RECORDS = (
+    ObjectiveRecord(
+        name="sigmoid",
+        function=dpo_loss,
+        columns=LOGPS,
+        options={"beta": Option(default=0.1), "label_smoothing": Option(default=0.0)},
+        model="lm",
+        first=FirstValue(
+            formula="ln 2",
+            value=lambda beta, label_smoothing: math.log(2),
+            steepness=lambda beta, label_smoothing: 1 - 2 * label_smoothing,
+        ),
+    ),
+    ObjectiveRecord(
+        name="ipo",
+        function=ipo_loss,
+        columns=(*LOGPS, *NUM_TOKENS),
+        options={"beta": Option(default=0.1)},
+        model="lm",
+        first=FirstValue(
+            formula="1 / (4 beta^2)",
+            value=lambda beta: 1 / (4 * beta**2),
+            steepness=lambda beta: 2 / beta**2,  # of two responses of one token
+        ),
+    ),
+)

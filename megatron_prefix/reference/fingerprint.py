@@ -1,4 +1,4 @@
-"""What a model is, whatever layout or checkpoint it came from: a hash of its weights by name."""
+"""Model fingerprint: a hash of the weights by name, the same in every layout and checkpoint."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ import hashlib
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.model.gpt import unwrap
-from megatron_prefix.model.init import canonical_parameters, whole_parameter
+from megatron_prefix.model import whole_parameters
 
 
 @torch.no_grad()
 def model_fingerprint(chunks: list[torch.nn.Module]) -> str:
     """SHA-256 over the SHA-256 of every parameter, in the order of canonical names.
 
-    A parameter counts whole, with its precision, its shape and its bytes, without the rows that
-    pad the vocabulary; so the layout does not matter. Collective; one parameter at a time.
+    A parameter is hashed unsharded, with its precision, shape and bytes, without the padding of the
+    vocabulary. Collective; one parameter at a time.
     """
     own: dict[str, str] = {}
     for chunk in chunks:
-        model = unwrap(chunk)
-        for name, parameter in canonical_parameters(model):
-            whole = whole_parameter(name, parameter, model)
+        for name, whole in whole_parameters(chunk):
             head = f"{name} {whole.dtype} {tuple(whole.shape)}\n"
             digest = hashlib.sha256(head.encode())
             digest.update(memoryview(whole.cpu().view(torch.uint8).numpy()).cast("B"))

@@ -1,10 +1,11 @@
-"""Reference log-probabilities computed once: the file that `score` writes and training reads.
+"""Sidecars: reference log-probabilities in a file that `score` writes and training reads.
 
-    score:   every response of data.train, and of data.valid where it is set, under the reference
-    file:    safetensors; one float64 array a data set, named by its fingerprint
-    reading: refused unless data set, tokenizer and reference model are the ones it was made of
+    score:   every response of data.train, and of data.valid if it is set, under the reference
+    file:    safetensors; one float64 array per data set, named by its fingerprint
+    reading: refused unless data set, tokenizer and reference model are those of the scoring
 
-While `score` runs, what it has lies in FILE.partial/ and is taken up again by the same command.
+While `score` runs, its scores so far are saved in FILE.partial/. The same command continues from
+them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ HEADER = "megatron_prefix"
 def write_sidecar(
     path: str, model: str, scores: list[tuple[PreferenceDataset, np.ndarray]]
 ) -> None:
-    """Write the log-probabilities, float64 [responses] a data set, of the model whose
-    fingerprint is `model`; in place of `path` at once."""
+    """Write the log-probabilities, float64 [responses] per data set, of the model whose
+    fingerprint is `model`. `path` is replaced in one step."""
     described = {
         data.fingerprint: {
             "prefix": data.prefix.name,
@@ -46,7 +47,7 @@ def write_sidecar(
     temporary = f"{path}.tmp"
     arrays = {data.fingerprint: np.ascontiguousarray(logps) for data, logps in scores}
     header["sha256"] = _digest(header, arrays)
-    try:  # one key, because safetensors writes several in any order
+    try:  # one key: safetensors writes several keys in any order
         save_file(arrays, temporary, {HEADER: json.dumps(header)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
@@ -55,7 +56,7 @@ def write_sidecar(
 
 
 def _digest(header: dict, arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 over everything a sidecar says."""
+    """SHA-256 over header and arrays."""
     rest = {key: value for key, value in header.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(arrays):
@@ -66,16 +67,16 @@ def _digest(header: dict, arrays: dict[str, np.ndarray]) -> str:
 
 def _unwritten(path: str, error: Exception) -> RunError:
     return RunError(
-        f"--output {path}: could not be written ({error}). Free some space; the same command goes "
-        "on where it was"
+        f"--output {path}: cannot be written ({error}). Free some space; the same command then "
+        "continues from the scores that were saved"
     )
 
 
 def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarray:
     """The log-probabilities of `dataset`'s responses, float64 [responses].
 
-    Raises InputError where the file is damaged, or was made of another model, data set or
-    tokenizer, with both fingerprints.
+    Raises InputError if the file is damaged, or was made with another model, data set or
+    tokenizer; the message has both fingerprints.
     """
     try:
         with safe_open(path, "numpy") as file:
@@ -85,10 +86,10 @@ def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarra
                 raise InputError(f"{path}: not a file that megatron-prefix score wrote")
             _check_origin(path, header["model"], header["datasets"], model, dataset)
             if dataset.fingerprint not in names:
-                raise InputError(f"{path}: cut off; score again")
+                raise InputError(f"{path}: the end of the file is missing; score again")
             arrays = {name: file.get_tensor(name) for name in names}
             if _digest(header, arrays) != header["sha256"]:
-                raise InputError(f"{path}: damaged, its SHA-256 is another; score again")
+                raise InputError(f"{path}: damaged, its SHA-256 has changed; score again")
             logps = arrays[dataset.fingerprint]
     except (
         *(OSError, SafetensorError, ValueError, KeyError, TypeError),
@@ -101,9 +102,12 @@ def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarra
             f"{path}: cannot be read as reference log-probabilities ({text})"
         ) from None
     if logps.shape != (len(dataset.response_lengths),) or logps.dtype != np.float64:
-        raise InputError(f"{path}: {logps.dtype} {logps.shape} for {dataset.prefix}; score again")
+        raise InputError(
+            f"{path}: {logps.dtype} {logps.shape} does not fit the {len(dataset.response_lengths)} "
+            f"responses of {dataset.prefix}; score again"
+        )
     if not (np.isfinite(logps).all() and (logps <= 0).all()):
-        raise InputError(f"{path}: holds values that are no log-probabilities; score again")
+        raise InputError(f"{path}: has values that are not log-probabilities; score again")
     return logps
 
 
@@ -112,9 +116,9 @@ def _check_origin(
 ) -> None:
     if saved_model != model:
         raise InputError(
-            f"{path}: made with a reference model of fingerprint {saved_model[:16]}…, and this "
-            f"run's has {model[:16]}…: score again with this run's model section, train.seed and "
-            "dtype"
+            f"{path}: made with a reference model of fingerprint {saved_model[:16]}…, but this "
+            f"run's model has {model[:16]}…: score again with this run's model section, train.seed "
+            "and dtype"
         )
     if dataset.fingerprint not in described:
         tokenizers = {entry["tokenizer"] for entry in described.values()}
@@ -122,19 +126,21 @@ def _check_origin(
         if ours not in tokenizers:
             raise InputError(
                 f"{path}: made with tokenizer {' '.join(t[:16] for t in sorted(tokenizers))}…, "
-                f"and {dataset.prefix} has {ours[:16]}…: score again"
+                f"but {dataset.prefix} has {ours[:16]}…: score again"
             )
         known = ", ".join(f"{v['prefix']} ({k[:16]}…)" for k, v in described.items())
         raise InputError(
-            f"{path}: made of data sets {known}, and {dataset.prefix} has fingerprint "
+            f"{path}: made from data sets {known}, but {dataset.prefix} has fingerprint "
             f"{dataset.fingerprint[:16]}…: score again"
         )
 
 
 class PartialScores:
-    """Sums of log-probabilities and of runs so far, kept on disk: FILE.partial/NAME.npy.
+    """Scores so far on disk, FILE.partial/NAME.npz: sums of log-probabilities, and times that
+    each response ran.
 
-    `key` is everything that decides them; scores under another key are begun anew.
+    `key` is everything that the scores depend on. Scores saved under another key are ignored, and
+    scoring starts from scratch.
     """
 
     def __init__(self, path: str, name: str, key: dict, num_responses: int) -> None:
@@ -152,10 +158,10 @@ class PartialScores:
                 if str(saved["key"]) == self._key and saved["sums"].shape == self.sums.shape:
                     self.step, self.sums = int(saved["step"]), saved["sums"].astype(np.float64)
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            return  # nothing yet, or torn by a kill: begin anew
+            return  # nothing saved yet, or a torn file: start from scratch
 
     def save(self, step: int) -> None:
-        """Keep the sums after `step` steps. Raises RunError where they cannot be written."""
+        """Save the sums after `step` steps. Raises RunError if they cannot be written."""
         self.step = step
         temporary = self._file.with_suffix(".tmp")
         try:
@@ -168,5 +174,5 @@ class PartialScores:
             raise _unwritten(self._path, error) from error
 
     def discard(self) -> None:
-        """Remove everything that was kept for FILE."""
+        """Remove everything that was saved for FILE."""
         shutil.rmtree(self._directory, ignore_errors=True)

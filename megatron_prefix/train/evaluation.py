@@ -1,7 +1,7 @@
-"""Evaluation: log-probabilities or rewards of a data set's responses -> loss, margins, accuracy.
+"""Evaluation: scores of a data set's responses -> loss, rewards, accuracy.
 
-Everything past them is a plain function of arrays over the data set's pairs,
-so it does not depend on rows or ranks.
+Only the scores come from rows and ranks; the metrics are a plain function of arrays over the data
+set's pairs.
 """
 
 from __future__ import annotations
@@ -15,123 +15,152 @@ import numpy as np
 import torch
 
 from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
-from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import Config
+from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps.rows import loss_weights
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.session import running
+from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.world import World
-from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives.objective import LOGP_METRICS, pair_rewards
-from megatron_prefix.reference.fingerprint import model_fingerprint
-from megatron_prefix.reference.reference import freeze, score_dataset
-from megatron_prefix.reference.sidecars import read_sidecar
-from megatron_prefix.train.samplers import check_margins, evaluation_sampler, open_verified
+from megatron_prefix.objectives import LossInputs, Objective, check
+from megatron_prefix.reference import (
+    frozen_model,
+    model_fingerprint,
+    read_sidecar,
+    score_dataset,
+)
+from megatron_prefix.train.samplers import check_columns, evaluation_sampler, open_verified
 
 PER_RESPONSE = {"lm": "logp", "reward": "reward"}
-"""Key of a response's score in `--per-response`, by the kind of the model."""
+"""Key of a response's score in `--per-response`, by `model.kind`."""
 
 
 def evaluate(config: Config, load: str | None, per_response: str | None) -> dict[str, float]:
     """Score `data.valid` with the policy and the reference, and return the metrics.
 
-    The policy is the checkpoint `load`, or the initial model; `per_response` names a file for
-    every response's log-probability under the policy. A reward model is evaluated alone, and the
-    file gets its rewards. Raises InputError.
+    The policy is the checkpoint `load`, or the initial model. `per_response` names a file for
+    every response's log-probability under the policy, or its reward. Raises InputError.
     """
+    objective = check(config.loss, config.model.kind)
     if config.data.valid is None:
         raise InputError("data.valid is not set: name the data set to evaluate on")
     if load is not None:
         load = resolve_checkpoint(load)
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
-    with running(config) as here:
-        dataset = open_verified(config.data.valid, "data.valid", here)
+    with open_session(config) as world:
+        dataset = open_verified(config.data.valid, "data.valid", world)
         initial = initial_model(config.model, [dataset])
-        sampler = evaluation_sampler(config, dataset, here, initial.sizes)
-        model = freeze(
-            build_model(initial.transformer_config(config.train.seed, config.parallel), here)
-        )
-        check_margins(config.loss, dataset, "data.valid")
-        score = _rewards if config.loss.reference == "none" else _logps
-        scores, ref_logps = score(config, initial, model, load, sampler, here)
+        sampler = evaluation_sampler(config, dataset, world, initial.sizes)
+        model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
+        check_columns(objective, dataset, "data.valid")
+        if objective.reference == "none":
+            scores = _own_scores(config, initial, model, load, sampler, world)
+            ref_logps = None
+        else:
+            scores, ref_logps = _logps(objective, config, initial, model, load, sampler, world)
         if per_response is not None:
             name = PER_RESPONSE[config.model.kind]
-            here.once(lambda: _write_records(per_response, dataset, scores, name))
-    return preference_metrics(dataset, scores, ref_logps, config)
+            world.once(lambda: _write_records(per_response, dataset, scores, name))
+    return preference_metrics(objective, dataset, scores, ref_logps)
 
 
-def _rewards(config, initial, model, load, sampler: Sampler, here: World) -> tuple:
-    """A reward model's score of every response, float64 [responses]; there is no reference."""
+def _own_scores(
+    config: Config,
+    initial: InitialModel,
+    model: list[torch.nn.Module],
+    load: str | None,
+    sampler: Sampler,
+    world: World,
+) -> np.ndarray:
+    """The model's score of every response, float64 [responses], without a reference."""
     if load is not None:
         load_weights(load, model)
     else:
         initial.load(model)
-        if here.is_main and (note := initial.note(config.train.seed)) is not None:
+        if world.is_main and (note := initial.note(config.train.seed)) is not None:
             print(note, file=sys.stderr)
-    return score_dataset(model, sampler, config.loss, here), None
+    return score_dataset(model, sampler, world)
 
 
-def _logps(config, initial, model, load, sampler: Sampler, here: World) -> tuple:
+def _logps(
+    objective: Objective,
+    config: Config,
+    initial: InitialModel,
+    model: list[torch.nn.Module],
+    load: str | None,
+    sampler: Sampler,
+    world: World,
+) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities of every response under policy and reference, float64 [responses]."""
     initial.load(model)
-    dataset = sampler.dataset
-    logps = ref_logps = None
-    if config.loss.reference == "precomputed":
-        ref_logps = read_sidecar(config.loss.ref_logps, model_fingerprint(model), dataset)
-    if ref_logps is None or load is None:
-        logps = score_dataset(model, sampler, config.loss, here)
-        ref_logps = logps if ref_logps is None else ref_logps
+    if objective.reference == "precomputed":
+        path = config.loss.ref_logps
+        assert path is not None
+        ref_logps = read_sidecar(path, model_fingerprint(model), sampler.dataset)
+    else:
+        ref_logps = score_dataset(model, sampler, world)
+        if load is None:
+            return ref_logps, ref_logps
     if load is not None:
         load_weights(load, model)
-        logps = score_dataset(model, sampler, config.loss, here)
-    return logps, ref_logps
+    return score_dataset(model, sampler, world), ref_logps
 
 
 def pair_responses(dataset: PreferenceDataset) -> np.ndarray:
-    """(chosen, rejected) of every pair, numbered through the whole data set, [P, 2]."""
+    """(chosen, rejected) of every pair as indices among all responses of the data set, [P, 2].
+
+    Groups of 2 and 3 responses, with pairs [(0, 1)] and [(0, 2), (1, 2)] of their own, start at
+    response 0 and 2: [(0, 1), (2, 4), (3, 4)].
+    """
     pairs_per_group = np.diff(dataset.group_pairs)
     first = np.repeat(np.asarray(dataset.group_responses[:-1]), pairs_per_group)
     return np.asarray(dataset.pair_responses, np.int64) + first[:, None]
 
 
 def preference_metrics(
-    dataset: PreferenceDataset, scores: np.ndarray, ref_logps: np.ndarray | None, config: Config
+    objective: Objective,
+    dataset: PreferenceDataset,
+    scores: np.ndarray,
+    ref_logps: np.ndarray | None,
 ) -> dict[str, float]:
-    """Weighted mean loss, and means over pairs of rewards, margins and accuracy.
+    """Weighted mean loss, and means over pairs of the objective's metrics.
 
-    `scores` and `ref_logps` are float64 [responses], as `score_dataset` returns them; a reward
-    model has no reference.
+    `scores` and `ref_logps` are float64 [responses], as `score_dataset` returns them; None if there
+    is no reference.
     """
     pairs = pair_responses(dataset)
-    weighting = config.loss.weighting
-    weights = np.concatenate([loss_weights(dataset, g, weighting) for g in range(len(dataset))])
-    result = pair_rewards(
-        config.loss,
-        torch.from_numpy(scores),
-        None if ref_logps is None else torch.from_numpy(ref_logps),
-        torch.from_numpy(pairs),
-        torch.from_numpy(np.array(dataset.pair_margins)),
+    weights = np.concatenate(
+        [loss_weights(dataset, g, objective.weighting) for g in range(len(dataset))]
     )
-    sides = scores[pairs[:, 0]].mean(), scores[pairs[:, 1]].mean()
-    logps = dict(zip(LOGP_METRICS, map(float, sides), strict=True))
+    inputs = LossInputs(
+        scores=torch.from_numpy(scores),
+        ref_logps=None if ref_logps is None else torch.from_numpy(ref_logps),
+        num_tokens=torch.from_numpy(own_tokens(dataset)),
+        pairs=torch.from_numpy(pairs),
+        margins=torch.from_numpy(np.array(dataset.pair_margins)),
+    )
+    outputs = objective.outputs(inputs)
     return {
-        "loss": float(np.average(result.losses.numpy(), weights=weights)),
-        "rewards/chosen": float(result.chosen.mean()),
-        "rewards/rejected": float(result.rejected.mean()),
-        "rewards/margins": float(result.margins.mean()),
-        "rewards/accuracies": float(result.accuracies.mean()),
-        **(logps if ref_logps is not None else {}),
+        "loss": float(np.average(outputs.losses.numpy(), weights=weights)),
+        **{name: float(x.mean()) for name, x in outputs.metrics.items()},
+        # NumPy sums in another order than torch; it has always been NumPy for these.
+        **{name: float(x.numpy().mean()) for name, x in objective.logp_metrics(inputs).items()},
         "num_pairs": len(pairs),
     }
 
 
+def own_tokens(dataset: PreferenceDataset) -> np.ndarray:
+    """Tokens with loss of every response: its own, without its prompt, int64 [responses]."""
+    lengths = np.asarray(dataset.response_lengths, np.int64)
+    return lengths - np.asarray(dataset.response_prompts, np.int64)
+
+
 def response_records(dataset: PreferenceDataset, scores: np.ndarray, name: str) -> Iterator[str]:
-    """A JSON line a response: group, response, record, its score under `name`, num_tokens (the
-    response's own)."""
-    own = np.asarray(dataset.response_lengths) - np.asarray(dataset.response_prompts)
+    """A JSON line per response: group, response, record, its score under the key `name`,
+    num_tokens (the response's own)."""
+    own = own_tokens(dataset)
     for group in range(len(dataset)):
         start, end = (int(x) for x in dataset.group_responses[group : group + 2])
         for index in range(start, end):

@@ -1,40 +1,46 @@
-"""The first step's loss is known: policy and reference are one model, so it is ln 2."""
+"""First-step check: policy and reference are one model, so rewards and loss are known."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from megatron_prefix.config.schema import Config
 from megatron_prefix.distributed.world import World
 from megatron_prefix.errors import RunError
-from megatron_prefix.reference.reference import Reference
+from megatron_prefix.objectives import Objective
+from megatron_prefix.reference import Reference
 
 TOLERANCE = 1e-5
+"""Of a reward."""
 
 
-def check_first_loss(
-    loss: float, logs: list[dict], config: Config, reference: Reference, world: World
+def check_first_step(
+    loss: float, logs: list[dict], objective: Objective, reference: Reference, world: World
 ) -> None:
-    """Raise RunError unless all rewards are 0 and the loss is ln 2.
+    """Raise RunError unless all rewards are 0 and the loss is the objective's first value.
 
-    A reward may be off by 1e-5, and by beta |logp| times the reference's relative rounding.
-    Collective; `logs` are this rank's rows'.
+    A reward may be off by `TOLERANCE`, and by |ref_logp| times the reference's relative rounding,
+    in units of reward; the loss by that times its steepness, if that is above 1. Collective;
+    `logs` are those of this rank's rows.
     """
-    rewards = torch.cat([log["rewards"] for log in logs])
+    scale = objective.rewards_per_nat
+    rewards = scale * torch.cat([log["logratios"] for log in logs])
     ref_logps = torch.cat([log["ref_logps"] for log in logs])
-    budgets = TOLERANCE + config.loss.beta * reference.rounding * ref_logps
+    budgets = TOLERANCE + scale * reference.rounding * ref_logps
     worst = [
         x.max() if len(x) else rewards.new_zeros(()) for x in (rewards / budgets, rewards, budgets)
     ]
     excess, reward, budget = world.max(torch.stack(worst)).tolist()
-    if excess <= 1 and abs(loss - math.log(2)) <= budget:
+    expected = objective.first_value
+    is_known = expected is not None
+    tolerance = budget * max(1.0, objective.first_steepness)
+    if excess <= 1 and (not is_known or abs(loss - expected) <= tolerance):
         return
+    formula = objective.record.first.formula if is_known else ""
+    known = f"a loss of {formula} = {expected:.8f} and rewards of 0" if is_known else "rewards of 0"
     raise RunError(
-        f"the first loss is {loss:.8f} and the largest reward {reward:.2e}, where "
-        f"ln 2 = {math.log(2):.8f} and rewards of 0 (within {budget:.1e}) were expected, because "
-        "policy and reference are the same model at the first step: their forward passes differ, "
-        "so nothing this run learned could be trusted. Try model.attention_backend: dense to see "
-        "whether attention is to blame"
+        f"the first loss is {loss:.8f} and the largest reward {reward:.2e}, but loss.loss_type: "
+        f"{objective.name} must start with {known} (within {budget:.1e}), because policy and "
+        "reference are the same model at the first step. Their forward passes differ, so the run "
+        "would learn from wrong rewards. Try model.attention_backend: dense to see whether "
+        "attention is the cause"
     )

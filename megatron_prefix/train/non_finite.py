@@ -1,4 +1,4 @@
-"""When a loss or a gradient is not finite: name the rows it came from, and keep the batch."""
+"""If a loss or a gradient is not finite: name the rows that caused it, and save the step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import torch
 
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.engine.batch import TrainBatch
-from megatron_prefix.errors import RunError
 
 
 def finite_rows(logs: list[dict]) -> list[bool]:
     """Whether the sums of each row are finite."""
-    return [bool(torch.isfinite(log["sums"]).all()) for log in logs]
+    return [bool(torch.stack([*log["sums"].values()]).isfinite().all()) for log in logs]
 
 
 def file_name(step: int, rank: int | str) -> str:
-    """Name of the file that keeps data-parallel rank `rank`'s rows of a step."""
+    """Name of the file with data-parallel rank `rank`'s rows of a step."""
     return f"nonfinite-step{step:07d}-rank{rank}.npz"
 
 
@@ -28,8 +27,8 @@ def save_rows(
     """Write a rank's rows of a step as one .npz of integer and float arrays, for replay.
 
     `row0_tokens`, `row0_lengths` and `row0_parents` (the layout's segments), the targets, the
-    pairs with their weights and margins, `row0_response_ids` (group, response), and
-    `row0_ref_logps` where there is a reference.
+    pairs with their weights and margins, `row0_response_ids` (group, response) with
+    `row0_response_tokens`, and `row0_ref_logps` if there is a reference. Raises OSError.
     """
     arrays: dict[str, np.ndarray] = {"step": np.array(step)}
     for i, (row, batch) in enumerate(zip(rows, batches, strict=True)):
@@ -41,6 +40,7 @@ def save_rows(
             "target_token": row.target_token,
             "response": row.response,
             "response_ids": row.response_ids,
+            "response_tokens": row.response_tokens,
             "pairs": row.pairs,
             "pair_weights": row.pair_weights,
             "pair_margins": row.pair_margins,
@@ -49,16 +49,13 @@ def save_rows(
             own["ref_logps"] = batch.ref_logps.cpu().numpy()
         arrays |= {f"row{i}_{name}": array for name, array in own.items()}
     path = Path(directory) / file_name(step, rank)
-    try:
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-    except OSError as error:
-        raise RunError(f"step {step} is not finite, and {path} not writable ({error})") from error
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
     return path
 
 
 def describe(rank: int, rows: list[MicroBatch], is_finite: list[bool]) -> list[str]:
-    """A line for every row that is to blame: its rank, number and groups."""
+    """A line for every row that is not finite: its rank, number and groups."""
     return [
         f"rank {rank} row {i} (groups {', '.join(map(str, np.unique(row.response_ids[:, 0])))})"
         for i, (row, finite) in enumerate(zip(rows, is_finite, strict=True))

@@ -1,34 +1,41 @@
 """A training run from beginning to end.
 
 1. Join the process groups and check the data sets.
-2. Plan the steps, build reference and policy from the same initial weights, resume where asked
-   (prepare.py).
-3. Step, evaluate and save until the end, or until the run is told to stop (run.py).
+2. Plan the steps, build reference and policy from the same initial weights, resume if asked to
+   (setup.py).
+3. Step, evaluate and save until the last step or a signal (trainer.py).
 """
 
 from __future__ import annotations
 
-from megatron_prefix.config.schema import Config
-from megatron_prefix.distributed.session import running
+from megatron_prefix.config import Config
+from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.signals import StopRequest
+from megatron_prefix.errors import Stopped
+from megatron_prefix.trackers import Status
 from megatron_prefix.train.samplers import open_plan, open_verified
-from megatron_prefix.train.setup import prepare_run
+from megatron_prefix.train.setup import prepare_trainer
 
 
 def train(config: Config) -> None:
     """Run `config` to its end.
 
-    Raises InputError before any training where it cannot run, RunError where the run finds
-    itself wrong, and Stopped where a signal ended it early.
+    Raises InputError before any training if it cannot run, RunError if the run detects that it is
+    wrong, and Stopped if a signal ended it early.
     """
-    with running(config) as here, StopRequest(here) as stop:
-        plan = open_plan(config, here)
-        dataset = open_verified(config.data.train, "data.train", here, plan)
+    with open_session(config) as world, StopRequest(world) as stop:
+        plan = open_plan(config, world)
+        dataset = open_verified(config.data.train, "data.train", world, plan)
         valid = None
         if config.data.valid:
-            valid = open_verified(config.data.valid, "data.valid", here)
-        run = prepare_run(config, dataset, valid, here, plan)
+            valid = open_verified(config.data.valid, "data.valid", world)
+        trainer = prepare_trainer(config, dataset, valid, world, plan)
+        status: Status = "failed"
         try:
-            run.run(stop)
+            trainer.run(stop)
+            status = "done"
+        except Stopped:
+            status = "stopped"
+            raise
         finally:
-            run.close()
+            trainer.close(status)

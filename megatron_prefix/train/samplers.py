@@ -1,10 +1,10 @@
-"""Data sets and samplers that a configuration asks for."""
+"""The data sets and samplers of a configuration."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from megatron_prefix.config.schema import Config, LossConfig, ModelConfig
+from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.data.steps.collate import TARGETS
 from megatron_prefix.data.steps.compositions.batches import Composition, InOrder
 from megatron_prefix.data.steps.compositions.settings import StepSettings
@@ -15,9 +15,10 @@ from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify.checks import verify_checksums
 from megatron_prefix.distributed.world import World
 from megatron_prefix.errors import InputError
+from megatron_prefix.objectives import Objective, check
 
 EVALUATION_GROUPS = 64
-"""Groups scored at a time where the configuration counts steps in rows."""
+"""Groups scored at a time if the configuration counts steps in rows."""
 
 
 def open_verified(
@@ -25,8 +26,8 @@ def open_verified(
 ) -> PreferenceDataset:
     """Open the data set that `setting` names; the main process checks every checksum.
 
-    With a `plan` for which `pack` read the very same files, they are not read again. Raises
-    InputError where it is damaged, or holds nothing to compare.
+    If `pack` checked these very files for `plan`, they are not read again. Raises InputError if
+    the data set is damaged, or has nothing to compare.
     """
 
     def verify() -> None:
@@ -42,8 +43,8 @@ def open_verified(
     dataset = PreferenceDataset(prefix)
     if not dataset.manifest["counts"]["pairs"]:
         raise InputError(
-            f"{setting}: {prefix} holds {len(dataset.response_lengths)} responses and no pair (it "
-            "was built from unpaired records), and the loss compares pairs: build from records "
+            f"{setting}: {prefix} has {len(dataset.response_lengths)} responses and no pair (it "
+            "was built from unpaired records), but the loss compares pairs: build from records "
             "with chosen and rejected responses"
         )
     return dataset
@@ -65,9 +66,9 @@ def open_plan(config: Config, world: World) -> PackedSteps | None:
     return PackedSteps(path)
 
 
-def check_margins(loss: LossConfig, dataset: PreferenceDataset, setting: str) -> None:
-    """Refuse a data set some of whose pairs have no margin, where the loss needs it."""
-    if not loss.margin:
+def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
+    """Refuse a data set that lacks something the objective needs of its pairs: a margin."""
+    if "margins" not in objective.columns:
         return
     missing = np.flatnonzero(np.isnan(dataset.pair_margins))
     if len(missing):
@@ -75,13 +76,13 @@ def check_margins(loss: LossConfig, dataset: PreferenceDataset, setting: str) ->
         raise InputError(
             f"{setting}: {len(missing)} of the {len(dataset.pair_margins)} pairs in "
             f"{dataset.prefix} have no margin (first in group {group}, record "
-            f"{int(dataset.group_records[group])}), and loss.margin: true needs one of each: give "
-            "every record a margin and build again, or leave loss.margin out"
+            f"{int(dataset.group_records[group])}), but loss.margin: true needs one for each: give "
+            "every record a margin and build again, or remove loss.margin"
         )
 
 
 def plan_settings(config: Config) -> StepSettings:
-    """What of a configuration decides which groups share a step and a row."""
+    """The settings that decide which groups share a step and a row."""
     data = config.data
     return StepSettings(
         seed=data.seed,
@@ -100,12 +101,12 @@ def training_sampler(
     dataset: PreferenceDataset,
     world: World | None = None,
     plan: PackedSteps | None = None,
-    sizes: ModelConfig | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Sampler:
-    """The training sampler that the data section describes, on `plan` where there is one.
+    """The training sampler of the data section; it follows `plan` if there is one.
 
-    `sizes` are the model's where `config` only names it; ranks get alike of its work. Raises
-    InputError where the plan is of other data or settings.
+    `sizes` are the model's if `config` only names it; they give the work per row, which is
+    balanced over the ranks. Raises InputError if the plan is for other data or settings.
     """
     settings = plan_settings(config)
     if plan is not None:
@@ -118,7 +119,7 @@ def evaluation_sampler(
     config: Config,
     dataset: PreferenceDataset,
     world: World | None = None,
-    sizes: ModelConfig | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     batch_size = config.data.global_batch_size or EVALUATION_GROUPS
@@ -130,19 +131,19 @@ def _sampler(
     dataset: PreferenceDataset,
     composition: Composition,
     world: World | None,
-    sizes: ModelConfig | None,
+    sizes: ModelSizes | None,
 ) -> Sampler:
-    data, model = config.data, sizes or config.model
-    has_sizes = model.num_layers is not None
+    data, kind = config.data, config.model.kind
+    sizes = sizes or config.model.sizes()
     return Sampler(
         dataset=dataset,
         composition=composition,
         sharing=data.sharing,
-        weighting=config.loss.weighting,
+        weighting=check(config.loss, config.model.kind).weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        targets=TARGETS[model.kind],
+        targets=TARGETS[kind],
         packing_method=data.packing_method,
-        cost=CostModel.of_model(model, dataset.vocab_size) if has_sizes else None,
-        **(world.rows if world is not None else {}),
+        cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
+        **(world.sampler_layout if world is not None else {}),
     )

@@ -1,102 +1,94 @@
-"""From a configuration to a run that is ready for its next step."""
+"""Setup: from a configuration to a trainer that is ready for its next step."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.checkpoint.save_load import RunCheckpoints
 from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
-from megatron_prefix.config.schema import Config, dump_config
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps.packed.reading import PackedSteps
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import World
-from megatron_prefix.engine.optimizer import build_model, build_optimizer
+from megatron_prefix.engine import build_model, build_policy
 from megatron_prefix.errors import InputError
-from megatron_prefix.reference.fingerprint import model_fingerprint
-from megatron_prefix.reference.reference import (
-    ModelReference,
-    NoReference,
-    PrecomputedReference,
-    Reference,
-    freeze,
-)
-from megatron_prefix.reference.sidecars import read_sidecar
-from megatron_prefix.trackers.jsonl import MetricsWriter, Progress
-from megatron_prefix.train.samplers import check_margins, evaluation_sampler, training_sampler
+from megatron_prefix.objectives import check
+from megatron_prefix.reference import model_fingerprint, open_reference
+from megatron_prefix.trackers import Trackers, configured_trackers
+from megatron_prefix.train.samplers import check_columns, evaluation_sampler, training_sampler
 from megatron_prefix.train.steps_report import describe_steps
-from megatron_prefix.train.trainer import Run
-
-ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
-"""Relative difference of a response's log-probability between two ways to compute it."""
+from megatron_prefix.train.trainer import Trainer
 
 
-def prepare_run(
+def prepare_trainer(
     config: Config,
     dataset: PreferenceDataset,
     valid: PreferenceDataset | None,
-    here: World,
+    world: World,
     plan: PackedSteps | None = None,
-) -> Run:
-    """A run up to its next step, resumed where `train.load` has a checkpoint; collective.
+) -> Trainer:
+    """A trainer before its next step, resumed if `train.load` has a checkpoint; collective.
 
-    Raises InputError where the parts do not fit.
+    Raises InputError if the parts do not fit.
     """
-    here.beat("preparation")
-    _check_outputs(config, here)
+    world.beat("preparation")
+    _check_outputs(config, world)
     _check_valid(dataset, valid)
-    check_margins(config.loss, dataset, "data.train")
+    objective = check(config.loss, config.model.kind)
+    check_columns(objective, dataset, "data.train")
     if valid is not None:
-        check_margins(config.loss, valid, "data.valid")
-    initial = initial_model(config.model, [dataset] if valid is None else [dataset, valid])
-    sampler = training_sampler(config, dataset, here, plan, initial.sizes)
+        check_columns(objective, valid, "data.valid")
+    datasets = [dataset] if valid is None else [dataset, valid]
+    initial = initial_model(config.model, datasets)
+    sampler = training_sampler(config, dataset, world, plan, initial.sizes)
     num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
         raise InputError(
             f"optimizer.lr_warmup_steps = {config.optimizer.lr_warmup_steps} does not end "
-            f"within the run's {num_steps} steps: shorten it"
+            f"within the run's {num_steps} steps: lower it"
         )
-    if here.is_main:
+    if world.is_main:
         print(describe_steps(sampler, num_steps), flush=True)
     model_config = initial.transformer_config(config.train.seed, config.parallel)
-    chunks = build_model(model_config, here)
-    here.beat("the initial weights")
+    chunks = build_model(model_config, world)
+    world.beat("the initial weights")
     initial.load(chunks)
-    fingerprint = model_fingerprint(chunks) if config.loss.reference != "none" else None
-    reference = _reference(config, initial, fingerprint, dataset, valid, here)
-    policy, optimizer, scheduler = build_optimizer(
-        chunks, model_config, config.optimizer, config.parallel, num_steps
-    )
+    fingerprint = model_fingerprint(chunks) if objective.reference != "none" else None
+    reference = open_reference(objective, config, initial, fingerprint, datasets, world)
+    policy = build_policy(chunks, model_config, config, num_steps)
     identity = run_identity(config, dataset, fingerprint)
-    step = _latest(config, here)
-    if step:
-        here.beat(f"loading the checkpoint of step {step}")
-        checkpoint.load_checkpoint(config.train.load, step, policy, optimizer, scheduler, identity)
-    _say_start(config, initial, step, here)
-    opened: list[MetricsWriter] = []  # on the main process
-    here.once(lambda: opened.append(_open_metrics(config, step)))
-    return Run(
+    step = 0
+    if config.train.load is not None:
+        checkpoints = RunCheckpoints(config.train.load)
+        step = world.once(checkpoints.step_to_resume)
+        if step:
+            world.beat(f"loading the checkpoint of step {step}")
+            checkpoints.load(step, policy.chunks, policy.optimizer, policy.scheduler, identity)
+    _print_start(config, initial, step, world)
+    trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
+    world.once(lambda: trackers.start(config, step))
+    return Trainer(
         config=config,
-        world=here,
+        objective=objective,
+        world=world,
         initial=initial,
         sampler=sampler,
-        valid=None if valid is None else evaluation_sampler(config, valid, here, initial.sizes),
+        valid=None if valid is None else evaluation_sampler(config, valid, world, initial.sizes),
         reference=reference,
         policy=policy,
-        optimizer=optimizer,
-        scheduler=scheduler,
         num_steps=num_steps,
         step=step,
         identity=identity,
-        metrics=opened[0] if opened else None,
-        progress=Progress(num_steps, step, shown=here.is_main),
+        trackers=trackers,
     )
 
 
 def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | None) -> dict:
-    """What decides the order of the data and the rewards: a resumed run must agree with it.
+    """The settings that decide the order of the data and the rewards; a resumed run must have the
+    same.
 
-    `fingerprint` is the reference model's, None where there is none.
+    `fingerprint` is the reference model's, None if there is none.
     """
     data = config.data
     identity = {
@@ -117,31 +109,6 @@ def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | 
     return identity
 
 
-def _reference(
-    config: Config,
-    initial: InitialModel,
-    fingerprint: str | None,
-    dataset: PreferenceDataset,
-    valid: PreferenceDataset | None,
-    here: World,
-) -> Reference:
-    if config.loss.reference == "none":
-        return NoReference()
-    rounding = ROUNDING[config.model.dtype]
-    if config.loss.reference == "precomputed":
-        sets = [dataset] + ([valid] if valid is not None else [])
-        path = config.loss.ref_logps
-        logps = {d.fingerprint: read_sidecar(path, fingerprint, d) for d in sets}
-        return PrecomputedReference(fingerprint, dataset, logps, rounding)
-    chunks = freeze(
-        build_model(initial.transformer_config(config.train.seed, config.parallel), here)
-    )
-    initial.load(chunks)
-    # Policy and reference run the same rows, which float32 computes alike.
-    rounding = 0.0 if config.model.dtype == "float32" else rounding
-    return ModelReference(fingerprint, chunks, config.loss, here, rounding)
-
-
 def _check_valid(dataset: PreferenceDataset, valid: PreferenceDataset | None) -> None:
     if valid is None:
         return
@@ -154,8 +121,8 @@ def _check_valid(dataset: PreferenceDataset, valid: PreferenceDataset | None) ->
         )
 
 
-def _check_outputs(config: Config, here: World) -> None:
-    """Directories can be written, and a fresh run does not fall upon another's checkpoints."""
+def _check_outputs(config: Config, world: World) -> None:
+    """Directories can be written, and a new run does not overwrite the checkpoints of another."""
 
     def check() -> None:
         train = config.train
@@ -163,17 +130,9 @@ def _check_outputs(config: Config, here: World) -> None:
         if train.save is None:
             return
         _probe("train.save", train.save)
-        checkpoint.clear_leftovers(train.save)
-        is_same = (
-            train.load is not None and Path(train.load).resolve() == Path(train.save).resolve()
-        )
-        if checkpoint.latest_step(train.save) is not None and not is_same:
-            raise InputError(
-                f"train.save = {train.save} holds the checkpoints of a run already: go on with "
-                f"train.load: {train.save}, or name another directory"
-            )
+        RunCheckpoints(train.save).claim(train.load)
 
-    here.once(check)
+    world.once(check)
 
 
 def _probe(setting: str, directory: str) -> None:
@@ -188,41 +147,14 @@ def _probe(setting: str, directory: str) -> None:
         ) from None
 
 
-def _latest(config: Config, here: World) -> int:
-    load = config.train.load
-    if load is None:
-        return 0
-    if (Path(load) / checkpoint.COMPLETE).exists():
-        raise InputError(
-            f"train.load = {load} is one checkpoint: give the directory above it, whose "
-            f"{checkpoint.TRACKER} says which one to resume from"
-        )
-    return here.once(lambda: checkpoint.latest_step(load) or 0)
-
-
-def _say_start(config: Config, initial: InitialModel, step: int, here: World) -> None:
+def _print_start(config: Config, initial: InitialModel, step: int, world: World) -> None:
     load, note = config.train.load, initial.note(config.train.seed)
-    if here.is_main and note is not None and not step:
+    if world.is_main and note is not None and not step:
         print(note, flush=True)
-    if here.is_main and load is not None:
+    if world.is_main and load is not None:
         text = (
             f"resumed from {load} after step {step}"
             if step
-            else f"no checkpoint in {load}: starting afresh"
+            else f"no checkpoint in {load}: starting from scratch"
         )
         print(text, flush=True)
-
-
-def _open_metrics(config: Config, step: int) -> MetricsWriter:
-    """A new run's directory, or the same one from `step` on."""
-    logging = config.logging
-    try:
-        writer = MetricsWriter(
-            logging.output, resumed_step=step or None, tensorboard=logging.tensorboard
-        )
-        (Path(logging.output) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"logging.output = {logging.output}: {error}; name a directory that can be written"
-        ) from None
-    return writer

@@ -1,4 +1,4 @@
-"""One line about a run's steps before it begins: how full rows are and how even ranks."""
+"""Report of a run's steps before it begins: fill of the rows, balance of the ranks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from megatron_prefix.data.steps.packed.reading import PackedSteps, describe_pack
 from megatron_prefix.data.steps.sampler import Sampler
 
 MOST_STEPS = 32
-"""Steps that are looked at, evenly over the run; a plan on disk knows all of its own."""
+"""Steps that are read, evenly over the run. A plan on disk has figures of all its steps."""
 
 
 def describe_steps(sampler: Sampler, num_steps: int) -> str:
-    """Fill of the rows, and the costliest rank's modelled work over the mean rank's.
+    """Fill of the rows, and the work of the busiest rank (as modelled) over the mean rank's.
 
-    Where there is a plan, what `pack` found for all its steps stands in front.
+    If there is a plan, the first line is that of `pack`, for all steps of the plan.
     """
     lines = []
     if isinstance(sampler.composition, PackedSteps):
@@ -28,12 +28,15 @@ def describe_steps(sampler: Sampler, num_steps: int) -> str:
         tokens += sum(bundle.num_tokens for row in filled for bundle in row)
         rows += len(filled)
         unevenness.append(max(plan.costs) * len(plan.costs) / sum(plan.costs))
-    text = f"steps: {num_steps:,}, {rows / len(chosen):.1f} rows each"
+    text = f"steps: {num_steps:,}, {rows / len(chosen):.1f} rows per step"
     if sampler.row_capacity and not sampler.micro_batch_size:
         fill = 100 * tokens / (rows * sampler.row_capacity)
         text += f", fill {fill:.1f} %, {100 - fill:.1f} % of the capacity unused"
     if sampler.num_ranks > 1:
-        text += f", costliest of {sampler.num_ranks} ranks over the mean {np.mean(unevenness):.3f}"
+        text += (
+            f", work of the busiest of {sampler.num_ranks} ranks over the mean "
+            f"{np.mean(unevenness):.3f}"
+        )
     if len(chosen) < num_steps:
-        text += f" (over {len(chosen)} of them)"
+        text += f" (from {len(chosen)} of the steps)"
     return "\n".join([*lines, text])

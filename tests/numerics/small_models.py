@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelConfig
 from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import PrefixTree
@@ -81,6 +81,7 @@ def chain(tokens: np.ndarray, loss_start: int) -> MicroBatch:
         target_token=np.asarray(tokens[loss_start:]),
         response=np.zeros(length - loss_start, np.int64),
         response_ids=np.zeros((1, 2), np.int64),
+        response_tokens=np.array([length - loss_start]),
         pairs=np.zeros((0, 2), np.int64),
         pair_weights=np.zeros(0),
         pair_margins=np.zeros(0),

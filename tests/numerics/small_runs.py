@@ -10,12 +10,12 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.config.schema import Config, ParallelConfig, parse_config
+from megatron_prefix.config import Config, ParallelConfig, parse_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import world
+from megatron_prefix.distributed.world import join_world
 from megatron_prefix.train.run import train
-from megatron_prefix.train.setup import prepare_run
-from megatron_prefix.train.trainer import Run
+from megatron_prefix.train.setup import prepare_trainer
+from megatron_prefix.train.trainer import Trainer
 
 TIMES = ("step_time_s", "pairs_per_second")
 TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
@@ -55,15 +55,15 @@ def trained(config: Config) -> list[dict]:
     return lines(Path(config.logging.output))
 
 
-def prepare(config: Config, here) -> Run:
+def prepare(config: Config, here) -> Trainer:
     """A run before its first step, for tests that change a part of it."""
-    return prepare_run(config, PreferenceDataset(config.data.train), None, here)
+    return prepare_trainer(config, PreferenceDataset(config.data.train), None, here)
 
 
 def saved_state(root: str | Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
     """A whole checkpoint: its tensors by name, and what is saved beside them."""
     path = str(checkpoint.iteration_dir(root, step))
-    with world(ParallelConfig(), seed=0):
+    with join_world(ParallelConfig(), seed=0):
         tensors = dist_checkpointing.load_plain_tensors(path)
         common = dist_checkpointing.load_common_state_dict(path)
     return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}, common

@@ -43,13 +43,19 @@ def test_the_first_loss_is_ln_2(random_set, tmp_path, layout, backend, dtype):
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [{"label_smoothing": 0.2}, {"weighting": "group"}, {"beta": 2.0}],
-    ids=["smoothing", "group", "beta"],
+    ("loss", "expected"),
+    [
+        ({"label_smoothing": 0.2}, math.log(2)),
+        ({"weighting": "group"}, math.log(2)),
+        ({"beta": 2.0}, math.log(2)),
+        ({"loss_type": "ipo"}, 25.0),
+        ({"loss_type": "ipo", "beta": 0.5}, 1.0),
+    ],
+    ids=["smoothing", "group", "beta", "ipo", "ipo, beta"],
 )
-def test_whatever_the_loss(random_set, tmp_path, loss):
+def test_whatever_the_loss(random_set, tmp_path, loss, expected):
     first = trained(configure(tmp_path, random_set, loss=loss, train={"steps": 1}))[0]
-    assert abs(first["loss"] - math.log(2)) <= 1e-5
+    assert abs(first["loss"] - expected) <= 1e-5 * max(1, expected)
 
 
 def scaled(name: str, factor: float) -> Callable[[torch.nn.Module], None]:
@@ -93,6 +99,15 @@ def test_a_differing_reference_stops_the_run(here, random_set, tmp_path, change)
     assert "first loss" in message and "ln 2 = 0.6931" in message and "rewards of 0" in message
     assert "model.attention_backend: dense" in message
     assert not (tmp_path / "metrics.jsonl").read_text(), "a step was written"
+
+
+def test_the_message_is_that_of_the_objective(here, random_set, tmp_path):
+    config = configure(tmp_path, random_set, loss={"loss_type": "ipo"})
+    with pytest.raises(RunError) as stopped:
+        start_with_reference(config, here, redrawn)
+    message = str(stopped.value)
+    assert "loss.loss_type: ipo must start with a loss of 1 / (4 beta^2) = 25.0000" in message
+    assert "ln 2" not in message
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])

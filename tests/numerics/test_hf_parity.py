@@ -25,7 +25,7 @@ from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_prefix.checkpoint.save_load import model_state
 from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import Config, ModelConfig, load_config, parse_config
+from megatron_prefix.config import Config, ModelConfig, load_config, parse_config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -313,9 +313,9 @@ def test_sizes_beside_an_import_have_to_be_its_own(random_set, tmp_path):
 def test_nothing_is_overwritten_and_nothing_half_done(tmp_path):
     directory = make("qwen2", tmp_path / "hf")
     import_checkpoint(str(directory), tmp_path / "ck")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         import_checkpoint(str(directory), tmp_path / "ck")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         export_checkpoint(tmp_path / "ck", directory, 10**9)
     broken = tmp_path / "ck" / "__0_3.distcp"
     broken.write_bytes(broken.read_bytes()[:-200])

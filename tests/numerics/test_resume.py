@@ -216,11 +216,14 @@ def test_another_data_set_is_refused(finished, tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"seed": 7}, ("data.seed: 1234 there, 7 here",)),
-        ({"global_batch_size": 3}, ("data.global_batch_size: 4 there, 3 here",)),
+        ({"seed": 7}, ("data.seed: 1234 in the checkpoint, 7 now",)),
+        ({"global_batch_size": 3}, ("data.global_batch_size: 4 in the checkpoint, 3 now",)),
         (
             {"global_batch_size": None, "rows_per_step": 2},
-            ("data.global_batch_size: 4 there, None here", "data.rows_per_step: None there, 2"),
+            (
+                "data.global_batch_size: 4 in the checkpoint, None now",
+                "data.rows_per_step: None in the checkpoint, 2",
+            ),
         ),
     ],
     ids=["seed", "batch size", "batch mode"],

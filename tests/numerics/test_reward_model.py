@@ -14,7 +14,7 @@ from megatron_prefix.data.steps.collate import (
     score_targets,
 )
 from megatron_prefix.engine.batch import to_device
-from megatron_prefix.model.init import canonical_parameters
+from megatron_prefix.model.parameters import canonical_parameters
 
 
 def scores_of(model, batch: MicroBatch) -> torch.Tensor:

@@ -23,7 +23,7 @@ from megatron_prefix.layout import TreeLayout
 
 WRONG = 1e-2
 """What a wrong input has to exceed, relative to the largest entry."""
-PARAMS = ("plan", "position_ids", "projected_rows", "target_rows", "target_tokens")
+PARAMS = ("plan", "position_ids", "logit_tokens", "logit_of_target", "target_tokens")
 
 
 def with_params(batch: TrainBatch, **changes) -> TrainBatch:

@@ -9,17 +9,19 @@ import pytest
 import torch
 from commands import command, lines, write_config
 
-from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.config.schema import Config, load_config
+from megatron_prefix.checkpoint import RunCheckpoints, load_weights
+from megatron_prefix.config import Config, load_config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import world
+from megatron_prefix.distributed.world import join_world
 from megatron_prefix.engine.batch import to_device
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.engine.step import run_schedule
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.train.setup import prepare_run
-from megatron_prefix.train.trainer import Run
+from megatron_prefix.objectives import check
+from megatron_prefix.train.non_finite import finite_rows
+from megatron_prefix.train.setup import prepare_trainer
+from megatron_prefix.train.trainer import Trainer
 
 ROW_CAPACITY = 110
 
@@ -48,10 +50,10 @@ def replayed(path: Path, settings: Config, dataset: str) -> tuple[float, list[bo
     """Loss of the kept rows under the newest checkpoint, and whether each row's is finite."""
     _, rows, ref_logps = saved_rows(path)
     weight = sum(float(row.pair_weights.sum()) for row in rows)
-    with world(settings.parallel, settings.train.seed) as here:
-        run = prepare_run(settings, PreferenceDataset(dataset), None, here)
+    with join_world(settings.parallel, settings.train.seed) as here:
+        run = prepare_trainer(settings, PreferenceDataset(dataset), None, here)
         model = build_model(run.initial.transformer_config(settings.train.seed), here)
-        checkpoint.load_weights(settings.train.save, model)
+        load_weights(settings.train.save, model)
         run.close()
         for chunk in model:
             for parameter in chunk.parameters():
@@ -62,9 +64,9 @@ def replayed(path: Path, settings: Config, dataset: str) -> tuple[float, list[bo
         ]
         model[0].config.grad_scale_func = None
         model[0].config.finalize_model_grads_func = None
-        logs = run_schedule(model, batches, settings.loss)
-    sums = torch.stack([log["sums"] for log in logs])
-    return float(sums[:, 0].sum() / weight), torch.isfinite(sums).all(1).tolist()
+        logs = run_schedule(model, batches, check(settings.loss))
+    loss = sum(float(log["sums"]["loss"]) for log in logs)
+    return loss / weight, finite_rows(logs)
 
 
 def test_a_run_that_runs_away_is_stopped_and_replayed(dataset, tmp_path, capsys):
@@ -82,7 +84,7 @@ def test_a_run_that_runs_away_is_stopped_and_replayed(dataset, tmp_path, capsys)
 
 def poison(monkeypatch, step: int, kind: str) -> None:
     """Make row 1 of a step have a loss, or a gradient, that is not finite."""
-    gradients, bad = Run._gradients, []
+    gradients, bad = Trainer._gradients, []
 
     def poisoned(self, batches):
         if self.step + 1 != step:
@@ -91,13 +93,13 @@ def poison(monkeypatch, step: int, kind: str) -> None:
             bad.append(batches[1])
         logs = gradients(self, batches)
         if kind == "loss":
-            logs[1]["sums"][0] = float("nan")
+            logs[1]["sums"]["loss"].fill_(float("nan"))
         elif any(batch is bad[0] for batch in batches):
-            parameter = next(p for p in self.policy[0].parameters() if p.requires_grad)
+            parameter = next(p for p in self.policy.chunks[0].parameters() if p.requires_grad)
             parameter.main_grad.view(-1)[0] = float("inf")
         return logs
 
-    monkeypatch.setattr(Run, "_gradients", poisoned)
+    monkeypatch.setattr(Trainer, "_gradients", poisoned)
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
@@ -133,13 +135,13 @@ def test_weights_that_are_not_finite_stop_the_first_step(dataset, finished, tmp_
     """A checkpoint to start from may hold them."""
     source = tmp_path / "bad"
     settings = load_config(write_config(tmp_path / "a.yaml", dataset, finished))
-    with world(settings.parallel, 0) as here:
-        run = prepare_run(settings, PreferenceDataset(dataset), None, here)
-        next(p for n, p in run.policy[0].named_parameters() if "final_layernorm" in n).data[0] = (
-            float("nan")
-        )
-        checkpoint.save_checkpoint(
-            str(source), 1, run.policy, run.optimizer, run.scheduler, {}, lambda directory: None
+    with join_world(settings.parallel, 0) as here:
+        run = prepare_trainer(settings, PreferenceDataset(dataset), None, here)
+        policy = run.policy
+        parameters = policy.chunks[0].named_parameters()
+        next(p for n, p in parameters if "final_layernorm" in n).data[0] = float("nan")
+        RunCheckpoints(source).save(
+            1, policy.chunks, policy.optimizer, policy.scheduler, {}, lambda directory: None
         )
         run.close()
     path = config(tmp_path, dataset, model={"checkpoint": str(source)})

@@ -47,11 +47,11 @@ def test_training_is_that_with_a_reference_model(dataset, other, sidecar, tmp_pa
 def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
     """Each response alone in a row, one after another: group by group, as in the record."""
     from megatron_prefix.checkpoint.starting_model import initial_model
-    from megatron_prefix.config.schema import load_config
-    from megatron_prefix.distributed.world import world
+    from megatron_prefix.config import load_config
+    from megatron_prefix.distributed.world import join_world
+    from megatron_prefix.engine import score_rows
     from megatron_prefix.engine.batch import to_device
-    from megatron_prefix.engine.optimizer import build_model
-    from megatron_prefix.reference.reference import freeze, score
+    from megatron_prefix.reference import frozen_model
 
     config = load_config(write_config(tmp_path / "c.yaml", dataset, tmp_path / "run"))
     data, alone = PreferenceDataset(dataset), []
@@ -72,16 +72,17 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
                     target_token=tokens[prompt:],
                     response=np.zeros(num_targets, np.int64),
                     response_ids=np.array([[group, response]]),
+                    response_tokens=np.array([num_targets]),
                     pairs=np.zeros((0, 2), np.int64),
                     pair_weights=np.zeros(0),
                     pair_margins=np.zeros(0),
                     num_tokens=len(tokens),
                 )
             )
-    with world(config.parallel, config.train.seed) as here:
+    with join_world(config.parallel, config.train.seed) as here:
         initial = initial_model(config.model, [data])
-        model = freeze(build_model(initial.transformer_config(config.train.seed), here))
-        logps = score(model, [to_device(row, here.device) for row in alone], config.loss)
+        model = frozen_model(initial.transformer_config(config.train.seed), here)
+        logps = score_rows(model, [to_device(row, here.device) for row in alone])
     expected = np.array([float(x[0]) for x in logps])
     found = load_file(sidecar)[data.fingerprint]
     assert found.dtype == np.float64 and found.shape == expected.shape

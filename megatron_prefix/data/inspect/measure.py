@@ -171,6 +171,7 @@ def span_work(span: Span) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cost_model(vocab_size: int) -> CostModel:
-    from megatron_prefix.config.schema import ModelConfig
+    from megatron_prefix.config import ModelSizes
 
-    return CostModel.of_model(ModelConfig(**COST_MODEL), vocab_size)
+    head_dim = COST_MODEL["hidden_size"] // COST_MODEL["num_attention_heads"]
+    return CostModel.of_model(ModelSizes(**COST_MODEL, kv_channels=head_dim), vocab_size)

@@ -56,6 +56,8 @@ class MicroBatch:
     target_token: np.ndarray
     response: np.ndarray
     response_ids: np.ndarray
+    response_tokens: np.ndarray
+    """Own tokens of each response, int64 [R]."""
     pairs: np.ndarray
     pair_weights: np.ndarray
     pair_margins: np.ndarray
@@ -207,6 +209,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
     place = np.flatnonzero(is_real)  # token of the data -> token of the row
     logit_tokens, tokens, responses, pairs, margins, served = [], [], [], [], [], []
     ids: list[tuple[int, int]] = []
+    own_tokens: list[int] = []
     num_tokens = num_responses = 0
     for item in items:
         tree = item.view.tree
@@ -215,6 +218,9 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         tokens.append(entries.target_token)
         responses.append(entries.response + num_responses)
         ids += [(item.group, int(r)) for r in item.view.responses]
+        own_tokens += [
+            int(tree.node_lengths[tree.response_nodes(r)].sum()) for r in range(tree.num_responses)
+        ]
         pairs.append(tree.pairs.astype(np.int64) + num_responses)
         margins.append(tree.pair_margins)
         served.append(responses_served(tree))
@@ -231,6 +237,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         target_token=_concatenate(tokens, np.int64)[order],
         response=_concatenate(responses, np.int64)[order],
         response_ids=np.array(ids, np.int64).reshape(-1, 2),
+        response_tokens=np.array(own_tokens, np.int64),
         pairs=_concatenate(pairs, np.int64).reshape(-1, 2),
         pair_weights=_concatenate([item.pair_weights for item in items], np.float64),
         pair_margins=_concatenate(margins, np.float64),

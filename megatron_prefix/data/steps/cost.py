@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelSizes
 from megatron_prefix.data.steps.sharing import Bundle
 from megatron_prefix.data.store import PreferenceDataset
 
@@ -40,21 +40,20 @@ class CostModel:
     """FLOP per token whose logits are computed: the head."""
 
     @classmethod
-    def of_model(cls, model: ModelConfig, vocab_size: int) -> CostModel:
-        """The constants of a model whose sizes are known."""
-        heads = model.num_attention_heads
-        groups, width = model.num_query_groups or heads, model.hidden_size
-        head_dim = model.kv_channels or width // heads
+    def of_model(cls, sizes: ModelSizes, vocab_size: int, kind: str = "lm") -> CostModel:
+        """The constants of a language model, or of a reward model with `kind="reward"`."""
+        heads, groups = sizes.num_attention_heads, sizes.num_query_groups
+        width, head_dim = sizes.hidden_size, sizes.kv_channels
         layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
-        if model.num_moe_experts:
-            expert = 6 * width * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
-            layer += model.moe_router_topk * expert + 2 * width * model.num_moe_experts
+        if sizes.num_moe_experts:
+            expert = 6 * width * sizes.moe_ffn_hidden_size
+            layer += sizes.moe_router_topk * expert + 2 * width * sizes.num_moe_experts
         else:
-            layer += 6 * width * model.ffn_hidden_size
-        columns = 1 if model.kind == "reward" else vocab_size
+            layer += 6 * width * sizes.ffn_hidden_size
+        columns = 1 if kind == "reward" else vocab_size
         return cls(
-            per_token=float(model.num_layers * layer),
-            per_entry=float(model.num_layers * 4 * heads * head_dim),
+            per_token=float(sizes.num_layers * layer),
+            per_entry=float(sizes.num_layers * 4 * heads * head_dim),
             per_logit_token=float(2 * width * columns),
         )
 

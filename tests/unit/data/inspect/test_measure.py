@@ -9,7 +9,7 @@ from data_sets import damage, inspect, random_tree, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelConfig
 from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.data.inspect.measure import COST_MODEL, span_work, survey
 from megatron_prefix.data.inspect.report import survey_text
@@ -56,7 +56,7 @@ def test_shapes_ratios_and_costs_against_trees(dataset, monkeypatch, nodes):
     assert ratio["mean"] == round(prompts.sum() / own.sum(), 4)
     expected = np.histogram(prompts / own, [*ratio["edges"][:-1], np.inf])[0]
     assert ratio["counts"] == expected.tolist()
-    model = CostModel.of_model(ModelConfig(**COST_MODEL), dataset.vocab_size)
+    model = CostModel.of_model(ModelConfig(**COST_MODEL).sizes(), dataset.vocab_size)
     costs = [
         bundle_work(dataset, Bundle(group, 0, 0), "tree")
         ._replace(tokens=trees[group].num_tokens)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from data_sets import random_group, write_groups
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelConfig
 from megatron_prefix.data.steps.collate import collate_packed
 from megatron_prefix.data.steps.compositions.batches import GroupBatches
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
@@ -14,7 +14,7 @@ from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.estimate.flops import forward_flops
 
-MODEL = ModelConfig(num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4)
+MODEL = ModelConfig(num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4).sizes()
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def test_a_sound_plan(folder, capsys, sharing):
     values = json.loads(out)
     assert code == 0 and values["verified"] and values["plan"]["counts"]["groups"] == 40
     code, out, _ = inspect(capsys, plan, "--verify")
-    assert code == 0 and "10 steps are sound" in out and f"sharing {sharing}" in out
+    assert code == 0 and "10 steps are correct" in out and f"sharing {sharing}" in out
     code, _, err = inspect(capsys, plan, "--verify", "--data", folder / "other")
     assert code == 2 and "does not match" in err
 
@@ -93,10 +93,10 @@ def test_rows_that_do_not_fit_and_counts_that_lie_are_seen_beside_the_data(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tree", 0], "--tree is of a data set"),
-        (["--row", 0], "--row is of a data set"),
-        (["--row-capacity", 9], "--row-capacity is of a data set"),
-        (["--picture", "x.png"], "--picture is of a data set"),
+        (["--tree", 0], "--tree is for a data set"),
+        (["--row", 0], "--row is for a data set"),
+        (["--row-capacity", 9], "--row-capacity is for a data set"),
+        (["--picture", "x.png"], "--picture is for a data set"),
         (["--data", "x"], "--data needs --verify"),
     ],
 )

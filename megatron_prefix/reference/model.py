@@ -1,0 +1,200 @@
+"""References: the log-probabilities that a run's rewards are measured from.
+
+A frozen copy of the initial policy runs over each step's rows (`ModelReference`), or its
+log-probabilities are read from a file (`PrecomputedReference`). A reward model has no reference
+(`NoReference`).
+
+Shapes: R responses of a row.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megatron_prefix.checkpoint.starting_model import InitialModel
+from megatron_prefix.config import Config
+from megatron_prefix.data.steps.collate import MicroBatch
+from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.distributed.world import World
+from megatron_prefix.engine import Feed, StepRows, TrainBatch, build_model, score_rows
+from megatron_prefix.model.gpt import TreeTransformerConfig, unwrap
+from megatron_prefix.objectives import Objective
+from megatron_prefix.platform.transfer import on_device
+from megatron_prefix.reference.sidecars import PartialScores, read_sidecar
+
+SAVE_STEPS = 32
+"""Steps of scoring between two saves of the scores so far."""
+ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
+"""Relative difference of a response's log-probability between two ways to compute it."""
+
+
+class Reference(Protocol):
+    """What a run's rewards are measured from."""
+
+    @property
+    def rounding(self) -> float:
+        """Relative difference that the policy's own log-probabilities may have from these while
+        both are the same model."""
+
+    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+        """The same rows with reference log-probabilities."""
+
+    def score(self, sampler: Sampler) -> np.ndarray | None:
+        """Log-probabilities of every response of the sampler's data set, float64 [responses];
+        None if there is no reference."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelReference:
+    """A frozen model, run forward over the rows."""
+
+    chunks: list[torch.nn.Module]
+    world: World
+    rounding: float
+
+    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+        return with_reference(self.chunks, batches)
+
+    def score(self, sampler: Sampler) -> np.ndarray:
+        return score_dataset(self.chunks, sampler, self.world)
+
+
+@dataclass(frozen=True, eq=False)
+class PrecomputedReference:
+    """Log-probabilities of every response of data sets, float64 [responses] by the data set's
+    fingerprint; `dataset` is the one that rows are made of."""
+
+    dataset: PreferenceDataset
+    logps: dict[str, np.ndarray]
+    rounding: float
+
+    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+        logps = self.logps[self.dataset.fingerprint]
+        return [
+            batch.with_reference(
+                on_device(logps[response_index(self.dataset, row)], batch.tokens.device)
+            )
+            for row, batch in zip(rows, batches, strict=True)
+        ]
+
+    def score(self, sampler: Sampler) -> np.ndarray:
+        return self.logps[sampler.dataset.fingerprint]
+
+
+@dataclass(frozen=True)
+class NoReference:
+    """For objectives that compare with nothing, such as those of reward models."""
+
+    rounding: float = 0.0
+
+    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+        return batches
+
+    def score(self, sampler: Sampler) -> None:
+        return None
+
+
+def open_reference(
+    objective: Objective,
+    config: Config,
+    initial: InitialModel,
+    fingerprint: str | None,
+    datasets: list[PreferenceDataset],
+    world: World,
+) -> Reference:
+    """The reference that `objective` asks for; collective.
+
+    `initial` gives the model's weights and `fingerprint` is that of the model; the first of
+    `datasets` is trained on. Raises InputError if a sidecar is of another model or data set.
+    """
+    if objective.reference == "none":
+        return NoReference()
+    rounding = ROUNDING[config.model.dtype]
+    if objective.reference == "precomputed":
+        path = config.loss.ref_logps
+        assert path is not None and fingerprint is not None
+        logps = {data.fingerprint: read_sidecar(path, fingerprint, data) for data in datasets}
+        return PrecomputedReference(datasets[0], logps, rounding)
+    chunks = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
+    initial.load(chunks)
+    # Policy and reference run the same rows, and float32 gives both the same values.
+    rounding = 0.0 if config.model.dtype == "float32" else rounding
+    return ModelReference(chunks, world, rounding)
+
+
+def frozen_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
+    """This rank's chunks of a model that is never trained: no gradients, evaluation mode."""
+    return [chunk.eval().requires_grad_(False) for chunk in build_model(config, world)]
+
+
+def response_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
+    """A row's responses as indices among all of the data set, int64 [R].
+
+    Groups of 2, 3 and 2 responses start at [0, 2, 5]: (group 1, response 2) is number 4.
+    """
+    groups, responses = row.response_ids[:, 0], row.response_ids[:, 1]
+    return np.asarray(dataset.group_responses)[groups] + responses
+
+
+def with_reference(chunks: list[torch.nn.Module], batches: list[TrainBatch]) -> list[TrainBatch]:
+    """The same rows with the reference model's log-probabilities, from one pass over them."""
+    logps = score_rows(chunks, batches)
+    return [b.with_reference(x) for b, x in zip(batches, logps, strict=True)]
+
+
+def score_dataset(
+    chunks: list[torch.nn.Module],
+    sampler: Sampler,
+    world: World,
+    partial: PartialScores | None = None,
+) -> np.ndarray:
+    """Log-probability of every response of the sampler's data set, or a reward model's score of
+    it, float64 [responses].
+
+    Responses are numbered through the whole data set in its order. A response that runs several
+    times (several pairs with sharing `none`) gets the mean. A response that never runs (one without
+    a pair, with sharing `none` or `pair`) is NaN. Every rank runs its own rows and returns the
+    scores of all. With `partial`, scoring continues from the scores saved there, and saves to it.
+    """
+    dataset = sampler.dataset
+    first, sums = world.once(lambda: (partial.step, partial.sums) if partial else (0, None))
+    if sums is None:
+        sums = np.zeros((2, len(dataset.response_lengths)))
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    num_steps = sampler.composition.num_steps(1)
+    with closing(Feed(sampler, world, unwrap(chunks[0]).config, num_steps)) as feed:
+        for start in range(first, num_steps, SAVE_STEPS):
+            stop = min(start + SAVE_STEPS, num_steps)
+            local_sums = np.zeros_like(sums)
+            for step in range(start, stop):
+                world.beat(f"scoring, step {step + 1} of {num_steps}")
+                _add_scores(chunks, dataset, feed.step(step), local_sums)
+            sums += world.sum(torch.from_numpy(local_sums).to(world.device)).cpu().numpy()
+            if partial is not None:
+                partial.sums = sums
+                world.once(lambda stop=stop: partial.save(stop))
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
+    with np.errstate(invalid="ignore"):
+        return sums[0] / sums[1]
+
+
+def _add_scores(
+    chunks: list[torch.nn.Module],
+    dataset: PreferenceDataset,
+    step: StepRows,
+    sums: np.ndarray,
+) -> None:
+    """Add this rank's rows of a step to `sums` [2, responses]: scores, and times each ran."""
+    for row, scores in zip(step.rows, score_rows(chunks, step.batches), strict=True):
+        index = response_index(dataset, row)
+        np.add.at(sums[0], index, scores.cpu().numpy())
+        np.add.at(sums[1], index, 1)
