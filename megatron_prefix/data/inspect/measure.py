@@ -11,19 +11,32 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.config import ModelSizes
 from megatron_prefix.data.inspect.describe import packed_rows
 from megatron_prefix.data.steps import CostModel
 from megatron_prefix.data.store import SHARING_TOKENS, Histogram, PreferenceDataset
 from megatron_prefix.data.store.verify import Span, sound_spans
 
+SIZES = ModelSizes(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+)
+"""The model whose forward pass is the `cost` of a group."""
 COST_MODEL = {
-    "num_layers": 32,
-    "hidden_size": 4096,
-    "ffn_hidden_size": 14336,
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
+    name: getattr(SIZES, name)
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+    )
 }
-"""The model whose forward pass `cost` is, under the names of the model section."""
+"""Its sizes as a survey has them, under the names of the model section."""
 LISTED = 10
 """Number of the costliest groups that are listed."""
 BINS = 12
@@ -89,7 +102,7 @@ class _Survey:
         self._sums = np.zeros(2, np.int64)
         self._expensive: dict[str, list[dict[str, Any]]] = {"tokens": [], "cost": []}
         self._total_cost = 0.0
-        self._cost_model = _cost_model(dataset.vocab_size)
+        self._cost_model = CostModel.of_model(SIZES, dataset.vocab_size)
         for span in sound_spans(dataset):
             self._add(span)
 
@@ -168,10 +181,3 @@ def span_work(span: Span) -> tuple[np.ndarray, np.ndarray]:
         carries[node] = True
     predicts[span.parents[carries]] = True
     return area, span.per_group(np.where(carries, lengths - 1, 0) + predicts)
-
-
-def _cost_model(vocab_size: int) -> CostModel:
-    from megatron_prefix.config import ModelSizes
-
-    head_dim = COST_MODEL["hidden_size"] // COST_MODEL["num_attention_heads"]
-    return CostModel.of_model(ModelSizes(**COST_MODEL, kv_channels=head_dim), vocab_size)
