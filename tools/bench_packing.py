@@ -9,7 +9,7 @@ import argparse
 
 from bench_common import publish
 
-from megatron_prefix.data.steps.composition import WINDOW, RowBatches
+from megatron_prefix.data.steps.compositions.row_batches import WINDOW, RowBatches
 from megatron_prefix.data.steps.sharing import group_lengths
 from megatron_prefix.data.store.dataset import PreferenceDataset
 

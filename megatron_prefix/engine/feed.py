@@ -14,7 +14,7 @@ import torch
 from megatron_prefix.attention import prepare_plan
 from megatron_prefix.attention.context_parallel.transports import ContextShare
 from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.sampler import Sampler, StepPlan
+from megatron_prefix.data.steps.sampler import Sampler, Step
 from megatron_prefix.distributed.world import World
 from megatron_prefix.engine.batch import TrainBatch, to_device
 from megatron_prefix.model.gpt import TreeTransformerConfig
@@ -24,7 +24,7 @@ from megatron_prefix.model.gpt import TreeTransformerConfig
 class StepRows:
     """A step's plan, and this rank's rows of it on the host and on the device."""
 
-    plan: StepPlan
+    plan: Step
     rows: list[MicroBatch]
     batches: list[TrainBatch]
 

@@ -38,5 +38,5 @@ def forward_flops(
     return ForwardFlops(
         linear=cost.per_token * len(batch.tokens),
         attention=cost.per_entry * batch.layout.area(),
-        head=cost.per_row * batch.num_projected,
+        head=cost.per_logit_token * batch.num_projected,
     )

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
-from megatron_prefix.data.steps.collate import RowItem, collate_packed
+from megatron_prefix.data.steps.collate import TARGETS
+from megatron_prefix.data.steps.rows import group_rows
 from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of, view
+from megatron_prefix.data.steps.sharing import SHARING_MODES
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
@@ -28,7 +29,7 @@ from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf import HFModel
 from megatron_prefix.objectives import check
-from megatron_prefix.train.samplers import TARGETS, training_sampler
+from megatron_prefix.train.samplers import training_sampler
 
 STEPS_READ = 8
 """First steps of the run whose rows are read."""
@@ -198,11 +199,7 @@ def _cost(
     """Tokens and operations of the forward passes per step, without padding."""
     tokens, flops = 0, ForwardFlops()
     for group in groups:
-        tree = dataset[int(group)]
-        for bundle in bundles_of(dataset, int(group), mode):
-            part = view(tree, mode, bundle.item)
-            item = RowItem(group=int(group), view=part, pair_weights=np.ones(len(part.pairs)))
-            row = collate_packed([item], 1, TARGETS[kind])
+        for row in group_rows(dataset, int(group), mode, TARGETS[kind]):
             tokens += row.num_tokens
             if model is not None:
                 vocab_size = model.vocab_size or dataset.vocab_size

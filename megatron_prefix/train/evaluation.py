@@ -17,7 +17,8 @@ import torch
 from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import StartingModel, resolve_starting_model
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps.sampler import Sampler, loss_weights
+from megatron_prefix.data.steps.rows import loss_weights
+from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.session import open_session
 from megatron_prefix.distributed.world import World

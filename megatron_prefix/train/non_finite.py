@@ -37,7 +37,7 @@ def save_rows(
             "tokens": row.tokens,
             "lengths": row.layout.lengths,
             "parents": row.layout.parents,
-            "source_row": row.source_row,
+            "source_row": row.logit_token,
             "target_token": row.target_token,
             "response": row.response,
             "response_ids": row.response_ids,

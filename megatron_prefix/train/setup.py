@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_prefix.checkpoint.save_load import RunCheckpoints
 from megatron_prefix.checkpoint.starting_model import StartingModel, resolve_starting_model
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps.packed_steps import PackedPlan
+from megatron_prefix.data.steps.packed.reading import PackedSteps
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import World
 from megatron_prefix.engine import build_model, build_policy
@@ -26,7 +26,7 @@ def prepare_trainer(
     dataset: PreferenceDataset,
     valid: PreferenceDataset | None,
     world: World,
-    plan: PackedPlan | None = None,
+    plan: PackedSteps | None = None,
 ) -> Trainer:
     """A trainer before its next step, resumed if `train.load` has a checkpoint; collective.
 

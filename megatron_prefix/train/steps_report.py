@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_prefix.data.steps.packed_steps import PackedPlan, describe_plan
+from megatron_prefix.data.steps.packed.reading import PackedSteps, describe_packed_steps
 from megatron_prefix.data.steps.sampler import Sampler
 
 MOST_STEPS = 32
@@ -17,8 +17,8 @@ def describe_steps(sampler: Sampler, num_steps: int) -> str:
     If there is a plan, the first line is that of `pack`, for all steps of the plan.
     """
     lines = []
-    if isinstance(sampler.composition, PackedPlan):
-        lines.append(describe_plan(sampler.composition.manifest))
+    if isinstance(sampler.composition, PackedSteps):
+        lines.append(describe_packed_steps(sampler.composition.manifest))
     chosen = np.unique(np.linspace(0, num_steps - 1, MOST_STEPS).astype(int)).tolist()
     tokens = rows = 0
     unevenness = []

@@ -19,7 +19,7 @@ from megatron_prefix.checkpoint.save_load import RunCheckpoints
 from megatron_prefix.checkpoint.starting_model import StartingModel
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.sampler import Sampler, StepPlan
+from megatron_prefix.data.steps.sampler import Sampler, Step
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.signals import StopRequest
 from megatron_prefix.distributed.world import World
@@ -153,14 +153,14 @@ class Trainer:
         return self.policy.gradients(batches, self.objective)
 
     def _totals(
-        self, plan: StepPlan, rows: list[MicroBatch], logs: list[dict]
+        self, plan: Step, rows: list[MicroBatch], logs: list[dict]
     ) -> tuple[dict[str, float], dict[str, int]]:
         """Means of the step (the loss over its weight, everything else over pairs) and its token
         counts, from one sum over ranks, in float64, in which all counts are exact."""
         dataset, names = self.sampler.dataset, list(logs[0]["sums"])
         counts = {
             "tokens/executed": sum(len(row.tokens) for row in rows),
-            "tokens/targets": sum(len(row.source_row) for row in rows),
+            "tokens/targets": sum(len(row.logit_token) for row in rows),
             "rows/projected": sum(row.num_projected for row in rows),
         }
         sums = torch.stack([torch.stack([*log["sums"].values()]) for log in logs]).sum(0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_prefix.data.build.combine import combine
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_checksums
+from megatron_prefix.data.store.verify.checks import verify_checksums
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.errors import InputError
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_prefix.data.store.statistics import align, format_counts
 from megatron_prefix.data.tokenize import WARNINGS
+from megatron_prefix.text import align, format_counts
 
 MAX_LISTED = 1000
 """Records listed per reason; all are counted."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_prefix.data.build.prompt_groups import merge_trees
 from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize import PathEncoder, load_tokenizer, select
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree

@@ -11,7 +11,7 @@ from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.build import chunks as chunks_module
 from megatron_prefix.data.read import Inputs
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.data.tokenize import load_tokenizer
 from megatron_prefix.errors import InputError
 

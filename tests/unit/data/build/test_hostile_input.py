@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.steps.composition import PlanSettings
-from megatron_prefix.data.steps.write_packed_steps import write_plan
+from megatron_prefix.data.steps.compositions.settings import StepSettings
+from megatron_prefix.data.steps.packed.writing import write_packed_steps
 from megatron_prefix.data.store.dataset import PreferenceDataset
 
 ROW = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
@@ -136,8 +136,8 @@ def test_a_batch_larger_than_all_records_is_one_step_that_is_not_whole(tmp_path,
         )
         == 0
     )
-    settings = PlanSettings(seed=0, row_capacity=99, global_batch_size=size, epochs=2)
-    manifest = write_plan(PreferenceDataset(tmp_path / "set"), settings, tmp_path / "plan")
+    settings = StepSettings(seed=0, row_capacity=99, global_batch_size=size, epochs=2)
+    manifest = write_packed_steps(PreferenceDataset(tmp_path / "set"), settings, tmp_path / "plan")
     assert manifest["counts"]["whole_steps"] == whole
     assert manifest["counts"]["steps"] == -(-6 // size)
     assert np.load(tmp_path / "plan" / "groups.npy").shape == (6,)

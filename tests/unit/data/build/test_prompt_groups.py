@@ -9,11 +9,12 @@ import pytest
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.build.duplicates import Digests, DigestTable
-from megatron_prefix.data.steps.composition import GroupBatches
-from megatron_prefix.data.steps.record_batches import RecordBatches, group_batches
-from megatron_prefix.data.steps.sampler import Sampler, loss_weights
+from megatron_prefix.data.steps.compositions.batches import GroupBatches
+from megatron_prefix.data.steps.compositions.record_batches import RecordBatches, group_batches
+from megatron_prefix.data.steps.rows import loss_weights
+from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.errors import InputError
 
 
