@@ -17,11 +17,9 @@ from pathlib import Path
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.data.steps.compositions.settings import StepSettings
-from megatron_prefix.data.steps.packed import writing
-from megatron_prefix.data.steps.packed.reading import PackedSteps
-from megatron_prefix.data.steps.packed.writing import write_packed_steps
-from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps import Sampler
+from megatron_prefix.data.steps.compositions import StepSettings
+from megatron_prefix.data.steps.packed import PackedSteps, write_packed_steps, writing
 
 CAPACITY = 8192
 

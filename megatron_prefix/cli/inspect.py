@@ -57,9 +57,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from megatron_prefix.data.steps.packed.reading import PackedSteps, describe_packed_steps
-    from megatron_prefix.data.steps.packed.verifying import verify_packed_steps
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    from megatron_prefix.data.steps.packed import (
+        PackedSteps,
+        describe_packed_steps,
+        verify_packed_steps,
+    )
+    from megatron_prefix.data.store import PreferenceDataset
 
     for flag in ("tree", "row", "row_capacity", "picture"):
         if getattr(args, flag) is not None:
@@ -94,7 +97,7 @@ def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         tree_row,
         tree_text,
     )
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    from megatron_prefix.data.store import PreferenceDataset
     from megatron_prefix.data.store.verify import verify_dataset
 
     dataset = PreferenceDataset(args.prefix)

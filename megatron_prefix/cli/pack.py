@@ -63,10 +63,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Pack and print one line about the packed steps."""
-    from megatron_prefix.data.steps.compositions.settings import StepSettings
-    from megatron_prefix.data.steps.packed.reading import describe_packed_steps
-    from megatron_prefix.data.steps.packed.writing import write_packed_steps
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    from megatron_prefix.data.steps.compositions import StepSettings
+    from megatron_prefix.data.steps.packed import describe_packed_steps, write_packed_steps
+    from megatron_prefix.data.store import PreferenceDataset
     from megatron_prefix.data.store.verify import verify_checksums
 
     if args.seed < 0:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         )
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.estimate.planning import plan_run
+    from megatron_prefix.estimate import plan_run
 
     estimate = plan_run(config, args.world_size)
     print(json.dumps(estimate, indent=1) if args.json else plan_text(estimate))

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.context_parallel.transports import ContextShare
-from megatron_prefix.attention.megatron import TreePackedSeqParams
-from megatron_prefix.attention.plan import TreePlan
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.platform.transfer import on_device
+from megatron_prefix.attention import TreePackedSeqParams, TreePlan
+from megatron_prefix.attention.context_parallel import ContextShare
+from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.platform import on_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

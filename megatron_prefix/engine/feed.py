@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from megatron_prefix.attention import prepare_plan
-from megatron_prefix.attention.context_parallel.transports import ContextShare
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.sampler import Sampler, Step
-from megatron_prefix.distributed.world import World
+from megatron_prefix.attention.context_parallel import ContextShare
+from megatron_prefix.data.steps import MicroBatch, Sampler, Step
+from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch, to_device
-from megatron_prefix.model.gpt import TreeTransformerConfig
+from megatron_prefix.model import TreeTransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prefix.config import ModelSizes
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.cost import CostModel
+from megatron_prefix.data.steps import CostModel, MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)

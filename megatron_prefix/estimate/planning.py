@@ -18,18 +18,15 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
-from megatron_prefix.data.steps.collate import TARGETS
-from megatron_prefix.data.steps.rows import group_rows
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.steps.sharing import SHARING_MODES
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.steps import SHARING_MODES, TARGETS, Sampler, group_rows
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf import HFModel
 from megatron_prefix.objectives import check
-from megatron_prefix.train.samplers import training_sampler
+from megatron_prefix.train import training_sampler
 
 STEPS_READ = 8
 """First steps of the run whose rows are read."""

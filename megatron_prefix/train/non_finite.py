@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.engine.batch import TrainBatch
+from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.engine import TrainBatch
 
 
 def finite_rows(logs: list[dict]) -> list[bool]:

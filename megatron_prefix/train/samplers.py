@@ -7,19 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_prefix.config import Config, ModelSizes
-from megatron_prefix.data.steps.collate import TARGETS
-from megatron_prefix.data.steps.compositions.batches import Composition, InOrder
-from megatron_prefix.data.steps.compositions.settings import StepSettings
-from megatron_prefix.data.steps.cost import CostModel
-from megatron_prefix.data.steps.packed.reading import PackedSteps
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify.checks import verify_checksums
+from megatron_prefix.data.steps import TARGETS, CostModel, Sampler
+from megatron_prefix.data.steps.compositions import Composition, InOrder, StepSettings
+from megatron_prefix.data.steps.packed import PackedSteps
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective, check
 
 if TYPE_CHECKING:
-    from megatron_prefix.distributed.world import World
+    from megatron_prefix.distributed import World
 
 EVALUATION_GROUPS = 64
 """Groups scored at a time if the configuration counts steps in rows."""

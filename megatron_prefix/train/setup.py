@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_prefix.checkpoint.save_load import RunCheckpoints
-from megatron_prefix.checkpoint.starting_model import StartingModel, resolve_starting_model
+from megatron_prefix.checkpoint import RunCheckpoints, StartingModel, resolve_starting_model
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps.packed.reading import PackedSteps
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import World
+from megatron_prefix.data.steps.packed import PackedSteps
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import World
 from megatron_prefix.engine import build_model, build_policy
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_prefix.data.steps.packed.reading import PackedSteps, describe_packed_steps
-from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps import Sampler
+from megatron_prefix.data.steps.packed import PackedSteps, describe_packed_steps
 
 MOST_STEPS = 32
 """Steps that are read, evenly over the run. A plan on disk has figures of all its steps."""

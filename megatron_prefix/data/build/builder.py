@@ -22,8 +22,7 @@ from megatron_prefix.data.build.prompt_groups import merge_prompts, place_before
 from megatron_prefix.data.build.report import MAX_LISTED, BuildReport
 from megatron_prefix.data.build.workers import ordered, single_threaded_tokenizers
 from megatron_prefix.data.read import ExampleReader, Inputs
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.writer import DatasetWriter
+from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenize import PathEncoder, Tokenizer, load_tokenizer
 from megatron_prefix.errors import InputError
 

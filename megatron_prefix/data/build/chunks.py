@@ -19,7 +19,7 @@ from megatron_prefix.data.build.options import BuildOptions
 from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
 from megatron_prefix.data.read.formats import DegenerateRecord, Example, Reason
-from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.store import Block
 from megatron_prefix.data.tokenize import PathEncoder, Selection, TooLong, select
 from megatron_prefix.data.tree import MergedPaths, merge_paths
 from megatron_prefix.errors import InputError

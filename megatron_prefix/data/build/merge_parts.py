@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.data.build.combine import combine
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify.checks import verify_checksums
-from megatron_prefix.data.store.writer import DatasetWriter
+from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
+from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 
 GROUPS = 4096

@@ -19,9 +19,8 @@ from pathlib import Path
 
 from megatron_prefix.data.build.duplicates import DigestTable
 from megatron_prefix.data.build.report import BuildReport
-from megatron_prefix.data.files.work_folder import building_folder, checked_prefix
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.writer import DatasetWriter
+from megatron_prefix.data.files import building_folder, checked_prefix
+from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
 

@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from megatron_prefix.errors import RunError
-from megatron_prefix.platform.linux import end_with_parent
+from megatron_prefix.platform import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

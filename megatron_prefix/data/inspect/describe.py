@@ -10,7 +10,7 @@ from megatron_prefix.data.steps import MicroBatch, Sampler, group_rows
 from megatron_prefix.data.steps.compositions import RowBatches
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.store.verify import verify_group, verify_offsets
-from megatron_prefix.data.tokenize.tokenizers import Tokenizer, load_tokenizer
+from megatron_prefix.data.tokenize import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
 from megatron_prefix.text import align

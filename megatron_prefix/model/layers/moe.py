@@ -31,7 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_prefix.attention.megatron import TreePackedSeqParams
+from megatron_prefix.attention import TreePackedSeqParams
 
 
 def row_balance(
