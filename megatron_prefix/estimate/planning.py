@@ -131,7 +131,7 @@ def _known_model(
 
 def _config_folder(model: ModelConfig) -> Path | None:
     """The folder of config.json, if it is on this machine; nothing is fetched."""
-    if model.hf is not None:
+    if model.hf is not None:  # a directory, else an id OWNER/NAME in the Hub's cache
         if (Path(model.hf) / "config.json").is_file():
             return Path(model.hf)
         if model.hf.count("/") != 1 or model.hf.startswith((".", "/", "~")):
@@ -170,6 +170,7 @@ def _data(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[st
         for rank in range(sampler.num_ranks)
         for row in sampler.micro_batches(plan, rank)
     ]
+    # the same groups under every sharing mode, so that the modes can be compared
     groups = np.concatenate([plan.groups for plan in plans])
     return {
         "steps_read": steps,
