@@ -66,6 +66,7 @@ class Feed:
         batches = [to_device(row, device, plan.weight, share=self._share(row)) for row in rows]
         config = self._config
         for batch in batches:
+            assert batch.params.plan is not None
             prepare_plan(
                 batch.params.plan,
                 config.tree_attention_backend,

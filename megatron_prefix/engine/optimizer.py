@@ -44,7 +44,7 @@ class Policy:
     """The model that is trained: wrapped chunks, their optimizer and the learning rate's
     schedule."""
 
-    chunks: list[torch.nn.Module]
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -104,7 +104,7 @@ def build_policy(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    chunks = [
+    wrapped = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
@@ -123,7 +123,7 @@ def build_policy(
             use_distributed_optimizer=parallel.use_distributed_optimizer,
             overlap_param_gather=parallel.overlap_param_gather,
         ),
-        chunks,
+        wrapped,
         use_gloo_process_groups=False,
     )
     scheduler = OptimizerParamScheduler(
@@ -144,6 +144,6 @@ def build_policy(
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = sum_gradients
     if parallel.overlap_grad_reduce:  # gradients are summed after the last row only
-        pauses = [chunk.no_sync for chunk in chunks]
+        pauses = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
-    return Policy(chunks=chunks, optimizer=optimizer, scheduler=scheduler)
+    return Policy(chunks=wrapped, optimizer=optimizer, scheduler=scheduler)

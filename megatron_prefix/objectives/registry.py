@@ -77,6 +77,12 @@ class Objective:
         return None if first is None else first.value(**self.parameters)
 
     @property
+    def first_formula(self) -> str:
+        """That loss as a formula."""
+        first = self.record.first
+        return "" if first is None else first.formula
+
+    @property
     def first_steepness(self) -> float:
         """How far that loss moves at most if both rewards of a pair move by 1."""
         first = self.record.first

@@ -22,7 +22,7 @@ def model_fingerprint(chunks: list[torch.nn.Module]) -> str:
         for name, whole in whole_parameters(chunk):
             head = f"{name} {whole.dtype} {tuple(whole.shape)}\n"
             digest = hashlib.sha256(head.encode())
-            digest.update(memoryview(whole.cpu().view(torch.uint8).numpy()).cast("B"))
+            digest.update(whole.cpu().view(torch.uint8).numpy().data.cast("B"))
             own[name] = digest.hexdigest()
     parts: list[dict] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, own)

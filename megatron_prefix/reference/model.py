@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -152,7 +153,7 @@ def score_dataset(
     chunks: list[torch.nn.Module],
     sampler: Sampler,
     world: World,
-    partial: PartialScores | None = None,
+    saved: PartialScores | None = None,
 ) -> np.ndarray:
     """Log-probability of every response of the sampler's data set, or a reward model's score of
     it, float64 [responses].
@@ -160,10 +161,10 @@ def score_dataset(
     Responses are numbered through the whole data set in its order. A response that runs several
     times (several pairs with sharing `none`) gets the mean. A response that never runs (one without
     a pair, with sharing `none` or `pair`) is NaN. Every rank runs its own rows and returns the
-    scores of all. With `partial`, scoring continues from the scores saved there, and saves to it.
+    scores of all. With `saved`, scoring continues from the scores saved there, and saves to it.
     """
     dataset = sampler.dataset
-    first, sums = world.once(lambda: (partial.step, partial.sums) if partial else (0, None))
+    first, sums = world.once(lambda: (saved.step, saved.sums) if saved else (0, None))
     if sums is None:
         sums = np.zeros((2, len(dataset.response_lengths)))
     was_training = [chunk.training for chunk in chunks]
@@ -178,9 +179,9 @@ def score_dataset(
                 world.beat(f"scoring, step {step + 1} of {num_steps}")
                 _add_scores(chunks, dataset, feed.step(step), local_sums)
             sums += world.sum(torch.from_numpy(local_sums).to(world.device)).cpu().numpy()
-            if partial is not None:
-                partial.sums = sums
-                world.once(lambda stop=stop: partial.save(stop))
+            if saved is not None:
+                saved.sums = sums
+                world.once(partial(saved.save, stop))
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
     with np.errstate(invalid="ignore"):

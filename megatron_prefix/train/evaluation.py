@@ -44,8 +44,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     objective = check(config.loss, config.model.kind)
     if config.data.valid is None:
         raise InputError("data.valid is not set: name the data set to evaluate on")
-    if load is not None:
-        load = resolve_checkpoint(load)
+    weights = None if load is None else resolve_checkpoint(load)
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
     with open_session(config) as world:
@@ -55,10 +54,10 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         check_columns(objective, dataset, "data.valid")
         if objective.reference == "none":
-            scores = _own_scores(config, initial, model, load, sampler, world)
+            scores = _own_scores(config, initial, model, weights, sampler, world)
             ref_logps = None
         else:
-            scores, ref_logps = _logps(objective, config, initial, model, load, sampler, world)
+            scores, ref_logps = _logps(objective, config, initial, model, weights, sampler, world)
         if per_response is not None:
             name = PER_RESPONSE[config.model.kind]
             world.once(lambda: _write_records(per_response, dataset, scores, name))
@@ -69,13 +68,13 @@ def _own_scores(
     config: Config,
     initial: StartingModel,
     model: list[torch.nn.Module],
-    load: str | None,
+    weights: Path | None,
     sampler: Sampler,
     world: World,
 ) -> np.ndarray:
     """The model's score of every response, float64 [responses], without a reference."""
-    if load is not None:
-        load_weights(load, model)
+    if weights is not None:
+        load_weights(weights, model)
     else:
         initial.load(model)
         if world.is_main and (note := initial.note(config.train.seed)) is not None:
@@ -88,7 +87,7 @@ def _logps(
     config: Config,
     initial: StartingModel,
     model: list[torch.nn.Module],
-    load: str | None,
+    weights: Path | None,
     sampler: Sampler,
     world: World,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -100,10 +99,10 @@ def _logps(
         ref_logps = read_sidecar(path, model_fingerprint(model), sampler.dataset)
     else:
         ref_logps = score_dataset(model, sampler, world)
-        if load is None:
+        if weights is None:
             return ref_logps, ref_logps
-    if load is not None:
-        load_weights(load, model)
+    if weights is not None:
+        load_weights(weights, model)
     return score_dataset(model, sampler, world), ref_logps
 
 

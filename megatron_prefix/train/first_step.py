@@ -31,12 +31,13 @@ def check_first_step(
     ]
     excess, reward, budget = world.max(torch.stack(worst)).tolist()
     expected = objective.first_value
-    is_known = expected is not None
     tolerance = budget * max(1.0, objective.first_steepness)
-    if excess <= 1 and (not is_known or abs(loss - expected) <= tolerance):
+    is_expected = expected is None or abs(loss - expected) <= tolerance
+    if excess <= 1 and is_expected:
         return
-    formula = objective.record.first.formula if is_known else ""
-    known = f"a loss of {formula} = {expected:.8f} and rewards of 0" if is_known else "rewards of 0"
+    known = "rewards of 0"
+    if expected is not None:
+        known = f"a loss of {objective.first_formula} = {expected:.8f} and rewards of 0"
     raise RunError(
         f"the first loss is {loss:.8f} and the largest reward {reward:.2e}, but loss.loss_type: "
         f"{objective.name} must start with {known} (within {budget:.1e}), because policy and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def save_rows(
     pairs with their weights and margins, `row0_response_ids` (group, response) with
     `row0_response_tokens`, and `row0_ref_logps` if there is a reference. Raises OSError.
     """
-    arrays: dict[str, np.ndarray] = {"step": np.array(step)}
+    arrays: dict[str, Any] = {"step": np.array(step)}
     for i, (row, batch) in enumerate(zip(rows, batches, strict=True)):
         own = {
             "tokens": row.tokens,

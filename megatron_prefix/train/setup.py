@@ -42,7 +42,10 @@ def prepare_trainer(
     datasets = [dataset] if valid is None else [dataset, valid]
     initial = resolve_starting_model(config.model, datasets)
     sampler = training_sampler(config, dataset, world, plan, initial.sizes)
-    num_steps = config.train.steps or sampler.composition.num_steps(config.train.epochs)
+    num_steps = config.train.steps
+    if num_steps is None:
+        assert config.train.epochs is not None  # one of them is given
+        num_steps = sampler.composition.num_steps(config.train.epochs)
     if config.optimizer.lr_warmup_steps >= num_steps:
         raise InputError(
             f"optimizer.lr_warmup_steps = {config.optimizer.lr_warmup_steps} does not end "

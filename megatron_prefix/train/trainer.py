@@ -164,8 +164,8 @@ class Trainer:
             "rows/projected": sum(row.num_projected for row in rows),
         }
         sums = torch.stack([torch.stack([*log["sums"].values()]) for log in logs]).sum(0)
-        totals = torch.cat([sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
-        totals = self.world.sum(totals).tolist()
+        own = torch.cat([sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
+        totals = self.world.sum(own).tolist()
         divisors = [plan.weight] + [plan.num_pairs] * (len(names) - 1)
         means = {key: s / d for key, s, d in zip(names, totals, divisors, strict=False)}
         logical = sum(int(pair_lengths(dataset, int(g)).sum()) for g in plan.groups)
