@@ -21,16 +21,24 @@ from mutant_list import MUTANTS, Mutant
 from mutant_list_data import DATA_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build", "quickstart")
+IGNORED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache")
+OUTPUTS = ("build", "quickstart")
+"""Ignored in the repository's root only: `data/build` is a package."""
 TESTS_FAILED = 1  # pytest's exit code
 TIMEOUT_S = 900
+
+
+def _ignored(folder: str, names: list[str]) -> set[str]:
+    """Names that are not copied, as `shutil.copytree` asks for them."""
+    ignored = {*IGNORED, *OUTPUTS} if Path(folder) == ROOT else set(IGNORED)
+    return ignored & set(names)
 
 
 def run(mutant: Mutant, scratch: Path) -> str:
     """`killed`, `survived`, or the reason why it was not tried."""
     copy = scratch / "repository"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*IGNORED))
+    shutil.copytree(ROOT, copy, ignore=_ignored)
     path = copy / "megatron_prefix" / mutant.file
     text = path.read_text(encoding="utf-8")
     if mutant.old and text.count(mutant.old) != 1:
