@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,9 +15,11 @@ from megatron_prefix.data.steps.packed_steps import PackedPlan
 from megatron_prefix.data.steps.sampler import Sampler
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify import verify_checksums
-from megatron_prefix.distributed.world import World
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective, check
+
+if TYPE_CHECKING:
+    from megatron_prefix.distributed.world import World
 
 EVALUATION_GROUPS = 64
 """Groups scored at a time if the configuration counts steps in rows."""

@@ -1,7 +1,7 @@
-"""Hugging Face's tensors <-> Megatron-Core's parameters, a tensor at a time.
+"""Hugging Face's tensors <-> Megatron-Core's parameters, one tensor at a time.
 
-Megatron-Core fuses tensors that are separate in Hugging Face. With query heads q, key heads k and value
-heads v in two groups, and gate g and up-projection u:
+Megatron-Core fuses tensors that are separate in Hugging Face. With query heads q, key heads k and
+value heads v in two groups, and gate g and up-projection u:
 
     linear_qkv   q0 q1 k0 v0 | q2 q3 k1 v1        one group after another
     linear_fc1   g | u

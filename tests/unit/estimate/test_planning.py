@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -120,6 +122,16 @@ def test_layouts_that_do_not_divide_are_refused(data, tmp_path, capsys, size, pa
     code, _, err = plan(capsys, path, "--world-size", size)
     assert code == 2
     assert re.search(message, err)
+
+
+def test_a_plan_needs_neither_torch_nor_megatron(data, tmp_path):
+    code = (
+        "import sys; from megatron_prefix.config import load_config\n"
+        "from megatron_prefix.estimate import plan_run\n"
+        f"assert plan_run(load_config({config(tmp_path, data)!r}))['memory']\n"
+        "assert not {'torch', 'megatron.core'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_verdict():
