@@ -82,7 +82,11 @@ NEMO_ALIGNER = Format(
     read=read_nemo_aligner,
     fits=lambda record: has(record, "chosen_response") or has(record, "rejected_response"),
     columns=(
-        *("prompt", "chosen_response", "rejected_response", *REWARDS),
-        *("margin", "weight", "tools"),
+        "prompt",
+        "chosen_response",
+        "rejected_response",
+        *REWARDS,
+        "margin",
+        *RANKED_COLUMNS,
     ),
 )

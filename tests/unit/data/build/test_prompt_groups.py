@@ -59,7 +59,7 @@ def test_one_prompt_is_one_group_and_every_record_a_set(tmp_path):
     tree = dataset[0]
     assert tree.response_sets.tolist() == [0, 0, 1, 1, 2, 2]
     assert tree.pairs.tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert (tree.parents == -1).sum() == 1, "the prompt stands once"
+    assert (tree.parents == -1).sum() == 1, "the prompt is stored once"
     assert loss_weights(dataset, 0, "group").tolist() == [1.0] * 3
     _, separate = build(tmp_path, RECORDS, "separate")
     assert separate.group_num_records.tolist() == [1] * 4
@@ -72,7 +72,7 @@ def test_one_prompt_is_one_group_and_every_record_a_set(tmp_path):
         "tokens_before": before["tree"],
         "tokens": after["tree"],
     }
-    assert f"{before['tree']} tokens as trees became {after['tree']}" in report.summary()
+    assert f"{before['tree']} tree tokens became {after['tree']}" in report.summary()
     assert report.dropped["chosen equals rejected"].groups == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         [
