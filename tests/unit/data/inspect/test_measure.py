@@ -17,7 +17,7 @@ from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.sharing import Bundle
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.statistics import Histogram
-from megatron_prefix.data.store.verify.checks import spans as spans_module
+from megatron_prefix.data.store.verify import spans as spans_module
 from megatron_prefix.data.store.verify.spans import spans
 
 

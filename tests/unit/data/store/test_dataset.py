@@ -102,7 +102,7 @@ def test_tokens_are_as_wide_as_the_vocabulary_needs(tmp_path, vocab_size, dtype)
 
 @pytest.mark.parametrize("top", [100, 70000, -1])
 def test_ids_outside_the_vocabulary_are_refused(tmp_path, top):
-    with pytest.raises(InputError, match=f"token id {top}.*has 100"):
+    with pytest.raises(InputError, match=f"token id {top}.*has ids 0 to 99"):
         write(tmp_path / "a", [large_ids(top)])
     assert list(tmp_path.iterdir()) == []
 
