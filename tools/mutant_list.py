@@ -47,7 +47,7 @@ MUTANTS = (
     Mutant(
         "label smoothing dropped",
         "objectives/pairwise.py",
-        "- label_smoothing * logsigmoid(-margins)",
+        "- label_smoothing * log_sigmoid(-margins)",
         "",
         "unit/objectives/test_pairwise.py",
     ),

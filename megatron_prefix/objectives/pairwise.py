@@ -8,17 +8,19 @@ reference.
 from __future__ import annotations
 
 import math
-
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
 from megatron_prefix.objectives.record import (
     FirstValue,
     LossOutputs,
     ObjectiveRecord,
     Option,
+    log_sigmoid,
     reward_metrics,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 NUM_TOKENS = ("chosen_num_tokens", "rejected_num_tokens")
@@ -45,7 +47,7 @@ def dpo_loss(
     chosen = beta * (chosen_logps - ref_chosen_logps)
     rejected = beta * (rejected_logps - ref_rejected_logps)
     margins = chosen - rejected
-    losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+    losses = -(1 - label_smoothing) * log_sigmoid(margins) - label_smoothing * log_sigmoid(-margins)
     return LossOutputs(losses=losses, metrics=reward_metrics(chosen, rejected))
 
 

@@ -1,15 +1,17 @@
 """What an objective is: one record, the table that it reads, the values that it returns.
 
-Shapes: R responses, P pairs.
+Shapes: R responses, P pairs. Nothing in this package imports torch before a loss is computed, so
+that a configuration is checked without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Unit = Literal["pair"]
 """What a loss has one value for, and is averaged over."""
@@ -79,6 +81,13 @@ class LossOutputs:
     """[P]: the loss of every pair, before weights."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """[P] each, without gradient, by the name under which their mean over pairs is logged."""
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-x))), which does not overflow."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import pairwise, reward
 from megatron_prefix.objectives.record import LossInputs, LossOutputs, ObjectiveRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OBJECTIVES = {record.name: record for record in (*pairwise.RECORDS, *reward.RECORDS)}
 MODELS = {"lm": "a language model", "reward": "a reward model"}

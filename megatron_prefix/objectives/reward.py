@@ -5,15 +5,18 @@ Shapes: P pairs. Rewards are what the model gives a response, float64.
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
 from megatron_prefix.objectives.record import (
     LossOutputs,
     ObjectiveRecord,
     Option,
+    log_sigmoid,
     reward_metrics,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def bradley_terry_loss(
@@ -36,7 +39,7 @@ def bradley_terry_loss(
     logits = chosen_rewards - rejected_rewards
     if margins is not None:
         logits = logits - margins
-    losses = -logsigmoid(logits)
+    losses = -log_sigmoid(logits)
     if center_rewards_coefficient is not None:
         sums = chosen_rewards + rejected_rewards
         losses = losses + center_rewards_coefficient * sums.square()

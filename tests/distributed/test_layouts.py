@@ -50,6 +50,8 @@ OF_TWO = {  # name: layout, sizes beside SIZES, the one-process run that it foll
     "pp2 reward full": (PP2, {**REWARD, **FULL}, "one reward"),
     "vpp2 reward": (VPP2, REWARD, "one reward"),
     "cp2 reward": (CP2, REWARD, "one reward"),
+    "cp2 ipo": (CP2, {}, "one ipo"),
+    "pp2 ipo": (PP2, {}, "one ipo"),
 }
 OF_FOUR = {
     "tp2pp2sp": ({**TP2SP, **PP2}, {}, "one"),
@@ -69,13 +71,14 @@ OF_FOUR = {
 
 
 def command(runs: Runs, name: str, layout: dict, sizes: dict) -> list[str]:
-    return runs.train(name, parallel=layout, model={**SIZES, **sizes})
+    loss = {"loss_type": "ipo"} if name.endswith("ipo") else {}
+    return runs.train(name, parallel=layout, model={**SIZES, **sizes}, loss=loss)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     runs = Runs(tmp_path_factory.mktemp("layouts"))
-    sizes = {"one": {}, "one qwen": QWEN, "one reward": REWARD}
+    sizes = {"one": {}, "one qwen": QWEN, "one reward": REWARD, "one ipo": {}}
     ones = [command(runs, name, {}, own) for name, own in sizes.items()]
     on_processes(1, runs.folder, ones, TIMEOUT_S)
     twos = [command(runs, name, layout, sizes) for name, (layout, sizes, _) in OF_TWO.items()]

@@ -163,9 +163,10 @@ def test_the_layouts_are_different_work(oasst_runs):
     [
         ("hh", "unpacked", {"label_smoothing": 0.1, "beta": 0.3}),
         ("oasst", "response", {"weighting": "group"}),
+        ("hh", "none", {"loss_type": "ipo"}),
     ],
     indirect=["runs"],
-    ids=["smoothing", "group"],
+    ids=["smoothing", "group", "ipo"],
 )
 def test_other_losses_do_not_depend_on_sharing(runs, unshared, loss):
     plain = runs(unshared, LAYOUTS[unshared])[0]

@@ -1,6 +1,8 @@
 """The registry: every record is whole; a loss section is checked against it."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -143,3 +145,12 @@ def test_an_objective_is_a_record_and_nothing_else():
     assert set(objective.logp_metrics(inputs())) == {"logps/chosen", "logps/rejected"}
     with pytest.raises(InputError, match="loss.beta = 0.5: with squares it must be above 1"):
         check(LossConfig(loss_type="squares", beta=0.5), "lm", records)
+
+
+def test_a_loss_section_is_checked_without_torch():
+    code = (
+        "import sys; from megatron_prefix.config.schema import LossConfig; "
+        "from megatron_prefix.objectives import check; check(LossConfig()); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
