@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 def lazy_face(package: str, **exports: Sequence[str]) -> Callable[[str], object]:
     """The `__getattr__` (PEP 562) of `package`: its module NAME exports the names `exports[NAME]`.
 
-    For a module of a sub-package, write two underscores for the dot: `hf__weights=[…]`.
+    For a module of a sub-package, write two underscores for the dot: `hf__weights=[…]`. A module
+    with an empty list is exported itself.
     """
     homes = {
         name: f"{package}.{module.replace('__', '.')}"
@@ -26,6 +27,8 @@ def lazy_face(package: str, **exports: Sequence[str]) -> Callable[[str], object]
     }
 
     def get(name: str) -> object:
+        if name in exports and not exports[name]:
+            return importlib.import_module(f"{package}.{name}")
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(homes[name]), name)

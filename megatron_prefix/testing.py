@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prefix.data.tree import Pair, ResponsePath
+from megatron_prefix.data import Pair, ResponsePath
 from megatron_prefix.layout import TreeLayout
 
 
@@ -143,9 +143,9 @@ def write_random_set(prefix: str | Path, seed: int, num_groups: int) -> str:
 
     A group has 15 to 100 tokens. The same seed gives the same files.
     """
-    from megatron_prefix.data.store.writer import DatasetWriter
-    from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
-    from megatron_prefix.data.tree import build_tree
+    from megatron_prefix.data import build_tree
+    from megatron_prefix.data.store import DatasetWriter
+    from megatron_prefix.data.tokenize import load_tokenizer
 
     rng = np.random.default_rng(seed)
     with DatasetWriter(prefix, load_tokenizer("bytes").describe()) as writer:

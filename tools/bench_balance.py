@@ -16,10 +16,10 @@ import numpy as np
 from bench_common import publish
 
 from megatron_prefix.config import ModelSizes
-from megatron_prefix.data.steps.composition import seeded
-from megatron_prefix.data.steps.cost import CostModel, bundle_work
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.steps import CostModel, Sampler
+from megatron_prefix.data.steps.compositions.order import seeded
+from megatron_prefix.data.steps.cost import bundle_work
+from megatron_prefix.data.store import PreferenceDataset
 
 MODEL = ModelSizes(
     num_layers=32,

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from bench_common import publish
 
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
-from megatron_prefix.data.read.examples import ExampleReader
-from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
+from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.read import ExampleReader
+from megatron_prefix.data.tokenize import load_tokenizer
 
 TURN = "\n\nAssistant:"
 

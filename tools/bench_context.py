@@ -18,7 +18,7 @@ from bench_common import publish
 
 from megatron_prefix.attention.context_parallel import ContextCost, ContextParallel, ownership
 from megatron_prefix.data.steps.sharing import view
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import BytesSent, free_port, random_heads
 

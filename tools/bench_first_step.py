@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.data.store.blocks import Block
-from megatron_prefix.data.store.writer import DatasetWriter
+from megatron_prefix.data import Pair, ResponsePath
+from megatron_prefix.data.store import Block, DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import ByteTokenizer
-from megatron_prefix.data.tree import Pair, ResponsePath, merge_paths
+from megatron_prefix.data.tree import merge_paths
 
 RUN = """
 data: {{train: {data}, plan: {plan}, row_capacity: 2048, global_batch_size: 16, seed: 1}}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench_common import publish
 
-from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.data.build import build_dataset
 
 
 def write(path: Path, count: int) -> None:

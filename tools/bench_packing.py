@@ -9,9 +9,10 @@ import argparse
 
 from bench_common import publish
 
-from megatron_prefix.data.steps.composition import WINDOW, RowBatches
+from megatron_prefix.data.steps.compositions import RowBatches
+from megatron_prefix.data.steps.compositions.row_batches import WINDOW
 from megatron_prefix.data.steps.sharing import group_lengths
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import torch
 from bench_model import Mode
 
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.steps import Sampler
+from megatron_prefix.data.store import PreferenceDataset
 
 
 class Built:
@@ -33,7 +33,7 @@ class Built:
         has_reference: bool,
         num_steps: int,
     ) -> None:
-        from megatron_prefix.checkpoint.starting_model import resolve_starting_model
+        from megatron_prefix.checkpoint import resolve_starting_model
         from megatron_prefix.engine import build_model, build_policy
         from megatron_prefix.reference import frozen_model
 
@@ -58,7 +58,7 @@ class Built:
         another one is given."""
         from megatron_prefix.objectives import check
         from megatron_prefix.trackers import Trackers
-        from megatron_prefix.train.samplers import training_sampler
+        from megatron_prefix.train import training_sampler
         from megatron_prefix.train.trainer import Trainer
 
         steps = config.train.steps
@@ -110,7 +110,7 @@ class Built:
         precomputed = [name for name, mode in modes.items() if mode.precomputed]
         known = None
         if precomputed:
-            from megatron_prefix.train.samplers import training_sampler
+            from megatron_prefix.train import training_sampler
 
             cheapest = min(precomputed, key=lambda name: modes[name].sharing != "tree")
             config = configs[cheapest]

@@ -26,9 +26,10 @@ from bench_sets import drawn_tree
 from tqdm import tqdm
 
 from megatron_prefix.config import Config, parse_config
-from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
+from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.data.steps.collate import RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
-from megatron_prefix.estimate.flops import forward_flops
+from megatron_prefix.estimate import forward_flops
 from megatron_prefix.testing import saved_bytes
 
 RESPONSES = (1, 2, 4, 8, 16)
@@ -75,9 +76,8 @@ class Passes:
     """Forward and backward of rows through one model."""
 
     def __init__(self, config: Config, vocab_size: int, world) -> None:
-        from megatron_prefix.engine.optimizer import build_model
-        from megatron_prefix.model.gpt import unwrap
-        from megatron_prefix.model.provider import transformer_config
+        from megatron_prefix.engine import build_model
+        from megatron_prefix.model import transformer_config, unwrap
 
         made = transformer_config(config.model, vocab_size=vocab_size, seed=0)
         self.chunk = build_model(made, world)[0].train()
@@ -174,7 +174,7 @@ def rows_of(table: str, measured: dict[tuple, Measured]) -> list[dict]:
 
 
 def main() -> None:
-    from megatron_prefix.distributed.session import open_session
+    from megatron_prefix.distributed import open_session
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from bench_shapes import SETS, SPREAD, medians
 
-from megatron_prefix.data.store.writer import DatasetWriter
-from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree
+from megatron_prefix.data import Pair, PrefixTree, ResponsePath, build_tree
+from megatron_prefix.data.store import DatasetWriter
 
 
 def drawn_tree(rng: np.random.Generator, lengths: Iterable[int], vocab_size: int) -> PrefixTree:

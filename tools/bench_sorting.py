@@ -18,7 +18,7 @@ from bench_common import publish
 from tqdm import tqdm
 
 from megatron_prefix.config import Config, parse_config
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 
 PAPER = {"padded": "1.00", "shared": "1.53", "sorted": "2.62", "shared and sorted": "3.22"}
 
@@ -66,7 +66,7 @@ def make_config(args: argparse.Namespace, data: dict, output: str) -> Config:
 
 def measure(args: argparse.Namespace) -> dict[str, tuple[int, float]]:
     """(executed tokens, CPU seconds) of each variant's epoch."""
-    from megatron_prefix.distributed.world import join_world
+    from megatron_prefix.distributed import join_world
     from megatron_prefix.train.setup import prepare_trainer
 
     dataset = PreferenceDataset(args.data)

@@ -32,8 +32,8 @@ from bench_shapes import SETS, SPREAD
 from tqdm import tqdm
 
 from megatron_prefix.config import Config
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.estimate import ForwardFlops, forward_flops
 from megatron_prefix.objectives import check
 from megatron_prefix.testing import saved_bytes
 
@@ -117,7 +117,7 @@ def kept_for_backward(run) -> tuple[int, int]:
     """Bytes that the policy saves for backward of the first step's rows, one row at a time, and
     the tokens of these rows."""
     from megatron_prefix.engine.batch import to_device
-    from megatron_prefix.model.gpt import unwrap
+    from megatron_prefix.model import unwrap
 
     model = unwrap(run.policy[0]).train()
     total = tokens = 0
@@ -231,7 +231,7 @@ def data_sets(args: argparse.Namespace, scratch: str) -> list[tuple[str, str, in
 
 def measure_all(args: argparse.Namespace, summaries: Results, modes: Results) -> None:
     """Append the rows of both tables, one data set after another."""
-    from megatron_prefix.distributed.session import open_session
+    from megatron_prefix.distributed import open_session
 
     has_reference = not all(MODES[name].precomputed for name in args.modes)
     with tempfile.TemporaryDirectory() as scratch:

@@ -33,7 +33,7 @@ from bench_sets import named
 from compare_trl import our_config, trl_arguments
 from trl_common import Setting, make_model, relative
 
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 
@@ -193,7 +193,7 @@ def padded_tokens(rows: list[dict], micro_batch_size: int) -> int:
 
 def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> dict:
     """One data set's row of the table."""
-    from megatron_prefix.distributed.session import open_session
+    from megatron_prefix.distributed import open_session
     from megatron_prefix.train.setup import prepare_trainer
 
     dataset = PreferenceDataset(prefix)

@@ -44,8 +44,8 @@ from trl_common import (
 )
 
 from megatron_prefix.config import Config, parse_config
-from megatron_prefix.data.build.builder import build_dataset
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.build import build_dataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 DATA = os.environ.get(
@@ -79,10 +79,8 @@ def run_ours(
     pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path
 ) -> tuple[Outcome, list[TextPair]]:
     """Build, train, export. Returns the outcome, and the pairs in the order of training."""
-    from megatron_prefix.checkpoint.convert import export_checkpoint
-    from megatron_prefix.train.run import train
-    from megatron_prefix.train.samplers import training_sampler
-    from megatron_prefix.train.scoring import score_reference
+    from megatron_prefix.checkpoint import export_checkpoint
+    from megatron_prefix.train import score_reference, train, training_sampler
 
     folder.mkdir(parents=True)
     lines = [json.dumps(pair) + "\n" for pair in pairs]

@@ -265,8 +265,8 @@ MUTANTS = (
     Mutant(
         "a rank projects rows that another rank owns",
         "engine/batch.py",
-        "is_own = np.isin(batch.source_row, own)",
-        "is_own = np.isin(batch.source_row, np.arange(len(own)))",
+        "is_own = np.isin(batch.logit_token, own)",
+        "is_own = np.isin(batch.logit_token, np.arange(len(own)))",
         "distributed/test_layouts.py",
     ),
     Mutant(

@@ -24,9 +24,9 @@ from bench_runs import Built
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.engine import optimizer as engine
-from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.model import unwrap
 
 PREFIX = "part: "
 PARTS = (
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--name", default=f"profile_{device}", help="of the files under results")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    from megatron_prefix.distributed.session import open_session
+    from megatron_prefix.distributed import open_session
 
     on_cuda = torch.cuda.is_available()
     dataset = PreferenceDataset(args.data)

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prefix.data.read.examples import ExampleReader
-from megatron_prefix.data.read.formats.base import DegenerateRecord
-from megatron_prefix.data.read.records import read_records
+from megatron_prefix.data.read import ExampleReader, Inputs
+from megatron_prefix.data.read.formats import DegenerateRecord
 from megatron_prefix.errors import InputError
 
 TextPair = dict[str, str | float]
@@ -112,17 +111,17 @@ def text_pairs(source: Path, hf: Path, count: int, max_length: int) -> list[Text
     from transformers import AutoTokenizer
 
     tokenizer, reader, pairs = AutoTokenizer.from_pretrained(hf), ExampleReader(), []
-    for record in read_records([source]):
+    for record in Inputs([source]).read():
         if record.value is None:
-            raise InputError(f"{record.where}: {record.error}")
+            raise InputError(f"{record.place}: {record.error}")
         try:
             responses = reader.read(record.value).responses
         except DegenerateRecord:
             continue
         except InputError as error:
-            raise InputError(f"{record.where}: {error}") from None
+            raise InputError(f"{record.place}: {error}") from None
         if len(responses) != 2 or not all(isinstance(r.response, str) for r in responses):
-            raise InputError(f"{record.where}: the comparison takes pairs of text")
+            raise InputError(f"{record.place}: the comparison takes pairs of text")
         texts = [r.prompt + r.response for r in responses]
         if max(len(tokenizer(text)["input_ids"]) for text in texts) + 1 > max_length:
             continue

@@ -17,7 +17,7 @@ import torch
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import (
     TreeTransformerConfig,

@@ -37,7 +37,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_prefix.data.store.columns import sha256
+from megatron_prefix.data.files import sha256
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import REWARD_HEAD
 

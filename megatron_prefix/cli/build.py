@@ -144,8 +144,8 @@ def _add_handling(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Build the data set and print the summary."""
-    from megatron_prefix.data.build.builder import BuildOptions, build_dataset
-    from megatron_prefix.data.read.examples import parse_columns
+    from megatron_prefix.data.build import BuildOptions, build_dataset
+    from megatron_prefix.data.read import parse_columns
 
     options = BuildOptions(
         format=args.format,

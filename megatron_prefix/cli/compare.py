@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the comparison, and write it to --output."""
-    from megatron_prefix.trackers.jsonl import read_metrics
+    from megatron_prefix.trackers import read_metrics
 
     if len(args.runs) < 2:
         raise InputError(f"{len(args.runs)} run is given: compare needs two runs or more")

@@ -56,7 +56,7 @@ def _bytes(text: str) -> int:
 def run_import(args: argparse.Namespace) -> None:
     """Import the model and print what was written."""
     quiet_megatron()
-    from megatron_prefix.checkpoint.convert import import_checkpoint
+    from megatron_prefix.checkpoint import import_checkpoint
 
     done = import_checkpoint(args.hf, args.output)
     print(f"wrote {args.output}: {_amount(done)}; config and tokenizer in {args.output}/hf")
@@ -65,7 +65,7 @@ def run_import(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Export the model and print what was written."""
     quiet_megatron()
-    from megatron_prefix.checkpoint.convert import export_checkpoint
+    from megatron_prefix.checkpoint import export_checkpoint
 
     done = export_checkpoint(args.load, args.hf, args.max_shard_size)
     print(f"wrote {args.hf}: {_amount(done)}")

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print the metrics."""
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.train.evaluation import evaluate
+    from megatron_prefix.train import evaluate
 
     metrics = evaluate(config, args.load, args.per_response)
     if os.environ.get("RANK", "0") != "0":

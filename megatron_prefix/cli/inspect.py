@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from megatron_prefix.errors import InputError
@@ -51,17 +50,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print what the flags select; without --tree and --row the statistics."""
-    from megatron_prefix.data.steps.packed_steps import MANIFEST
+    from megatron_prefix.data.steps.packed import is_packed_steps
 
-    is_plan = (Path(args.prefix) / MANIFEST).is_file()
-    values, texts = (_plan if is_plan else _dataset)(args)
+    values, texts = (_plan if is_packed_steps(args.prefix) else _dataset)(args)
     print(json.dumps(values, indent=1) if args.json else "\n\n".join(texts))
 
 
 def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from megatron_prefix.data.steps.packed_steps import PackedPlan, describe_plan
-    from megatron_prefix.data.steps.verify_packed_steps import verify_plan
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    from megatron_prefix.data.steps.packed import (
+        PackedSteps,
+        describe_packed_steps,
+        verify_packed_steps,
+    )
+    from megatron_prefix.data.store import PreferenceDataset
 
     for flag in ("tree", "row", "row_capacity", "picture"):
         if getattr(args, flag) is not None:
@@ -72,27 +73,31 @@ def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             )
     if args.data and not args.verify:
         raise InputError("--data needs --verify, which checks a plan against it: add --verify")
-    plan = PackedPlan(args.prefix)
+    plan = PackedSteps(args.prefix)
     values: dict[str, Any] = {}
     texts: list[str] = []
     if args.verify:
-        verify_plan(plan, PreferenceDataset(args.data) if args.data else None)
+        verify_packed_steps(plan, PreferenceDataset(args.data) if args.data else None)
         values["verified"] = True
         steps = f"{plan.manifest['counts']['steps']:,} steps"
         fit = f", the trees of {args.data} fit the rows" if args.data else ""
         texts.append(f"{plan.path}: checksums and layout of {steps} are correct{fit}")
     values["plan"] = plan.manifest
     settings = (f"{name} {value}" for name, value in plan.manifest["settings"].items())
-    texts.append(f"{describe_plan(plan.manifest)}\n{', '.join(settings)}")
+    texts.append(f"{describe_packed_steps(plan.manifest)}\n{', '.join(settings)}")
     return values, texts
 
 
 def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     _check_flags(args)
-    from megatron_prefix.data.inspect import describe
-    from megatron_prefix.data.inspect.survey import survey
-    from megatron_prefix.data.inspect.survey_text import survey_text
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    from megatron_prefix.data.inspect import (
+        survey,
+        survey_text,
+        tree_dict,
+        tree_row,
+        tree_text,
+    )
+    from megatron_prefix.data.store import PreferenceDataset
     from megatron_prefix.data.store.verify import verify_dataset
 
     dataset = PreferenceDataset(args.prefix)
@@ -105,10 +110,10 @@ def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             f"{dataset.prefix}: checksums and layout of {len(dataset):,} groups are correct"
         )
     if args.tree is not None:
-        values["tree"] = {**describe.tree_dict(dataset, args.tree), "picture": args.picture}
-        texts.append(describe.tree_text(dataset, args.tree))
+        values["tree"] = {**tree_dict(dataset, args.tree), "picture": args.picture}
+        texts.append(tree_text(dataset, args.tree))
         if args.picture:
-            batch = describe.tree_batch(dataset, args.tree)
+            batch = tree_row(dataset, args.tree)
             _draw(dataset, args.picture, batch, [args.tree], batch.num_tokens)
             texts.append(f"wrote {args.picture}")
     if args.row is not None:
@@ -136,9 +141,9 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_prefix.data.inspect.describe import row_items
+    from megatron_prefix.data.inspect import packed_row
 
-    batch, groups = row_items(dataset, args.row, args.row_capacity)
+    batch, groups = packed_row(dataset, args.row, args.row_capacity)
     if args.picture:
         _draw(dataset, args.picture, batch, groups, args.row_capacity, args.row)
     return {
@@ -158,7 +163,7 @@ def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
 def _draw(
     dataset: Any, path: str, batch: Any, groups: list[int], capacity: int, row: int | None = None
 ) -> None:
-    from megatron_prefix.data.inspect.picture import draw_row
+    from megatron_prefix.data.inspect import draw_row
 
     subject = f"tree {groups[0]}" if row is None else f"row {row}"
     draw_row(dataset, batch, groups, capacity, path, f"{dataset.prefix.name}, {subject}")

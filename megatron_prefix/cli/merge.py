@@ -25,8 +25,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge the parts and print the counts."""
-    from megatron_prefix.data.build.merge_parts import merge_datasets
-    from megatron_prefix.data.store.statistics import format_counts
+    from megatron_prefix.data.build import merge_datasets
+    from megatron_prefix.text import format_counts
 
     manifest = merge_datasets(args.prefixes, args.output)
     if len({Path(prefix).resolve() for prefix in args.prefixes}) < len(args.prefixes):

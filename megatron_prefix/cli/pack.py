@@ -63,17 +63,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Pack and print one line about the packed steps."""
-    from megatron_prefix.data.steps.composition import PlanSettings
-    from megatron_prefix.data.steps.packed_steps import describe_plan
-    from megatron_prefix.data.steps.write_packed_steps import write_plan
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    from megatron_prefix.data.steps.compositions import StepSettings
+    from megatron_prefix.data.steps.packed import describe_packed_steps, write_packed_steps
+    from megatron_prefix.data.store import PreferenceDataset
     from megatron_prefix.data.store.verify import verify_checksums
 
     if args.seed < 0:
         raise InputError(f"--seed is {args.seed}, but data.seed is at least 0: give another seed")
     dataset = PreferenceDataset(args.prefix)
     verify_checksums(dataset)
-    settings = PlanSettings(
+    settings = StepSettings(
         seed=args.seed,
         sharing=args.sharing,
         row_capacity=args.row_capacity,
@@ -84,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
         epochs=args.epochs,
     )
     with _Progress() as progress:
-        manifest = write_plan(dataset, settings, args.output, progress)
-    print(describe_plan(manifest))
+        manifest = write_packed_steps(dataset, settings, args.output, progress)
+    print(describe_packed_steps(manifest))
     print(f"wrote {args.output}")
 
 

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         )
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.estimate.planning import plan_run
+    from megatron_prefix.estimate import plan_run
 
     estimate = plan_run(config, args.world_size)
     print(json.dumps(estimate, indent=1) if args.json else plan_text(estimate))
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
 def plan_text(estimate: dict[str, Any]) -> str:
     """The estimate as text: one block for each part that is known."""
-    from megatron_prefix.data.store.statistics import align
+    from megatron_prefix.text import align
 
     ranks = estimate["data_parallel_size"]
     blocks = [[f"{estimate['world_size']} processes, {ranks} data-parallel ranks"]]
@@ -80,7 +80,7 @@ def _memory_rows(memory: dict[str, Any]) -> list[list[str]]:
 
 
 def _data_lines(estimate: dict[str, Any]) -> list[str]:
-    from megatron_prefix.data.store.statistics import align
+    from megatron_prefix.text import align
 
     data, pipeline = estimate["data"], estimate["pipeline"]
     lines = [

@@ -27,6 +27,6 @@ def run(args: argparse.Namespace) -> None:
     """Score the data sets and write the sidecar."""
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.train.scoring import score_reference
+    from megatron_prefix.train import score_reference
 
     score_reference(config, args.output)

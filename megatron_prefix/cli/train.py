@@ -23,6 +23,6 @@ def run(args: argparse.Namespace) -> None:
     """Train until the run ends."""
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.train.run import train
+    from megatron_prefix.train import train
 
     train(config)

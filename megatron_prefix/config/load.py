@@ -70,6 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"config {path}: expected sections (data, model, …), found {_shown(raw)}")
     for override in overrides:
         _apply_override(raw, override)
+    # `loss:` with nothing below it is an empty section
     return parse_config({k: {} if v is None else v for k, v in raw.items()}, str(path))
 
 

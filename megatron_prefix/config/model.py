@@ -181,6 +181,7 @@ class ModelConfig:
                 f"model.num_attention_heads = {self.num_attention_heads}: change one, or set "
                 "model.kv_channels"
             )
+        # hidden_size 64, 4 heads -> 4 query groups, 16 channels per head
         given: dict[str, Any] = {key: getattr(self, key) for key in SIZES}
         given["num_query_groups"] = self.num_query_groups or self.num_attention_heads
         given["kv_channels"] = self.kv_channels or self.hidden_size // self.num_attention_heads

@@ -96,6 +96,7 @@ def _stage_faults(model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfi
         if getattr(parallel, key) is not None
     }
     given = "".join(f", parallel.{key} = {value}" for key, value in named.items())
+    # 10 layers on 3 stages, the first has 2: 8 layers are left for 2 other stages, 4 for each
     others, left = stages - len(named), sizes.num_layers - sum(named.values())
     if named and others < 0 or left < others or (others == 0 and left):
         yield (
@@ -113,6 +114,7 @@ def _stage_faults(model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfi
             + (f", nor are the parts left by{given[1:]}" if named else "")
         )
         return
+    # uniform recomputation cuts each chunk of layers into blocks of equal length
     together = model.recompute_num_layers
     if model.recompute_method == "uniform" and together is not None:
         for count in counts:

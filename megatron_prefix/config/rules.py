@@ -19,7 +19,11 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
     """
     faults = [*_data_faults(config.data), *_size_faults(raw.get("model"))]
     if not faults:
-        faults = [*_model_faults(config.model), *_run_faults(config), *kind_faults(config, raw)]
+        faults = [
+            *_model_faults(config.model),
+            *_run_faults(config),
+            *kind_faults(config.model.kind, raw),
+        ]
         faults += parallel_faults(config.parallel)
     if not faults and (sizes := config.model.sizes()) is not None:
         faults = [*sizes.faults(), *layout_faults(config.model, sizes, config.parallel)]

@@ -18,13 +18,12 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 
-from megatron_prefix.attention.context_parallel.ownership import ContextCost
-from megatron_prefix.attention.context_parallel.transports import ContextParallel
+from megatron_prefix.attention.context_parallel import ContextCost, ContextParallel
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.liveness import MARGIN_S, FailureDetection
 from megatron_prefix.distributed.world_size import world_faults
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model.gpt import TreeTransformerConfig
+from megatron_prefix.model import TreeTransformerConfig
 from megatron_prefix.platform import adapted, device
 
 DEFAULT_CP_COMM = "needed_rows"

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.context_parallel.transports import ContextShare
-from megatron_prefix.attention.megatron import TreePackedSeqParams
-from megatron_prefix.attention.plan import TreePlan
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.platform.transfer import on_device
+from megatron_prefix.attention import TreePackedSeqParams, TreePlan
+from megatron_prefix.attention.context_parallel import ContextShare
+from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.platform import on_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,11 +63,11 @@ def to_device(
     `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
     """
     own = np.arange(len(batch.tokens)) if share is None else share.tokens
-    is_own = np.isin(batch.source_row, own)
+    is_own = np.isin(batch.logit_token, own)
     response = batch.response[is_own]
     # Tokens that predict several targets are projected once. Their indices in the row,
     # [2, 2, 5] of three targets, become the distinct [2, 5] and, per target, [0, 0, 1].
-    logit_tokens, logit_of_target = np.unique(batch.source_row[is_own], return_inverse=True)
+    logit_tokens, logit_of_target = np.unique(batch.logit_token[is_own], return_inverse=True)
     # Targets of the responses [1, 0, 1] -> order [1, 0, 2], offsets [0, 1, 3].
     order = np.argsort(response, kind="stable")
     counts = np.bincount(response, minlength=batch.num_responses)

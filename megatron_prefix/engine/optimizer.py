@@ -14,11 +14,10 @@ from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_la
 from megatron.core.transformer.module import Float16Module
 
 from megatron_prefix.config import Config
-from megatron_prefix.distributed.world import World
+from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.engine.step import run_schedule, sum_gradients
-from megatron_prefix.model.gpt import TreeTransformerConfig
-from megatron_prefix.model.provider import model_provider
+from megatron_prefix.model import TreeTransformerConfig, model_provider
 from megatron_prefix.objectives import Objective
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prefix.config import ModelSizes
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.cost import CostModel
+from megatron_prefix.data.steps import CostModel, MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,5 +37,5 @@ def forward_flops(
     return ForwardFlops(
         linear=cost.per_token * len(batch.tokens),
         attention=cost.per_entry * batch.layout.area(),
-        head=cost.per_row * batch.num_projected,
+        head=cost.per_logit_token * batch.num_projected,
     )

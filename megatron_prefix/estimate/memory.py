@@ -88,8 +88,9 @@ def rank_parameters(
     tensor, width = parallel.tensor_model_parallel_size, sizes.hidden_size
     layers = stage_layers(sizes.num_layers, parallel)[stage]
     whole = parameter_counts(sizes, vocab_size, model.kind)
-    share = layers / sizes.num_layers
+    share = layers / sizes.num_layers  # all layers have the same size
     dense = round(share * (whole["attention"] + whole.get("feed_forward", 0))) // tensor
+    # whole["norms"] has the norm after the last layer too, which only the last stage has
     dense += round(share * (whole["norms"] - width)) + round(share * whole.get("router", 0))
     experts = round(share * whole.get("experts", 0))
     vocabulary = padded_vocabulary(model, parallel, vocab_size) // tensor * width
@@ -191,6 +192,8 @@ def rank_memory(
     sharers, expert_sharers = 1, 1
     if parallel.use_distributed_optimizer:
         model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        # 16 processes, t = p = 2: 4 ranks have the same parameters and share their state; with
+        # e = 2 only 2 ranks have the same experts
         sharers = world_size // model_ranks
         expert_sharers = sharers // parallel.expert_model_parallel_size
     adam = ADAM_BYTES[model.dtype]
@@ -232,8 +235,10 @@ def _activations(
     together = model.recompute_num_layers
     assert together is not None, "full recomputation comes with a number of layers"
     if model.recompute_method == "uniform":
+        # each block of layers keeps its input, and one block at a time is computed again
         return in_flight * (layers // together) * entry, together * layer
-    first = min(together, layers)  # block: the first layers of every chunk, one at a time
+    # block: the first layers of every chunk are recomputed one at a time, the others keep all
+    first = min(together, layers)
     return in_flight * (first * entry + (layers - first) * layer), layer
 
 

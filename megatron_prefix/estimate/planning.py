@@ -18,17 +18,15 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
-from megatron_prefix.data.steps.collate import RowItem, collate_packed
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of, view
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.steps import SHARING_MODES, TARGETS, Sampler, group_rows
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf import HFModel
 from megatron_prefix.objectives import check
-from megatron_prefix.train.samplers import TARGETS, training_sampler
+from megatron_prefix.train import training_sampler
 
 STEPS_READ = 8
 """First steps of the run whose rows are read."""
@@ -133,7 +131,7 @@ def _known_model(
 
 def _config_folder(model: ModelConfig) -> Path | None:
     """The folder of config.json, if it is on this machine; nothing is fetched."""
-    if model.hf is not None:
+    if model.hf is not None:  # a directory, else an id OWNER/NAME in the Hub's cache
         if (Path(model.hf) / "config.json").is_file():
             return Path(model.hf)
         if model.hf.count("/") != 1 or model.hf.startswith((".", "/", "~")):
@@ -172,6 +170,7 @@ def _data(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[st
         for rank in range(sampler.num_ranks)
         for row in sampler.micro_batches(plan, rank)
     ]
+    # the same groups under every sharing mode, so that the modes can be compared
     groups = np.concatenate([plan.groups for plan in plans])
     return {
         "steps_read": steps,
@@ -198,11 +197,7 @@ def _cost(
     """Tokens and operations of the forward passes per step, without padding."""
     tokens, flops = 0, ForwardFlops()
     for group in groups:
-        tree = dataset[int(group)]
-        for bundle in bundles_of(dataset, int(group), mode):
-            part = view(tree, mode, bundle.item)
-            item = RowItem(group=int(group), view=part, pair_weights=np.ones(len(part.pairs)))
-            row = collate_packed([item], 1, TARGETS[kind])
+        for row in group_rows(dataset, int(group), mode, TARGETS[kind]):
             tokens += row.num_tokens
             if model is not None:
                 vocab_size = model.vocab_size or dataset.vocab_size

@@ -20,8 +20,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prefix.attention.megatron import TreePackedSeqParams
-from megatron_prefix.attention.rotary import rotation_of
+from megatron_prefix.attention import TreePackedSeqParams, rotation_of
 from megatron_prefix.config import RopeScaling
 from megatron_prefix.model.layers import rotary_angles
 from megatron_prefix.model.logps import token_logps

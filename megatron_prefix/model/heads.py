@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_prefix.attention.megatron import TreePackedSeqParams
+from megatron_prefix.attention import TreePackedSeqParams
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 
 

@@ -31,6 +31,8 @@ class _VocabParallelLogps(torch.autograd.Function):
         rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
         start = rank * logits_UV.size(1)
         scores_UV = logits_UV.to(torch.promote_types(logits_UV.dtype, torch.float32), copy=True)
+        # 10 tokens padded to 12, 2 ranks: rank 0 starts at 0 and masks nothing, rank 1 starts at 6
+        # and masks its columns from 4 on
         scores_UV[:, max(vocab_size - start, 0) :] = -torch.inf
         top_U = scores_UV.amax(dim=1)
         if size > 1:
@@ -53,6 +55,7 @@ class _VocabParallelLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N):
         softmax_UV, logit_N, local_N, is_local_N = ctx.saved_tensors
+        # d logp / d logits = onehot(target) - softmax, summed over the targets of each token
         weight_U = softmax_UV.new_zeros(softmax_UV.size(0)).index_put_((logit_N,), grad_N, True)
         grad_UV = softmax_UV * -weight_U[:, None]
         grad_UV.index_put_((logit_N, local_N), torch.where(is_local_N, grad_N, 0), accumulate=True)

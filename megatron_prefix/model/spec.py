@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prefix.attention.megatron import TreeCoreAttention
+from megatron_prefix.attention import TreeCoreAttention
 from megatron_prefix.model.layers import RMSNorm, SwiGLU, with_tree_router
 
 

@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
-from megatron_prefix.checkpoint.starting_model import StartingModel, resolve_starting_model
+from megatron_prefix.checkpoint import (
+    StartingModel,
+    load_weights,
+    resolve_checkpoint,
+    resolve_starting_model,
+)
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps.sampler import Sampler, loss_weights
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.session import open_session
-from megatron_prefix.distributed.world import World
+from megatron_prefix.data.steps import Sampler, loss_weights
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import LossInputs, Objective, check
 from megatron_prefix.reference import (

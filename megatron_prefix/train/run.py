@@ -9,8 +9,7 @@
 from __future__ import annotations
 
 from megatron_prefix.config import Config
-from megatron_prefix.distributed.session import open_session
-from megatron_prefix.distributed.signals import StopRequest
+from megatron_prefix.distributed import StopRequest, open_session
 from megatron_prefix.errors import Stopped
 from megatron_prefix.trackers import Status
 from megatron_prefix.train.samplers import open_plan, open_verified

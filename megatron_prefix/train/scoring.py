@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_prefix.checkpoint.starting_model import resolve_starting_model
+from megatron_prefix.checkpoint import resolve_starting_model
 from megatron_prefix.config import Config
-from megatron_prefix.distributed.session import open_session
-from megatron_prefix.distributed.world import World
+from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.reference import (

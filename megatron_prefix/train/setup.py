@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_prefix.checkpoint.save_load import RunCheckpoints
-from megatron_prefix.checkpoint.starting_model import StartingModel, resolve_starting_model
+from megatron_prefix.checkpoint import RunCheckpoints, StartingModel, resolve_starting_model
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps.packed_steps import PackedPlan
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import World
+from megatron_prefix.data.steps.packed import PackedSteps
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import World
 from megatron_prefix.engine import build_model, build_policy
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
@@ -26,7 +25,7 @@ def prepare_trainer(
     dataset: PreferenceDataset,
     valid: PreferenceDataset | None,
     world: World,
-    plan: PackedPlan | None = None,
+    plan: PackedSteps | None = None,
 ) -> Trainer:
     """A trainer before its next step, resumed if `train.load` has a checkpoint; collective.
 

@@ -15,18 +15,15 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from megatron_prefix.checkpoint.save_load import RunCheckpoints
-from megatron_prefix.checkpoint.starting_model import StartingModel
+from megatron_prefix.checkpoint import RunCheckpoints, StartingModel
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.sampler import Sampler, StepPlan
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.signals import StopRequest
-from megatron_prefix.distributed.world import World
+from megatron_prefix.data.steps import MicroBatch, Sampler, Step
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import StopRequest, World
 from megatron_prefix.engine import Feed, Policy, TrainBatch
 from megatron_prefix.errors import RunError, Stopped
-from megatron_prefix.model.gpt import unwrap
-from megatron_prefix.model.layers.moe import step_auxiliary
+from megatron_prefix.model import unwrap
+from megatron_prefix.model.layers import step_auxiliary
 from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference, score_dataset
 from megatron_prefix.trackers import Status, Trackers
@@ -153,14 +150,14 @@ class Trainer:
         return self.policy.gradients(batches, self.objective)
 
     def _totals(
-        self, plan: StepPlan, rows: list[MicroBatch], logs: list[dict]
+        self, plan: Step, rows: list[MicroBatch], logs: list[dict]
     ) -> tuple[dict[str, float], dict[str, int]]:
         """Means of the step (the loss over its weight, everything else over pairs) and its token
         counts, from one sum over ranks, in float64, in which all counts are exact."""
         dataset, names = self.sampler.dataset, list(logs[0]["sums"])
         counts = {
             "tokens/executed": sum(len(row.tokens) for row in rows),
-            "tokens/targets": sum(len(row.source_row) for row in rows),
+            "tokens/targets": sum(len(row.logit_token) for row in rows),
             "rows/projected": sum(row.num_projected for row in rows),
         }
         sums = torch.stack([torch.stack([*log["sums"].values()]) for log in logs]).sum(0)

@@ -42,7 +42,9 @@ def alone(tokens: np.ndarray) -> MicroBatch:
     batch = chain(tokens, len(tokens) - 1)
     last = np.array([len(tokens) - 1])
     zero = np.zeros(1, np.int64)
-    return MicroBatch(**{**vars(batch), "source_row": last, "target_token": zero, "response": zero})
+    return MicroBatch(
+        **{**vars(batch), "logit_token": last, "target_token": zero, "response": zero}
+    )
 
 
 @pytest.mark.parametrize("how", [collate_packed, collate_padded])

@@ -23,7 +23,8 @@ from small_runs import configure, lines, prepare, saved_weights, trained
 
 from megatron_prefix.config import Config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
-from megatron_prefix.data.steps.composition import GroupBatches, RowBatches
+from megatron_prefix.data.steps.compositions.batches import GroupBatches
+from megatron_prefix.data.steps.compositions.row_batches import RowBatches
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import join_world
 

@@ -68,7 +68,7 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
                 MicroBatch(
                     tokens=tokens,
                     layout=TreeLayout.from_parents([len(tokens)], [-1]),
-                    source_row=np.arange(prompt - 1, len(tokens) - 1),
+                    logit_token=np.arange(prompt - 1, len(tokens) - 1),
                     target_token=tokens[prompt:],
                     response=np.zeros(num_targets, np.int64),
                     response_ids=np.array([[group, response]]),

@@ -145,7 +145,7 @@ def sizes_from_hf(config: dict[str, Any], source: str) -> ModelSizes:
     _refuse_unsupported(config, source)
     heads = _count(config, "num_attention_heads", source)
     hidden = _count(config, "hidden_size", source)
-    groups = heads
+    groups = heads  # Llama 1 and 2 may leave them out: every query head has its own key-value head
     if kind != "llama" or config.get("num_key_value_heads") is not None:
         groups = _count(config, "num_key_value_heads", source)
     if config.get("head_dim") is not None:

@@ -140,6 +140,8 @@ def _tokenizer_pad(folder: Path) -> int | None:
     pad = pad.get("content") if isinstance(pad, dict) else pad
     if pad is None:
         return None
+    # tokenizer_config.json names the token; tokenizer.json has its id, among the added tokens or
+    # in the vocabulary
     tokenizer = _read(folder / "tokenizer.json")
     for entry in tokenizer.get("added_tokens") or []:
         if isinstance(entry, dict) and entry.get("content") == pad:

@@ -147,6 +147,7 @@ def write_safetensors(
     A shard has at most `max_shard_bytes`, or one tensor. Only one tensor is in memory at a time.
     Returns the names of the files.
     """
+    # sizes [4, 4, 4] with at most 8 bytes per shard -> [[4, 4], [4]]
     shards: list[dict[str, int]] = [{}]
     for name, (dtype, shape) in entries.items():
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -160,7 +161,7 @@ def write_safetensors(
     for file_name, shard in zip(names, shards, strict=True):
         with (directory / file_name).open("wb") as file:
             file.write(_header({name: (*entries[name], size) for name, size in shard.items()}))
-            for expected in shard:
+            for expected in shard:  # `tensors` is a generator: each is freed before the next one
                 name, tensor = next(stream)
                 assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, *entries[expected])
                 file.write(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -85,6 +85,7 @@ class WeightMap:
             absent |= set(_DENSE)
         inner = [part for part in _INNER if part not in absent]
         if sizes.num_moe_experts:
+            # every expert has the two matrices of a dense layer
             own = [part.removeprefix("mlp.") for part in _DENSE]
             inner += [_ROUTER]
             inner += [f"mlp.experts.{e}.{x}" for e in range(sizes.num_moe_experts) for x in own]
@@ -211,6 +212,7 @@ class WeightMap:
     ) -> Tensor:
         """A rank's tokens of the vocabulary: 10 padded to 12, over 2 ranks: 0 to 5, and 6 to 9
         with two rows of zeros."""
+        # `stop` is before `own.start` on a rank that has only padding
         own = self._share(padded_vocab_size or self.vocab_size, rank, size)
         stop = min(own.stop, self.vocab_size)
         tensor = read(part, slice(min(own.start, stop), stop), ALL)

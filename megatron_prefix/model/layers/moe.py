@@ -31,7 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_prefix.attention.megatron import TreePackedSeqParams
+from megatron_prefix.attention import TreePackedSeqParams
 
 
 def row_balance(
@@ -51,6 +51,8 @@ def row_balance(
     W balance = 3 * 2 * (0.4 / 3 + 0.6 * 2 / 3) = 3.2.
     """
     counts_T = counts_T.to(probs_TE.dtype)
+    # choices_E[e]: how often expert e is chosen; f_e = choices_E[e] / (topk W_m). Their sums over
+    # the ranks of the row are constants for autograd.
     choices_E = counts_T @ chosen_TE.to(probs_TE.dtype)
     totals = torch.cat([choices_E, counts_T.sum()[None]]).detach()
     if group is not None and group.size() > 1:
@@ -136,6 +138,7 @@ class TreeMoELayer(TransformerLayer):
             counts = served if self._counts_responses else served.clamp(max=1)
             if self.config.sequence_parallel:
                 tensor = self.pg_collection.tp
+                # this rank's tokens of the row, as sequence parallelism divides them
                 counts = counts.chunk(tensor.size())[tensor.rank()]
             router.counts, router.step_count = counts, packed_seq_params.step_count
         try:

@@ -49,6 +49,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
+        # n = normed, 1 / rms(x) = scale; grad_x = (g w - n mean(g w n)) scale
         normed, wide = x.to(scale.dtype) * scale, grad.to(scale.dtype)
         product = wide * normed
         grad_weight = product.flatten(0, -2).sum(0)

@@ -26,6 +26,7 @@ def rotary_frequencies(
     `low_freq_factor` times over the original context, keeps those that turn more than
     `high_freq_factor` times, and blends in between.
     """
+    # head_dim 4, base 10000: exponents [0, 2] / 4, frequencies [1, 0.01]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / base ** (exponents / head_dim)
     if scaling is None:
@@ -35,6 +36,7 @@ def rotary_frequencies(
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     context = scaling.original_max_position_embeddings
     assert low is not None and high is not None and context is not None, "llama3 has all three"
+    # 1 for pairs that turn at least `high` times over the context, 0 below `low`, linear between
     turns = context * frequencies / (2 * math.pi)
     unscaled = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (unscaled + (1 - unscaled) / scaling.factor)

@@ -41,6 +41,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
+        # both halves are written into one tensor, so that they need no concatenation:
+        # d/d gate = silu'(gate) up, d/d up = silu(gate)
         grads = torch.empty_like(gate_up)
         grad_gate, grad_up = grads.chunk(2, dim=-1)
         torch.mul(F.silu(gate), grad, out=grad_up)

@@ -13,7 +13,7 @@ import bench_sets  # noqa: E402
 from bench_shapes import SETS, medians  # noqa: E402
 
 from megatron_prefix.data.store.dataset import PreferenceDataset  # noqa: E402
-from megatron_prefix.data.store.verify import verify_dataset
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.errors import InputError  # noqa: E402
 
 
