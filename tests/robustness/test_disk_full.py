@@ -116,7 +116,7 @@ def test_score_goes_on_when_there_is_room(dataset, tmp_path, capsys, num_bytes):
     with files_up_to(num_bytes):
         code, message = command(argv, capsys)
     assert code == 1 and "Traceback" not in message
-    assert f"--output {output}: could not be written" in message
+    assert f"--output {output}: cannot be written" in message
     assert not output.exists() and not list(tmp_path.rglob("*.tmp"))
     assert command(argv, capsys)[0] == 0
     assert main([*argv[:-1], str(tmp_path / "straight")]) == 0

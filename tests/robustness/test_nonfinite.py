@@ -38,7 +38,7 @@ def saved_rows(path: Path) -> tuple[int, list[MicroBatch], list[np.ndarray]]:
     with np.load(path, allow_pickle=False) as kept:
         arrays = dict(kept)
     rows, ref_logps = [], []
-    for i in range(sum(name.endswith("_tokens") for name in arrays)):
+    for i in range(sum(name.endswith("_lengths") for name in arrays)):
         own = {k.removeprefix(f"row{i}_"): x for k, x in arrays.items() if k.startswith(f"row{i}_")}
         layout = TreeLayout.from_parents(own.pop("lengths").tolist(), own.pop("parents").tolist())
         ref_logps.append(own.pop("ref_logps"))
