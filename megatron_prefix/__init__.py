@@ -6,50 +6,72 @@ torch nor Megatron-Core.
 
 from __future__ import annotations
 
-import importlib
+from typing import TYPE_CHECKING
+
+from megatron_prefix.faces import lazy_face
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "PrefixTree": "data.tree",
-    "PreferenceDataset": "data.store.dataset",
-    "Sampler": "data.steps.sampler",
-    "tree_targets": "data.steps.collate",
-    "score_targets": "data.steps.collate",
-    "GroupBatches": "data.steps.composition",
-    "RowBatches": "data.steps.composition",
-    "MicroBatch": "data.steps.collate",
-    "TreeLayout": "layout",
-    "TreePlan": "attention.plan",
-    "tree_attention": "attention.api",
-    "TreePackedSeqParams": "attention.megatron",
-    "tree_layer_spec": "model.spec",
-    "TreeTransformerConfig": "model.gpt",
-    "model_provider": "model.provider",
-    "transformer_config": "model.provider",
-    "ModelConfig": "config.schema",
-    "LossConfig": "config.schema",
-    "forward_step": "engine.step",
-    "to_device": "engine.batch",
-    "sum_gradients": "engine.step",
-    "with_reference": "reference.model",
-    "dpo_loss": "objectives.pairwise",
-    "ipo_loss": "objectives.pairwise",
-    "bradley_terry_loss": "objectives.reward",
-}
+if TYPE_CHECKING:
+    from megatron_prefix import platform
+    from megatron_prefix.attention import TreePackedSeqParams, TreePlan, tree_attention
+    from megatron_prefix.config import LossConfig, ModelConfig
+    from megatron_prefix.data import PreferenceDataset, PrefixTree, Sampler
+    from megatron_prefix.data.steps import MicroBatch
+    from megatron_prefix.data.steps.collate import score_targets, tree_targets
+    from megatron_prefix.data.steps.compositions import GroupBatches, RowBatches
+    from megatron_prefix.engine.batch import to_device
+    from megatron_prefix.engine.step import forward_step, sum_gradients
+    from megatron_prefix.layout import TreeLayout
+    from megatron_prefix.model import TreeTransformerConfig, model_provider, transformer_config
+    from megatron_prefix.model.spec import tree_layer_spec
+    from megatron_prefix.objectives import bradley_terry_loss, dpo_loss, ipo_loss
+    from megatron_prefix.reference.model import with_reference
+else:
+    __getattr__ = lazy_face(
+        __name__,
+        attention=["TreePackedSeqParams", "TreePlan", "tree_attention"],
+        config=["LossConfig", "ModelConfig"],
+        data=["PreferenceDataset", "PrefixTree", "Sampler"],
+        data__steps=["MicroBatch"],
+        data__steps__collate=["score_targets", "tree_targets"],
+        data__steps__compositions=["GroupBatches", "RowBatches"],
+        engine__batch=["to_device"],
+        engine__step=["forward_step", "sum_gradients"],
+        layout=["TreeLayout"],
+        model=["TreeTransformerConfig", "model_provider", "transformer_config"],
+        model__spec=["tree_layer_spec"],
+        objectives=["bradley_terry_loss", "dpo_loss", "ipo_loss"],
+        platform=[],
+        reference__model=["with_reference"],
+    )
 
-_MODULES = ("platform",)
-
-__all__ = [*_PUBLIC, *_MODULES, "__version__"]
-
-
-def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__ = [
+    "GroupBatches",
+    "LossConfig",
+    "MicroBatch",
+    "ModelConfig",
+    "PreferenceDataset",
+    "PrefixTree",
+    "RowBatches",
+    "Sampler",
+    "TreeLayout",
+    "TreePackedSeqParams",
+    "TreePlan",
+    "TreeTransformerConfig",
+    "__version__",
+    "bradley_terry_loss",
+    "dpo_loss",
+    "forward_step",
+    "ipo_loss",
+    "model_provider",
+    "platform",
+    "score_targets",
+    "sum_gradients",
+    "to_device",
+    "transformer_config",
+    "tree_attention",
+    "tree_layer_spec",
+    "tree_targets",
+    "with_reference",
+]

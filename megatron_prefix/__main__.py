@@ -1,9 +1,13 @@
-"""`megatron-prefix COMMAND …`: finds the command and turns its outcome into an exit code.
+"""The program `megatron-prefix COMMAND …`: runs one command and returns its exit code.
 
-0 success; 2 bad usage or bad input, with one message on standard error; 1 a run that found itself
-wrong, with one message, or an internal failure, with its traceback; 130 interrupted; 143 training
-that a signal ended behind a step. Under torchrun rank 0 speaks, or the lowest rank that can where
-not all ended alike (see distributed/liveness.py).
+    0    success
+    1    RunError, with one message on standard error; or an internal failure, with its traceback
+    2    bad usage or bad input, with one message on standard error
+    130  interrupted from the keyboard
+    143  training that a signal ended after a step
+
+Under torchrun every rank exits with its code, and rank 0 prints the message. If ranks ended in
+different ways, failure detection chooses the rank that prints (see distributed/liveness.py).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_prefix.errors import InputError, RunError, Stopped
-from megatron_prefix.platform.linux import end_with_parent
+from megatron_prefix.platform import end_with_parent
 
 COMMANDS = (
     "build",
@@ -36,8 +40,9 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _speaks(error: InputError | RunError | Stopped) -> bool:
-    return _is_first_rank() if error.speaks is None else error.speaks
+def _prints(error: InputError | RunError | Stopped) -> bool:
+    chosen = error.printed_by_this_process
+    return _is_first_rank() if chosen is None else chosen
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,10 +53,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _end_with_launcher() -> None:
-    """Under torchrun, have the kernel end this process when the launcher dies.
+    """Under torchrun, make the kernel end this process when the launcher dies.
 
-    torchrun gives every process a session of its own, so a kill of its process group does not
-    reach them; they would go on writing beside the run that is started next.
+    torchrun starts every process in a session of its own, so killing the launcher's process
+    group does not reach them. They would keep writing while the next run already writes, too.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -59,11 +64,11 @@ def _end_with_launcher() -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each command's module adds its own part."""
+    """The parser of all commands; each command's module adds its own."""
     parser = _Parser(
         prog="megatron-prefix",
         description="Exact prefix-sharing preference training on Megatron-Core.",
-        epilog="megatron-prefix COMMAND --help says more.",
+        epilog="megatron-prefix COMMAND --help lists the flags of a command.",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
@@ -72,29 +77,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; argparse exits by itself on bad usage."""
+    """Run one command and return its exit code. On bad usage argparse exits by itself."""
     _end_with_launcher()
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(x.startswith("-") for x in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides behind a flag, which argparse does not join to those in front of it
+    if rest:  # overrides after a flag: argparse does not join them to those before it
         args.overrides += rest
     try:
         code = args.run(args)
         sys.stdout.flush()
         return code or 0
     except (InputError, RunError) as error:
-        if _speaks(error):
+        if _prints(error):
             print(f"megatron-prefix {args.command}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except Stopped as stopped:
-        if _speaks(stopped):
+        if _prints(stopped):
             print(f"megatron-prefix {args.command}: {stopped}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
+    except BrokenPipeError:  # the reader of our output is gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

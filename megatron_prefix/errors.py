@@ -1,33 +1,33 @@
-"""The exceptions a user is meant to read."""
+"""Exceptions whose messages are written for the user."""
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
 
-    The message names the file or setting, the values and the remedy. Commands print it
-    without a traceback and exit with 2.
+    The message names the file or setting, its value, why it cannot be used, and what to do.
+    Commands print it without a traceback and exit with 2.
     """
 
-    speaks: bool | None = None
-    """Whether this process prints it; where it is not said, rank 0 does."""
+    printed_by_this_process: bool | None = None
+    """Whether this process prints the message. None: rank 0 does."""
 
 
 class RunError(RuntimeError):
-    """A run found itself to be wrong and stopped.
+    """A run detected an error in its own work and stopped.
 
     The message says what was expected, what was seen and what to look at. Commands print it
     without a traceback and exit with 1.
     """
 
-    speaks: bool | None = None
-    """As of InputError."""
+    printed_by_this_process: bool | None = None
+    """As in InputError."""
 
 
 class Stopped(Exception):
-    """A run that a signal ended early, with its state saved where `train.save` is set.
+    """A run that a signal ended early. Its state is saved if `train.save` is set.
 
-    Commands print the message and exit with 143, as a program that SIGTERM ended does.
+    Commands print the message and exit with 143, like a program that SIGTERM ended.
     """
 
-    speaks: bool | None = None
-    """As of InputError."""
+    printed_by_this_process: bool | None = None
+    """As in InputError."""

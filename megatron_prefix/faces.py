@@ -1,9 +1,11 @@
-"""Faces of packages whose import would be heavy: a name is imported when it is first used.
+"""Lazy package faces: an exported name is imported when it is first used.
 
-if TYPE_CHECKING:
-    from megatron_prefix.model.gpt import unwrap
-else:
-    __getattr__ = lazy_face(__name__, gpt=["unwrap"])
+For packages that are slow to import. The branch for type checkers keeps the names visible:
+
+    if TYPE_CHECKING:
+        from megatron_prefix.model.gpt import unwrap
+    else:
+        __getattr__ = lazy_face(__name__, gpt=["unwrap"])
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from collections.abc import Callable, Sequence
 
 
 def lazy_face(package: str, **exports: Sequence[str]) -> Callable[[str], object]:
-    """The `__getattr__` (PEP 562) of `package`, whose module NAME exports `exports[NAME]`.
+    """The `__getattr__` (PEP 562) of `package`: its module NAME exports the names `exports[NAME]`.
 
-    A module in a package of its own is written with two underscores: `hf__weights=[…]`.
+    For a module of a sub-package, write two underscores for the dot: `hf__weights=[…]`. A module
+    with an empty list is exported itself.
     """
     homes = {
         name: f"{package}.{module.replace('__', '.')}"
@@ -24,6 +27,8 @@ def lazy_face(package: str, **exports: Sequence[str]) -> Callable[[str], object]
     }
 
     def get(name: str) -> object:
+        if name in exports and not exports[name]:
+            return importlib.import_module(f"{package}.{name}")
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(homes[name]), name)

@@ -1,10 +1,10 @@
 """The one definition of which token sees which, and at what position.
 
-A *row* is one packed token sequence holding several independent prefix trees, one behind another.
-Each tree is cut into *segments* (a run of tokens without a branch in it), laid out in depth-first
-pre-order, so that the descendants of a segment are the contiguous tokens right behind it. Two
-integers a token then say everything: its position along its root path, and the end of its
-subtree. Query row q sees key row k if and only if
+A *row* is one packed token sequence. It holds independent prefix trees, one after another. Each
+tree is cut into *segments*: runs of tokens without a branch. Segments are in depth-first
+pre-order, so the descendants of a segment are the contiguous tokens directly after it. Two
+integers per token then define everything: its position along its root path, and the end of its
+subtree. Query token q sees key token k if and only if
 
     k <= q < subtree_end[k]
 
@@ -15,7 +15,7 @@ A prompt of 3 tokens with responses of 2 and 4 tokens, `lengths [3, 2, 4]`, `par
     first_positions [0, 3, 3]                    both responses follow the prompt
     position_ids    [0, 1, 2, 3, 4, 3, 4, 5, 6]
 
-Numpy only; indices are token indices within the row, intervals half-open.
+Numpy only. Indices are token indices within the row; intervals are half-open.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ MAX_TOKENS = np.iinfo(np.int32).max
 
 @dataclass(frozen=True, eq=False)
 class TreeLayout:
-    """Segments of one row in depth-first pre-order; every array is int32 with one entry a segment.
+    """Segments of one row in depth-first pre-order. Arrays are int32 with one entry per segment.
 
-    Build it with `from_parents` or `concat`, which check and complete it.
+    Build it with `from_parents` or `concat`, which check the input and complete it.
     """
 
     starts: np.ndarray
@@ -49,12 +49,14 @@ class TreeLayout:
     """Tokens in the row: the sum of `lengths`."""
 
     @classmethod
-    def from_parents(cls, lengths: Sequence[int], parents: Sequence[int]) -> TreeLayout:
-        """Lay out segments given in depth-first pre-order.
+    def from_parents(
+        cls, lengths: Sequence[int] | np.ndarray, parents: Sequence[int] | np.ndarray
+    ) -> TreeLayout:
+        """Lay out segments that are given in depth-first pre-order.
 
-        `lengths` are in tokens, `parents` are segment indices (-1 for a root). Raises ValueError,
-        naming the segment and its values, where a length is below 1, a parent does not come
-        before its child, or a parent's interval was already closed by a segment outside of it.
+        `lengths` are in tokens, `parents` are segment indices (-1 for a root). Raises ValueError
+        with the segment and its values if a length is below 1, if a parent does not come before
+        its child, or if the order is not pre-order.
         """
         lengths, parents = _checked_columns(lengths, parents)
         ends = np.cumsum(lengths, dtype=np.int64)
@@ -63,16 +65,26 @@ class TreeLayout:
             raise ValueError(f"a row of {num_tokens} tokens exceeds {MAX_TOKENS}; split it")
         starts = ends - lengths
         subtree_ends, first_positions = _walk(starts.tolist(), lengths.tolist(), parents.tolist())
-        return cls._frozen(starts, lengths, parents, subtree_ends, first_positions, num_tokens)
+        return cls._frozen(
+            num_tokens,
+            starts=starts,
+            lengths=lengths,
+            parents=parents,
+            subtree_ends=np.array(subtree_ends),
+            first_positions=np.array(first_positions),
+        )
 
     @classmethod
     def concat(cls, layouts: Iterable[TreeLayout]) -> TreeLayout:
-        """Put forests behind each other in one row; no layouts give a row of no tokens."""
+        """Put forests one after another in one row. No layouts give a row without tokens."""
         layouts = [cls.from_parents([], []), *layouts]
         token_offsets = np.cumsum([0] + [layout.num_tokens for layout in layouts])
         num_tokens = int(token_offsets[-1])
         if num_tokens > MAX_TOKENS:
             raise ValueError(f"a row of {num_tokens} tokens exceeds {MAX_TOKENS}; split it")
+        # Layouts of 3 and 2 segments with 9 and 4 tokens:
+        #   token_shift   [0, 0, 0, 9, 9]    added to token indices
+        #   segment_shift [0, 0, 0, 3, 3]    added to parents, but not to the -1 of a root
         sizes = [layout.num_segments for layout in layouts]
         token_shift = np.repeat(token_offsets[:-1], sizes)
         segment_shift = np.repeat(np.cumsum([0] + sizes[:-1]), sizes)
@@ -82,21 +94,21 @@ class TreeLayout:
 
         parents = joined("parents")
         return cls._frozen(
-            joined("starts") + token_shift,
-            joined("lengths"),
-            np.where(parents < 0, -1, parents + segment_shift),
-            joined("subtree_ends") + token_shift,
-            joined("first_positions"),
             num_tokens,
+            starts=joined("starts") + token_shift,
+            lengths=joined("lengths"),
+            parents=np.where(parents < 0, -1, parents + segment_shift),
+            subtree_ends=joined("subtree_ends") + token_shift,
+            first_positions=joined("first_positions"),
         )
 
     @classmethod
-    def _frozen(cls, *columns_and_count) -> TreeLayout:
-        *columns, num_tokens = columns_and_count
-        columns = [np.array(column, dtype=np.int32) for column in columns]
-        for column in columns:
-            column.flags.writeable = False
-        return cls(*columns, num_tokens=num_tokens)
+    def _frozen(cls, num_tokens: int, **columns: np.ndarray) -> TreeLayout:
+        """A layout of these columns, as read-only int32 arrays."""
+        arrays = {name: np.array(column, dtype=np.int32) for name, column in columns.items()}
+        for array in arrays.values():
+            array.flags.writeable = False
+        return cls(num_tokens=num_tokens, **arrays)
 
     @property
     def num_segments(self) -> int:
@@ -105,58 +117,63 @@ class TreeLayout:
 
     @property
     def leaf_mask(self) -> np.ndarray:
-        """bool [num_segments]: whether a segment has no children.
-
-        In pre-order a first child stands right behind its parent, so one comparison tells.
-        """
+        """bool [num_segments]: whether a segment has no children."""
+        # In pre-order the first child comes directly after its parent, so a segment is a leaf
+        # unless the next segment names it as parent: parents [-1, 0, 0, -1] -> [0, 1, 1, 1].
         leaf = np.ones(self.num_segments, dtype=bool)
         leaf[:-1] = self.parents[1:] != np.arange(self.num_segments - 1)
         return leaf
 
     def token_subtree_ends(self) -> np.ndarray:
-        """int32 [num_tokens]: the end of the subtree each token stands in the segment of."""
+        """int32 [num_tokens]: for each token the end of its segment's subtree."""
         return np.repeat(self.subtree_ends, self.lengths)
 
     def position_ids(self) -> np.ndarray:
         """int64 [num_tokens]: depth along the root path, in tokens; siblings repeat positions."""
+        # starts [0, 3, 5], first_positions [0, 3, 3] -> shift [0, 0, -2]: token 5 has position 3.
         shift = self.first_positions.astype(np.int64) - self.starts
         return np.arange(self.num_tokens, dtype=np.int64) + np.repeat(shift, self.lengths)
 
     def area(self) -> int:
         """Number of visible (query, key) entries: a token at position p sees p + 1 keys."""
+        # A segment of n tokens from position p: (p + 1) + … + (p + n) = n p + n (n + 1) / 2.
         lengths = self.lengths.astype(np.int64)
         return int((lengths * self.first_positions + lengths * (lengths + 1) // 2).sum())
 
 
-def _checked_columns(lengths, parents) -> tuple[np.ndarray, np.ndarray]:
-    """Both columns as int64, with everything checked that needs no walk."""
+def _checked_columns(
+    lengths: Sequence[int] | np.ndarray, parents: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both columns as int64. Checks all that needs no walk over the tree."""
     lengths = np.asarray(lengths, dtype=np.int64)
     parents = np.asarray(parents, dtype=np.int64)
     if lengths.ndim != 1 or lengths.shape != parents.shape:
         raise ValueError(
-            f"lengths and parents need one entry a segment, got shapes {lengths.shape} "
+            f"lengths and parents need one entry per segment, got shapes {lengths.shape} "
             f"and {parents.shape}"
         )
     bad = np.flatnonzero(lengths < 1)
     if len(bad):
         raise ValueError(
-            f"segment {bad[0]} has length {lengths[bad[0]]}; a segment has at least 1 token, "
-            "so leave empty ones out"
+            f"segment {bad[0]} has length {lengths[bad[0]]}, but a segment has at least 1 token: "
+            "leave empty segments out"
         )
     bad = np.flatnonzero((parents < -1) | (parents >= np.arange(len(parents))))
     if len(bad):
         raise ValueError(
-            f"segment {bad[0]} has parent {parents[bad[0]]}; a parent is -1 or comes before its "
-            "child, so sort the segments in depth-first pre-order"
+            f"segment {bad[0]} has parent {parents[bad[0]]}, but a parent is -1 or comes before "
+            "its child: sort the segments in depth-first pre-order"
         )
     return lengths, parents
 
 
-def _walk(starts: list, lengths: list, parents: list) -> tuple[list, list]:
-    """Subtree ends and first positions in one pass, refusing what is not pre-order."""
+def _walk(starts: list[int], lengths: list[int], parents: list[int]) -> tuple[list[int], list[int]]:
+    """Subtree ends and first positions, in one pass. Raises ValueError if it is no pre-order."""
     subtree_ends = [0] * len(starts)
     first_positions = [0] * len(starts)
-    open_path: list[int] = []  # segments whose interval is still open, root first
+    # Segments whose subtree has not ended, root first. With parents [-1, 0, 1, 0] it is
+    # [0], [0, 1], [0, 1, 2], then 2 and 1 end where segment 3 starts, and it is [0, 3].
+    open_path: list[int] = []
     for segment, parent in enumerate(parents):
         while open_path and open_path[-1] != parent:
             subtree_ends[open_path.pop()] = starts[segment]
@@ -164,7 +181,7 @@ def _walk(starts: list, lengths: list, parents: list) -> tuple[list, list]:
             if not open_path:
                 raise ValueError(
                     f"segment {segment} has parent {parent}, whose interval was closed before it: "
-                    "segments have to stand in depth-first pre-order"
+                    "sort the segments in depth-first pre-order"
                 )
             first_positions[segment] = first_positions[parent] + lengths[parent]
         open_path.append(segment)

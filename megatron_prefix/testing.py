@@ -1,4 +1,4 @@
-"""Material for tests: random forests, random heads, independent statements of what is claimed."""
+"""Helpers for tests: random trees and tensors, a mask by definition, and counters of bytes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prefix.data.tree import Pair, ResponsePath
+from megatron_prefix.data import Pair, ResponsePath
 from megatron_prefix.layout import TreeLayout
 
 
 def random_tree(
     rng: np.random.Generator, max_depth: int = 5, max_children: int = 8, max_length: int = 6
 ) -> TreeLayout:
-    """One tree in depth-first pre-order: up to `max_depth` levels, `max_children` a node.
+    """A random tree in depth-first pre-order: up to `max_depth` levels, `max_children` per node.
 
-    Lengths are 1 to `max_length` tokens. Branching thins out with depth, so that a tree of five
-    levels stays at tens of tokens.
+    Segments have 1 to `max_length` tokens. Deeper nodes have fewer children, so that a tree of
+    five levels has only tens of tokens.
     """
     lengths: list[int] = []
     parents: list[int] = []
@@ -48,25 +48,25 @@ def random_forest(
     max_children: int = 8,
     max_length: int = 6,
 ) -> TreeLayout:
-    """Several random trees behind each other in one row; see `random_tree`."""
+    """Several random trees, one after another in a row; see `random_tree`."""
     return TreeLayout.concat(
         random_tree(rng, max_depth, max_children, max_length) for _ in range(num_trees)
     )
 
 
 def visibility_by_walking(lengths, parents) -> np.ndarray:
-    """bool [T, T] from the definition alone: a token sees its own root path up to itself.
+    """Attention mask bool [T, T] by definition: a token sees its own root path up to itself.
 
-    Walks up the parents for every segment and uses neither subtree ends nor positions.
+    For every segment it walks up the parents; it uses neither subtree ends nor positions.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     visible = np.zeros((int(ends[-1]) if len(ends) else 0,) * 2, dtype=bool)
     for segment, length in enumerate(lengths):
-        rows = slice(ends[segment] - length, ends[segment])
-        visible[rows, rows] = np.tril(np.ones((length, length), dtype=bool))
+        own = slice(ends[segment] - length, ends[segment])
+        visible[own, own] = np.tril(np.ones((length, length), dtype=bool))
         ancestor = parents[segment]
         while ancestor != -1:
-            visible[rows, ends[ancestor] - lengths[ancestor] : ends[ancestor]] = True
+            visible[own, ends[ancestor] - lengths[ancestor] : ends[ancestor]] = True
             ancestor = parents[ancestor]
     return visible
 
@@ -80,9 +80,10 @@ def random_heads(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [T, N, H], k and v [T, G, H] that require gradients, and a grad_out like q.
+    """q [T, N, H], k and v [T, G, H] that require gradients, and an output gradient [T, N, H].
 
-    Drawn on CPU in float64 and then rounded to `dtype`, so every dtype gets the same numbers.
+    They are drawn on CPU in float64 and then rounded to `dtype`, so that every dtype gets the
+    same numbers.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -103,27 +104,30 @@ def random_group(
     num_symbols: int = 4,
     vocab_size: int = 256,
 ) -> tuple[list[ResponsePath], list[Pair]]:
-    """A random conversation: every turn's responses answer one path of the turn before.
+    """A random conversation: the responses of a turn answer one response of the turn before.
 
-    Responses are 1 to `max_length` of `num_symbols` symbols, so that they often begin alike, and
-    with three of them one is the beginning of another; no two of a turn are equal. `vocab_size`
-    bounds the token ids. Each response is paired with each later one of its turn.
+    A response has 1 to `max_length` tokens out of `num_symbols` different ones, so responses
+    often begin with the same tokens. In each turn one response is the beginning of another, and
+    no two are equal. Token ids are below `vocab_size`. Each response forms a pair with each later
+    one of its turn.
     """
     symbols = rng.integers(0, vocab_size, num_symbols)
 
     def draw() -> np.ndarray:
         return rng.choice(symbols, int(rng.integers(1, max_length + 1)))
 
-    prompt, paths, pairs = draw(), [], []
+    paths: list[ResponsePath] = []
+    pairs: list[Pair] = []
+    prompt = draw()
     for turn in range(int(rng.integers(1, max_turns + 1))):
         count = int(rng.integers(2, max_responses + 1))
         own = {tuple(draw()) for _ in range(count)}
         longest = max(own, key=len)
         own |= {longest[: (len(longest) + 1) // 2], (*longest, *draw())}
         ordered = sorted(own)
-        kept = [ordered[i] for i in rng.permutation(len(ordered))[: max(count, 3)]]
+        responses = [ordered[i] for i in rng.permutation(len(ordered))[: max(count, 3)]]
         first = len(paths)
-        for response in kept:
+        for response in responses:
             tokens = np.concatenate([prompt, response]).astype(np.int64)
             paths.append(ResponsePath(tokens=tokens, loss_start=len(prompt), set_id=turn))
         last = len(paths)
@@ -137,11 +141,11 @@ def random_group(
 def write_random_set(prefix: str | Path, seed: int, num_groups: int) -> str:
     """Write a data set of random conversations for the byte tokenizer and return its prefix.
 
-    15 to 100 tokens a group; the same for the same seed, wherever it lies.
+    A group has 15 to 100 tokens. The same seed gives the same files.
     """
-    from megatron_prefix.data.store.writer import DatasetWriter
-    from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
-    from megatron_prefix.data.tree import build_tree
+    from megatron_prefix.data import build_tree
+    from megatron_prefix.data.store import DatasetWriter
+    from megatron_prefix.data.tokenize import load_tokenizer
 
     rng = np.random.default_rng(seed)
     with DatasetWriter(prefix, load_tokenizer("bytes").describe()) as writer:
@@ -152,20 +156,20 @@ def write_random_set(prefix: str | Path, seed: int, num_groups: int) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that is free, and likely to be when a store listens on it later: it is below
-    those that Linux hands out by itself (32768)."""
+    """A free TCP port that is likely still free when a store listens on it later: it is below
+    the ports that Linux assigns by itself (from 32768)."""
     for port in random.SystemRandom().sample(range(10240, 32768), 100):
-        with socket.socket() as found, contextlib.suppress(OSError):
-            found.bind(("127.0.0.1", port))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
             return port
     raise RuntimeError("none of 100 ports below 32768 is free")
 
 
 class BytesSent(TorchDispatchMode):
-    """Counts, inside its context, the bytes that this rank sends to others of `group`.
+    """Context that counts the bytes which this rank sends to other ranks of `group`.
 
-    A rank keeps its own part of a gather, a scatter and an exchange; a gather sends the rank's
-    part to each other rank, as a ring passes it on.
+    A rank does not send its own part of a gather, scatter or all-to-all to itself. In a gather
+    its part counts once for each other rank, as a ring passes it on.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -192,21 +196,21 @@ class BytesSent(TorchDispatchMode):
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of what `forward` returns.
+    """Bytes that autograd saves for the backward pass of the tensor that `forward` returns.
 
-    A storage counts once and whole, however many saved tensors are views of it; parameters, which
-    are there anyway, do not count. What `torch.utils.checkpoint` computes again is not kept.
+    A storage counts once and in full, even if several saved tensors are views of it. Parameters
+    do not count, nor does what `torch.utils.checkpoint` computes again in backward.
     """
     own = {x.untyped_storage().data_ptr() for x in parameters}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = forward()  # while it lives so do its saved tensors, and no storage is used again
-    assert out.requires_grad, "nothing to go backward from"
-    return sum(kept.values())
+        out = forward()  # keeps the saved tensors alive, so that no address is used twice
+    assert out.requires_grad, "the output has no gradient: nothing is saved for backward"
+    return sum(saved.values())

@@ -1,18 +1,18 @@
-"""Attention alone, forward and backward: trees against the same kernel on sequences.
+"""Attention alone, forward and backward: trees compared with the same kernel on sequences.
 
-Useful work is the area that tokens see: 4 N H operations a pair forward (N heads of H), 2.5 times
-that backward. For every row three things are timed in turn:
+Useful work is the visible area: 4 N H operations per visible pair of tokens in forward (N heads
+of H dimensions), 2.5 times that in backward. For every row three layouts are timed in turn:
 
     tree       the row's trees
     unshared   each root-to-leaf path as a sequence of its own
-    causal     one plain causal sequence of the tree's area
+    causal     one plain causal sequence with the tree's area
 
-`of unshared` and `of causal` are the tree's rate over theirs, by area; `tiled` says the same with
-areas rounded up to the kernel's tiles, so that short responses do not count against it. Absolute
-rates are printed on CUDA only.
+`of unshared` and `of causal` are the tree's rate divided by theirs, per area. `tiled` rounds the
+areas up to the kernel's tiles first, so that short responses do not count against the kernel.
+Absolute rates are printed on CUDA only.
 
     python tools/bench_attention.py --rows 2048
-    python tools/bench_attention.py --update-table        # and let `auto` follow
+    python tools/bench_attention.py --update-table        # also change what `auto` chooses
 """
 
 from __future__ import annotations
@@ -29,22 +29,27 @@ from bench_shapes import SPREAD, fill, first_paths, plain_causal, shapes, tiled_
 from tqdm import tqdm
 
 from megatron_prefix.attention import TreePlan, tree_attention
-from megatron_prefix.attention.api import BACKENDS, why_not
 from megatron_prefix.attention.auto import FIELDS, TABLE, read_table
-from megatron_prefix.attention.backends.flash_version import flash_version, resolve_flash_version
+from megatron_prefix.attention.backends import (
+    BACKENDS,
+    flash_version,
+    load_backend,
+    resolve_flash_version,
+)
 from megatron_prefix.layout import TreeLayout
 
 FORWARD_AND_BACKWARD = 3.5
 UP_TO = {"dense": 4096, "path": 32768}
-"""Longest sequence in tokens on which a backend is timed: `dense` is quadratic in memory, and on
-CUDA `path` is a loop over pieces."""
+"""Longest sequence, in tokens, on which a backend is timed: `dense` needs quadratic memory, and on
+CUDA `path` loops over pieces."""
 MOST_UNSHARED = 524288
-"""Tokens of unshared paths that are timed; of longer rows' paths, the first ones. Rates tell."""
+"""Most tokens of unshared paths that are timed. Of longer rows only the first paths are timed:
+rates are compared, not times."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MEASURED_S, MOST_CALLS = 0.02, 20
-"""Seconds of calls, and at most how many, between two looks at the device's clock."""
+"""Seconds of calls between two readings of the device's clock, and their largest number."""
 GATHER_BOUNDS = ((None, 2.0), (2.0, 4.0), (4.0, None))
-"""Ranges of gather factors that get an entry of the table each."""
+"""Ranges of gather factors. Each gets an entry of the table."""
 
 
 def inputs(num_tokens: int, args: argparse.Namespace) -> list[torch.Tensor]:
@@ -68,8 +73,8 @@ def step_of(plan: TreePlan, backend: str, tensors: list[torch.Tensor]) -> Callab
 
 
 def seconds_on_cuda(step: Callable[[], None], calls: int) -> float:
-    """Seconds that the device takes for a call, over `calls` of them that are launched at once, so
-    that what Python takes to launch one passes while the device works on another."""
+    """Seconds per call on the device. `calls` calls are launched at once, so that Python launches
+    one while the device works on another."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -89,8 +94,8 @@ def seconds_on_cpu(step: Callable[[], None], calls: int) -> float:
 def in_turn(
     steps: dict[tuple, Callable[[], None]], rounds: int, on_cuda: bool
 ) -> dict[tuple, np.ndarray]:
-    """Seconds of each, [rounds]; in a round all of them are timed in turn, each over one call on
-    CPU and over those that about `MEASURED_S` holds on CUDA."""
+    """Seconds of each step, [rounds]. In a round all steps are timed in turn: on CPU one call each,
+    on CUDA as many calls as take about `MEASURED_S`."""
     timed = seconds_on_cuda if on_cuda else seconds_on_cpu
     once = {key: timed(step, 1) for key, step in steps.items()}  # warms up
     most = MOST_CALLS if on_cuda else 1
@@ -99,11 +104,11 @@ def in_turn(
     for _ in range(rounds):
         for key, step in steps.items():
             seconds[key].append(timed(step, calls[key]))
-    return {key: np.array(found) for key, found in seconds.items()}
+    return {key: np.array(times) for key, times in seconds.items()}
 
 
 def that_fit(steps: dict[tuple, Callable[[], None]], backends: list[str], on_cuda: bool) -> list:
-    """The backends whose every step has enough memory, found by running each once."""
+    """The backends that have enough memory for all their steps: each step is run once."""
 
     def runs(backend: str) -> bool:
         for key, step in steps.items():
@@ -119,7 +124,7 @@ def that_fit(steps: dict[tuple, Callable[[], None]], backends: list[str], on_cud
 def measure(
     name: str, layout: TreeLayout, backends: list[str], args: argparse.Namespace
 ) -> list[dict]:
-    """One entry a backend: rates of the tree over those of sequences, and seconds."""
+    """One entry per backend: the tree's rate divided by the sequences' rates, and seconds."""
     paths = unshared(layout)
     kinds = {
         "tree": layout,
@@ -147,8 +152,8 @@ def measure(
         "tokens": layout.num_tokens,
         "gather factor": f"{plans['tree'].path.gather_factor:.2f}",
     }
-    found = rates(kinds, paths.area(), fitting, seconds, args)
-    return [{**case, "backend": x, **found.get(x, {"of unshared": NOT_RUN})} for x in chosen]
+    columns = rates(kinds, paths.area(), fitting, seconds, args)
+    return [{**case, "backend": x, **columns.get(x, {"of unshared": NOT_RUN})} for x in chosen]
 
 
 def rates(
@@ -158,20 +163,20 @@ def rates(
     seconds: dict[tuple, np.ndarray],
     args: argparse.Namespace,
 ) -> dict[str, dict[str, str]]:
-    """Of each backend, the columns that follow from what it took for `kinds` of rows.
+    """For each backend, the columns that follow from its seconds for each of the `kinds`.
 
-    `unshared_area` is that of all paths, of which the first ones were timed.
+    `unshared_area` is the area of all paths; only the first ones were timed.
     """
     areas = {kind: row.area() for kind, row in kinds.items()}
     tiled = {kind: tiled_area(row, args.q_tile, args.kv_tile) for kind, row in kinds.items()}
     times = {backend: seconds[backend, "tree"] for backend in backends}
     fastest = min(backends, key=lambda backend: np.median(times[backend]), default=None)
     whole = unshared_area / areas["unshared"]
-    found = {}
+    columns = {}
     for backend, tree in times.items():
 
         def rate_over(kind: str, area: dict[str, int], tree=tree, backend=backend) -> str:
-            """The tree's rate over another's, by their areas: the median of rounds."""
+            """The tree's rate per area divided by another layout's: the median of rounds."""
             over = np.median(seconds[backend, kind] / tree)
             return f"{over * area['tree'] / area[kind]:.3f}"
 
@@ -188,17 +193,17 @@ def rates(
             flops = 4 * args.heads * args.head_dim * FORWARD_AND_BACKWARD / 1e12
             for kind, area in areas.items():
                 entry[f"TFLOP/s {kind}"] = f"{flops * area / np.median(seconds[backend, kind]):.1f}"
-        found[backend] = entry
-    return found
+        columns[backend] = entry
+    return columns
 
 
 def table_entries(rows: list[dict], args: argparse.Namespace) -> list[dict]:
-    """For every range of gather factors that was measured, the backend that was fastest there.
+    """For every measured range of gather factors, the fastest backend.
 
-    Fastest by the geometric mean of times over the fastest one's; only backends that ran on all
-    of the range's rows compete, and `dense` does not: its memory is quadratic.
+    It has the lowest geometric mean of its times divided by the fastest backend's. Only backends
+    that ran on all rows of the range compete; `dense` does not, as its memory is quadratic.
     """
-    found = []
+    entries = []
     for low, high in GATHER_BOUNDS:
         times: dict[str, dict] = {}
         for row in (row for row in rows if "time over fastest" in row):
@@ -224,17 +229,17 @@ def table_entries(rows: list[dict], args: argparse.Namespace) -> list[dict]:
                 "backend": min(competing, key=competing.get),
                 "measured": {**environment(), "rows": most, "time over fastest": means},
             }
-            found.append(entry)
-    return found
+            entries.append(entry)
+    return entries
 
 
 def update_table(entries: list[dict]) -> None:
-    """Put measured entries in front, in place of those for the same device and sizes."""
+    """Put measured entries first, and remove older ones for the same device and sizes."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     place = FIELDS[: FIELDS.index("backend")]
     new = [[entry[key] for key in place] for entry in entries]
-    kept = [old for old in table["entries"] if [old[key] for key in place] not in new]
-    table["entries"] = entries + kept
+    others = [old for old in table["entries"] if [old[key] for key in place] not in new]
+    table["entries"] = entries + others
     TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     read_table.cache_clear()
 
@@ -245,7 +250,9 @@ def arguments() -> argparse.Namespace:
     rows = [2048, 8192, 32768, 131072] if on_cuda else [2048]
     parser.add_argument("--rows", type=int, nargs="+", default=rows, help="tokens")
     parser.add_argument("--trees", nargs="+", default=list(shapes()), choices=list(shapes()))
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS[1:], help="default: all here")
+    parser.add_argument(
+        "--backends", nargs="+", choices=BACKENDS, help="default: all that run on this machine"
+    )
     parser.add_argument("--heads", type=int, default=32 if on_cuda else 4)
     parser.add_argument("--groups", type=int, default=8 if on_cuda else 2)
     parser.add_argument("--head-dim", type=int, default=128 if on_cuda else 64)
@@ -253,9 +260,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), default=dtype)
     parser.add_argument("--flash-version", default="auto", choices=["auto", "2", "3", "4"])
     parser.add_argument("--rounds", type=int, default=10 if on_cuda else 5)
-    parser.add_argument("--q-tile", type=int, default=128, help="queries a tile of the kernel")
-    parser.add_argument("--kv-tile", type=int, default=128, help="keys a tile of the kernel")
-    parser.add_argument("--update-table", action="store_true", help="write what auto stands for")
+    parser.add_argument("--q-tile", type=int, default=128, help="queries per tile of the kernel")
+    parser.add_argument("--kv-tile", type=int, default=128, help="keys per tile of the kernel")
+    parser.add_argument(
+        "--update-table", action="store_true", help="write the table that auto reads"
+    )
     parser.add_argument("--name", default=f"attention_{'cuda' if on_cuda else 'cpu'}")
     args = parser.parse_args()
     args.device = "cuda" if on_cuda else "cpu"
@@ -265,17 +274,17 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
-    obstacles = {x: why_not(x, device, dtype, args.head_dim) for x in BACKENDS[1:]}
+    obstacles = {x: load_backend(x).why_not(device, dtype, args.head_dim) for x in BACKENDS}
     backends = args.backends or [x for x, obstacle in obstacles.items() if obstacle is None]
     version = args.flash_version
     version = resolve_flash_version(version if version == "auto" else int(version), device)
     left_out = "; ".join(f"{x}: {obstacle}" for x, obstacle in obstacles.items() if obstacle)
     notes = (
         f"{args.heads} query heads, {args.groups} key/value heads of {args.head_dim}, "
-        f"{args.dtype}, forward and backward; FlashAttention-{version} behind flash; lengths "
-        f"log-normal around the published medians, spread {SPREAD} assumed; tiles of "
-        f"{args.q_tile} x {args.kv_tile}; ratios are medians of {args.rounds} rounds, each "
-        f"everything of one row in turn. "
+        f"{args.dtype}, forward and backward; FlashAttention-{version} for backend flash; "
+        f"lengths log-normal around the published medians, spread {SPREAD} assumed; tiles of "
+        f"{args.q_tile} x {args.kv_tile}; ratios are medians of {args.rounds} rounds; a round "
+        f"times every layout of one row in turn. "
         f"Backends not run here: {left_out or 'none'}. Trees longer than the row: "
     )
     results, too_long = Results(args.name), []
@@ -287,13 +296,13 @@ def main() -> None:
                 if layout is None:
                     too_long.append(f"{name} in {num_tokens}")
                     continue
-                found = unless_out_of_memory(
+                measured = unless_out_of_memory(
                     lambda name=name, layout=layout: measure(name, layout, backends, args)
                 )
-                if found is None:
-                    found = [{"trees": name, "tokens": num_tokens, "of unshared": NOT_RUN}]
+                if measured is None:
+                    measured = [{"trees": name, "tokens": num_tokens, "of unshared": NOT_RUN}]
                 results.notes = f"{notes}{', '.join(too_long) or 'none'}."
-                results.append(*found)
+                results.append(*measured)
     results.notes = f"{notes}{', '.join(too_long) or 'none'}."
     results.finish()
     if args.update_table:

@@ -1,10 +1,10 @@
-"""How even the work of data-parallel ranks is: modelled cost, largest over mean, step by step.
+"""Balance of data-parallel ranks: the largest modelled cost divided by the mean, per step.
 
     python tools/bench_balance.py --data hh chat oasst --groups-per-rank 16
 
-Groups are drawn with replacement from each data set. Cost is the FLOP of a forward pass of the
-model named below (`data.steps.CostModel`); "by tokens" deals the same rows by their
-tokens alone, and is measured by the same cost.
+Groups are drawn with replacement from each data set. The cost is the FLOP of a forward pass of
+the model below (`data.steps.CostModel`). "by tokens" deals the same rows to ranks by their number
+of tokens only, and is measured by the same cost.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from dataclasses import dataclass
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.config.schema import ModelConfig
-from megatron_prefix.data.steps.composition import seeded
-from megatron_prefix.data.steps.cost import CostModel, bundle_work
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.config import ModelSizes
+from megatron_prefix.data.steps import CostModel, Sampler
+from megatron_prefix.data.steps.compositions.order import seeded
+from megatron_prefix.data.steps.cost import bundle_work
+from megatron_prefix.data.store import PreferenceDataset
 
-MODEL = ModelConfig(
+MODEL = ModelSizes(
     num_layers=32,
     hidden_size=4096,
     ffn_hidden_size=14336,
     num_attention_heads=32,
     num_query_groups=8,
+    kv_channels=128,
 )
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Groups drawn with replacement, `batch_size` a step."""
+    """Groups drawn with replacement, `batch_size` per step."""
 
     num_groups: int
     batch_size: int
@@ -45,7 +46,7 @@ class Drawn:
 
 
 def unevenness(dataset: PreferenceDataset, ranks: int, args, by_cost: bool) -> list[float]:
-    """Cost of the costliest rank over the mean rank's, for every step."""
+    """The largest cost of a rank divided by the mean cost, for every step."""
     cost = CostModel.of_model(MODEL, args.vocabulary)
     sampler = Sampler(
         dataset=dataset,
@@ -54,15 +55,15 @@ def unevenness(dataset: PreferenceDataset, ranks: int, args, by_cost: bool) -> l
         num_ranks=ranks,
         cost=cost if by_cost else None,
     )
-    found = []
+    ratios = []
     for step in range(args.steps):
         plan = sampler.step(step)
         costs = [
             sum(bundle_work(dataset, bundle, "tree").cost(cost) for row in share for bundle in row)
             for share in plan.rows
         ]
-        found.append(max(costs) * ranks / sum(costs))
-    return found
+        ratios.append(max(costs) * ranks / sum(costs))
+    return ratios
 
 
 def main() -> None:

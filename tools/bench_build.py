@@ -1,11 +1,11 @@
-"""What `build` costs beside tokenising: against tokenising alone, two workers, and TRL.
+"""Cost of `build`, compared with tokenising alone, with two workers, and with TRL.
 
     python tools/bench_build.py --input hh_pairs.jsonl.gz --tokenizer tokenizer.model
 
-Everything runs in this process, in turn, imports and loading of tokenizers excluded. Ratios are
-of CPU time (of wall time for workers); each tokenizer is new in each round, so that nothing it
-remembers helps. TRL is DPOTrainer's own preparation of the same texts (`_prepare_dataset`), with a
-byte-level BPE of 4,000 entries trained on them, which then serves both.
+Everything runs in this process, in turn. Imports and the loading of tokenizers are not counted.
+Ratios are of CPU time (for workers: of wall time). Each round loads a new tokenizer, so that its
+cache does not help. TRL means DPOTrainer's own preparation of the same texts (`_prepare_dataset`).
+Both then use a byte-level BPE tokenizer of 4,000 entries, trained on these texts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 
 from bench_common import publish
 
-from megatron_prefix.data.build.builder import BuildOptions, build_dataset
-from megatron_prefix.data.read.examples import ExampleReader
-from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
+from megatron_prefix.data.build import BuildOptions, build_dataset
+from megatron_prefix.data.read import ExampleReader
+from megatron_prefix.data.tokenize import load_tokenizer
 
 TURN = "\n\nAssistant:"
 
@@ -41,39 +41,39 @@ def records_of(path: Path) -> list[dict]:
 
 
 def repeated(path: Path, times: int, folder: Path) -> Path:
-    """The file's records `times` over, in one file."""
-    found = folder / "repeated.jsonl"
+    """A file with the records of `path`, repeated `times` times."""
+    output = folder / "repeated.jsonl"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         text = file.read()
-    found.write_text(text * times, encoding="utf-8")
-    return found
+    output.write_text(text * times, encoding="utf-8")
+    return output
 
 
 def against_tokenising(path: Path, spec: str, rounds: int, folder: Path) -> list[float]:
-    """CPU time of a build over that of encoding every dialogue of the file."""
+    """CPU time of a build divided by the CPU time of encoding every dialogue of the file."""
     texts = [row[side] for row in records_of(path) for side in ("chosen", "rejected")]
-    found = []
+    ratios = []
     for _ in range(rounds):
         tokenizer = load_tokenizer(spec)
         encode = tokenizer._model.encode
         alone = cpu(lambda encode=encode: [encode(text) for text in texts])
         build = cpu(lambda t=tokenizer: build_dataset([path], t, folder / "out"))
-        found.append(build / alone)
-    return found
+        ratios.append(build / alone)
+    return ratios
 
 
 def of_workers(path: Path, spec: str, rounds: int, folder: Path) -> tuple[list[float], list[float]]:
-    """One worker's wall time over that of two, and what two idle cores would gain: twice one
-    worker's CPU time over that of all processes."""
+    """Wall time of one worker divided by that of two; and the gain on two idle cores: twice the CPU
+    time of one worker, divided by the CPU time of all processes."""
     walls, gains = [], []
     for _ in range(rounds):
-        found = []
+        measured = []
         for workers in (1, 2):
             tokenizer, options = load_tokenizer(spec), BuildOptions(workers=workers)
             before, start = sum(os.times()[:4]), time.perf_counter()
             build_dataset([path], tokenizer, folder / "out", options)
-            found.append((time.perf_counter() - start, sum(os.times()[:4]) - before))
-        (wall_1, cpu_1), (wall_2, cpu_2) = found
+            measured.append((time.perf_counter() - start, sum(os.times()[:4]) - before))
+        (wall_1, cpu_1), (wall_2, cpu_2) = measured
         walls.append(wall_1 / wall_2)
         gains.append(2 * cpu_1 / cpu_2)
     return walls, gains
@@ -98,7 +98,7 @@ def byte_level_bpe(texts: list[str], folder: Path) -> str:
 
 
 def against_trl(path: Path, rounds: int, folder: Path) -> list[float]:
-    """CPU time of TRL's preparation over that of a build from the same columns."""
+    """CPU time of TRL's preparation divided by that of a build from the same columns."""
     import datasets
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -123,15 +123,15 @@ def against_trl(path: Path, rounds: int, folder: Path) -> list[float]:
         DPOTrainer.__new__(DPOTrainer),
         DPOConfig(output_dir=str(folder / "trl"), use_cpu=True, bf16=False, report_to="none"),
     )
-    found = []
+    ratios = []
     for _ in range(rounds):
         theirs, ours = AutoTokenizer.from_pretrained(spec), load_tokenizer(spec)
         table = datasets.Dataset.from_list(rows)
-        trainer._tokenizer, trainer._is_vlm = theirs, False  # what its constructor would set
+        trainer._tokenizer, trainer._is_vlm = theirs, False  # as its constructor sets them
         trl = cpu(lambda t=theirs, d=table: trainer._prepare_dataset(d, t, args, "train"))
         build = cpu(lambda t=ours: build_dataset([source], t, folder / "out"))
-        found.append(trl / build)
-    return found
+        ratios.append(trl / build)
+    return ratios
 
 
 def main() -> None:
@@ -139,7 +139,9 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="HH-RLHF pairs, gzipped")
     parser.add_argument("--tokenizer", required=True, help="a SentencePiece model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--times", type=int, default=90, help="the file so often, for workers")
+    parser.add_argument(
+        "--times", type=int, default=90, help="how often the file is repeated, for workers"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -165,20 +167,20 @@ def main() -> None:
         }
     rows = [
         {
-            "ratio": what,
-            "median": f"{statistics.median(found):.2f}",
-            "least": f"{min(found):.2f}",
-            "most": f"{max(found):.2f}",
+            "ratio": ratio,
+            "median": f"{statistics.median(values):.2f}",
+            "least": f"{min(values):.2f}",
+            "most": f"{max(values):.2f}",
             "wanted": wanted,
         }
-        for what, (found, wanted) in measured.items()
+        for ratio, (values, wanted) in measured.items()
     ]
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     publish(
         "build",
         rows,
-        f"{args.rounds} rounds in turn. Other programs ran on the machine: {load:.1f} processes a "
-        "core at the end, by which the wall times of two workers suffer most.",
+        f"{args.rounds} rounds in turn. Other programs ran on the machine: {load:.1f} processes "
+        "per core at the end. This affects the wall times of two workers most.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: where they ran, how results are kept, and what does not fit."""
+"""Helpers of all benchmarks: environment, files of results, and running out of memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COMMIT = "MEGATRON_PREFIX_COMMIT"
-"""Environment variable that names the commit where the checkout is not git's."""
+"""Environment variable with the commit, if the checkout has no git repository."""
 NOT_RUN = "out of memory"
 
 Row = dict[str, object]
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def git(*command: str) -> str:
-    """What git says of this checkout; nothing where there is none, or no git."""
+    """Output of a git command in this checkout; empty if it is no repository or git is missing."""
     try:
         done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
     except OSError:
@@ -55,7 +55,7 @@ def environment() -> dict[str, str]:
 
 
 def table(rows: list[Row]) -> str:
-    """A Markdown table with a column a key; a row that lacks a key has nothing there."""
+    """A Markdown table with one column per key. If a row lacks a key, its cell is empty."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
     cells = [" | ".join(str(row.get(key, "")) for key in keys) for row in rows]
@@ -63,10 +63,10 @@ def table(rows: list[Row]) -> str:
 
 
 class Results:
-    """A table under benchmarks/results/NAME.{md,json} that is whole after every row.
+    """A table in benchmarks/results/NAME.{md,json}; the files are complete after every row.
 
-    Where it runs is looked up at once, before anything is measured. `notes` may change until
-    the last row.
+    The environment is recorded first, before anything is measured. `notes` may change until the
+    last row.
     """
 
     def __init__(self, name: str, notes: str = "") -> None:
@@ -74,7 +74,7 @@ class Results:
         self.rows: list[Row] = []
 
     def append(self, *rows: Row) -> None:
-        """Add rows and write all there are."""
+        """Add rows and write the files."""
         self.rows += rows
         self.write()
 
@@ -83,7 +83,7 @@ class Results:
         return "\n".join([table(self.rows), "", self.notes, "", *where])
 
     def write(self) -> None:
-        """Write the files anew; where there is no row yet, do nothing."""
+        """Write the files again. If there is no row yet, do nothing."""
         if not self.rows:
             return
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -99,24 +99,24 @@ class Results:
 
 
 def publish(name: str, rows: list[Row], notes: str) -> None:
-    """Print the table and write it, with where it ran, to benchmarks/results/NAME.{md,json}."""
+    """Print the table and write it, with its environment, to benchmarks/results/NAME.{md,json}."""
     results = Results(name, notes)
     results.append(*rows)
     results.finish()
 
 
 def unless_out_of_memory(measure: Callable[[], T]) -> T | None:
-    """What `measure` returns, or None where the device's memory was not enough for it."""
+    """The result of `measure`, or None if the device has too little memory for it."""
     try:
         return measure()
     except torch.OutOfMemoryError as error:
         print(f"{NOT_RUN}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-    free_memory()  # here, where the error no longer holds what was measured
+    free_memory()  # only here: inside `except` the error still refers to the tensors
     return None
 
 
 def free_memory() -> None:
-    """Give back what nothing holds but a cycle of references, or the allocator."""
+    """Free memory that only cycles of references or the allocator still have."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

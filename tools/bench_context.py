@@ -1,4 +1,4 @@
-"""Context parallelism: how evenly token owners share a row's work, and what travels for it.
+"""Context parallelism: balance of the work over ranks, and bytes sent, by ownership rule.
 
 python tools/bench_context.py --data hh=build/hh oasst=build/oasst
 """
@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 from bench_common import publish
 
-from megatron_prefix.attention.context_parallel.ownership import ContextCost
-from megatron_prefix.attention.context_parallel.transports import ContextParallel, ownership
+from megatron_prefix.attention.context_parallel import ContextCost, ContextParallel, ownership
 from megatron_prefix.data.steps.sharing import view
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import BytesSent, free_port, random_heads
 
@@ -67,7 +66,7 @@ def long_prompts(rng: np.random.Generator) -> Iterator[TreeLayout]:
 
 
 def fill(trees: Iterator[TreeLayout], num_tokens: int) -> TreeLayout | None:
-    """A row of trees until one does not fit, padded; None where not even one fits."""
+    """A row of trees up to the first that does not fit, padded; None if not even one fits."""
     row, used = [], 0
     while used + (tree := next(trees)).num_tokens <= num_tokens:
         row.append(tree)
@@ -80,17 +79,18 @@ def fill(trees: Iterator[TreeLayout], num_tokens: int) -> TreeLayout | None:
 
 
 def balance(layout: TreeLayout, size: int) -> dict[str, tuple[float, float, float]]:
-    """Of every rule: area and modelled time, largest over mean; keys as a share of all-gather's."""
-    found = {}
+    """For every rule: area and modelled time, each the largest over the mean; and keys as a share
+    of those that an all-gather sends."""
+    by_rule = {}
     for name, rule in RULES.items():
         rows = rule(layout, size)
         area = np.array([ownership.area_of(layout, own) for own in rows])
-        keys = np.array([len(ownership.needed_rows(layout, own)) - len(own) for own in rows])
+        keys = np.array([len(ownership.needed_tokens(layout, own)) - len(own) for own in rows])
         time = COST.per_token * layout.num_tokens / size
         time = time + COST.per_entry * area + COST.per_key * keys
         share = keys.sum() / (layout.num_tokens * (size - 1))
-        found[name] = (area.max() / area.mean(), time.max() / time.mean(), share)
-    return found
+        by_rule[name] = (area.max() / area.mean(), time.max() / time.mean(), share)
+    return by_rule
 
 
 def balance_table(sources: dict, num_rows: int) -> list[dict]:
@@ -100,17 +100,17 @@ def balance_table(sources: dict, num_rows: int) -> list[dict]:
             trees = source(np.random.default_rng(num_tokens))
             layouts = [x for x in (fill(trees, num_tokens) for _ in range(num_rows)) if x]
             for size in SIZES if layouts else []:
-                found = [balance(layout, size) for layout in layouts]
+                balances = [balance(layout, size) for layout in layouts]
                 entry = {"trees": name, "row": num_tokens, "ranks": size}
                 for rule in RULES:
-                    area, time, keys = np.mean([x[rule] for x in found], axis=0)
+                    area, time, keys = np.mean([x[rule] for x in balances], axis=0)
                     entry[rule] = f"{area:.2f} / {time:.3f} / {100 * keys:.0f} %"
                 table.append(entry)
     return table
 
 
 def count_bytes(rank: int, size: int, port: int, path: str, row: TreeLayout) -> None:
-    """Count what each transport sends for one layer, on one of `size` processes."""
+    """Count the bytes that each transport sends for one layer, on one of `size` processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
     rows = []

@@ -1,10 +1,10 @@
-"""From a run's start to its first step, by the number of groups in its packed plan.
+"""Time from a run's start to its first step, by the number of groups in its packed steps.
 
     python tools/bench_first_step.py --groups 1000 10000000
 
-Data sets are synthetic, the same 1,000 groups over and over. `pack` writes a plan of each, and
-`train` runs one step of each in turn, in a process of its own, everything included: imports, the
-checks of plan and data, the model, the step.
+Data sets are synthetic: the same 1,000 groups, repeated. `pack` writes the packed steps of each,
+and `train` runs one step of each in turn, in a process of its own. Everything is included:
+imports, the checks of packed steps and data, the model, the step.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.data.store.blocks import Block
-from megatron_prefix.data.store.writer import DatasetWriter
+from megatron_prefix.data import Pair, ResponsePath
+from megatron_prefix.data.store import Block, DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import ByteTokenizer
-from megatron_prefix.data.tree import Pair, ResponsePath, merge_paths
+from megatron_prefix.data.tree import merge_paths
 
 RUN = """
 data: {{train: {data}, plan: {plan}, row_capacity: 2048, global_batch_size: 16, seed: 1}}
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[1_000, 10_000_000])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    found: dict[int, list[float]] = {count: [] for count in args.groups}
+    seconds: dict[int, list[float]] = {count: [] for count in args.groups}
     with tempfile.TemporaryDirectory() as name:
         for count in args.groups:
             folder = Path(name) / str(count)
@@ -86,15 +86,17 @@ def main() -> None:
             package("pack", folder / "data", "--output", folder / "plan", *sizes)
         for _ in range(args.rounds):
             for count in args.groups:
-                found[count].append(package("train", "--config", Path(name) / f"{count}/run.yaml"))
-    first = found[args.groups[0]]
+                seconds[count].append(
+                    package("train", "--config", Path(name) / f"{count}/run.yaml")
+                )
+    first = seconds[args.groups[0]]
     rows = [
         {
             "groups": f"{count:,}",
             "start to the end of one step, over the first": f"{statistics.median(ratios):.2f}",
             "range": f"{min(ratios):.2f}-{max(ratios):.2f}",
         }
-        for count, times in found.items()
+        for count, times in seconds.items()
         for ratios in [[a / b for a, b in zip(times, first, strict=True)]]
     ]
     publish("first_step", rows, f"`train` of one step, {args.rounds} rounds in turn.")

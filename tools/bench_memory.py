@@ -1,9 +1,9 @@
-"""Peak memory of a build by the number of records: it should not grow.
+"""Peak memory of a build, by the number of records: it should not grow.
 
     python tools/bench_memory.py --records 10000 100000 1000000
 
-Every build runs in a process of its own, forked from this one before anything is built; records
-are synthetic, of about 100 bytes, in one file.
+Every build runs in a process of its own, forked from this one before anything is built. The
+records are synthetic, have about 100 bytes each, and are in one file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bench_common import publish
 
-from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.data.build import build_dataset
 
 
 def write(path: Path, count: int) -> None:
@@ -28,7 +28,7 @@ def write(path: Path, count: int) -> None:
 
 
 def peak(path: Path, output: Path, queue) -> None:
-    """Megabytes that a build adds at its peak."""
+    """Put into `queue` the peak memory before and after a build, in MiB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     build_dataset([path], "bytes", output)
     queue.put((before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
@@ -59,7 +59,7 @@ def main() -> None:
                     "over the first": f"{most / first:.2f}",
                 }
             )
-    publish("memory", rows, "Bytes as tokens, one worker; what is imported counts as well.")
+    publish("memory", rows, "Bytes as tokens, one worker; imported modules count as well.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Named model sizes of the benchmarks of whole steps, and the runs that they are measured in."""
+"""Model sizes and modes of the benchmarks of whole steps, and their configurations."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
 
-from megatron_prefix.config.schema import Config, parse_config
+from megatron_prefix.config import Config, parse_config
 
 LLAMA_1B = {
     "num_layers": 16,
@@ -27,13 +27,13 @@ MISTRAL_7B = {
 
 @dataclass(frozen=True)
 class Size:
-    """A model's shape, and what a run of it needs to fit; `vocab_size` is that of made-up data."""
+    """A model's shape, and the settings with which it fits. `vocab_size` is for drawn data."""
 
     model: dict
     vocab_size: int
     row_capacity: int
     tokens: int
-    """Tokens of trees that a step of made-up data has, about."""
+    """About how many tokens of trees a step of drawn data has."""
 
 
 SIZES = {
@@ -65,7 +65,8 @@ SIZES = {
         tokens=65536,
     ),
 }
-"""small for a CPU; the shapes of Llama-3.2-1B, Mistral-7B and Llama-3-8B for one large GPU."""
+"""`small` is for a CPU; the others, for one large GPU, have the shapes of Llama-3.2-1B, Mistral-7B
+and Llama-3-8B."""
 
 
 @dataclass(frozen=True)
@@ -85,27 +86,27 @@ MODES = {
     "packed, shared, precomputed": Mode("tree", precomputed=True),
 }
 LR = 1e-30
-"""Every run that shares the weights finds them as they were, and the reference's log-probabilities
-with them, while the optimizer does all its work."""
+"""So small that the weights do not change, though the optimizer does all its work. All runs share
+the weights, and the reference's log-probabilities stay valid."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Arguments for the model's shape and the step of `make_config`."""
+    """Add the arguments that `make_config` reads."""
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--num-layers", type=int, help="in place of the size's")
-    parser.add_argument("--hidden-size", type=int, help="in place of the size's; heads of 64")
-    parser.add_argument("--ffn-hidden-size", type=int, help="in place of the size's")
+    parser.add_argument("--num-layers", type=int, help="instead of the size's")
+    parser.add_argument("--hidden-size", type=int, help="instead of the size's; heads of 64")
+    parser.add_argument("--ffn-hidden-size", type=int, help="instead of the size's")
     parser.add_argument(
         "--recompute", choices=["none", "full"], default="none", help="activations in backward"
     )
-    parser.add_argument("--row-capacity", type=int, help="tokens; in place of the size's")
+    parser.add_argument("--row-capacity", type=int, help="tokens; instead of the size's")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="sequences, unpacked")
-    parser.add_argument("--global-batch-size", type=int, default=32, help="groups a step")
+    parser.add_argument("--global-batch-size", type=int, default=32, help="groups per step")
     parser.add_argument("--attention-backend", default="auto")
 
 
 def model_section(args: argparse.Namespace) -> dict:
-    """The configuration's section `model`."""
+    """The section `model` of the configuration."""
     model = dict(SIZES[args.size].model)
     for name in ("num_layers", "hidden_size", "ffn_hidden_size"):
         if (given := getattr(args, name)) is not None:

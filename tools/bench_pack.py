@@ -1,9 +1,9 @@
-"""Ten million groups: packing them on one core, and a run's first step on their plan.
+"""Ten million groups: packing them on one core, and the first step of a run with them.
 
     python tools/bench_pack.py --groups 10000000
 
-Lengths are drawn from a log-normal law like HH-RLHF's (median 180 tokens). The data set is a
-stand-in that has lengths, offsets and a fingerprint, and no tokens: packing reads no others.
+Lengths are log-normal, similar to HH-RLHF's (median 180 tokens). The data set is a stand-in with
+lengths, offsets and a fingerprint, but no tokens: packing reads nothing else.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from pathlib import Path
 import numpy as np
 from bench_common import publish
 
-from megatron_prefix.data.steps import write_packed_steps as pack_plan
-from megatron_prefix.data.steps.composition import PlanSettings
-from megatron_prefix.data.steps.packed_steps import PackedPlan
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.steps.write_packed_steps import write_plan
+from megatron_prefix.data.steps import Sampler
+from megatron_prefix.data.steps.compositions import StepSettings
+from megatron_prefix.data.steps.packed import PackedSteps, write_packed_steps, writing
 
 CAPACITY = 8192
 
@@ -50,34 +48,34 @@ class Lengths:
 
 
 def first_step(dataset: Lengths, path: Path, steps: int = 5) -> float:
-    """Seconds from opening a plan to the plan of the first step; the least of `steps` tries."""
-    found = []
+    """Seconds from opening packed steps to the plan of the first: the least of `steps` tries."""
+    seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        plan = PackedPlan(path)
+        plan = PackedSteps(path)
         Sampler(dataset=dataset, composition=plan, row_capacity=CAPACITY).step(0)
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", type=int, default=10_000_000)
     args = parser.parse_args()
-    pack_plan.files_seen = lambda dataset: {}  # of a data set that has no files
+    writing.files_seen = lambda dataset: {}  # the stand-in has no files
     rows = []
     sizes = {"rows_per_step": {"rows_per_step": 8}, "global_batch_size": {"global_batch_size": 64}}
     with tempfile.TemporaryDirectory() as folder:
         small = Lengths(1000)
         for name, size in sizes.items():
             for method in ("first-fit", "best-fit"):
-                settings = PlanSettings(
+                settings = StepSettings(
                     seed=0, row_capacity=CAPACITY, packing_method=method, epochs=1, **size
                 )
-                write_plan(small, settings, Path(folder) / "small")
+                write_packed_steps(small, settings, Path(folder) / "small")
                 large = Lengths(args.groups)
                 start = time.process_time()
-                manifest = write_plan(large, settings, Path(folder) / "large")
+                manifest = write_packed_steps(large, settings, Path(folder) / "large")
                 seconds = time.process_time() - start
                 ratio = first_step(large, Path(folder) / "large") / first_step(
                     small, Path(folder) / "small"

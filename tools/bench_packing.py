@@ -1,4 +1,4 @@
-"""How full packed rows are in `rows_per_step` mode, and what packing costs.
+"""How full packed rows are in `rows_per_step` mode.
 
 python tools/bench_packing.py --data hh --row-capacity 4096
 """
@@ -9,9 +9,10 @@ import argparse
 
 from bench_common import publish
 
-from megatron_prefix.data.steps.composition import WINDOW, RowBatches
+from megatron_prefix.data.steps.compositions import RowBatches
+from megatron_prefix.data.steps.compositions.row_batches import WINDOW
 from megatron_prefix.data.steps.sharing import group_lengths
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 
 
 def main() -> None:

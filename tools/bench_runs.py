@@ -1,8 +1,8 @@
-"""Runs of several modes over one policy and one optimizer, built once for every data set.
+"""Runs of several modes with one policy and one optimizer, built once for all data sets.
 
-Weights are drawn on the device, in no particular order: what a step costs does not depend on them,
-and a large model takes minutes to draw in the order of `train`. Built is only what is run: where
-every mode has its reference precomputed, the policy itself says it, as its weights do not change.
+Weights are drawn on the device, in any order: the cost of a step does not depend on them, and
+drawing a large model in the order of `train` takes minutes. If every mode has a precomputed
+reference, no reference model is built: the policy computes it, as its weights do not change.
 """
 
 from __future__ import annotations
@@ -13,81 +13,81 @@ import numpy as np
 import torch
 from bench_model import Mode
 
-from megatron_prefix.config.schema import Config
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.config import Config
+from megatron_prefix.data.steps import Sampler
+from megatron_prefix.data.store import PreferenceDataset
 
 
 class Built:
-    """A policy and its optimizer, and a frozen reference where `has_reference`.
+    """A policy and its optimizer, and a frozen reference if `has_reference`.
 
-    They serve every data set of `vocab_size` tokens. `num_steps` are those of all runs together.
+    They are used for every data set with a vocabulary of `vocab_size`. `num_steps` is the total
+    of all runs.
     """
 
     def __init__(
         self,
         config: Config,
         dataset: PreferenceDataset,
-        here,
+        world,
         has_reference: bool,
         num_steps: int,
     ) -> None:
-        from megatron_prefix.checkpoint.starting_model import initial_model
+        from megatron_prefix.checkpoint import resolve_starting_model
         from megatron_prefix.engine import build_model, build_policy
         from megatron_prefix.reference import frozen_model
 
-        self.here, self.vocab_size = here, dataset.vocab_size
-        self.initial = initial_model(config.model, [dataset])
+        self.world, self.vocab_size = world, dataset.vocab_size
+        self.initial = resolve_starting_model(config.model, [dataset])
         made, of_reference = (
             self.initial.transformer_config(None, config.parallel) for _ in range(2)
         )
-        chunks = build_model(made, here)
+        chunks = build_model(made, world)
         draw(chunks, config.model.init_method_std)
         self.reference = None
         if has_reference:
-            self.reference = frozen_model(of_reference, here)
+            self.reference = frozen_model(of_reference, world)
             with torch.no_grad():
                 for ours, theirs in zip(self.reference, chunks, strict=True):
                     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
                         own.copy_(other)
-        self.policy = build_policy(chunks, made, config.optimizer, config.parallel, num_steps)
+        self.policy = build_policy(chunks, made, config, num_steps)
 
     def run(self, config: Config, dataset: PreferenceDataset, reference=None):
-        """A run of the policy over a data set, from its first step; with the frozen reference
-        unless another is given."""
+        """A run of the policy on a data set, from the first step, with the frozen reference unless
+        another one is given."""
         from megatron_prefix.objectives import check
-        from megatron_prefix.trackers.jsonl import Progress
-        from megatron_prefix.train.samplers import training_sampler
+        from megatron_prefix.trackers import Trackers
+        from megatron_prefix.train import training_sampler
         from megatron_prefix.train.trainer import Trainer
 
         steps = config.train.steps
         return Trainer(
             config=config,
             objective=check(config.loss, config.model.kind),
-            world=self.here,
+            world=self.world,
             initial=self.initial,
-            sampler=training_sampler(config, dataset, self.here),
+            sampler=training_sampler(config, dataset, self.world),
             valid=None,
             reference=reference or self.model_reference(config),
             policy=self.policy,
             num_steps=steps,
             step=0,
             identity={},
-            metrics=None,
-            progress=Progress(steps, shown=False),
+            trackers=Trackers(),
         )
 
     def model_reference(self, config: Config):
-        """The frozen reference, or where there is none the policy as it is."""
+        """The frozen reference, or the policy if there is none."""
         from megatron_prefix.reference.model import ROUNDING, ModelReference
 
         dtype = config.model.dtype
         rounding = 0.0 if dtype == "float32" else ROUNDING[dtype]
-        return ModelReference(self.reference or self.policy.chunks, self.here, rounding)
+        return ModelReference(self.reference or self.policy.chunks, self.world, rounding)
 
     def known_reference(self, config: Config, dataset: PreferenceDataset, sampler: Sampler):
-        """What the reference says of the responses of a run's steps, as read from a sidecar,
-        which a whole data set's would be too slow to write for a benchmark."""
+        """Reference log-probabilities of the responses in a run's steps, as if read from a sidecar.
+        Scoring the whole data set would take too long for a benchmark."""
         from megatron_prefix.engine.batch import to_device
         from megatron_prefix.reference.model import PrecomputedReference, response_index
 
@@ -97,7 +97,7 @@ class Built:
         for step in range(config.train.steps):
             plan = sampler.step(step)
             rows = sampler.micro_batches(plan)
-            batches = [to_device(row, self.here.device, plan.weight) for row in rows]
+            batches = [to_device(row, self.world.device, plan.weight) for row in rows]
             for row, batch in zip(rows, model.attach(rows, batches), strict=True):
                 known[response_index(dataset, row)] = batch.ref_logps.cpu().numpy()
         rounding = 2.0**-8 if config.model.dtype == "bfloat16" else 2.0**-16
@@ -106,28 +106,28 @@ class Built:
     def runs(
         self, configs: dict[str, Config], modes: dict[str, Mode], dataset: PreferenceDataset
     ) -> dict:
-        """A run a mode, all over the same groups in the same steps."""
+        """One run per mode, all with the same groups in the same steps."""
         precomputed = [name for name, mode in modes.items() if mode.precomputed]
         known = None
         if precomputed:
-            from megatron_prefix.train.samplers import training_sampler
+            from megatron_prefix.train import training_sampler
 
             cheapest = min(precomputed, key=lambda name: modes[name].sharing != "tree")
             config = configs[cheapest]
-            sampler = training_sampler(config, dataset, self.here)
+            sampler = training_sampler(config, dataset, self.world)
             known = self.known_reference(config, dataset, sampler)
-        found = {}
+        by_mode = {}
         for name, mode in modes.items():
             reference = "precomputed" if mode.precomputed else "model"
             loss = replace(configs[name].loss, reference=reference)
             config = replace(configs[name], loss=loss)
-            found[name] = self.run(config, dataset, known if mode.precomputed else None)
-        return found
+            by_mode[name] = self.run(config, dataset, known if mode.precomputed else None)
+        return by_mode
 
 
 @torch.no_grad()
 def draw(chunks: list[torch.nn.Module], std: float, seed: int = 0) -> None:
-    """Matrices from N(0, std), drawn where they lie; norms as 1, which are all other parameters."""
+    """Draw matrices from N(0, std) on their device; set all other parameters, norms, to 1."""
     for chunk in chunks:
         generator = None
         for parameter in chunk.parameters():

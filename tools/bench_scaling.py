@@ -1,13 +1,13 @@
-"""What a prompt costs as its responses grow in number, and as it grows in length.
+"""Cost of a prompt with its responses, by the number of responses and by their length.
 
-Forward and backward of one tree through the model, against the same responses each with its own
-copy of the prompt. Two tables:
+One tree runs forward and backward through the model, and is compared with the same responses,
+each with its own copy of the prompt. Two tables:
 
     responses  one prompt with K responses, K = 1, 2, 4, 8, 16
-    length     a prompt with two responses, all of them together 512 to 8192 tokens
+    length     a prompt with two responses, together 512 to 8192 tokens
 
-Every ratio is over the table's first row, of times measured in turn; on CPU a time is the
-processor time of this process. Memory is what autograd keeps for backward.
+Every ratio is relative to the table's first row. Times are measured in turn; on CPU a time is the
+processor time of this process. Memory is what autograd saves for backward.
 
     python tools/bench_scaling.py
 """
@@ -25,10 +25,11 @@ from bench_model import SIZES, add_model, describe, model_section
 from bench_sets import drawn_tree
 from tqdm import tqdm
 
-from megatron_prefix.config.schema import Config, parse_config
-from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
+from megatron_prefix.config import Config, parse_config
+from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.data.steps.collate import RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
-from megatron_prefix.estimate.flops import forward_flops
+from megatron_prefix.estimate import forward_flops
 from megatron_prefix.testing import saved_bytes
 
 RESPONSES = (1, 2, 4, 8, 16)
@@ -36,7 +37,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
 def row_of(lengths: list[int], vocab_size: int, is_shared: bool) -> MicroBatch:
-    """One tree of a prompt and its responses, or every response with the prompt to itself."""
+    """One tree of a prompt and its responses; or, unshared, each response with its own prompt."""
     tree = drawn_tree(np.random.default_rng(0), lengths, vocab_size)
     if is_shared:
         trees = [tree]
@@ -52,14 +53,14 @@ def row_of(lengths: list[int], vocab_size: int, is_shared: bool) -> MicroBatch:
 
 
 def shapes(table: str) -> dict[int, list[int]]:
-    """Lengths of prompt and responses by what the table's rows differ in."""
+    """Lengths of prompt and responses, by the value in which the table's rows differ."""
     if table == "responses":
         return {k: [512] + [128] * k for k in RESPONSES}
     return {n: [n // 2, n // 4, n // 4] for n in LENGTHS}
 
 
 def run_config(args: argparse.Namespace) -> Config:
-    """A run's configuration, of which the model is used."""
+    """A configuration of which only the model is used."""
     return parse_config(
         {
             "data": {"train": "none", "row_capacity": 1, "global_batch_size": 1},
@@ -74,14 +75,13 @@ def run_config(args: argparse.Namespace) -> Config:
 class Passes:
     """Forward and backward of rows through one model."""
 
-    def __init__(self, config: Config, vocab_size: int, here) -> None:
-        from megatron_prefix.engine.optimizer import build_model
-        from megatron_prefix.model.gpt import unwrap
-        from megatron_prefix.model.provider import transformer_config
+    def __init__(self, config: Config, vocab_size: int, world) -> None:
+        from megatron_prefix.engine import build_model
+        from megatron_prefix.model import transformer_config, unwrap
 
         made = transformer_config(config.model, vocab_size=vocab_size, seed=0)
-        self.chunk = build_model(made, here)[0].train()
-        self.model, self.device = unwrap(self.chunk), here.device
+        self.chunk = build_model(made, world)[0].train()
+        self.model, self.device = unwrap(self.chunk), world.device
 
     def batch(self, row: MicroBatch):
         from megatron_prefix.engine.batch import to_device
@@ -110,12 +110,12 @@ KINDS = ("tree", "unshared")
 
 
 class Measured:
-    """What one row of a table takes: seconds of the rounds, bytes kept, FLOP, tokens."""
+    """One row of a table: seconds of each round, bytes saved for backward, FLOP, tokens."""
 
     def __init__(self, row: MicroBatch, passes: Passes, config: Config, vocab_size: int) -> None:
         self.batch, self.passes = passes.batch(row), passes
         self.tokens = len(row.tokens)
-        self.flops = forward_flops(config.model, vocab_size, row).total
+        self.flops = forward_flops(config.model.sizes(), vocab_size, row).total
         self.kept = passes.kept(self.batch)
         self.seconds: list[float] = []
 
@@ -127,29 +127,29 @@ class Measured:
 def measure(
     table: str, args: argparse.Namespace, passes: Passes, config: Config
 ) -> dict[tuple, Measured]:
-    """By (key, kind), those rows of the table whose every pass has enough memory."""
+    """By (key, kind), the rows of the table that have enough memory for all their passes."""
     vocab_size = SIZES[args.size].vocab_size
-    found: dict[tuple, Measured] = {}
+    measured: dict[tuple, Measured] = {}
     for key, lengths in shapes(table).items():
         for kind in KINDS:
             row = row_of(lengths, vocab_size, kind == "tree")
             made = unless_out_of_memory(lambda r=row: Measured(r, passes, config, vocab_size))
             if made is not None:
-                found[key, kind] = made
+                measured[key, kind] = made
     for _ in tqdm(range(1 + args.rounds), desc=table, disable=None):
-        for key in list(found):
-            if unless_out_of_memory(found[key].round) is None:
-                del found[key]
-    for own in found.values():
+        for key in list(measured):
+            if unless_out_of_memory(measured[key].round) is None:
+                del measured[key]
+    for own in measured.values():
         del own.seconds[0]  # the first one warms up
-    return found
+    return measured
 
 
-def rows_of(table: str, found: dict[tuple, Measured]) -> list[dict]:
-    """A row a key: the tree over the table's first tree, and unshared rows over the tree."""
-    first, rows = found.get((next(iter(shapes(table))), "tree")), []
+def rows_of(table: str, measured: dict[tuple, Measured]) -> list[dict]:
+    """One row per key: the tree over the table's first tree, and unshared rows over the tree."""
+    first, rows = measured.get((next(iter(shapes(table))), "tree")), []
     for key in shapes(table):
-        own, other = (found.get((key, kind)) for kind in KINDS)
+        own, other = (measured.get((key, kind)) for kind in KINDS)
         row: dict = {table: key}
         if own is None or first is None:
             rows.append({**row, "time": NOT_RUN})
@@ -174,7 +174,7 @@ def rows_of(table: str, found: dict[tuple, Measured]) -> list[dict]:
 
 
 def main() -> None:
-    from megatron_prefix.distributed.session import running
+    from megatron_prefix.distributed import open_session
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -188,14 +188,14 @@ def main() -> None:
         "One tree, forward and backward. The first columns are over the table's first row, "
         "`unshared` is the same responses with a prompt each over the tree; by "
         f"{'wall clock' if device == 'cuda' else 'processor time'}, medians of {args.rounds} "
-        "rounds, each everything once in turn. "
+        "rounds, in each of which everything runs once. "
     )
     about = {
         "responses": "A prompt of 512 tokens, responses of 128.",
         "length": "A prompt of half the tokens, two responses of a quarter each.",
     }
-    with running(config) as here:
-        passes = Passes(config, SIZES[args.size].vocab_size, here)
+    with open_session(config) as world:
+        passes = Passes(config, SIZES[args.size].vocab_size, world)
         for table in ("responses", "length"):
             results = Results(f"{args.name}_{table}", f"{about[table]} {notes}{describe(args)}.")
             results.append(*rows_of(table, measure(table, args, passes, config)))

@@ -1,4 +1,4 @@
-"""Data sets of benchmarks: drawn tokens in the lengths of the published sets, and real ones."""
+"""Data sets of benchmarks: drawn tokens with the lengths of published sets, or real ones."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from bench_shapes import SETS, SPREAD, medians
 
-from megatron_prefix.data.store.writer import DatasetWriter
-from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree
+from megatron_prefix.data import Pair, PrefixTree, ResponsePath, build_tree
+from megatron_prefix.data.store import DatasetWriter
 
 
 def drawn_tree(rng: np.random.Generator, lengths: Iterable[int], vocab_size: int) -> PrefixTree:
-    """A prompt and its responses of drawn tokens, of these lengths; the first response is chosen
-    over each other one. First tokens of responses differ, so that they part at the prompt's end."""
+    """A prompt and its responses with these lengths, of drawn tokens. The first response is chosen
+    over each other one. All first tokens differ, so that the responses share only the prompt."""
     prompt, *responses = (rng.integers(0, vocab_size, int(n)) for n in lengths)
     for i, response in enumerate(responses):
         response[0] = i
@@ -28,7 +28,7 @@ def drawn_tree(rng: np.random.Generator, lengths: Iterable[int], vocab_size: int
 def write_like(
     prefix: str | Path, name: str, num_groups: int, vocab_size: int, seed: int = 0
 ) -> str:
-    """Write pairs in the lengths of one of `SETS` and return their prefix.
+    """Write pairs with the lengths of one of `SETS` and return their prefix.
 
     Lengths are log-normal around the published medians with the spread `SPREAD`, assumed.
     """
@@ -36,7 +36,7 @@ def write_like(
     prompt, response = medians(name)
     tokenizer = {
         "kind": "drawn",
-        "name": f"drawn in the lengths of {name}",
+        "name": f"drawn with the lengths of {name}",
         "vocab_size": vocab_size,
         "bos_id": None,
         "eos_id": None,
@@ -52,7 +52,7 @@ def write_like(
 
 
 def tree_median(name: str) -> float:
-    """Median tokens of a prompt and both responses of one of `SETS`, about."""
+    """About the median tokens of a prompt and both responses of one of `SETS`."""
     prompt, response = medians(name)
     return prompt + 2 * response
 

@@ -1,4 +1,4 @@
-"""Rows that benchmarks run on: pairs like the six published sets, many responses, deep trees.
+"""Rows for benchmarks: pairs as in six published sets, many responses, deep trees.
 
 The prefix-sharing paper gives each set's median tokens of prompt and response together and the
 median ratio of prompt to response. Lengths are drawn log-normal around these medians; the spread
@@ -23,8 +23,8 @@ SETS = {
 }
 """Median tokens of prompt and response, and prompt over response (Wang and Hegde 2024)."""
 LONG = ((2048, 1024, 2), (16384, 1024, 4))
-"""Long answers, for kernels that reach their rate: median tokens of a prompt and of a response, and
-how many responses."""
+"""Long answers, on which kernels reach their full rate: median tokens of a prompt and of a
+response, and the number of responses."""
 SPREAD = 0.5
 
 Trees = Iterator[TreeLayout]
@@ -53,34 +53,34 @@ def deep_trees(rng: np.random.Generator, num_turns: int, turn: float) -> Trees:
     while True:
         lengths, parents, last = [], [], -1
         for _ in range(num_turns):
-            kept = len(lengths)
+            chosen = len(lengths)
             parents += [last]
             lengths += [turn]
-            parents += [kept]
+            parents += [chosen]
             lengths += [turn]
-            last = kept
+            last = chosen
         drawn = np.array(lengths) * np.exp(SPREAD * rng.standard_normal(len(lengths)))
         yield TreeLayout.from_parents(np.maximum(drawn, 2).astype(int), parents)
 
 
 def shapes() -> dict[str, Callable[[np.random.Generator], Trees]]:
     """Every kind of tree by its name."""
-    found: dict = {}
+    kinds: dict = {}
     for name in SETS:
         prompt, response = medians(name)
-        found[name] = lambda rng, p=prompt, r=response: sharing_trees(rng, p, r, 2)
+        kinds[name] = lambda rng, p=prompt, r=response: sharing_trees(rng, p, r, 2)
     for num_responses in (4, 8):
-        found[f"K = {num_responses}"] = lambda rng, n=num_responses: sharing_trees(rng, 512, 256, n)
+        kinds[f"K = {num_responses}"] = lambda rng, n=num_responses: sharing_trees(rng, 512, 256, n)
     for prompt, response, count in LONG:
         name = f"{prompt} + {count} x {response}"
-        found[name] = lambda rng, p=prompt, r=response, n=count: sharing_trees(rng, p, r, n)
-    found["8 turns"] = lambda rng: deep_trees(rng, 8, 96)
-    found["64 turns"] = lambda rng: deep_trees(rng, 64, 96)
-    return found
+        kinds[name] = lambda rng, p=prompt, r=response, n=count: sharing_trees(rng, p, r, n)
+    kinds["8 turns"] = lambda rng: deep_trees(rng, 8, 96)
+    kinds["64 turns"] = lambda rng: deep_trees(rng, 64, 96)
+    return kinds
 
 
 def fill(trees: Trees, num_tokens: int) -> TreeLayout | None:
-    """A row of trees until one does not fit; None where not even one fits."""
+    """A row of trees up to the first that does not fit; None if not even one fits."""
     row, used = [], 0
     while used + (tree := next(trees)).num_tokens <= num_tokens:
         row.append(tree)
@@ -107,12 +107,13 @@ def plain_causal(area: int) -> TreeLayout:
 
 
 def tiled_area(layout: TreeLayout, q_tile: int, kv_tile: int) -> int:
-    """Pairs that a kernel computes which works in tiles: leaf paths, bottom-right causal.
+    """Pairs that a kernel computes in whole tiles: leaf paths, bottom-right causal.
 
-    A tile of queries i of a piece with n queries and m keys needs keys up to
-    m - n + min((i + 1) q_tile, n), in whole tiles.
+    In a piece with n queries and m keys, tile i of queries needs keys up to
+    m - n + min((i + 1) q_tile, n), rounded up to whole tiles. With tiles of 4, n = 6 and m = 10:
+    8 and 10 keys, so 2 and 3 tiles.
     """
-    from megatron_prefix.attention import build_path_plan
+    from megatron_prefix.attention.plan import build_path_plan
 
     plan = build_path_plan(layout, "cpu")
     total = 0

@@ -1,8 +1,8 @@
-"""Sharing, batch sorting, both, and packed rows: executed tokens and CPU time of an epoch.
+"""Sharing, sorting by length, both, and packed rows: executed tokens and CPU time of an epoch.
 
-The comparison of the preference-packing paper (arXiv 2602.24082), relative samples a second:
-padded 1.00, prompt shared by a pair 1.53, sorted by length 2.62, both 3.22. Here every variant
-trains the same tiny model over one epoch, step by step in turn with the others.
+This is the comparison of the preference-packing paper (arXiv 2602.24082). Its relative samples per
+second: padded 1.00, prompt shared by a pair 1.53, sorted by length 2.62, both 3.22. Here every
+variant trains the same tiny model for one epoch; after each step the next variant runs its step.
 
     python tools/bench_sorting.py --data hh
 """
@@ -17,14 +17,14 @@ import warnings
 from bench_common import publish
 from tqdm import tqdm
 
-from megatron_prefix.config.schema import Config, parse_config
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.config import Config, parse_config
+from megatron_prefix.data.store import PreferenceDataset
 
 PAPER = {"padded": "1.00", "shared": "1.53", "sorted": "2.62", "shared and sorted": "3.22"}
 
 
 def variants(args: argparse.Namespace) -> dict[str, dict]:
-    """What of the data section differs. A shared sequence holds a pair, an unshared one a side."""
+    """Settings of `data` that differ. A shared sequence has a pair, an unshared one has a side."""
     padded = {"packing": False, "sharing": "none", "micro_batch_size": 2 * args.pairs}
     shared = {"packing": False, "sharing": "pair", "micro_batch_size": args.pairs}
     return {
@@ -66,7 +66,7 @@ def make_config(args: argparse.Namespace, data: dict, output: str) -> Config:
 
 def measure(args: argparse.Namespace) -> dict[str, tuple[int, float]]:
     """(executed tokens, CPU seconds) of each variant's epoch."""
-    from megatron_prefix.distributed.world import world
+    from megatron_prefix.distributed import join_world
     from megatron_prefix.train.setup import prepare_trainer
 
     dataset = PreferenceDataset(args.data)
@@ -75,17 +75,17 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[int, float]]:
             name: make_config(args, data, f"{scratch}/{number}")
             for number, (name, data) in enumerate(variants(args).items())
         }
-        with world(configs["padded"].parallel, 0) as here:
-            runs = {name: prepare_trainer(c, dataset, None, here) for name, c in configs.items()}
-            found = {name: [0, 0.0] for name in runs}
+        with join_world(configs["padded"].parallel, 0) as world:
+            runs = {name: prepare_trainer(c, dataset, None, world) for name, c in configs.items()}
+            totals = {name: [0, 0.0] for name in runs}
             for step in tqdm(range(runs["padded"].num_steps), desc="steps", disable=None):
                 for name, run in runs.items():
                     rows = run.sampler.micro_batches(run.sampler.step(step))
-                    found[name][0] += sum(len(row.tokens) for row in rows)
+                    totals[name][0] += sum(len(row.tokens) for row in rows)
                     start = time.process_time()
                     run.train_step()
-                    found[name][1] += time.process_time() - start
-    return {name: (tokens, seconds) for name, (tokens, seconds) in found.items()}
+                    totals[name][1] += time.process_time() - start
+    return {name: (tokens, seconds) for name, (tokens, seconds) in totals.items()}
 
 
 def main() -> None:
@@ -94,12 +94,12 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=2)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--row-capacity", type=int, default=4096, help="tokens")
-    parser.add_argument("--global-batch-size", type=int, default=64, help="groups a step")
-    parser.add_argument("--pairs", type=int, default=8, help="of a padded micro batch")
+    parser.add_argument("--global-batch-size", type=int, default=64, help="groups per step")
+    parser.add_argument("--pairs", type=int, default=8, help="per padded micro batch")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    found = measure(args)
-    tokens, seconds = found["padded"]
+    totals = measure(args)
+    tokens, seconds = totals["padded"]
     rows = [
         {
             "variant": name,
@@ -108,7 +108,7 @@ def main() -> None:
             "padded, over its CPU time": f"{seconds / spent:.2f}",
             "paper, samples a second": PAPER.get(name, ""),
         }
-        for name, (count, spent) in found.items()
+        for name, (count, spent) in totals.items()
     ]
     notes = (
         f"One epoch of {len(PreferenceDataset(args.data))} groups, {args.global_batch_size} a "

@@ -1,9 +1,10 @@
-"""Whole training steps by what is shared, packed and precomputed, over what arithmetic allows.
+"""Whole training steps, shared or not, packed or not, compared with the operations they need.
 
-One policy and one optimizer run the same groups in every mode, step by step in turn, so that a
-noisy machine slows all of them; a figure is the median over rounds of a ratio of two times of one
-round. On CPU a time is the processor time of this process, which other processes' load does not
-enter; the wall clock's ratio stands beside it. On CUDA it is the wall clock's.
+One policy and one optimizer run the same groups in every mode. The modes take turns step by step,
+so that other load slows all of them. A figure is a ratio of two times of the same round: the
+median over rounds. On CPU a time is the processor time of this process, which does not include
+the load of other processes, and the wall clock's ratio is given in addition. On CUDA it is the
+wall clock.
 
     python tools/bench_training.py --sets --data HH-RLHF=build/hh OpenAssistant=build/oasst
     python tools/bench_training.py --size 7b --num-layers 16 --sets          # one H200
@@ -30,23 +31,23 @@ from bench_sets import named, tree_median, write_like
 from bench_shapes import SETS, SPREAD
 from tqdm import tqdm
 
-from megatron_prefix.config.schema import Config
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
+from megatron_prefix.config import Config
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.estimate import ForwardFlops, forward_flops
 from megatron_prefix.objectives import check
 from megatron_prefix.testing import saved_bytes
 
 BASE, SHARED = "packed, unshared", "packed, shared"
 COMPARED = ((BASE, SHARED), (f"{BASE}, precomputed", f"{SHARED}, precomputed"))
-"""Pairs of modes that differ in sharing alone; the first that ran is the summary's."""
+"""Pairs of modes that differ only in sharing. The summary shows the first pair that ran."""
 ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
-"""Without the last two glibc gives every large tensor back to the system, and fetching its pages
-anew costs more the longer a row is."""
+"""Without the last two, glibc returns every large tensor to the system. Getting its pages again
+costs more for longer rows."""
 
 
 @dataclass
 class Measured:
-    """One mode's rounds: seconds by both clocks, operations, tokens executed; memory."""
+    """The rounds of one mode: seconds by both clocks, operations, executed tokens, memory."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -54,23 +55,24 @@ class Measured:
     parts: ForwardFlops = field(default_factory=ForwardFlops)
     num_pairs: int = 0
     tokens: int = 0
-    """Of the first round, executed."""
+    """Executed in the first round."""
     saved: int = 0
-    """Bytes kept for backward over the first round's rows, on CPU."""
+    """Bytes saved for backward in the first round, on CPU."""
     peak: int = 0
-    """Bytes allocated at most in a step, on CUDA."""
+    """Most bytes allocated in a step, on CUDA."""
     step_peak: int = 0
-    """Of these, those that were not allocated before it: activations and what backward adds."""
+    """The part that was not allocated before the step: activations and what backward adds."""
 
     def seconds(self) -> np.ndarray:
         return np.array(self.wall if torch.cuda.is_available() else self.processor)
 
 
 def step_flops(rows: list[ForwardFlops], projected_again: float, config: Config) -> float:
-    """Operations of a step whose policy's forward pass takes `rows`.
+    """Operations of a step; `rows` are those of the policy's forward pass.
 
-    Backward takes twice the forward pass, a reference model one more, full recomputation one more
-    of the layers; `projected_again` are those of the head's second pass (see `logps.py`).
+    Backward takes twice the forward pass, a reference model takes one forward pass, and full
+    recomputation one more of the layers. `projected_again` are the operations of the head's
+    second pass (see `logps.py`).
     """
     parts = sum(rows, ForwardFlops())
     objective = check(config.loss, config.model.kind)
@@ -81,7 +83,7 @@ def step_flops(rows: list[ForwardFlops], projected_again: float, config: Config)
 
 
 def timed(run, measured: Measured, is_counted: bool) -> bool:
-    """One step of a run; True, as it had enough memory."""
+    """Time one step of a run. Always True: the memory was enough."""
     on_cuda, before = torch.cuda.is_available(), 0
     if on_cuda:
         torch.cuda.synchronize()
@@ -98,7 +100,7 @@ def timed(run, measured: Measured, is_counted: bool) -> bool:
     measured.wall.append(time.perf_counter() - wall)
     measured.processor.append(time.process_time() - processor)
     model, vocab_size = run.config.model, run.sampler.dataset.vocab_size
-    parts = [forward_flops(model, vocab_size, row) for row in rows]
+    parts = [forward_flops(model.sizes(), vocab_size, row, model.kind) for row in rows]
     in_chunks = [row.num_projected > model.lm_head_chunk_size for row in rows]
     again = sum(part.head for part, is_cut in zip(parts, in_chunks, strict=True) if is_cut)
     measured.flops.append(step_flops(parts, again, run.config))
@@ -112,10 +114,10 @@ def timed(run, measured: Measured, is_counted: bool) -> bool:
 
 
 def kept_for_backward(run) -> tuple[int, int]:
-    """Bytes that the policy keeps for backward of the first step's rows, a row at a time, and
-    the tokens that these rows execute."""
+    """Bytes that the policy saves for backward of the first step's rows, one row at a time, and
+    the tokens of these rows."""
     from megatron_prefix.engine.batch import to_device
-    from megatron_prefix.model.gpt import unwrap
+    from megatron_prefix.model import unwrap
 
     model = unwrap(run.policy[0]).train()
     total = tokens = 0
@@ -132,7 +134,7 @@ def kept_for_backward(run) -> tuple[int, int]:
 def mode_configs(
     args: argparse.Namespace, prefix: str, groups: int, scratch: str
 ) -> dict[str, Config]:
-    """The configuration of each mode; of its steps the first one warms up."""
+    """The configuration of each mode. The first step is a warm-up."""
     return {
         name: make_config(args, prefix, MODES[name], f"{scratch}/{name}", groups, 1 + args.rounds)
         for name in args.modes
@@ -140,34 +142,36 @@ def mode_configs(
 
 
 def measure(built: Built, configs: dict[str, Config], dataset: PreferenceDataset) -> dict:
-    """Every mode's rounds over one data set; modes whose memory was not enough are left out."""
+    """The rounds of every mode on one data set, without modes that need too much memory."""
     runs = built.runs(configs, {name: MODES[name] for name in configs}, dataset)
-    found = {name: Measured() for name in runs}
+    by_mode = {name: Measured() for name in runs}
     if not torch.cuda.is_available():
         for name, run in runs.items():
-            found[name].saved, found[name].tokens = kept_for_backward(run)
+            by_mode[name].saved, by_mode[name].tokens = kept_for_backward(run)
     try:
         for step in range(next(iter(runs.values())).num_steps):
-            for name in list(found):
-                fits = unless_out_of_memory(lambda n=name, s=step: timed(runs[n], found[n], s > 0))
+            for name in list(by_mode):
+                fits = unless_out_of_memory(
+                    lambda n=name, s=step: timed(runs[n], by_mode[n], s > 0)
+                )
                 if fits is None:
-                    del found[name]
+                    del by_mode[name]
     finally:
         for run in runs.values():
             run.close()
-    return found
+    return by_mode
 
 
 def median(values) -> str:
     return f"{np.median(values):.3f}"
 
 
-def summary(name: str, vocab_size: int, found: dict[str, Measured]) -> dict:
-    """The row of the table of what sharing alone is worth."""
-    pairs = [pair for pair in COMPARED if set(pair) <= found.keys()]
+def summary(name: str, vocab_size: int, by_mode: dict[str, Measured]) -> dict:
+    """A row of the table that shows what sharing alone saves."""
+    pairs = [pair for pair in COMPARED if set(pair) <= by_mode.keys()]
     if not pairs:
         return {"data": name, "vocabulary": vocab_size, "note": NOT_RUN}
-    none, tree = (found[mode] for mode in pairs[0])
+    none, tree = (by_mode[mode] for mode in pairs[0])
     measured, modelled = none.seconds() / tree.seconds(), np.divide(none.flops, tree.flops)
     reached = 100 * measured / modelled
     wall = 100 * np.divide(none.wall, tree.wall) / modelled
@@ -184,14 +188,14 @@ def summary(name: str, vocab_size: int, found: dict[str, Measured]) -> dict:
     }
 
 
-def mode_rows(name: str, modes: list[str], found: dict[str, Measured]) -> list[dict]:
-    """A row a mode: pairs a second and memory over the first mode's that ran."""
-    first = next(iter(found.values()), None)
+def mode_rows(name: str, modes: list[str], by_mode: dict[str, Measured]) -> list[dict]:
+    """One row per mode: pairs per second and memory, over those of the first mode that ran."""
+    first = next(iter(by_mode.values()), None)
     rows = []
     for mode in modes:
         row = {"data": name, "mode": mode}
         rows.append(row)
-        if (own := found.get(mode)) is None:
+        if (own := by_mode.get(mode)) is None:
             row["note"] = NOT_RUN
             continue
         speed = first.seconds() / own.seconds()
@@ -214,38 +218,40 @@ def mode_rows(name: str, modes: list[str], found: dict[str, Measured]) -> list[d
 
 
 def data_sets(args: argparse.Namespace, scratch: str) -> list[tuple[str, str, int]]:
-    """Name, prefix and groups a step of every data set; drawn ones are written to `scratch`."""
+    """Name, prefix and groups per step of every data set. Drawn ones are written to `scratch`."""
     size = SIZES[args.size]
-    found = [(name, prefix, args.global_batch_size) for name, prefix in args.data]
+    sets = [(name, prefix, args.global_batch_size) for name, prefix in args.data]
     for name in args.sets or ():
         groups = max(round(size.tokens / tree_median(name)), 2)
         prefix = str(Path(scratch) / name)
         write_like(prefix, name, groups * (1 + args.rounds), size.vocab_size)
-        found.append((f"lengths of {name}", prefix, groups))
-    return found
+        sets.append((f"lengths of {name}", prefix, groups))
+    return sets
 
 
 def measure_all(args: argparse.Namespace, summaries: Results, modes: Results) -> None:
-    """Append the rows of both tables, a data set at a time."""
-    from megatron_prefix.distributed.session import running
+    """Append the rows of both tables, one data set after another."""
+    from megatron_prefix.distributed import open_session
 
     has_reference = not all(MODES[name].precomputed for name in args.modes)
     with tempfile.TemporaryDirectory() as scratch:
         work = data_sets(args, scratch)
         steps = (1 + args.rounds) * len(args.modes) * len(work)
         first = mode_configs(args, work[0][1], work[0][2], scratch)[args.modes[0]]
-        with running(first) as here:
+        with open_session(first) as world:
             built = None
             for name, prefix, groups in tqdm(work, desc="sets", disable=None):
                 configs = mode_configs(args, prefix, groups, scratch)
                 dataset = PreferenceDataset(prefix)
                 if built is None or built.vocab_size != dataset.vocab_size:
                     built = None
-                    free_memory()  # the model before has references in a circle
-                    built = Built(first, dataset, here, has_reference, steps)
-                found = unless_out_of_memory(lambda b=built, c=configs, d=dataset: measure(b, c, d))
-                summaries.append(summary(name, dataset.vocab_size, found or {}))
-                modes.append(*mode_rows(name, args.modes, found or {}))
+                    free_memory()  # the previous model is in a cycle of references
+                    built = Built(first, dataset, world, has_reference, steps)
+                by_mode = unless_out_of_memory(
+                    lambda b=built, c=configs, d=dataset: measure(b, c, d)
+                )
+                summaries.append(summary(name, dataset.vocab_size, by_mode or {}))
+                modes.append(*mode_rows(name, args.modes, by_mode or {}))
                 free_memory()
 
 
@@ -255,7 +261,10 @@ def arguments() -> argparse.Namespace:
         "--data", type=named, nargs="+", default=[], metavar="NAME=PREFIX", help="sets of `build`"
     )
     parser.add_argument(
-        "--sets", nargs="*", choices=list(SETS), help="drawn in published lengths; alone: all"
+        "--sets",
+        nargs="*",
+        choices=list(SETS),
+        help="drawn with published lengths; without names: all",
     )
     parser.add_argument(
         "--modes",
@@ -280,7 +289,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    kept = [f"{x}={os.environ[x]}" for x in ENVIRONMENT if x in os.environ]
+    variables = [f"{x}={os.environ[x]}" for x in ENVIRONMENT if x in os.environ]
     is_computed = set(COMPARED[0]) <= set(args.modes)
     reference = f"Reference {'computed each step' if is_computed else 'precomputed'}."
     clock = "wall clock" if torch.cuda.is_available() else "processor time"
@@ -289,7 +298,7 @@ def main() -> None:
         f"{SIZES[args.size].tokens} tokens of trees a step of drawn ones, whose lengths are "
         f"log-normal around the published medians, spread {SPREAD} assumed. By {clock}; medians "
         f"of {args.rounds} rounds, each one step of every mode in turn. Environment: "
-        f"{' '.join(kept) or 'as it is'}."
+        f"{' '.join(variables) or 'as it is'}."
     )
     summaries = Results(args.name, f"{reference} {notes}")
     modes = Results(f"{args.name}_modes", notes)

@@ -1,10 +1,10 @@
-"""Steps of TRL's `DPOTrainer` against ours: the same weights, tokens and pairs a step, in turn.
+"""Steps of TRL's `DPOTrainer` and ours: same weights, same tokens, same pairs per step, in turn.
 
 TRL runs every pair of siblings as two sequences, each with its whole prompt, padded to the longest
-of a micro batch; ours runs the groups that these pairs come from as packed trees. Both run their
-own reference model each step. TRL's trainer drives, and behind each of its steps comes ours; a
-step's time is the processor time of this process on CPU (the wall clock's ratio beside it), and
-the wall clock's on CUDA. Losses must agree.
+of a micro batch. Ours runs the groups of these pairs as packed trees. Both run their own reference
+model each step. TRL's trainer runs the loop, and after each of its steps comes one of ours. A
+step's time is the processor time of this process on CPU (with the wall clock's ratio in addition),
+and the wall clock on CUDA. Losses must agree.
 
     python tools/bench_trl.py --data HH-RLHF=build/hh OpenAssistant=build/oasst
     python tools/bench_trl.py --size 1b --attn-implementation flash_attention_2 …      # CUDA
@@ -33,13 +33,13 @@ from bench_sets import named
 from compare_trl import our_config, trl_arguments
 from trl_common import Setting, make_model, relative
 
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A composition of given groups."""
+    """A composition with given groups in each step."""
 
     steps: list[np.ndarray]
 
@@ -52,7 +52,7 @@ class Steps:
 
 @dataclass
 class Clock:
-    """Seconds by both clocks, a step."""
+    """Seconds by both clocks, per step."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -67,18 +67,19 @@ class Clock:
         self.processor.append(time.process_time() - self._now[1])
 
     def seconds(self) -> np.ndarray:
-        """Behind the first step, which warms up."""
+        """Of all steps except the first one, which is a warm-up."""
         return np.array(self.wall if torch.cuda.is_available() else self.processor)[1:]
 
 
 def exact_steps(counts: np.ndarray, num_pairs: int, num_steps: int) -> list[np.ndarray]:
     """Groups for steps of exactly `num_pairs` pairs, each group at most once, early ones first.
 
-    `counts` are the pairs of each group. Raises InputError where they do not fill the steps.
+    `counts` are the pairs of each group. Raises InputError if they cannot fill the steps. For
+    counts [1, 3, 1, 2] and two steps of 3 pairs: groups [1] and [0, 3].
     """
     left, steps = list(range(len(counts))), []
     for _ in range(num_steps):
-        reached: dict[int, list[int]] = {0: []}  # pairs -> groups that have as many together
+        reached: dict[int, list[int]] = {0: []}  # pairs -> groups that together have this many
         for group in left:
             for total, taken in list(reached.items()):
                 more = total + int(counts[group])
@@ -97,32 +98,32 @@ def exact_steps(counts: np.ndarray, num_pairs: int, num_steps: int) -> list[np.n
 
 
 def tokens_of(dataset: PreferenceDataset, groups: np.ndarray) -> list[dict[str, list[int]]]:
-    """The pairs of these groups as TRL's collator takes them."""
-    found = []
+    """The pairs of these groups in the form that TRL's collator takes."""
+    pairs = []
     for group in groups:
         tree = dataset[int(group)]
         for chosen, rejected in tree.pairs.tolist():
             better, start = tree.response_tokens(chosen)
             worse, other = tree.response_tokens(rejected)
             assert start == other, "siblings share their prompt"
-            found.append(
+            pairs.append(
                 {
                     "prompt_ids": better[:start].tolist(),
                     "chosen_ids": better[start:].tolist(),
                     "rejected_ids": worse[start:].tolist(),
                 }
             )
-    return found
+    return pairs
 
 
 def their_trainer(hf: Path, rows: list[dict], args: argparse.Namespace, folder: str):
-    """TRL's trainer over these pairs in their order."""
+    """TRL's trainer on these pairs, in this order."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     class Tokenized(DPOTrainer):
-        """Of pairs that are tokens already."""
+        """A trainer for pairs that are already tokenized."""
 
         def _prepare_dataset(self, dataset, *_):
             return dataset
@@ -155,7 +156,7 @@ def their_trainer(hf: Path, rows: list[dict], args: argparse.Namespace, folder: 
 
 
 def in_turn(trainer, run) -> tuple[Clock, Clock, list[float], list[float], int]:
-    """Run both to their ends: (TRL's clock, ours, TRL's losses, ours, tokens that ours ran)."""
+    """Run both to the end: (TRL's clock, ours, TRL's losses, ours, tokens that ours executed)."""
     from transformers import PrinterCallback, TrainerCallback
 
     theirs, ours, rows = Clock(), Clock(), []
@@ -179,7 +180,7 @@ def in_turn(trainer, run) -> tuple[Clock, Clock, list[float], list[float], int]:
 
 
 def padded_tokens(rows: list[dict], micro_batch_size: int) -> int:
-    """Tokens that TRL runs, with padding."""
+    """Tokens that TRL executes, including padding."""
     total = 0
     for start in range(0, len(rows), micro_batch_size):
         part = rows[start : start + micro_batch_size]
@@ -192,7 +193,7 @@ def padded_tokens(rows: list[dict], micro_batch_size: int) -> int:
 
 def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> dict:
     """One data set's row of the table."""
-    from megatron_prefix.distributed.session import running
+    from megatron_prefix.distributed import open_session
     from megatron_prefix.train.setup import prepare_trainer
 
     dataset = PreferenceDataset(prefix)
@@ -208,7 +209,7 @@ def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> 
         num_attention_heads=model["num_attention_heads"],
         num_key_value_heads=model.get("num_query_groups") or model["num_attention_heads"],
         initializer_range=0.02,
-        pad_token_id=None,  # whose embedding transformers would not train
+        pad_token_id=None,  # transformers would not train its embedding
     )
     setting = Setting(steps=args.steps, batch_size=args.batch_size, row_capacity=args.row_capacity)
     config = our_config(scratch / name, hf, setting)
@@ -218,15 +219,15 @@ def measure(name: str, prefix: str, args: argparse.Namespace, scratch: Path) -> 
         model=replace(config.model, dtype=args.dtype),
         train=replace(config.train, save=None),
     )
-    with running(config) as here:
-        run = prepare_trainer(config, dataset, None, here)
+    with open_session(config) as world:
+        run = prepare_trainer(config, dataset, None, world)
         run = replace(run, sampler=replace(run.sampler, composition=Steps(steps)))
         trainer = their_trainer(hf, rows, args, str(scratch / f"{name}.trl"))
         theirs, ours, their_losses, our_losses, executed = in_turn(trainer, run)
         run.close()
     apart = max(relative(our_losses, their_losses))
     if args.dtype == "float32" and apart > 1e-3:
-        raise SystemExit(f"{name}: losses are {apart:.1e} apart, so these are not the same steps")
+        raise SystemExit(f"{name}: losses differ by {apart:.1e}, so these are not the same steps")
     ratio = theirs.seconds() / ours.seconds()
     wall = np.divide(theirs.wall, ours.wall)[1:]
     return {
@@ -245,8 +246,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=named, nargs="+", required=True, metavar="NAME=PREFIX")
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--steps", type=int, default=4, help="the first one warms up")
-    parser.add_argument("--batch-size", type=int, default=6, help="pairs a step")
+    parser.add_argument("--steps", type=int, default=4, help="the first one is a warm-up")
+    parser.add_argument("--batch-size", type=int, default=6, help="pairs per step")
     parser.add_argument("--micro-batch-size", type=int, default=2, help="pairs, TRL's")
     parser.add_argument("--row-capacity", type=int, default=8192, help="tokens, ours")
     parser.add_argument("--dtype", default="bfloat16" if on_cuda else "float32")
@@ -274,7 +275,7 @@ def main() -> None:
         f"feed-forward {model['ffn_hidden_size']}, {args.dtype}; TRL "
         f"{importlib.metadata.version('trl')}, transformers "
         f"{importlib.metadata.version('transformers')}, attention {args.attn_implementation}, "
-        f"micro batches of {args.micro_batch_size} pairs; rows of {args.row_capacity} tokens here; "
+        f"micro batches of {args.micro_batch_size} pairs; our rows of {args.row_capacity} tokens; "
         "both with a reference model in memory. Median of "
         f"{args.steps - 1} steps of both in turn, by "
         f"{'wall clock' if torch.cuda.is_available() else 'processor time'}."

@@ -1,4 +1,4 @@
-"""`megatron-prefix build`, for those who look where Megatron-LM keeps its preprocessing.
+"""`megatron-prefix build`, under the name and path of Megatron-LM's preprocessing tools.
 
 python tools/build_dataset.py --input prefs.jsonl --tokenizer tokenizer.model --output prefs
 """

@@ -1,11 +1,11 @@
-"""One run by two programs: `megatron_prefix` and TRL, compared step by step.
+"""The same run in `megatron_prefix` and in TRL, compared step by step.
 
-DPO against TRL's `DPOTrainer`, or with `--kind reward` a reward model against `RewardTrainer`.
+DPO is compared with TRL's `DPOTrainer`; with `--kind reward`, a reward model with `RewardTrainer`.
 
-1. Pairs of text are taken from a preference file; a random model is made where none is given.
+1. Take pairs of text from a preference file. If no model is given, make a random one.
 2. Ours: build, train from the Hugging Face model (trees shared, packed into rows), export.
-3. TRL: the same weights, and the pairs in the order of our step plan, every response alone.
-4. A Markdown table of loss and gradient norm, and how far the final weights are apart.
+3. TRL: the same weights, the pairs in the order of our step plan, every response alone.
+4. Print a Markdown table of loss and gradient norm, and the difference of the final weights.
 
     python tools/compare_trl.py
     python tools/compare_trl.py --input pairs.jsonl.gz --hf DIR --label-smoothing 0.1
@@ -43,9 +43,9 @@ from trl_common import (
     with_margins,
 )
 
-from megatron_prefix.config.schema import Config, parse_config
-from megatron_prefix.data.build.builder import build_dataset
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.config import Config, parse_config
+from megatron_prefix.data.build import build_dataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 DATA = os.environ.get(
@@ -54,7 +54,7 @@ DATA = os.environ.get(
 
 
 def our_config(folder: Path, hf: Path, setting: Setting) -> Config:
-    """The run over the data set `folder`/set."""
+    """The configuration of our run on the data set `folder`/set."""
     loss = {"loss_type": setting.loss_type, "beta": setting.beta}
     if setting.label_smoothing:
         loss["label_smoothing"] = setting.label_smoothing
@@ -78,11 +78,9 @@ def our_config(folder: Path, hf: Path, setting: Setting) -> Config:
 def run_ours(
     pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path
 ) -> tuple[Outcome, list[TextPair]]:
-    """Build, train, export. Returns the run and its pairs in the order in which it took them."""
-    from megatron_prefix.checkpoint.convert import export_checkpoint
-    from megatron_prefix.train.run import train
-    from megatron_prefix.train.samplers import training_sampler
-    from megatron_prefix.train.scoring import score_reference
+    """Build, train, export. Returns the outcome, and the pairs in the order of training."""
+    from megatron_prefix.checkpoint import export_checkpoint
+    from megatron_prefix.train import score_reference, train, training_sampler
 
     folder.mkdir(parents=True)
     lines = [json.dumps(pair) + "\n" for pair in pairs]
@@ -112,7 +110,7 @@ def run_ours(
 
 
 def load(directory: Path, kind: str) -> torch.nn.Module:
-    """A model in float32, as transformers loads it."""
+    """Load a model in float32 with transformers."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     lm = kind == "lm"
@@ -121,7 +119,7 @@ def load(directory: Path, kind: str) -> torch.nn.Module:
 
 
 def trl_arguments(setting: Setting) -> dict:
-    """Arguments of TRL's configurations that are the same run."""
+    """Arguments of TRL's configuration for the same run."""
     own = _reward_arguments(setting) if setting.kind == "reward" else _dpo_arguments(setting)
     return {
         **own,
@@ -143,11 +141,11 @@ def trl_arguments(setting: Setting) -> dict:
 
 
 def _dpo_arguments(setting: Setting) -> dict:
-    """Of `DPOConfig`.
+    """Arguments of `DPOConfig` only.
 
-    TRL 1.16 reads `label_smoothing` in other losses than `sigmoid`. Its `aot` sorts a micro
-    batch's log-ratios before it subtracts them; on one pair there is nothing to sort, and what
-    it then computes, smoothed, is the conservative DPO loss.
+    TRL 1.16 ignores `label_smoothing` in loss `sigmoid`. Its `aot` sorts the log-ratios of a micro
+    batch before it subtracts them. With one pair there is nothing to sort, and the smoothed loss
+    is that of conservative DPO.
     """
     smoothed = setting.label_smoothing > 0
     return {
@@ -161,7 +159,7 @@ def _dpo_arguments(setting: Setting) -> dict:
 
 
 def _reward_arguments(setting: Setting) -> dict:
-    """Of `RewardConfig`, which takes margins wherever the data has them."""
+    """Arguments of `RewardConfig` only. It uses margins if the data has them."""
     return {
         "per_device_train_batch_size": setting.batch_size,
         "center_rewards_coefficient": setting.center,
@@ -170,7 +168,7 @@ def _reward_arguments(setting: Setting) -> dict:
 
 
 def run_trl(pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path) -> Outcome:
-    """TRL's run over `pairs` as they stand, the first `batch_size` of them in the first step."""
+    """TRL's run on `pairs` in this order: the first `batch_size` are the first step."""
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
@@ -209,7 +207,7 @@ def run_trl(pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path)
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """No progress bars of `datasets` and TRL."""
+    """Context without progress bars of `datasets` and TRL."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -221,7 +219,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
-    """The comparison in Markdown; norms are of the gradient, before clipping."""
+    """The comparison in Markdown. Norms are those of the gradient before clipping."""
     losses = zip(ours.losses, theirs.losses, relative(ours.losses, theirs.losses), strict=True)
     norms = relative(ours.grad_norms, theirs.grad_norms)
     norms = zip(ours.grad_norms, theirs.grad_norms, norms, strict=True)
@@ -244,11 +242,11 @@ def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
     if setting.kind == "reward":
         objective = f"Bradley-Terry, margins {setting.margin}, centring {setting.center or 0:g}"
     notes = (
-        f"{setting.batch_size} pairs a step, learning rate {setting.lr:g}, {objective}, gradients "
-        f"clipped at {setting.clip_grad:g}, float32. Final weights are at most "
+        f"{setting.batch_size} pairs per step, learning rate {setting.lr:g}, {objective}, "
+        f"gradients clipped at {setting.clip_grad:g}, float32. Final weights are at most "
         f"{farthest_weight(ours, theirs):.1e} apart. Tokens of all pairs: "
-        f"{sum(ours.num_tokens):,} here, {sum(theirs.num_tokens):,} in TRL; tokens run: "
-        f"{sum(ours.num_run):,} here, {sum(theirs.num_run):,} and padding in TRL."
+        f"{sum(ours.num_tokens):,} in ours, {sum(theirs.num_tokens):,} in TRL; tokens run: "
+        f"{sum(ours.num_run):,} in ours, {sum(theirs.num_run):,} and padding in TRL."
     )
     where = environment()
     where |= {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
@@ -256,7 +254,7 @@ def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
 
 
 def compare(args: argparse.Namespace, setting: Setting) -> tuple[Outcome, Outcome]:
-    """Both runs, in a directory that does not outlive them."""
+    """Both runs, in a temporary directory."""
     from transformers import logging
 
     warnings.filterwarnings("ignore")
@@ -283,7 +281,9 @@ def main() -> None:
     )
     default = Setting()
     parser.add_argument("--num-pairs", type=int, default=64, help="(default: 64)")
-    parser.add_argument("--max-length", type=int, default=400, help="tokens a side (default: 400)")
+    parser.add_argument(
+        "--max-length", type=int, default=400, help="tokens per side (default: 400)"
+    )
     parser.add_argument("--steps", type=int, default=default.steps, help="(default: 8)")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="(default: 8)")
     parser.add_argument("--lr", type=float, default=default.lr, help="(default: 1e-4)")
@@ -299,16 +299,18 @@ def main() -> None:
         help="lm: DPO; reward: a reward model (default: lm)",
     )
     parser.add_argument(
-        "--margin", action="store_true", help="of reward models: margins of 0, 1/4, 1/2, 3/4"
+        "--margin", action="store_true", help="for reward models: margins of 0, 1/4, 1/2, 3/4"
     )
     parser.add_argument(
-        "--center", type=float, metavar="C", help="of reward models: center_rewards_coefficient"
+        "--center", type=float, metavar="C", help="for reward models: center_rewards_coefficient"
     )
     args = parser.parse_args()
     own = ("beta", "label_smoothing", "precomputed") if args.kind == "reward" else ()
     own = own or ("margin", "center")
     if given := [name for name in own if getattr(args, name) != parser.get_default(name)]:
-        parser.error(f"--{given[0].replace('_', '-')} says nothing with --kind {args.kind}")
+        parser.error(
+            f"--{given[0].replace('_', '-')} has no effect with --kind {args.kind}: leave it out"
+        )
     if find_spec("trl") is None:
         parser.error("TRL is not installed: pip install trl")
     if not args.input.is_file():

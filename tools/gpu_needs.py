@@ -1,8 +1,8 @@
-"""What is missing on this machine for the GPU tests and benchmarks, and what is optional.
+"""List what this machine lacks for the GPU tests and benchmarks: needed and optional packages.
 
     python tools/gpu_needs.py
 
-Imports nothing but torch; exits with 1 where something that is needed is missing.
+Imports torch only. Exits with 1 if a needed package is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIONAL = {
 }
 
 
-def is_there(module: str) -> bool:
+def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -51,11 +51,11 @@ def main() -> int:
     else:
         print("device: torch finds no CUDA device; the tests will be skipped")
     for module, use in OPTIONAL.items():
-        if not is_there(module):
-            print(f"not there: {module} ({use})")
-    missing = [wheel for module, wheel in NEEDED.items() if not is_there(module)]
+        if not is_installed(module):
+            print(f"not installed, optional: {module} ({use})")
+    missing = [wheel for module, wheel in NEEDED.items() if not is_installed(module)]
     for wheel in missing:
-        print(f"missing: carry a wheel of {wheel}")
+        print(f"missing: bring a wheel of {wheel}")
     if not missing:
         print(f"megatron-core {importlib.metadata.version('megatron-core')}")
     return 1 if missing else 0

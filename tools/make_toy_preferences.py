@@ -1,9 +1,9 @@
 """Make a small preference set that a tiny model learns in minutes: train.jsonl and valid.jsonl.
 
-Each record is a letter to a shop (the prompt, several hundred bytes, shared by both answers)
-with a friendly and an unfriendly answer. Both answers name the same customer, article and day
-and are equally long, byte for byte; only the words that carry the tone differ. Training and
-held-out letters never coincide. The same seed gives the same files.
+Each record is a letter to a shop (the prompt: several hundred bytes, shared by both answers) with
+a friendly and an unfriendly answer. Both answers name the same customer, article and day and have
+the same number of bytes; only the words of the tone differ. No letter is in both files. The same
+seed gives the same files.
 
     python tools/make_toy_preferences.py --output toy --num-train 2000 --num-valid 200 --seed 1
 """
@@ -36,7 +36,7 @@ DETAILS = (
     "The shop in our street has closed, so I am writing to you.",
     "It was a present, and I would like to keep it if I can.",
 )
-TONES = (  # (friendly, unfriendly): words of one length
+TONES = (  # (friendly, unfriendly): words of the same length
     ("happy proud eager merry".split(), "angry upset bored bleak".split()),
     ("gladly kindly surely warmly".split(), "hardly coldly barely rudely".split()),
 )

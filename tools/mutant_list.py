@@ -1,4 +1,4 @@
-"""What `mutants.py` breaks, one thing at a time: model, attention and training."""
+"""Mutants of model, attention and training; see `mutants.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """`old` stands in `file` (below megatron_prefix/) exactly once."""
+    """`old` occurs in `file` (below megatron_prefix/) exactly once; `tests` is below tests/."""
 
     name: str
     file: str
@@ -69,30 +69,30 @@ MUTANTS = (
     Mutant(
         "branch row's gradient from one response only",
         "model/logps.py",
-        "index_put_((row_N,), grad_N, True)",
-        "index_put_((row_N,), grad_N, False)",
-        "unit/test_logps.py",
+        "index_put_((logit_N,), grad_N, True)",
+        "index_put_((logit_N,), grad_N, False)",
+        "unit/model/test_logps.py",
     ),
     Mutant(
         "repeated target's gradient once",
         "model/logps.py",
         "torch.where(is_local_N, grad_N, 0), accumulate=True)",
         "torch.where(is_local_N, grad_N, 0), accumulate=False)",
-        "unit/test_logps.py",
+        "unit/model/test_logps.py",
     ),
     Mutant(
         "padded vocabulary predicted",
         "model/logps.py",
         "        scores_UV[:, max(vocab_size - start, 0) :] = -torch.inf\n",
         "",
-        "unit/test_logps.py",
+        "unit/model/test_logps.py",
     ),
     Mutant(
         "float32 sums over responses",
         "model/logps.py",
         "ordered = token_logps_N.to(torch.float64)[order_N]",
         "ordered = token_logps_N.to(torch.float32)[order_N]",
-        "unit/test_logps.py",
+        "unit/model/test_logps.py",
     ),
     Mutant(
         "gather order",
@@ -111,9 +111,9 @@ MUTANTS = (
     Mutant(
         "gathered keys kept until backward",
         "attention/backends/regather.py",
-        "return x if which is None or x.shape != shapes[which] else which",
+        "return x if x.dtype != dtype else _View(index, x.size(), x.stride(), offset)",
         "return x",
-        "numerics/test_bring.py",
+        "numerics/test_regather.py",
     ),
     Mutant(
         "block of keys taken for seen as a whole where a subtree ends in it",
@@ -134,7 +134,7 @@ MUTANTS = (
         "attention/rotary.py",
         "torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)",
         "torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=sign)",
-        "unit/test_rope.py",
+        "unit/model/layers/test_rope.py",
     ),
     Mutant(
         "sampler reseeded on resume",
@@ -153,7 +153,7 @@ MUTANTS = (
     Mutant(
         "run of other data resumed",
         "checkpoint/save_load.py",
-        '    _check_agreement(path, "run", common.get("run"), run)\n',
+        '        _check_agreement(path, "run", common.get("run"), identity)\n',
         "",
         "numerics/test_resume.py",
     ),
@@ -162,7 +162,7 @@ MUTANTS = (
         "trackers/jsonl.py",
         'json.loads(line)["step"] <= step',
         'json.loads(line)["step"] >= 0',
-        "unit/test_metrics.py",
+        "unit/trackers/test_trackers.py",
     ),
     Mutant(
         "checksums of checkpoints not compared",
@@ -230,16 +230,16 @@ MUTANTS = (
     Mutant(
         "language model's checkpoint evaluated as a reward model",
         "checkpoint/save_load.py",
-        'if (found, kind) == ("lm", "reward"):',
+        'if (saved, kind) == ("lm", "reward"):',
         "if False:",
         "numerics/test_reward_runs.py",
     ),
     Mutant(
         "key and value heads of imported models in the wrong groups",
         "model/hf/weights.py",
-        "grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in found]",
-        "grouped = [x.reshape(1, -1, *x.shape[1:]) for x in found]",
-        "unit/test_hf_weights.py",
+        "grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in tensors]",
+        "grouped = [x.reshape(1, -1, *x.shape[1:]) for x in tensors]",
+        "unit/model/hf/test_hf_weights.py",
     ),
     Mutant(
         "a shared token counted once a response whatever is asked for",
@@ -250,7 +250,7 @@ MUTANTS = (
     ),
     Mutant(
         "experts numbered by rank",
-        "model/init.py",
+        "model/parameters.py",
         "first_expert = experts // group.size() * group.rank()",
         "first_expert = 0",
         "distributed/test_experts.py",
@@ -265,8 +265,8 @@ MUTANTS = (
     Mutant(
         "a rank projects rows that another rank owns",
         "engine/batch.py",
-        "is_own = np.isin(batch.source_row, own)",
-        "is_own = np.isin(batch.source_row, np.arange(len(own)))",
+        "is_own = np.isin(batch.logit_token, own)",
+        "is_own = np.isin(batch.logit_token, np.arange(len(own)))",
         "distributed/test_layouts.py",
     ),
     Mutant(
@@ -288,6 +288,6 @@ MUTANTS = (
         "attention/context_parallel/ownership.py",
         "is_full = before[layout.subtree_ends] > before[ends]",
         "is_full = before[layout.subtree_ends] > layout.num_tokens",
-        "unit/test_ownership.py",
+        "unit/attention/context_parallel/test_ownership.py",
     ),
 )

@@ -1,7 +1,7 @@
-"""Break one thing at a time in a copy of the repository, and see its tests fail.
+"""Mutation tests: break one thing at a time in a copy of the repository; its tests must fail.
 
-A mutant is a file, a text that stands in it once, what replaces it, and the tests that must
-notice. It is killed where pytest reports failed tests, and survives where they pass.
+A mutant is a file, a text that occurs in it once, its replacement, and the tests that must fail.
+If pytest reports failed tests the mutant is killed; if they pass it survives.
 
     python tools/mutants.py            # all of them
     python tools/mutants.py leaky      # those whose name has "leaky" in it
@@ -21,20 +21,28 @@ from mutant_list import MUTANTS, Mutant
 from mutant_list_data import DATA_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build", "quickstart")
+IGNORED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache")
+OUTPUTS = ("build", "quickstart")
+"""Ignored in the repository's root only: `data/build` is a package."""
 TESTS_FAILED = 1  # pytest's exit code
 TIMEOUT_S = 900
 
 
+def _ignored(folder: str, names: list[str]) -> set[str]:
+    """Names that are not copied, as `shutil.copytree` asks for them."""
+    ignored = {*IGNORED, *OUTPUTS} if Path(folder) == ROOT else set(IGNORED)
+    return ignored & set(names)
+
+
 def run(mutant: Mutant, scratch: Path) -> str:
-    """`killed`, `survived`, or what kept it from being tried."""
+    """`killed`, `survived`, or the reason why it was not tried."""
     copy = scratch / "repository"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*IGNORED))
+    shutil.copytree(ROOT, copy, ignore=_ignored)
     path = copy / "megatron_prefix" / mutant.file
     text = path.read_text(encoding="utf-8")
     if mutant.old and text.count(mutant.old) != 1:
-        return f"not applied: its text stands {text.count(mutant.old)} times in {mutant.file}"
+        return f"not applied: its text occurs {text.count(mutant.old)} times in {mutant.file}"
     if mutant.old:
         path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     data = os.environ.get("MEGATRON_PREFIX_DATA", str(ROOT.parent / "shared" / "data"))

@@ -1,8 +1,9 @@
-"""Figures from the JSON of benchmarks: speedup against prompt over response, beside the ideal.
+"""Figures from the results of benchmarks: speedup by prompt over response, and the ideal.
 
-A pair with p tokens of prompt and c of each response is 2 (p + c) tokens unshared and p + 2 c
-shared, so that its linear layers can be at most 2 (r + 1) / (r + 2) times faster, r = p / c: the
-curve. Points are data sets at their own medians, as measured and as the FLOP model has them.
+A pair with p tokens of prompt and c tokens of each response has 2 (p + c) tokens unshared and
+p + 2 c shared. So its linear layers can be at most 2 (r + 1) / (r + 2) times faster, with
+r = p / c: this is the curve. Points are data sets at their medians: measured, and by the FLOP
+model.
 
     python tools/plot_benchmarks.py                 # benchmarks/results -> docs/images
 """
@@ -22,7 +23,7 @@ PREFIX = "lengths of "
 
 
 def ideal(ratio: np.ndarray) -> np.ndarray:
-    """Most that sharing a prompt between two responses can save of linear layers."""
+    """Largest speedup of linear layers if two responses share a prompt."""
     return 2 * (ratio + 1) / (ratio + 2)
 
 
@@ -31,11 +32,11 @@ def read(name: str) -> dict:
 
 
 def draw_training(name: str, output: Path) -> Path:
-    """Sharing's speedup of a whole step over the published sets' ratios."""
+    """Speedup of a whole step by sharing, for the ratios of the published sets."""
     from matplotlib.figure import Figure
 
-    found = read(name)
-    measured = [row for row in found["rows"] if "time none/tree" in row]
+    results = read(name)
+    measured = [row for row in results["rows"] if "time none/tree" in row]
     rows = [row for row in measured if row["data"].startswith(PREFIX)]
     ratios = np.array([SETS[row["data"].removeprefix(PREFIX)][1] for row in rows])
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -55,7 +56,7 @@ def draw_training(name: str, output: Path) -> Path:
     axes.set_ylim(1, 2)
     axes.set_xlabel("median prompt tokens over response tokens")
     axes.set_ylabel("speedup of a whole step over unshared packing")
-    axes.set_title(f"Sharing the prompt of pairs, {found['environment']['device']}", fontsize=10)
+    axes.set_title(f"Sharing the prompt of pairs, {results['environment']['device']}", fontsize=10)
     axes.legend(loc="lower right", frameon=False)
     path = output / f"{name}.png"
     figure.savefig(path, dpi=120, metadata={"Software": None})

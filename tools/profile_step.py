@@ -1,10 +1,11 @@
-"""Where the time of a training step goes, by named part, on CPU or CUDA.
+"""Profile of a training step: the share of each part of the model, on CPU or CUDA.
 
 python tools/profile_step.py --data build/hh
 
-Ranges are put around the parts of the model; what runs in backward belongs to the part whose
-forward operation it differentiates. A part's time is what its operations and the Python between
-them take and no part inside it does. On CUDA it is the time of the kernels that it launched.
+The parts of the model run inside profiler ranges. An operation in backward belongs to the part
+whose forward operation it differentiates. The time of a part is that of its operations and of the
+Python between them, without the parts inside it. On CUDA it is the time of the kernels that it
+launched.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from bench_runs import Built
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.engine import optimizer as engine
-from megatron_prefix.model.gpt import unwrap
+from megatron_prefix.model import unwrap
 
 PREFIX = "part: "
 PARTS = (
@@ -45,11 +46,11 @@ PARTS = (
     ({"Attention"}, "rotary embedding, head layout"),
     ({"TransformerLayer"}, "residual sums"),
 )
-"""Names of classes, which subclasses share, innermost first; a part without those inside it. The
-norm that Transformer Engine fuses into the linear layer behind it counts as that."""
+"""Class names (subclasses count, too), innermost parts first; a part does not include those inside
+it. A norm that Transformer Engine fuses into the next linear layer counts as that layer."""
 FREE = ("linear layers", "attention", "head", "optimizer")
 LARGEST = 0.03
-"""Of a step, what any other part may take."""
+"""Largest share of a step that any other part may take."""
 
 
 def in_part(function: Callable, name: str) -> Callable:
@@ -61,14 +62,14 @@ def in_part(function: Callable, name: str) -> Callable:
 
 
 def part_of_module(module: torch.nn.Module) -> str | None:
-    """The part that a module's forward pass is, of Megatron-Core's or Transformer Engine's."""
+    """The part to which a module of Megatron-Core or Transformer Engine belongs."""
     names = {cls.__name__ for cls in type(module).__mro__}
     return next((part for kinds, part in PARTS if kinds & names), None)
 
 
 @contextlib.contextmanager
 def ranges(run) -> Iterator[None]:
-    """Put ranges around the run's parts for as long as the context."""
+    """Run the parts of `run` inside profiler ranges, until the context ends."""
     update, schedule = engine.Policy.update, engine.run_schedule
     for chunk in [*run.policy.chunks, *run.reference.chunks]:
         model = unwrap(chunk)
@@ -88,8 +89,8 @@ def ranges(run) -> Iterator[None]:
 def parts_of(events: list, on_cuda: bool) -> dict[str, float]:
     """Microseconds of every part, over the whole profile.
 
-    A kernel counts where the operation stands that launched it; its own event, which the profiler
-    has beside that, does not, nor a range's, which launches nothing.
+    A kernel counts for the operation that launched it. The kernel's own event is left out, and so
+    are the events of ranges, which launch nothing.
     """
     events = [event for event in events if event.device_type == DeviceType.CPU]
     part_of_sequence: dict[int, str] = {}
@@ -97,13 +98,13 @@ def parts_of(events: list, on_cuda: bool) -> dict[str, float]:
         part = enclosing_part(event)
         if part and event.sequence_nr >= 0 and not is_backward(event):
             part_of_sequence.setdefault(event.sequence_nr, part)
-    found: dict[str, float] = defaultdict(float)
+    times: dict[str, float] = defaultdict(float)
     for event in events:
         own = event.self_cpu_time_total
         if on_cuda:
             own = 0.0 if event.is_user_annotation else event.self_device_time_total
-        found[part_of(event, part_of_sequence)] += own
-    return found
+        times[part_of(event, part_of_sequence)] += own
+    return times
 
 
 def is_backward(event) -> bool:
@@ -119,7 +120,7 @@ def enclosing_part(event) -> str | None:
 
 
 def part_of(event, part_of_sequence: dict[int, str]) -> str:
-    """The part of the operation that an event differentiates, or else the one it stands in."""
+    """The part of the operation that an event differentiates, or else the part around the event."""
     parent = event
     while parent is not None and not parent.name.startswith(PREFIX):
         if is_backward(parent) and parent.sequence_nr in part_of_sequence:
@@ -140,16 +141,16 @@ def main() -> None:
     parser.add_argument("--name", default=f"profile_{device}", help="of the files under results")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
-    from megatron_prefix.distributed.session import running
+    from megatron_prefix.distributed import open_session
 
     on_cuda = torch.cuda.is_available()
     dataset = PreferenceDataset(args.data)
-    steps = 1 + args.steps  # the first one warms up
+    steps = 1 + args.steps  # the first one is a warm-up
     with tempfile.TemporaryDirectory() as scratch:
         mode = MODES[args.mode]
         config = make_config(args, args.data, mode, scratch, args.global_batch_size, steps)
-        with running(config) as here:
-            run = Built(config, dataset, here, True, steps).run(config, dataset)
+        with open_session(config) as world:
+            run = Built(config, dataset, world, True, steps).run(config, dataset)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
             with ranges(run):
                 run.train_step()
@@ -160,15 +161,15 @@ def main() -> None:
                     if on_cuda:
                         torch.cuda.synchronize()
             run.close()
-    found = parts_of(profiled.events(), on_cuda)
-    total = sum(found.values())
+    times = parts_of(profiled.events(), on_cuda)
+    total = sum(times.values())
     rows = [
         {"part": part, "share of a step": f"{100 * time / total:.1f} %"}
-        for part, time in sorted(found.items(), key=lambda x: -x[1])
+        for part, time in sorted(times.items(), key=lambda x: -x[1])
     ]
-    over = [p for p, time in found.items() if p not in FREE and time > LARGEST * total]
+    over = [p for p, time in times.items() if p not in FREE and time > LARGEST * total]
     notes = (
-        f"{describe(args)}; {args.mode}, {args.global_batch_size} groups a step, reference "
+        f"{describe(args)}; {args.mode}, {args.global_batch_size} groups per step, reference "
         f"computed each step, {args.steps} steps. Above "
         f"{100 * LARGEST:.0f} % beside {', '.join(FREE)}: {', '.join(over) or 'nothing'}."
     )

@@ -1,4 +1,4 @@
-"""What the comparisons with TRL share: settings, outcomes, a model, and pairs of text."""
+"""Helpers of the comparisons with TRL: settings, outcomes, a model, and pairs of text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prefix.data.read.examples import ExampleReader
-from megatron_prefix.data.read.formats.base import DegenerateRecord
-from megatron_prefix.data.read.records import read_records
+from megatron_prefix.data.read import ExampleReader, Inputs
+from megatron_prefix.data.read.formats import DegenerateRecord
 from megatron_prefix.errors import InputError
 
 TextPair = dict[str, str | float]
-"""Keys prompt, chosen, rejected, and where a margin is asked for, margin."""
+"""Keys prompt, chosen, rejected, and margin if margins are used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What both programs are told. `batch_size` counts pairs a step, over all micro batches."""
+    """Settings of both programs. `batch_size` counts pairs per step, over all micro batches."""
 
     steps: int = 8
     batch_size: int = 8
@@ -35,8 +34,8 @@ class Setting:
     row_capacity: int = 4096
     """Tokens of our rows."""
     kind: str = "lm"
-    """`lm`: DPO; `reward`: a reward model, to which beta, label smoothing and reference mean
-    nothing, and the next two do."""
+    """`lm`: DPO; `reward`: a reward model, which uses the next two settings, but not beta, label
+    smoothing and reference."""
     margin: bool = False
     center: float | None = None
     """Coefficient of the centring of rewards."""
@@ -44,10 +43,10 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One program's run: a number a step, and the weights it ends with, by Hugging Face's names.
+    """The run of one program: one number per step, and the final weights by Hugging Face's names.
 
-    `num_tokens` counts both sides of every pair, each with its whole prompt; `num_run` the tokens
-    that went through the model, padding left out.
+    `num_tokens` counts both sides of every pair, each with its whole prompt. `num_run` counts the
+    tokens that went through the model, without padding.
     """
 
     losses: list[float]
@@ -72,8 +71,8 @@ def make_tokenizer(directory: Path) -> None:
 
 
 def make_model(directory: Path, kind: str = "lm", **sizes: int) -> Path:
-    """Save a random float32 Llama, or with `kind` reward a reward model with its head, and a byte
-    tokenizer; the same every time."""
+    """Save a random float32 Llama, or a reward model if `kind` is reward, and a byte tokenizer.
+    They are the same every time."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     make_tokenizer(directory)
@@ -107,44 +106,44 @@ def make_model(directory: Path, kind: str = "lm", **sizes: int) -> Path:
 def text_pairs(source: Path, hf: Path, count: int, max_length: int) -> list[TextPair]:
     """The first `count` pairs of a file whose sides take at most `max_length` tokens.
 
-    End-of-text is counted. Raises InputError where there are fewer, or where they are no text.
+    End-of-text is counted. Raises InputError if there are fewer, or if they are not text.
     """
     from transformers import AutoTokenizer
 
-    tokenizer, reader, found = AutoTokenizer.from_pretrained(hf), ExampleReader(), []
-    for record in read_records([source]):
+    tokenizer, reader, pairs = AutoTokenizer.from_pretrained(hf), ExampleReader(), []
+    for record in Inputs([source]).read():
         if record.value is None:
-            raise InputError(f"{record.where}: {record.error}")
+            raise InputError(f"{record.place}: {record.error}")
         try:
             responses = reader.read(record.value).responses
         except DegenerateRecord:
             continue
         except InputError as error:
-            raise InputError(f"{record.where}: {error}") from None
+            raise InputError(f"{record.place}: {error}") from None
         if len(responses) != 2 or not all(isinstance(r.response, str) for r in responses):
-            raise InputError(f"{record.where}: the comparison takes pairs of text")
+            raise InputError(f"{record.place}: the comparison takes pairs of text")
         texts = [r.prompt + r.response for r in responses]
         if max(len(tokenizer(text)["input_ids"]) for text in texts) + 1 > max_length:
             continue
         chosen, rejected = (r.response for r in responses)
-        found.append({"prompt": responses[0].prompt, "chosen": chosen, "rejected": rejected})
-        if len(found) == count:
-            return found
-    raise InputError(f"{source} has {len(found)} pairs of at most {max_length} tokens, not {count}")
+        pairs.append({"prompt": responses[0].prompt, "chosen": chosen, "rejected": rejected})
+        if len(pairs) == count:
+            return pairs
+    raise InputError(f"{source} has {len(pairs)} pairs of at most {max_length} tokens, not {count}")
 
 
 def with_margins(pairs: Sequence[TextPair]) -> list[TextPair]:
-    """The pairs with margins, which preference files seldom have: 0, 1/4, 1/2, 3/4, and again."""
+    """The pairs with margins 0, 1/4, 1/2, 3/4, repeated: preference files seldom have margins."""
     return [{**pair, "margin": (i % 4) / 4} for i, pair in enumerate(pairs)]
 
 
 def relative(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """|a - b| / |b|, a step."""
+    """|a - b| / |b|, per step."""
     return [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
 
 
 def farthest_weight(ours: Outcome, theirs: Outcome) -> float:
-    """Largest absolute difference of two weights. Raises ValueError where names differ."""
+    """Largest absolute difference of two weights. Raises ValueError if names differ."""
     if ours.weights.keys() != theirs.weights.keys():
         names = sorted(ours.weights.keys() ^ theirs.weights.keys())
         raise ValueError(f"only one of the two models has the weights {', '.join(names)}")

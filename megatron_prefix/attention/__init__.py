@@ -1,11 +1,36 @@
 """Attention over packed prefix trees: one definition of visibility, several backends.
 
-`api.py` checks and dispatches, `plan.py` turns a layout into what the backends need, `dense.py`
-is the specification; `path.py`, `flash.py`, `te.py` and `flex.py` compute the same without a
-token-by-token mask.
+`api.py` checks the arguments and calls a backend. `plan.py` turns a layout into the arrays that
+backends read. `backends/dense.py` is the specification; the other backends compute the same
+without a token-by-token mask. `megatron.py` connects them to Megatron-Core's layers.
 """
 
-from megatron_prefix.attention.api import resolve_backend, tree_attention
-from megatron_prefix.attention.plan import PathPlan, TreePlan, build_path_plan
+from __future__ import annotations
 
-__all__ = ["PathPlan", "TreePlan", "build_path_plan", "resolve_backend", "tree_attention"]
+from typing import TYPE_CHECKING
+
+from megatron_prefix.faces import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_prefix.attention.api import prepare_plan, resolve_backend, tree_attention
+    from megatron_prefix.attention.megatron import TreeCoreAttention, TreePackedSeqParams
+    from megatron_prefix.attention.plan import TreePlan
+    from megatron_prefix.attention.rotary import rotation_of
+else:
+    __getattr__ = lazy_face(
+        __name__,
+        api=["prepare_plan", "resolve_backend", "tree_attention"],
+        megatron=["TreeCoreAttention", "TreePackedSeqParams"],
+        plan=["TreePlan"],
+        rotary=["rotation_of"],
+    )
+
+__all__ = [
+    "TreeCoreAttention",
+    "TreePackedSeqParams",
+    "TreePlan",
+    "prepare_plan",
+    "resolve_backend",
+    "rotation_of",
+    "tree_attention",
+]

@@ -1,9 +1,9 @@
-"""What `auto` stands for: the first fitting entry of auto_table.json, beside this file.
+"""Choice of the backend `auto`: the first entry of auto_table.json that fits.
 
-An entry names a device type, a device, dtypes, a range of head dims and a range of gather factors
-(gathered keys over keys, see plan.py), and the backend that was fastest there or that a rule
-gives; `dense`, whose memory is quadratic, is never among them. Entries are tried in order; one
-whose backend cannot run here is passed over.
+An entry names a device type, a device, dtypes, a range of head dims, a range of gather factors
+(gathered keys over keys, see plan.py), and a backend: the fastest in a measurement, or one given
+by a rule. `dense` is never among them, because its memory is quadratic. Entries are tried in
+order. An entry is skipped if its backend cannot run on this machine.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def candidates(
 ) -> list[str]:
     """Backends of the entries that fit, best first.
 
-    An entry that asks for a head dim or a gather factor does not fit where it is not known.
+    An entry with a condition on head dim or gather factor does not fit if that is not known.
     """
     facts = {
         "device_type": device.type,
-        "device": _name(device) if any(entry["device"] for entry in entries) else None,
+        "device": _device_name(device) if any(entry["device"] for entry in entries) else None,
         "dtypes": str(dtype).removeprefix("torch."),
     }
     ranges = {"head_dim": head_dim, "gather_factor": gather_factor}
@@ -50,10 +50,10 @@ def candidates(
 
 
 @functools.lru_cache(maxsize=16)
-def _name(device: torch.device) -> str | None:
-    """What torch calls the device; CPUs have no name, as they are too many."""
-    is_there = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.get_device_name(device) if is_there else None
+def _device_name(device: torch.device) -> str | None:
+    """torch's name of a CUDA device; None for CPUs, which the table does not tell apart."""
+    is_available = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if is_available else None
 
 
 def _is_one(allowed: str | list[str], value: str | None) -> bool:

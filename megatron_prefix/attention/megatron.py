@@ -1,10 +1,10 @@
 """Adapter between Megatron-Core's attention layers and tree attention.
 
-`TreePackedSeqParams` carries one micro batch's metadata to every layer: Megatron-Core hands the
-`packed_seq_params` object through all stages, virtual chunks and recomputation unchanged.
-`TreeCoreAttention` takes the place of `core_attention` in a layer spec.
+`TreePackedSeqParams` carries the metadata of one micro batch to every layer: Megatron-Core passes
+the `packed_seq_params` object unchanged through all stages, virtual chunks and recomputation.
+`TreeCoreAttention` replaces `core_attention` in a layer spec.
 
-Shapes: T tokens, N query heads, G key/value heads, H head dim, U projected rows, I targets.
+Shapes: T tokens, N query heads, G key/value heads, H head dim, U tokens with logits, I targets.
 """
 
 from __future__ import annotations
@@ -19,54 +19,60 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_prefix.attention.api import tree_attention
-from megatron_prefix.attention.context_parallel.transports import ContextShare
+from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.attention.rotary import Rotation, rotate
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TreePackedSeqParams(PackedSeqParams):
-    """What the layers and the head need to know of one row, beside its tokens.
+    """Metadata of one row for the layers and the head.
 
-    `plan` says who sees whom; `position_ids` int64 [T] is each token's depth along its root
-    path; `projected_rows` int64 [U] are the rows that become logits, ascending; target i is
-    `target_tokens[i]` under projected row `target_rows[i]` (index into `projected_rows`,
-    ascending), both int64 [I], and row u has the targets `target_offsets[u]` to
-    `target_offsets[u + 1]`, [U + 1] on the host. Under context parallelism `share` is this rank's
-    part of the row, and the arrays are those of its own tokens, counted among them. `rotation`
-    turns queries and keys by their positions; a model sets it, and attention without it turns
-    nothing.
+    With context parallelism all arrays are those of this rank's own tokens, and indices count
+    among these. For example, tokens [5, 6, 7, 8] predict the targets [6], [7], [8, 11], [] (token
+    7 is a branch point):
 
-    For routers: `responses_served` [T] is how many of the row's responses each token is part of, 0
-    for padding; `step_count` is the sum of what counts over the step's rows on all ranks.
+        logit_tokens    [0, 1, 2]
+        logit_of_target [0, 1, 2, 2]
+        target_offsets  [0, 1, 2, 4]
     """
 
-    plan: TreePlan | None = None
+    qkv_format: str | None = None
+    plan: TreePlan
+    """Who sees whom."""
     share: ContextShare | None = None
-    position_ids: Tensor | None = None
+    """This rank's part of the row, with context parallelism."""
+    position_ids: Tensor
+    """int64 [T]: each token's depth along its root path."""
     rotation: Rotation | None = None
-    projected_rows: Tensor | None = None
-    target_rows: Tensor | None = None
+    """Rotates queries and keys by their positions. A model sets it; None rotates nothing."""
+    logit_tokens: Tensor
+    """int64 [U]: the tokens that become logits, ascending."""
+    logit_of_target: Tensor
+    """int64 [I]: the index into `logit_tokens` of the token that predicts a target, ascending."""
+    target_tokens: Tensor
+    """int64 [I]: the token that is predicted."""
     target_offsets: np.ndarray | None = None
-    target_tokens: Tensor | None = None
+    """[U + 1] on the host: logits u predict the targets `target_offsets[u]` up to, not including,
+    `target_offsets[u + 1]`. If None, it is computed from `logit_of_target`."""
     responses_served: Tensor | None = None
+    """[T], for routers: how many of the row's responses a token is part of; 0 for padding."""
     step_count: float = 0.0
+    """For routers: the sum of what counts, over the step's rows on all ranks."""
 
     def __post_init__(self) -> None:
-        if self.plan is None:
-            raise ValueError("TreePackedSeqParams needs a plan: TreePlan(layout, device)")
         if self.qkv_format is None:
             self.qkv_format = "sbhd"
         if self.qkv_format == "thd":
             raise ValueError(
-                "TreePackedSeqParams.qkv_format is 'thd', which makes attention layers cut rows "
-                "at cu_seqlens; leave it at 'sbhd'"
+                "TreePackedSeqParams.qkv_format = 'thd' would make attention layers cut rows at "
+                "cu_seqlens: leave it at 'sbhd'"
             )
         self.max_seqlen_q = self.max_seqlen_kv = self.plan.layout.num_tokens
 
 
 class TreeCoreAttention(MegatronModule):
-    """`core_attention` that lets each token see its ancestors only."""
+    """`core_attention` in which each token sees only its ancestors and itself."""
 
     def __init__(
         self,
@@ -84,8 +90,9 @@ class TreeCoreAttention(MegatronModule):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if attention_type != "self" or attn_mask_type != AttnMaskType.causal:
             raise ValueError(
-                f"tree attention is causal self-attention; layer {layer_number} asks for "
-                f"{attention_type} attention with mask {attn_mask_type}"
+                f"layer {layer_number} asks for {attention_type} attention with mask "
+                f"{attn_mask_type}, but tree attention is causal self-attention: use "
+                "tree_layer_spec"
             )
         if dropout:
             raise ValueError(f"attention_dropout = {dropout}: tree attention has none; set it to 0")
@@ -106,20 +113,20 @@ class TreeCoreAttention(MegatronModule):
         if not isinstance(packed_seq_params, TreePackedSeqParams):
             raise ValueError(
                 "tree attention needs packed_seq_params=TreePackedSeqParams(…), got "
-                f"{type(packed_seq_params).__name__}: pass what forward_step passes"
+                f"{type(packed_seq_params).__name__}: pass a batch's `params`, as forward_step does"
             )
         if attention_mask is not None or attention_bias is not None:
             raise ValueError(
-                "tree attention takes its mask from the plan: pass neither mask nor bias"
+                "tree attention takes its mask from the plan: pass no mask and no bias"
             )
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         if packed_seq_params.rotation is not None:
             query, key = (rotate(x, packed_seq_params.rotation) for x in (query, key))
-            value = value.contiguous()  # a view would keep query and key in front of the rotation
+            value = value.contiguous()  # a view would keep the unrotated query and key alive
         qkv = query, key, value
         if packed_seq_params.share is None:
-            plan, backend, scale = packed_seq_params.plan, self.backend, self.softmax_scale
-            out = tree_attention(*qkv, plan, backend=backend, scale=scale)
+            plan, scale = packed_seq_params.plan, self.softmax_scale
+            out = tree_attention(*qkv, plan, backend=self.backend, scale=scale)
         else:
             out = packed_seq_params.share.attend(*qkv, self.backend, self.softmax_scale)
         return out.flatten(1).unsqueeze(1)

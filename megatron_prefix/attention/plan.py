@@ -1,30 +1,30 @@
-"""From a layout to what the kernels read: built once a micro batch, shared by all layers.
+"""Attention plans: the arrays that kernels read, built once per micro batch for all layers.
 
-The *leaf-path plan* cuts a row behind every leaf. Each piece is an ordinary variable-length
-sequence: its queries are the rows this leaf is the first to cover (contiguous, in order), its
-keys the leaf's whole root path, copied together by index. The last keys of a piece are its own
-queries, so a causal mask aligned bottom-right is exactly the tree's visibility, and the work is
+The *leaf-path plan* cuts a row after every leaf. Each piece is an ordinary variable-length
+sequence: its queries are the tokens that this leaf is the first to cover (contiguous, in order),
+its keys are the leaf's whole root path, gathered by index. The last keys of a piece are its own
+queries. So a causal mask aligned bottom-right is exactly the tree's visibility, and the work is
 exactly the tree's area. An inner segment belongs to the piece of its first leaf:
 
     lengths [3, 2, 4], parents [-1, 0, 0]   (prompt, two responses)
     q_lengths   [5, 4]                      prompt + first response | second response
     kv_lengths  [5, 7]
-    kv_index    [0 1 2 3 4 | 0 1 2 5 6 7 8] the prompt is copied once more
+    kv_index    [0 1 2 3 4 | 0 1 2 5 6 7 8] the prompt is copied a second time
 
 Backward needs the reverse: the sum over all copies of a token, in a fixed order. `copy_offsets`
-and `copy_order` list them by token, as in a compressed sparse row matrix:
+and `copy_order` list the copies by token, like a compressed sparse row matrix:
 
     copy_offsets [0, 2, 4, 6, 7, ...]       token 0 has the copies copy_order[0:2] = [0, 5]
 
-A plan may cover some rows only, as context parallelism asks for: `q_rows` of the row are queries,
-and keys are held for `kv_rows`. Pieces are then also cut where queries have gaps:
+With context parallelism a plan covers only some tokens of the row: `q_tokens` are queries, and
+keys are held for `kv_tokens`. Pieces are then also cut at gaps between queries:
 
-    q_rows [3, 4, 6, 7]                     first response | rows 6 and 7 of the second
+    q_tokens [3, 4, 6, 7]                   first response | tokens 6 and 7 of the second
     q_lengths   [2, 2]
-    kv_lengths  [5, 6]                      row 7 has the root path 0 1 2 5 6 7
+    kv_lengths  [5, 6]                      token 7 has the root path 0 1 2 5 6 7
 
-Shapes: L queries, S keys, S_kv gathered keys (S = L = T, the row's tokens, in a whole plan);
-G key/value heads, H head dim.
+Shapes: L queries, S keys, S_kv gathered keys (S = L = T, the row's tokens, in a plan of the whole
+row); G key/value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ import numpy as np
 import torch
 
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.platform.transfer import on_device
+from megatron_prefix.platform import on_device
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class PathPlan:
-    """One row cut into leaf paths; tensors live on the device the plan was built for."""
+    """One row cut into leaf paths. Tensors are on the device for which the plan was built."""
 
     kv_index: torch.Tensor
-    """int64 [S_kv]: where each gathered key stands among the keys."""
+    """int64 [S_kv]: the index of each gathered key among the keys."""
     cu_seqlens_q: torch.Tensor
-    """int32 [pieces + 1]: where each piece's queries start, leading 0."""
+    """int32 [pieces + 1]: the start of each piece's queries, leading 0."""
     cu_seqlens_kv: torch.Tensor
-    """int32 [pieces + 1]: where each piece's gathered keys start, leading 0."""
+    """int32 [pieces + 1]: the start of each piece's gathered keys, leading 0."""
     max_seqlen_q: int
     """Most queries in a piece, in tokens; 0 in an empty row."""
     max_seqlen_kv: int
@@ -60,29 +60,30 @@ class PathPlan:
     q_lengths: list[int]
     """Queries of each piece, in tokens."""
     kv_lengths: list[int]
-    """Keys of each piece, in tokens: at least its queries."""
+    """Keys of each piece, in tokens: at least as many as its queries."""
     own_starts: list[int]
-    """Where among the keys a piece's own rows start, those that are its queries too."""
+    """Index among the keys of each piece's first own key. Own keys belong to its queries."""
     ancestor_starts: list[int]
-    """Where the keys in front of a piece's own start, where they are contiguous; else -1."""
+    """Index of the first key before a piece's own keys if those keys are contiguous, else -1."""
     copy_order: torch.Tensor
-    """int64 [S_kv]: the gathered keys sorted by the key they were copied from."""
+    """int64 [S_kv]: the gathered keys, sorted by the key of which they are copies."""
     copy_offsets: torch.Tensor
     """int64 [S + 1]: key s has the copies `copy_order[copy_offsets[s] : copy_offsets[s + 1]]`."""
     gather_factor: float
-    """S_kv / S; 1.0 where nothing is shared."""
+    """S_kv / S; 1.0 if nothing is shared."""
     is_identity: bool
-    """Whether every tree is a chain, so that the keys are used where they stand."""
+    """Whether every tree is a chain, so that no key needs to be gathered."""
 
     def gather(self, keys: torch.Tensor) -> torch.Tensor:
-        """[S, ...] -> [S_kv, ...], every piece's root path; no copy where it is the identity."""
+        """[S, ...] -> [S_kv, ...], every piece's root path; `keys` itself if every tree is a
+        chain."""
         return keys if self.is_identity else keys.index_select(0, self.kv_index)
 
     def sum_copies(self, copies: torch.Tensor) -> torch.Tensor:
         """[S_kv, G, H] -> [S, G, H]: the transpose of `gather`.
 
-        Sums in float32 at least and in the plan's order, never by atomic additions, so the
-        result has the same bits every time; returned in the dtype of `copies`.
+        Sums in float32 or better and in the plan's order, without atomic additions. So the result
+        has the same bits every time. Returned in the dtype of `copies`.
         """
         if self.is_identity:
             return copies
@@ -95,42 +96,41 @@ class PathPlan:
 
 
 class TreePlan:
-    """A layout on a device, with each backend's data built when first asked for, and once.
+    """A layout on a device. What a backend reads of it is built at the first use, once.
 
-    `prepare` of api.py asks ahead of the first layer.
-
-    `q_rows` and `kv_rows` are ascending row indices, the whole row where not given: queries are
-    rows `q_rows`, keys and values rows `kv_rows`, which hold the root path of every query.
+    `q_tokens` and `kv_tokens` are ascending token indices, by default all tokens of the row:
+    `q_tokens` are the queries; `kv_tokens` are the keys and values, and hold the root path of
+    every query.
     """
 
     def __init__(
         self,
         layout: TreeLayout,
         device: torch.device | str,
-        q_rows: np.ndarray | None = None,
-        kv_rows: np.ndarray | None = None,
+        q_tokens: np.ndarray | None = None,
+        kv_tokens: np.ndarray | None = None,
     ):
         self.layout = layout
         self.device = torch.device(device)
-        self.q_rows = q_rows
-        self.kv_rows = kv_rows
+        self.q_tokens = q_tokens
+        self.kv_tokens = kv_tokens
         self._built: dict[str, Any] = {}
 
     @property
     def num_queries(self) -> int:
-        return self.layout.num_tokens if self.q_rows is None else len(self.q_rows)
+        return self.layout.num_tokens if self.q_tokens is None else len(self.q_tokens)
 
     @property
     def num_keys(self) -> int:
-        return self.layout.num_tokens if self.kv_rows is None else len(self.kv_rows)
+        return self.layout.num_tokens if self.kv_tokens is None else len(self.kv_tokens)
 
     @cached_property
     def path(self) -> PathPlan:
         """The leaf-path plan, for the backends `path`, `flash` and `te`."""
-        return build_path_plan(self.layout, self.device, self.q_rows, self.kv_rows)
+        return build_path_plan(self.layout, self.device, self.q_tokens, self.kv_tokens)
 
     def once(self, name: str, build: Callable[[TreePlan], T]) -> T:
-        """What `build` makes of this plan, made at the first call with this `name` and kept."""
+        """`build(self)`, computed at the first call with this `name` and then kept."""
         if name not in self._built:
             self._built[name] = build(self)
         return self._built[name]
@@ -139,17 +139,20 @@ class TreePlan:
 def build_path_plan(
     layout: TreeLayout,
     device: torch.device | str,
-    q_rows: np.ndarray | None = None,
-    kv_rows: np.ndarray | None = None,
+    q_tokens: np.ndarray | None = None,
+    kv_tokens: np.ndarray | None = None,
 ) -> PathPlan:
-    """Cut `layout` behind every leaf, and where `q_rows` have gaps; see the module's example."""
-    q_lengths, last_rows = _pieces(layout, q_rows)
-    kv_index, kv_lengths = _root_paths(layout, last_rows)
+    """Cut `layout` after every leaf, and at gaps of `q_tokens`; see the module's example."""
+    q_lengths, last_tokens = _pieces(layout, q_tokens)
+    kv_index, kv_lengths = _root_paths(layout, last_tokens)
     num_keys = layout.num_tokens
-    if kv_rows is not None:
-        num_keys = len(kv_rows)
-        kv_index, rows = np.searchsorted(kv_rows, kv_index), kv_index
-        assert (np.take(kv_rows, kv_index, mode="clip") == rows).all(), "a query's path is missing"
+    if kv_tokens is not None:
+        # From token indices to indices among the held keys: kv_tokens [0, 1, 2, 5, 6, 7] has
+        # token 5 at index 3.
+        num_keys = len(kv_tokens)
+        kv_index, tokens = np.searchsorted(kv_tokens, kv_index), kv_index
+        is_held = np.take(kv_tokens, kv_index, mode="clip") == tokens
+        assert is_held.all(), "a query's path is missing"
 
     copies = np.bincount(kv_index, minlength=num_keys)
     ends = np.cumsum(kv_lengths)
@@ -170,43 +173,54 @@ def build_path_plan(
     )
 
 
-def _pieces(layout: TreeLayout, q_rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Queries of each piece, and its last row, int64 [pieces] each."""
+def _pieces(layout: TreeLayout, q_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Queries of each piece, and its last token, int64 [pieces] each."""
+    # lengths [3, 2, 4], parents [-1, 0, 0]:  leaf_ends [5, 9]
+    # whole row: lengths [5, 4], last tokens [4, 8]
+    # q_tokens [3, 4, 6, 8]:  leaf_of [0, 0, 1, 1];  a piece ends at a gap or with its leaf, so
+    # is_last [0, 1, 1, 1], lengths [2, 1, 1], last tokens [4, 6, 8]
     leaf_ends = (layout.starts + layout.lengths)[layout.leaf_mask].astype(np.int64)
-    if q_rows is None:
+    if q_tokens is None:
         return np.diff(leaf_ends, prepend=0), leaf_ends - 1
-    leaf_of = np.searchsorted(leaf_ends, q_rows, side="right")
-    is_last = (np.diff(q_rows, append=-2) != 1) | (np.diff(leaf_of, append=-1) != 0)
+    leaf_of = np.searchsorted(leaf_ends, q_tokens, side="right")
+    is_last = (np.diff(q_tokens, append=-2) != 1) | (np.diff(leaf_of, append=-1) != 0)
     lasts = np.flatnonzero(is_last)
-    return np.diff(lasts, prepend=-1), np.asarray(q_rows, np.int64)[lasts]
+    return np.diff(lasts, prepend=-1), np.asarray(q_tokens, np.int64)[lasts]
 
 
-def _root_paths(layout: TreeLayout, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The root path of each row, itself included: rows from root to row, path after path, and
-    the paths' lengths; one step a tree level."""
-    segment = np.searchsorted(layout.starts, rows, side="right") - 1
-    length = rows - layout.starts[segment] + 1
-    piece = np.arange(len(rows))
-    pieces, segments, lengths = [], [], []
+def _root_paths(layout: TreeLayout, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The root path of each token, itself included: the paths' tokens from root to leaf, one path
+    after another, and the length of each path."""
+    # Tokens [4, 8] of lengths [3, 2, 4], parents [-1, 0, 0]; one round per tree level:
+    #   own segments   piece [0, 1]  segment [1, 2]  length [2, 4]   up to the token itself
+    #   parents        piece [0, 1]  segment [0, 0]  length [3, 3]   whole segments
+    # Sorted by piece, then segment:  segments [0, 1, 0, 2], lengths [3, 2, 3, 4], that is
+    #   index [0 1 2, 3 4 | 0 1 2, 5 6 7 8], path lengths [5, 7]
+    segment = np.searchsorted(layout.starts, tokens, side="right") - 1
+    length = tokens - layout.starts[segment] + 1
+    piece = np.arange(len(tokens))
+    rounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     while len(segment):
-        pieces.append(piece)
-        segments.append(segment)
-        lengths.append(length)
+        rounds.append((piece, segment, length))
         parent = layout.parents[segment]
         piece, segment = piece[parent >= 0], parent[parent >= 0]
         length = layout.lengths[segment].astype(np.int64)
-    if not pieces:
+    if not rounds:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    pieces, segments, lengths = (np.concatenate(x) for x in (pieces, segments, lengths))
+    pieces, segments, lengths = (np.concatenate(x) for x in zip(*rounds, strict=True))
     order = np.lexsort((segments, pieces))
     segments, lengths = segments[order], lengths[order]
     shift = layout.starts[segments] - (np.cumsum(lengths) - lengths)
     index = np.arange(lengths.sum(), dtype=np.int64) + np.repeat(shift, lengths)
-    return index, np.bincount(pieces[order], lengths, len(rows)).astype(np.int64)
+    return index, np.bincount(pieces[order], lengths, len(tokens)).astype(np.int64)
 
 
-def _ancestor_starts(kv_index: np.ndarray, q_lengths: np.ndarray, kv_lengths: np.ndarray) -> list:
-    """Where each piece's ancestor keys start if they are contiguous, else -1."""
+def _ancestor_starts(
+    kv_index: np.ndarray, q_lengths: np.ndarray, kv_lengths: np.ndarray
+) -> list[int]:
+    """The first of each piece's ancestor keys if they are contiguous, else -1."""
+    # n ascending keys are contiguous if the last is the first + n - 1. Ancestors 0 1 2 start at
+    # 0; ancestors 0 1 2 5, with a sibling left out, give -1. Without ancestors the entry is unused.
     if not len(kv_index):
         return []
     num_ancestors = kv_lengths - q_lengths

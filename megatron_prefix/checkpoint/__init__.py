@@ -1,0 +1,38 @@
+"""Checkpoints: save and load a run, import and export Hugging Face models, and start from one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_prefix.faces import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
+    from megatron_prefix.checkpoint.save_load import (
+        RunCheckpoints,
+        load_weights,
+        resolve_checkpoint,
+    )
+    from megatron_prefix.checkpoint.starting_model import (
+        StartingModel,
+        hf_folder,
+        resolve_starting_model,
+    )
+else:
+    __getattr__ = lazy_face(
+        __name__,
+        convert=["export_checkpoint", "import_checkpoint"],
+        save_load=["RunCheckpoints", "load_weights", "resolve_checkpoint"],
+        starting_model=["StartingModel", "hf_folder", "resolve_starting_model"],
+    )
+
+__all__ = [
+    "RunCheckpoints",
+    "StartingModel",
+    "export_checkpoint",
+    "hf_folder",
+    "import_checkpoint",
+    "load_weights",
+    "resolve_checkpoint",
+    "resolve_starting_model",
+]

@@ -1,9 +1,10 @@
-"""Hugging Face directories <-> distributed checkpoints, a tensor at a time.
+"""Hugging Face directories <-> distributed checkpoints, one tensor at a time.
 
-Import writes what Megatron-Core's `torch_dist` format is made of: a file a tensor, `.metadata`
-that says where each lies, `common.pt` for everything else (nothing, here) and `metadata.json`,
-which makes it complete. Export reads such a checkpoint, written by whatever layout, back into
-safetensors. Both hold one parameter at a time, and keep every tensor's precision.
+Import writes the files of Megatron-Core's `torch_dist` format: one file per tensor, `.metadata`
+with the place of each tensor, `common.pt` for everything else (here: nothing), and
+`metadata.json`, which marks the checkpoint as complete. Export reads such a checkpoint, whatever
+parallel layout wrote it, and writes safetensors. Both have one parameter in memory at a time, and
+keep the precision of every tensor.
 """
 
 from __future__ import annotations
@@ -44,36 +45,36 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_prefix.checkpoint.save_load import resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
 from megatron_prefix.checkpoint.torch_dist import check_checksums, check_harmless, write_checksums
-from megatron_prefix.config.schema import ModelConfig
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.config import locate, read_hf_config
-from megatron_prefix.model.hf.files import HFTensors, copy_companions, write_safetensors
-from megatron_prefix.model.hf.reward_model import hf_kind
-from megatron_prefix.model.hf.weights import WeightMap
-from megatron_prefix.model.provider import with_sizes
+from megatron_prefix.model.hf import (
+    HFModel,
+    HFTensors,
+    WeightMap,
+    copy_companions,
+    write_safetensors,
+)
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote: tensors, their bytes and precisions, and the other files."""
+    """Result of a conversion: number of tensors, their bytes and precisions, and other files."""
 
     num_tensors: int
     num_bytes: int
     dtypes: tuple[str, ...]
     companions: tuple[str, ...]
     note: str | None = None
-    """What a user should know of the result."""
+    """What the user should know about the result."""
 
 
 def import_checkpoint(hf: str, output: str | Path) -> Converted:
     """Write the distributed checkpoint `output` from the Hugging Face model `hf`.
 
-    Raises InputError, and leaves nothing behind, where the model cannot be read or `output`
-    exists.
+    Raises InputError if the model cannot be read or `output` exists; nothing is written then.
     """
-    directory = locate(hf)
-    weights = _weight_map(directory)
-    tensors = HFTensors(directory)
+    model = HFModel.open(hf)
+    weights = _weight_map(model)
+    tensors = HFTensors(model.directory)
     tensors.check(weights.hf_shapes())
     items = _write_items(weights, tensors)
     with _new_directory(Path(output), "--output") as partial:
@@ -85,7 +86,7 @@ def import_checkpoint(hf: str, output: str | Path) -> Converted:
         written = writer.write_data(plan, _ReadWhenWritten(weights, tensors, names)).wait()
         writer.finish(metadata, [written])
         torch.save({}, partial / "common.pt")
-        companions = copy_companions(directory, partial / HF_FOLDER)
+        companions = copy_companions(model.directory, partial / HF_FOLDER)
         write_checksums(partial)
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
     return _summary(
@@ -96,8 +97,8 @@ def import_checkpoint(hf: str, output: str | Path) -> Converted:
 def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) -> Converted:
     """Write the Hugging Face directory `hf` from a distributed checkpoint.
 
-    `load` is an `iter_…` directory or a root; tensors keep the checkpoint's precision. Raises
-    InputError, and leaves nothing behind, where the checkpoint cannot be read or `hf` exists.
+    `load` is an `iter_…` directory or the root above it. Raises InputError if the checkpoint
+    cannot be read or `hf` exists; nothing is written then.
     """
     path = resolve_checkpoint(load)
     check_checksums(path)
@@ -107,7 +108,8 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
             f"{source}/config.json is missing, so the model's architecture is not known: put the "
             "config.json and the tokenizer of its Hugging Face model there"
         )
-    weights = _weight_map(source)
+    model = HFModel.read(source)
+    weights = _weight_map(model)
     checkpoint = CheckpointTensors(path, weights)
     checkpoint.check()
     dtypes = {x: checkpoint.dtype(name) for name in weights.names() for x in weights.hf_names(name)}
@@ -120,13 +122,13 @@ def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) ->
             _hf_tensors(weights, checkpoint),
             max_shard_bytes,
         )
-        _write_config(read_hf_config(source), set(dtypes.values()), partial / "config.json")
+        _write_config(model.config, set(dtypes.values()), partial / "config.json")
     note = None
-    if weights.model.kind == "reward" and read_hf_config(source).get("pad_token_id") is None:
+    if weights.kind == "reward" and model.config.get("pad_token_id") is None:
         note = (
-            "no token is known that pads texts and never ends one, so pad_token_id is null: "
-            "transformers scores single texts; give tokenizer and config.json such a token to "
-            "score batches"
+            "pad_token_id is null, because the tokenizer has no padding token other than its end "
+            "of text: transformers then scores single texts only; to score batches, add a padding "
+            "token to the tokenizer and config.json"
         )
     return replace(_summary(dtypes, weights, companions), note=note)
 
@@ -136,9 +138,8 @@ def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[t
         yield from weights.split(name, checkpoint.read(name)).items()
 
 
-def _weight_map(directory: Path) -> WeightMap:
-    config, source = read_hf_config(directory), f"{directory}/config.json"
-    return WeightMap(*with_sizes(ModelConfig(kind=hf_kind(config, source)), config, source))
+def _weight_map(model: HFModel) -> WeightMap:
+    return WeightMap(model.sizes, model.vocab_size, model.kind)
 
 
 def _summary(dtypes: dict[str, torch.dtype], weights: WeightMap, companions: list) -> Converted:
@@ -149,7 +150,7 @@ def _summary(dtypes: dict[str, torch.dtype], weights: WeightMap, companions: lis
 
 
 def _write_config(config: dict, dtypes: set[torch.dtype], path: Path) -> None:
-    """config.json with the precision that the tensors have; unchanged where it already says so."""
+    """Write config.json with the precision of the tensors, unless the copy already has it."""
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     if len(dtypes) == 1 and config.get(key) != (name := str(*dtypes).removeprefix("torch.")):
         text = json.dumps(config | {key: name}, indent=2, ensure_ascii=False)
@@ -158,9 +159,9 @@ def _write_config(config: dict, dtypes: set[torch.dtype], path: Path) -> None:
 
 @contextlib.contextmanager
 def _new_directory(target: Path, flag: str) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the context ends without an exception."""
+    """A temporary directory; it becomes `target` if the context ends without an exception."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{flag} {target} is there already: name a new directory, or remove it")
+        raise InputError(f"{flag} {target} exists already: name a new directory, or remove it")
     partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -176,7 +177,11 @@ def _new_directory(target: Path, flag: str) -> Iterator[Path]:
 
 
 def _write_items(weights: WeightMap, tensors: HFTensors) -> list[tuple[WriteItem, str]]:
-    """What the checkpoint is made of, and the canonical parameter behind each part."""
+    """The items of the checkpoint, each with the name of its canonical parameter.
+
+    A canonical parameter may be one slice of a checkpoint tensor: layer 3 of `[24, 8, 8]` has
+    index (3,), leading sizes (24,), and offsets (3, 0, 0).
+    """
     items: list[tuple[WriteItem, str]] = []
     dtype_of: dict[str, torch.dtype] = {}
     for name in weights.names():
@@ -185,8 +190,8 @@ def _write_items(weights: WeightMap, tensors: HFTensors) -> list[tuple[WriteItem
             dtype = dtype_of.setdefault(key, tensors.dtypes[part])
             if tensors.dtypes[part] != dtype:
                 raise InputError(
-                    f"{tensors.directory}: tensor {part} is {tensors.dtypes[part]} and others "
-                    f"that become one with it in {key} are {dtype}: save the model in one precision"
+                    f"{tensors.directory}: tensor {part} is {tensors.dtypes[part]}, but others "
+                    f"that are joined with it in {key} are {dtype}: save the model in one precision"
                 )
         shape = weights.shape(name)
         offsets = torch.Size((*index, *(0 for _ in shape)))
@@ -198,19 +203,20 @@ def _write_items(weights: WeightMap, tensors: HFTensors) -> list[tuple[WriteItem
 
 
 class _ReadWhenWritten(DefaultSavePlanner):
-    """Gives the writer a tensor at the moment it is written."""
+    """Reads a tensor at the moment it is written."""
 
     def __init__(self, weights: WeightMap, tensors: HFTensors, names: dict) -> None:
         super().__init__()
         self._weights, self._tensors, self._names = weights, tensors, names
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        found = self._weights.read(self._names[write_item.index], self._tensors.read)
-        return found.reshape(write_item.tensor_data.chunk.sizes)
+        assert write_item.tensor_data is not None
+        tensor = self._weights.read(self._names[write_item.index], self._tensors.read)
+        return tensor.reshape(write_item.tensor_data.chunk.sizes)
 
 
 class CheckpointTensors:
-    """The tensors of a distributed checkpoint, read whole, one parameter at a time."""
+    """The tensors of a distributed checkpoint, unsharded, read one parameter at a time."""
 
     def __init__(self, path: Path, weights: WeightMap) -> None:
         check_harmless(path)
@@ -226,64 +232,66 @@ class CheckpointTensors:
         return self._entry(name).properties.dtype
 
     def check(self) -> None:
-        """Refuse a checkpoint without one of the parameters, or with another shape."""
+        """Raise InputError if a parameter is missing or has another shape."""
         for name in self._weights.names():
             key, _, leading = self._weights.checkpoint_key(name)
-            found = tuple(self._entry(name).size)
+            saved = tuple(self._entry(name).size)
             expected = (*leading, *self._weights.shape(name))
-            if not leading and len(found) == 2 and found[0] >= expected[0]:  # a padded vocabulary
-                found = (expected[0], found[1])
-            if found != expected:
+            if not leading and len(saved) == 2 and saved[0] >= expected[0]:  # a padded vocabulary
+                saved = (expected[0], saved[1])
+            if saved != expected:
                 raise InputError(
-                    f"{self.path}: {key} has shape {list(found)}, {HF_FOLDER}/config.json asks "
-                    f"for {list(expected)}"
+                    f"{self.path}: {key} has shape {list(saved)}, but {HF_FOLDER}/config.json asks "
+                    f"for {list(expected)}: put the config.json of the saved model there"
                 )
 
     def read(self, name: str) -> Tensor:
-        """A canonical parameter, its vocabulary unpadded."""
+        """A canonical parameter, without the padding of the vocabulary."""
         key, index, _ = self._weights.checkpoint_key(name)
         shape = self._weights.shape(name)
         wanted = ChunkStorageMetadata(
             torch.Size((*index, *(0 for _ in shape))), torch.Size((*(1 for _ in index), *shape))
         )
-        found = torch.empty(wanted.sizes, dtype=self.dtype(name))
+        tensor = torch.empty(wanted.sizes, dtype=self.dtype(name))
         items = create_read_items_for_chunk_list(key, self._entry(name), [wanted])
-        if sum(item.lengths.numel() for item in items) != found.numel():
-            raise InputError(f"{self.path}: {key} is not whole: parts of it are missing")
+        if sum(item.lengths.numel() for item in items) != tensor.numel():
+            raise InputError(
+                f"{self.path}: parts of {key} are missing; the checkpoint is damaged: load another"
+            )
         try:
-            self._reader.read_data(LoadPlan(items), _Into(found)).wait()
-        except Exception as error:  # whatever a damaged or hostile file makes torch raise
+            self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
+        except Exception as error:  # torch raises many kinds for a damaged or hostile file
             raise InputError(
                 f"{self.path}: {key} cannot be read ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:200]})"
             ) from error
-        return found.reshape(shape)
+        return tensor.reshape(shape)
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         key, _, _ = self._weights.checkpoint_key(name)
         entry = self._entries.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             raise InputError(
-                f"{self.path}: no tensor {key}: it is no checkpoint of the model that "
-                f"{HF_FOLDER}/config.json describes"
+                f"{self.path}: there is no tensor {key}, so it is not a checkpoint of the model "
+                f"that {HF_FOLDER}/config.json describes: put the right config.json there"
             )
         return entry
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts what is read into one tensor."""
+    """Puts everything that is read into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        found = self._target
+        part = self._target
         for dim, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
         ):
-            found = found.narrow(dim, start, length)
-        return found
+            part = part.narrow(dim, start, length)
+        return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing to do: `tensor` is a part of the target."""
+        """Nothing to do: `tensor` is a view of the target."""

@@ -1,12 +1,12 @@
-"""Checkpoints of a run in Megatron's layout, complete or not there.
+"""Checkpoints of a run in Megatron's layout. Each is complete, or it does not exist.
 
-    DIR/iter_0000100/                         see torch_dist.py; `metadata.json` is written last
-    DIR/latest_checkpointed_iteration.txt     "100", moved into place behind it
+    ROOT/iter_0000100/                        see torch_dist.py; `metadata.json` is written last
+    ROOT/latest_checkpointed_iteration.txt    "100", replaced after the folder is in place
 
-A checkpoint is written into a directory of its own under a name that no other run uses, and moved
-into place when it is complete, so that a kill at any moment leaves the previous one whole. What a
-run needs beside it is nothing: the order of the data is a function of the step, and no random
-number is drawn after the initial weights.
+A checkpoint is first written into a folder whose name no other run uses, and then renamed. So a
+kill at any moment leaves the previous checkpoint whole. A run needs nothing else to resume: the
+order of the data is a function of the step, and after the initial weights no random number is
+drawn.
 """
 
 from __future__ import annotations
@@ -20,104 +20,148 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.checkpoint import torch_dist
+from megatron_prefix.checkpoint.optimizer_state import restore_optimizer, sharded_optimizer_state
 from megatron_prefix.checkpoint.torch_dist import COMPLETE
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model.gpt import TreeTransformerConfig, unwrap
-from megatron_prefix.model.hf.weights import REWARD_HEAD
+from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
 
 TRACKER = "latest_checkpointed_iteration.txt"
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _OF_HEADS = ("kind", "untie_embeddings_and_output_weights")
-"""What `model_sizes` says of a model's head."""
+"""Keys of `model_sizes` that describe the head."""
 
 
 def iteration_dir(root: str | Path, step: int) -> Path:
     return Path(root) / f"iter_{step:07d}"
 
 
-def latest_step(root: str | Path) -> int | None:
-    """Step of the newest complete checkpoint, or None where there is no checkpoint yet.
-
-    Raises InputError where the tracker file and the directories disagree.
-    """
-    tracker = Path(root) / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise InputError(
-            f"{tracker}: {text[:40]!r} is not a step; write the step of an iter_… directory, or "
-            "remove the file to start afresh"
-        )
-    if not (iteration_dir(root, int(text)) / COMPLETE).exists():
-        raise InputError(
-            f"{tracker} names step {text}, but {iteration_dir(root, int(text))} is not a complete "
-            f"checkpoint: write the step of a directory that has {COMPLETE}"
-        )
-    return int(text)
-
-
 def resolve_checkpoint(path: str | Path) -> Path:
-    """A checkpoint's directory itself, or the newest one below a run's root."""
+    """The folder of a checkpoint: `path` itself, or the newest one if `path` is a run's root.
+    Raises InputError."""
     path = Path(path)
     if (path / COMPLETE).exists():
         return path
-    step = latest_step(path) if path.is_dir() else None
+    step = RunCheckpoints(path).latest_step() if path.is_dir() else None
     if step is None:
         raise InputError(
-            f"{path}: no checkpoint here; expected a directory with {COMPLETE}, or one with "
+            f"{path}: there is no checkpoint; give a directory with {COMPLETE}, or one with "
             f"{TRACKER}"
         )
     return iteration_dir(path, step)
 
 
-def clear_leftovers(root: str | Path) -> None:
-    """Remove what killed saves left behind."""
-    for leftover in Path(root).glob(".iter_*.partial-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+class RunCheckpoints:
+    """The checkpoints of one run, in the folder `root`."""
 
+    def __init__(self, root: str | Path) -> None:
+        self.root = root
 
-def save_checkpoint(
-    root: str,
-    step: int,
-    chunks: list[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    run: dict,
-    attach: Callable[[Path], None],
-) -> None:
-    """Write the state after `step` steps; collective.
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, or None if there is no checkpoint yet.
 
-    `run` is what a resumed run must agree with; `attach` puts further files into the directory.
-    Raises RunError, with the previous checkpoint as it was, where the disk does not take it.
-    """
-    name = [uuid.uuid4().hex[:12]]
-    dist.broadcast_object_list(name, src=0)
-    target = iteration_dir(root, step)
-    partial = target.with_name(f".{target.name}.partial-{name[0]}")
-    try:
-        _on_main(lambda: _make_room(partial))
-        state = _sharded_state(chunks, optimizer)
-        state |= {"scheduler": scheduler.state_dict(), "step": step, "run": run}
-        state["model_sizes"] = model_sizes(chunks)
-        torch_dist.save(state, partial)
-        _on_main(lambda: attach(partial))
-        torch_dist.write_checksums(partial)
-        _on_main(lambda: _publish(Path(root), partial, target, step))
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"train.save = {root}: the checkpoint of step {step} could not be written ({error}); "
-            "earlier checkpoints are as they were. Free some space, and resume with train.load"
-        ) from error
+        Raises InputError if the tracker file and the folders disagree.
+        """
+        tracker = Path(self.root) / TRACKER
+        if not tracker.exists():
+            return None
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise InputError(
+                f"{tracker}: {text[:40]!r} is not a step; write the step of an iter_… directory, "
+                "or remove the file to start from scratch"
+            )
+        folder = iteration_dir(self.root, int(text))
+        if not (folder / COMPLETE).exists():
+            raise InputError(
+                f"{tracker} names step {text}, but {folder} is not a complete checkpoint: write "
+                f"the step of a directory that has {COMPLETE}"
+            )
+        return int(text)
+
+    def step_to_resume(self) -> int:
+        """Step of the newest checkpoint of `train.load`, 0 if there is none. Raises InputError."""
+        if (Path(self.root) / COMPLETE).exists():
+            raise InputError(
+                f"train.load = {self.root} is one checkpoint: give the directory above it, whose "
+                f"{TRACKER} says which one to resume from"
+            )
+        return self.latest_step() or 0
+
+    def claim(self, load: str | None) -> None:
+        """Get `train.save` ready for a run that resumes from `load`: remove incomplete saves of
+        killed runs, and raise InputError if the folder has checkpoints of another run."""
+        for partial in Path(self.root).glob(".iter_*.partial-*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        is_resumed = load is not None and Path(load).resolve() == Path(self.root).resolve()
+        if self.latest_step() is not None and not is_resumed:
+            raise InputError(
+                f"train.save = {self.root} already has the checkpoints of a run: resume that run "
+                f"with train.load: {self.root}, or name another directory"
+            )
+
+    def save(
+        self,
+        step: int,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        identity: dict,
+        attach: Callable[[Path], None],
+    ) -> None:
+        """Write the state after `step` steps. Collective.
+
+        A resumed run must have the same `identity`. `attach` puts more files into the folder.
+        Raises RunError if the disk cannot take it; the previous checkpoint is then unchanged.
+        """
+        name = [uuid.uuid4().hex[:12]]
+        dist.broadcast_object_list(name, src=0)
+        target = iteration_dir(self.root, step)
+        partial = target.with_name(f".{target.name}.partial-{name[0]}")
+        try:
+            _on_main(lambda: _make_room(partial))
+            state = _sharded_state(chunks, optimizer)
+            state |= {"scheduler": scheduler.state_dict(), "step": step, "run": identity}
+            state["model_sizes"] = model_sizes(chunks)
+            torch_dist.save(state, partial)
+            _on_main(lambda: attach(partial))
+            torch_dist.write_checksums(partial)
+            _on_main(lambda: _publish(Path(self.root), partial, target, step))
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise RunError(
+                f"train.save = {self.root}: the checkpoint of step {step} could not be written "
+                f"({error}); earlier checkpoints are unchanged. Free some space, and resume with "
+                "train.load"
+            ) from error
+
+    def load(
+        self,
+        step: int,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        identity: dict,
+    ) -> None:
+        """Restore the state after `step` steps. Collective.
+
+        The settings of optimizer and schedule are those of this run's configuration. Raises
+        InputError if another run saved the checkpoint, or if it is damaged.
+        """
+        path = iteration_dir(self.root, step)
+        common = torch_dist.load_common(path)
+        _check_kind(path, model_sizes(chunks)["kind"])
+        _check_agreement(path, "run", common.get("run"), identity)
+        _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
+        state = torch_dist.load(_sharded_state(chunks, optimizer, is_loading=True), path)
+        _load_model(chunks, state)
+        restore_optimizer(optimizer, state["optimizer"], common["optimizer"], step)
+        scheduler.load_state_dict(common["scheduler"])
 
 
 def _on_main(action: Callable[[], None]) -> None:
-    """Run `action` on the main process; its OSError is raised on every process."""
+    """Run `action` on the main process. Its OSError is raised on every process."""
     outcome: list[OSError | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -130,8 +174,11 @@ def _on_main(action: Callable[[], None]) -> None:
 
 
 def _make_room(partial: Path) -> None:
-    """Make the directory, and see that it takes what Megatron-Core writes from one process
-    alone, where a failure would leave the others waiting."""
+    """Make the folder, and test that the disk takes 64 KiB.
+
+    Megatron-Core writes some files from one process only. A failure there would let the other
+    processes wait without end.
+    """
     partial.mkdir(parents=True)
     trial = partial / ".trial"
     trial.write_bytes(bytes(1 << 16))
@@ -139,8 +186,8 @@ def _make_room(partial: Path) -> None:
 
 
 def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
-    """Move a complete checkpoint into place, then the tracker that names it."""
-    if target.exists():  # complete or not, the tracker never named it
+    """Move a complete checkpoint to its place, then the tracker file that names it."""
+    if target.exists():  # complete or not, the tracker file never named it
         shutil.rmtree(target)
     os.replace(partial, target)
     pointer = root / f".{TRACKER}"
@@ -151,44 +198,16 @@ def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
     os.replace(pointer, root / TRACKER)
 
 
-def load_checkpoint(
-    root: str,
-    step: int,
-    chunks: list[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    run: dict,
-) -> None:
-    """Restore the state after `step` steps; collective.
-
-    The optimizer's and the schedule's settings stay the configuration's. Raises InputError
-    where the run that saved it was another one, or the checkpoint is damaged.
-    """
-    path = iteration_dir(root, step)
-    common = torch_dist.load_common(path)
-    _check_kind(path, model_sizes(chunks)["kind"])
-    _check_agreement(path, "run", common.get("run"), run)
-    _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
-    state = torch_dist.load(_sharded_state(chunks, optimizer, is_loading=True), path)
-    _load_model(chunks, state)
-    if len(_by_part(common["optimizer"])) != len(optimizer.chained_optimizers):
-        state["optimizer"] = _with_own_groups(optimizer, state["optimizer"], step)
-    settings = [_settings(group) for group in optimizer.param_groups]
-    _load_optimizer(optimizer, state["optimizer"])
-    for group, ours in zip(optimizer.param_groups, settings, strict=True):
-        group.update(ours)
-    scheduler.load_state_dict(common["scheduler"])
-
-
 def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bool = False) -> None:
-    """Load a checkpoint's weights alone; collective.
+    """Load only the weights of a checkpoint. Collective.
 
-    With `keeps_head` a reward model takes all but its head, which it keeps, from a language
-    model's checkpoint. Raises InputError.
+    With `keeps_head`, a reward model loads a language model's checkpoint and keeps its own head.
+    Raises InputError.
     """
     path = resolve_checkpoint(path)
     saved, ours = torch_dist.load_common(path).get("model_sizes"), model_sizes(chunks)
-    state, unread = model_state(chunks), ()
+    state = model_state(chunks)
+    unread: tuple[str, ...] = ()
     if keeps_head:
         unread = ("output_layer.weight",)
         state = {name: _without_head(tensors) for name, tensors in state.items()}
@@ -206,21 +225,21 @@ def _without_head(tensors: dict) -> dict:
 
 
 def _check_kind(path: Path, kind: str) -> None:
-    found = torch_dist.model_kind(path)
-    if (found, kind) == ("reward", "lm"):
+    saved = torch_dist.model_kind(path)
+    if (saved, kind) == ("reward", "lm"):
         raise InputError(
-            f"{path}: a reward model's checkpoint, which has no language-model head, and "
-            "model.kind is lm: set model.kind: reward, or give a language model's checkpoint"
+            f"{path}: a reward model's checkpoint has no language-model head, but model.kind is "
+            "lm: set model.kind: reward, or give a language model's checkpoint"
         )
-    if (found, kind) == ("lm", "reward"):
+    if (saved, kind) == ("lm", "reward"):
         raise InputError(
-            f"{path}: a language model's checkpoint, which scores nothing, and model.kind is "
-            "reward: give a reward model's, or train one from it with model.checkpoint"
+            f"{path}: a language model's checkpoint has no reward head, but model.kind is reward: "
+            "give a reward model's checkpoint, or train one from this one with model.checkpoint"
         )
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
-    """Sharded tensors of the models' parameters, as saved and as requested."""
+    """Sharded tensors of the models' parameters, to save or to request."""
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
     return torch_dist.tensors_only(
         {name: unwrap(c).sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
@@ -228,7 +247,7 @@ def model_state(chunks: list[torch.nn.Module]) -> dict:
 
 
 def model_sizes(chunks: list[torch.nn.Module]) -> dict:
-    """What a model's weights mean beside their shapes: a checkpoint must agree with all of it."""
+    """Sizes and settings that give the weights their meaning: a checkpoint must have the same."""
     config = unwrap(chunks[0]).config
     scaling = config.rope_scaling
     return {
@@ -260,11 +279,11 @@ def _expert_sizes(config: TreeTransformerConfig) -> dict:
     }
 
 
-def _check_agreement(path: Path, what: str, saved: object, ours: dict) -> None:
-    """Refuse a checkpoint of another run or model, naming every difference."""
+def _check_agreement(path: Path, owner: str, saved: object, ours: dict) -> None:
+    """Refuse a checkpoint of another run or model (`owner`), and name every difference."""
     saved = saved if isinstance(saved, dict) else {}
     differing = ", ".join(
-        f"{key}: {saved.get(key)!r} there, {ours.get(key)!r} here"
+        f"{key}: {saved.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
         for key in {**ours, **saved}
         if saved.get(key) != ours.get(key)
     )
@@ -272,79 +291,19 @@ def _check_agreement(path: Path, what: str, saved: object, ours: dict) -> None:
         remedy = {
             "run": "resume with the same settings, or start from its weights with model.checkpoint",
             "model": "give the sizes and the data set's tokenizer that it was trained with",
-        }[what]
-        raise InputError(f"{path}: saved by another {what} ({differing}); {remedy}")
+        }[owner]
+        raise InputError(f"{path}: saved by another {owner} ({differing}); {remedy}")
 
 
-def _settings(group: dict) -> dict:
-    """An optimizer group's hyperparameters: all but its parameters and their step."""
-    return {key: value for key, value in group.items() if key not in ("params", "step")}
-
-
-def _sharded_state(chunks, optimizer: MegatronOptimizer, is_loading: bool = False) -> dict:
-    if is_loading:
-        for part in _distributed_parts(optimizer):
-            part._init_optimizer_states_with_dummy_values()
+def _sharded_state(
+    chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool = False
+) -> dict:
     state = model_state(chunks)
-    state["optimizer"] = optimizer.sharded_state_dict(
-        dict(state), is_loading=is_loading, metadata=METADATA
-    )
+    state["optimizer"] = sharded_optimizer_state(optimizer, state, is_loading)
     return state
 
 
 def _load_model(chunks: list[torch.nn.Module], state: dict) -> None:
     for i, chunk in enumerate(chunks):
-        found = state["model" if len(chunks) == 1 else f"model{i}"]
-        unwrap(chunk).load_state_dict(found, strict=False)
-
-
-def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """Distributed optimizers on torch's Adam, which keeps a step for every parameter.
-
-    Megatron-Core 0.16 expects a step a group, as the fused optimizers of Apex and Transformer
-    Engine have it (distrib_optimizer.py:640, 818, 940).
-    """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [p for p in parts if isinstance(p, DistributedOptimizer) and not HAVE_APEX_OR_TE]
-
-
-def _by_part(state: dict) -> list[dict]:
-    """Optimizer state by part: one, or where ranks share experts one for them beside it."""
-    return [state[i] for i in range(len(state))] if 0 in state else [state]
-
-
-def _with_own_groups(optimizer: MegatronOptimizer, state: dict, step: int) -> dict:
-    """`state`, of a run that shared experts or did not, with the groups of one that is otherwise.
-
-    Tensors are found by name whatever part they are saved in; what a part keeps beside them is
-    its groups, whose settings are the configuration's anyway, and the number of steps, which every
-    parameter has made.
-    """
-    parts = optimizer.chained_optimizers
-    kept = {k: x for k, x in state.items() if isinstance(k, int) == (len(parts) > 1)}
-    for part, own in zip(parts, _by_part(kept), strict=True):
-        groups = part.state_dict()
-        if isinstance(part, DistributedOptimizer):
-            for group in groups["optimizer"]["param_groups"]:
-                group["step"] = step
-            own["optimizer"] = groups["optimizer"]
-            continue
-        inner = own["optimizer"] if "optimizer" in groups else own
-        inner["param_groups"] = groups.get("optimizer", groups)["param_groups"]
-        inner["state"]["common_step"] = torch.tensor(float(step))
-    return kept
-
-
-@torch.no_grad()
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict) -> None:
-    parts = _distributed_parts(optimizer)
-    if not parts:
-        optimizer.load_state_dict(state)
-        return
-    for part, own_state in zip(parts, _by_part(state), strict=True):
-        parameters = own_state.pop("param_state")
-        part.load_state_dict(own_state)
-        steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
-        part.load_parameter_state_from_fully_reshardable(parameters)
-        for parameter, step in steps.items():
-            part.optimizer.state[parameter]["step"] = step.clone()  # loading made them share one
+        weights = state["model" if len(chunks) == 1 else f"model{i}"]
+        unwrap(chunk).load_state_dict(weights, strict=False)

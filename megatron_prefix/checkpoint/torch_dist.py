@@ -1,20 +1,21 @@
-"""Distributed checkpoints on disk: written in this process, read without executing anything.
+"""Distributed checkpoints on disk: written by this process, read without executing any code.
 
 The format is Megatron-Core's `torch_dist`: `common.pt`, `*.distcp`, `.metadata`, and
 `metadata.json`, which is written last and marks a checkpoint as complete.
 
-Megatron-Core's own writer forks processes that outlive a killed run. Ours hands the same plan to
-torch's writer, in this process. Reading unpickles `.metadata`, and any object (as opposed to a
-tensor) that it lists; so before anything is loaded, `.metadata` is read by an unpickler that knows
-a handful of harmless classes, and checkpoints that hold objects are refused. What is written here
-holds tensors only.
+Writing: Megatron-Core's own writer forks processes that outlive a killed run. This one gives the
+same plan to torch's writer, in this process.
+
+Reading: torch unpickles `.metadata`, and every object in it that is not a tensor. A pickle can
+execute code. So `.metadata` is first read by an unpickler that knows a few harmless classes, and a
+checkpoint with such objects is refused. Checkpoints written here have tensors only.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,9 +37,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_prefix.data.store.columns import sha256
+from megatron_prefix.data.files import sha256
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.weights import REWARD_HEAD
+from megatron_prefix.model import REWARD_HEAD
 
 COMPLETE = "metadata.json"
 CHECKSUMS = "checksums.json"
@@ -69,12 +70,12 @@ _HARMLESS = {
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if name not in _HARMLESS.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
 
 
 def _read_entries(path: Path) -> dict:
-    """What the checkpoint `path` holds, by name. Raises InputError."""
+    """The entries of the checkpoint `path`, by name. Raises InputError."""
     metadata_path = path / ".metadata"
     try:
         with metadata_path.open("rb") as file:
@@ -86,23 +87,23 @@ def _read_entries(path: Path) -> dict:
 
 
 def model_kind(path: Path) -> str:
-    """`reward` for a checkpoint that holds a reward model's head, else `lm`. Raises InputError."""
+    """`reward` if the checkpoint has a reward model's head, else `lm`. Raises InputError."""
     return "reward" if REWARD_HEAD in _read_entries(path) else "lm"
 
 
 def check_harmless(path: Path) -> None:
-    """Raise InputError unless loading the checkpoint `path` can execute nothing."""
+    """Raise InputError if loading the checkpoint `path` could execute code."""
     metadata_path = path / ".metadata"
     for key, entry in _read_entries(path).items():
         if type(entry).__name__ != "TensorStorageMetadata":
             raise InputError(
                 f"{metadata_path}: refused, because {str(key)[:100]} is a pickled object, not a "
-                "tensor, and could execute code when loaded; use a checkpoint that holds tensors"
+                "tensor, and could execute code when loaded; use a checkpoint that has tensors only"
             )
 
 
 def _read_common(path: Path) -> dict:
-    """`common.pt`, never by a plain unpickler, whatever torch's environment variables say."""
+    """`common.pt`, never by a plain unpickler, whatever torch's environment variables ask for."""
     try:
         return torch.load(path / "common.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -119,11 +120,11 @@ def _refusal(path: Path, error: Exception) -> str:
 
 
 def check_same_tensors(request: dict, path: Path, unread: Sequence[str] = ()) -> None:
-    """Raise InputError unless the checkpoint's model is made of the requested tensors.
+    """Raise InputError if the checkpoint's model has tensors that are not requested.
 
-    A tensor that is asked for and missing fails by itself when it is loaded; one that is there
-    and not asked for (a head, for a model with tied embeddings) would be dropped silently, and
-    may be there only where `unread` names it. Collective; every rank asks for its part.
+    A requested tensor that is missing fails by itself when it is loaded. An additional one (a
+    head, for a model with tied embeddings) would be ignored silently, so it is refused unless
+    `unread` names it. Collective: every rank gives its part of the request.
     """
     own = {
         x.key
@@ -136,13 +137,13 @@ def check_same_tensors(request: dict, path: Path, unread: Sequence[str] = ()) ->
     surplus = sorted(n for n in saved - set().union(*parts) if not n.startswith("optimizer."))
     if surplus:
         raise InputError(
-            f"{path}: holds tensors that this model does not have: {', '.join(surplus[:5])}; give "
+            f"{path}: has tensors that this model does not have: {', '.join(surplus[:5])}; give "
             "the sizes it was trained with (untie_embeddings_and_output_weights, add_qkv_bias, …)"
         )
 
 
 class InProcessSave(SaveShardedStrategy):
-    """Megatron-Core's save strategy on torch's own writer, without child processes."""
+    """Megatron-Core's save strategy with torch's own writer, without child processes."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
@@ -158,7 +159,7 @@ class InProcessSave(SaveShardedStrategy):
         """Nothing is loaded by this strategy."""
 
     def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
-        """Write this rank's tensors; collective."""
+        """Write this rank's tensors. Collective."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         dcp.save(
             mcore_to_pyt_state_dict(by_key, False),
@@ -168,9 +169,8 @@ class InProcessSave(SaveShardedStrategy):
 
 
 def write_checksums(path: Path) -> None:
-    """Write CHECKSUMS, a SHA-256 of every file below `path`; collective, files shared out.
-
-    Raises OSError, on every process.
+    """Write CHECKSUMS, a SHA-256 of every file below `path`. Collective: each process reads its
+    share of the files. Raises OSError, on every process.
     """
     own: dict[str, str] | OSError = {}
     try:
@@ -188,9 +188,9 @@ def write_checksums(path: Path) -> None:
 
 
 def check_checksums(path: Path) -> None:
-    """Raise InputError, on every process, where a file is not what was written; collective.
+    """Raise InputError, on every process, if a file differs from what was written. Collective.
 
-    A checkpoint without CHECKSUMS was written elsewhere and is taken as it is.
+    A checkpoint without CHECKSUMS was written by another program and is not checked.
     """
     own: list[str] = []
     try:
@@ -216,12 +216,12 @@ def _rank() -> int:
 
 
 def _own_share(names: list[str]) -> list[str]:
-    """The names that this process sees to; all of them where it stands alone."""
+    """The names that this process works on: every n-th of n processes."""
     return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
 
 
 def _gathered(own: object) -> list:
-    """What every process has, in the order of ranks."""
+    """`own` of every process, in the order of ranks."""
     if not dist.is_initialized():
         return [own]
     parts: list = [None] * dist.get_world_size()
@@ -230,7 +230,7 @@ def _gathered(own: object) -> list:
 
 
 def _files(path: Path) -> list[str]:
-    """What a checkpoint holds, but for the checksums and the mark of completeness."""
+    """The files of a checkpoint, except the checksums and the mark of completeness."""
     return sorted(
         str(file.relative_to(path))
         for file in path.rglob("*")
@@ -239,7 +239,7 @@ def _files(path: Path) -> list[str]:
 
 
 def save(state: dict, path: Path) -> None:
-    """Write `state` into the empty directory `path`; collective. Raises OSError."""
+    """Write `state` into the empty directory `path`. Collective. Raises OSError."""
     try:
         dist_checkpointing.save(state, str(path), sharded_strategy=InProcessSave())
     except CheckpointException as error:  # a failure of any rank, on every rank
@@ -253,11 +253,11 @@ def save(state: dict, path: Path) -> None:
 
 
 def load(request: dict, path: Path, unread: Sequence[str] = ()) -> dict:
-    """Fill `request`'s sharded tensors from the checkpoint `path`; collective.
+    """Load the sharded tensors of `request` from the checkpoint `path`. Collective.
 
-    `unread` names tensors of the model that may be there and are left. Returns the tensors in
-    place of the request, and what was saved beside them. Raises InputError where the checkpoint
-    is damaged, could execute code, or is of another model.
+    `unread` names tensors that the checkpoint may have in addition. Returns `request` with the
+    loaded tensors, and what was saved beside them. Raises InputError if the checkpoint is
+    damaged, could execute code, or belongs to another model.
     """
     check_checksums(path)
     check_harmless(path)
@@ -267,15 +267,15 @@ def load(request: dict, path: Path, unread: Sequence[str] = ()) -> dict:
 
 
 def load_common(path: Path) -> dict:
-    """What was saved beside the tensors; collective. Raises InputError."""
+    """What was saved beside the tensors. Collective. Raises InputError."""
     check_checksums(path)
     common = _read_common(path)
     if not isinstance(common, dict):
-        raise InputError(f"{path}/common.pt: holds no dictionary; load another checkpoint")
+        raise InputError(f"{path}/common.pt: not a dictionary; load another checkpoint")
     return common
 
 
-def _explained(action, path: Path) -> dict:
+def _explained(action: Callable[[], dict], path: Path) -> dict:
     try:
         return action()
     except CheckpointException as error:  # a failure of any rank, on every rank
@@ -297,5 +297,5 @@ def _message(path: Path, error: BaseException) -> str:
 
 
 def tensors_only(state: dict) -> dict:
-    """`state` without sharded objects (Megatron-Core's `_extra_state`, which is empty here)."""
+    """`state` without sharded objects (Megatron-Core's `_extra_state`, which is always empty)."""
     return extract_matching_values(state, lambda value: not isinstance(value, ShardedObject))[0]

@@ -1,1 +1,1 @@
-"""One module a command: `add_parser(subparsers)` declares it, `run(args)` does it."""
+"""One module per command: `add_parser(subparsers)` declares its flags, `run(args)` runs it."""

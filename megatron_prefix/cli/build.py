@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 FORMAT_NAMES = (
     "hh",
@@ -19,7 +23,7 @@ FORMAT_NAMES = (
     "oasst",
 )
 INTERVAL = 10.0
-"""Seconds between lines of progress where standard error is not a terminal."""
+"""Seconds between lines of progress if standard error is not a terminal."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,8 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "build",
         help="raw preferences -> a data set",
-        description="Read preference records, tokenise them, and write a data set in which every "
-        "token of a group stands once. Ends with a summary.",
+        description="Read preference records, tokenize them, and write a data set that contains "
+        "every token of a group once. Prints a summary at the end.",
     )
     _add_records(parser)
     _add_tokens(parser)
@@ -37,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_records(parser: argparse.ArgumentParser) -> None:
-    """Where records come from, what their columns mean, and where the data set goes."""
+    """Flags for the input, the meaning of its columns, and the output."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -50,7 +54,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         metavar="NAME",
-        help="which split of a Hugging Face data set (default: the only one it has)",
+        help="split of a Hugging Face data set (default: its only split)",
     )
     parser.add_argument(
         "--output", required=True, metavar="PREFIX", help="write PREFIX.bin, .idx, .tree, .json"
@@ -59,7 +63,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("auto", *FORMAT_NAMES),
         default="auto",
-        help="what the columns mean, see docs/data_format.md. auto: found by the columns of the "
+        help="what the columns mean, see docs/data_format.md. auto: decided by the columns of the "
         "first record. hh: chosen and rejected are whole dialogues (default: auto)",
     )
     parser.add_argument(
@@ -67,80 +71,81 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="COLUMN=PATH",
-        help="take a column from a dotted path into the record, lists by number, as in "
-        "chosen=answers.0.text; may be given several times",
+        help="read a column from a dotted path in the record, with list indices as numbers, for "
+        "example chosen=answers.0.text; may be given several times",
     )
 
 
 def _add_tokens(parser: argparse.ArgumentParser) -> None:
-    """How texts become tokens, and how long a path may be."""
+    """Flags for the tokenizer and the lengths."""
     parser.add_argument(
         "--tokenizer",
         required=True,
         metavar="T",
-        help="bytes; a SentencePiece model file; or a Hugging Face tokenizer's directory or id",
+        help="bytes, a SentencePiece model file, or a Hugging Face tokenizer (directory or id)",
     )
     parser.add_argument(
         "--max-length",
         type=int,
         metavar="N",
-        help="longest path from the first prompt token to the response's end, in tokens, "
+        help="maximum length from the first prompt token to the end of a response, in tokens, "
         "end-of-text included (default: no limit)",
     )
     parser.add_argument(
         "--overflow",
         choices=("error", "truncate-prompt", "drop"),
         default="error",
-        help="what becomes of longer paths. drop: the response goes with its pairs. "
-        "truncate-prompt: the oldest prompt tokens go, begin-of-text and the system message stay, "
-        "alike for all responses of a prompt (default: error)",
+        help="what to do with longer responses. error: stop. drop: remove the response and its "
+        "pairs. truncate-prompt: remove the oldest prompt tokens, but not begin-of-text and the "
+        "system message, in the same way for all responses of a prompt (default: error)",
     )
     parser.add_argument(
         "--no-append-eos",
         action="store_true",
-        help="add no end-of-text token behind responses (default: added, unless the chat "
-        "template put one)",
+        help="do not add an end-of-text token after responses (default: it is added, unless the "
+        "chat template added one)",
     )
     parser.add_argument(
         "--parse-special",
         action="store_true",
-        help="let texts and messages spell the special tokens of a Hugging Face tokenizer "
-        "(default: what looks like one in them is text, and counted)",
+        help="read the spelling of a special token in texts and messages as that token of the "
+        "Hugging Face tokenizer (default: it is ordinary text, and reported)",
     )
 
 
 def _add_handling(parser: argparse.ArgumentParser) -> None:
-    """What becomes of repeated, wrong and degenerate records, and who does the work."""
+    """Flags for repeated, malformed and degenerate records, and for parallel work."""
     parser.add_argument(
         "--merge-prompts",
         action="store_true",
-        help="make one group of all records with the same prompt, which stands once; batches go "
-        "on counting records (default: a group a record)",
+        help="make one group of all records with the same prompt; batches still count records "
+        "(default: one group per record)",
     )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="wrong records (not JSON, a column missing): stop, or count and skip (default: stop)",
+        help="malformed records (not JSON, a missing column): stop, or skip and count them "
+        "(default: stop)",
     )
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="records with nothing to compare are an error (default: dropped and counted)",
+        help="stop at a record that has nothing to compare (default: drop and count it)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=1,
         metavar="N",
-        help="processes that share the work; the bytes written are the same (default: 1)",
+        help="number of processes; the data set does not depend on it (default: 1)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build and print the summary."""
-    from megatron_prefix.data.build.builder import BuildOptions, build_dataset
-    from megatron_prefix.data.read.examples import parse_columns
+    """Build the data set and print the summary."""
+    from megatron_prefix.data.build import BuildOptions, build_dataset
+    from megatron_prefix.data.read import parse_columns
 
     options = BuildOptions(
         format=args.format,
@@ -162,10 +167,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 class _Progress:
-    """Bytes read and groups written: a bar on a terminal, a line every INTERVAL otherwise."""
+    """Progress in bytes read and groups written: a bar on a terminal, else a line per INTERVAL."""
 
     def __init__(self) -> None:
-        self._bar = None
+        self._bar: tqdm | None = None
         self._next = time.monotonic() + INTERVAL
 
     def __enter__(self) -> _Progress:

@@ -15,15 +15,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="Hugging Face safetensors <-> a distributed checkpoint",
-        description="Convert Llama, Mistral, Qwen2 and Qwen3 models, a tensor at a time. Every "
-        "tensor keeps its precision; configuration and tokenizer travel along. Reward models are "
-        "AutoModelForSequenceClassification with num_labels=1.",
+        description="Convert Llama, Mistral, Qwen2 and Qwen3 models, one tensor at a time. Every "
+        "tensor keeps its precision; configuration and tokenizer are copied, too. Reward models "
+        "are AutoModelForSequenceClassification with num_labels=1.",
     )
     directions = parser.add_subparsers(dest="direction", metavar="import|export", required=True)
     inward = directions.add_parser("import", help="Hugging Face -> checkpoint")
-    inward.add_argument("--hf", required=True, metavar="DIR", help="a model's directory or Hub id")
     inward.add_argument(
-        "--output", required=True, metavar="CKPT", help="new directory for model.checkpoint"
+        "--hf", required=True, metavar="DIR", help="directory or Hub id of the model"
+    )
+    inward.add_argument(
+        "--output", required=True, metavar="CKPT", help="new directory, for model.checkpoint"
     )
     inward.set_defaults(run=run_import)
     outward = directions.add_parser("export", help="checkpoint -> Hugging Face")
@@ -31,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--load",
         required=True,
         metavar="CKPT",
-        help="an iter_… directory, or the newest below a root",
+        help="an iter_… directory, or a directory whose newest iter_… is used",
     )
     outward.add_argument("--hf", required=True, metavar="DIR", help="new directory for the model")
     outward.add_argument(
@@ -39,36 +41,36 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=_bytes,
         default="5GB",
         metavar="SIZE",
-        help="bytes of a safetensors file, with KB, MB or GB in powers of 1000 (default: 5GB)",
+        help="maximum size of a safetensors file; KB, MB and GB are powers of 1000 (default: 5GB)",
     )
     outward.set_defaults(run=run_export)
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*(B|KB|MB|GB)?", text.strip().upper())
-    if not found or not int(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 500MB or 5GB")
-    return int(found[1]) * UNITS[found[2] or "B"]
+    match = re.fullmatch(r"(\d+)\s*(B|KB|MB|GB)?", text.strip().upper())
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 5GB")
+    return int(match[1]) * UNITS[match[2] or "B"]
 
 
 def run_import(args: argparse.Namespace) -> None:
-    """Import and say what was written."""
+    """Import the model and print what was written."""
     quiet_megatron()
-    from megatron_prefix.checkpoint.convert import import_checkpoint
+    from megatron_prefix.checkpoint import import_checkpoint
 
     done = import_checkpoint(args.hf, args.output)
     print(f"wrote {args.output}: {_amount(done)}; config and tokenizer in {args.output}/hf")
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Export and say what was written."""
+    """Export the model and print what was written."""
     quiet_megatron()
-    from megatron_prefix.checkpoint.convert import export_checkpoint
+    from megatron_prefix.checkpoint import export_checkpoint
 
     done = export_checkpoint(args.load, args.hf, args.max_shard_size)
     print(f"wrote {args.hf}: {_amount(done)}")
     if not any(name.startswith("tokenizer") for name in done.companions):
-        print("no tokenizer is beside the checkpoint, so none was exported")
+        print("the checkpoint has no tokenizer, so none was exported")
     if done.note is not None:
         print(done.note)
 

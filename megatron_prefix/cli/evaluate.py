@@ -15,34 +15,36 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "evaluate",
         help="accuracy, margins and loss on data.valid",
-        description="Score every response of data.valid with the policy and the reference. "
+        description="Score every response of data.valid with the policy and the reference model. "
         "A reward model has no reference. Without --load the policy is the initial model.",
     )
     add_config(parser)
     parser.add_argument(
-        "--load", metavar="CKPT", help="checkpoint: an iter_… directory, or the newest below a root"
+        "--load",
+        metavar="CKPT",
+        help="checkpoint: an iter_… directory, or a directory whose newest iter_… is used",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--per-response",
         metavar="FILE.jsonl",
-        help="write group, response, record, logp (nats; reward for a reward model) and "
-        "num_tokens of every response",
+        help="write for every response: group, response, record, logp (nats; for a reward model "
+        "the reward) and num_tokens",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate and print."""
+    """Evaluate and print the metrics."""
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.train.evaluation import evaluate
+    from megatron_prefix.train import evaluate
 
     metrics = evaluate(config, args.load, args.per_response)
     if os.environ.get("RANK", "0") != "0":
         return
     if args.load is None:
-        print("evaluate: the weights before training, --load names others", file=sys.stderr)
+        print("evaluate: the policy is the initial model, as --load is not given", file=sys.stderr)
     if args.json:
         print(json.dumps(metrics))
     else:

@@ -1,13 +1,11 @@
-"""`megatron-prefix inspect`: look at a data set or a plan, check it, draw a row or a tree."""
+"""`megatron-prefix inspect`: shows, checks and draws a data set or the packed steps of a run."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from megatron_prefix.data.store.verify import verify_dataset
 from megatron_prefix.errors import InputError
 
 
@@ -16,77 +14,91 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="statistics, checksums, a tree as text, a packed row or a tree as a picture",
-        description="Without flags: statistics of a data set, or what a plan holds. Rows are "
-        "packed from whole trees, as training with data.rows_per_step packs them, in the order "
-        "of seed 0.",
+        description="Without flags: statistics of a data set, or a summary of a plan. Rows are "
+        "packed from whole trees, as in training with data.rows_per_step, in the order of "
+        "seed 0.",
     )
     parser.add_argument(
-        "prefix", metavar="PREFIX", help="a data set, without an ending, or a plan that pack wrote"
+        "prefix",
+        metavar="PREFIX",
+        help="a data set (without .bin or .idx), or a plan that pack wrote",
     )
     parser.add_argument(
-        "--verify", action="store_true", help="check all checksums and invariants of the layout"
+        "--verify", action="store_true", help="check all checksums, and that the layout is valid"
     )
     parser.add_argument(
-        "--data", metavar="PREFIX", help="with a plan and --verify: its data set; rows must fit"
+        "--data",
+        metavar="PREFIX",
+        help="with --verify of a plan: its data set, to check that its trees fit the rows",
     )
-    parser.add_argument("--tree", type=int, metavar="N", help="show group N, counted from 0")
-    parser.add_argument("--row", type=int, metavar="N", help="show packed row N, counted from 0")
+    parser.add_argument("--tree", type=int, metavar="N", help="show group N, counting from 0")
+    parser.add_argument("--row", type=int, metavar="N", help="show packed row N, counting from 0")
     parser.add_argument(
         "--row-capacity",
         type=int,
         metavar="N",
-        help="tokens a row; alone it adds the fill of rows to the statistics",
+        help="tokens per row; without --row it adds to the statistics how full rows are",
     )
     parser.add_argument(
         "--picture",
         metavar="FILE",
-        help="draw row --row or tree --tree with its mask (.png, .svg, .pdf)",
+        help="draw the row of --row or the tree of --tree with its mask (.png, .svg, .pdf)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what was asked for; without --tree and --row that is the statistics."""
-    from megatron_prefix.data.steps.packed_steps import MANIFEST
+    """Print what the flags select; without --tree and --row the statistics."""
+    from megatron_prefix.data.steps.packed import is_packed_steps
 
-    is_plan = (Path(args.prefix) / MANIFEST).is_file()
-    values, texts = (_plan if is_plan else _dataset)(args)
+    values, texts = (_plan if is_packed_steps(args.prefix) else _dataset)(args)
     print(json.dumps(values, indent=1) if args.json else "\n\n".join(texts))
 
 
 def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    from megatron_prefix.data.steps.packed_steps import PackedPlan, describe_plan
-    from megatron_prefix.data.steps.verify_packed_steps import verify_plan
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    from megatron_prefix.data.steps.packed import (
+        PackedSteps,
+        describe_packed_steps,
+        verify_packed_steps,
+    )
+    from megatron_prefix.data.store import PreferenceDataset
 
     for flag in ("tree", "row", "row_capacity", "picture"):
         if getattr(args, flag) is not None:
             name = flag.replace("_", "-")
-            raise InputError(f"--{name} is of a data set, and {args.prefix} is a plan")
+            raise InputError(
+                f"--{name} is for a data set, but {args.prefix} is a plan: leave it out, or give "
+                "the data set"
+            )
     if args.data and not args.verify:
-        raise InputError("--data needs --verify: it is what a plan is checked against")
-    plan = PackedPlan(args.prefix)
+        raise InputError("--data needs --verify, which checks a plan against it: add --verify")
+    plan = PackedSteps(args.prefix)
     values: dict[str, Any] = {}
     texts: list[str] = []
     if args.verify:
-        verify_plan(plan, PreferenceDataset(args.data) if args.data else None)
+        verify_packed_steps(plan, PreferenceDataset(args.data) if args.data else None)
         values["verified"] = True
         steps = f"{plan.manifest['counts']['steps']:,} steps"
-        fit = f", rows fit the trees of {args.data}" if args.data else ""
-        texts.append(f"{plan.path}: checksums and layout of {steps} are sound{fit}")
+        fit = f", the trees of {args.data} fit the rows" if args.data else ""
+        texts.append(f"{plan.path}: checksums and layout of {steps} are correct{fit}")
     values["plan"] = plan.manifest
     settings = (f"{name} {value}" for name, value in plan.manifest["settings"].items())
-    texts.append(f"{describe_plan(plan.manifest)}\n{', '.join(settings)}")
+    texts.append(f"{describe_packed_steps(plan.manifest)}\n{', '.join(settings)}")
     return values, texts
 
 
 def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     _check_flags(args)
-    from megatron_prefix.data.inspect import describe
-    from megatron_prefix.data.inspect.survey import survey
-    from megatron_prefix.data.inspect.survey_text import survey_text
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    from megatron_prefix.data.inspect import (
+        survey,
+        survey_text,
+        tree_dict,
+        tree_row,
+        tree_text,
+    )
+    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.store.verify import verify_dataset
 
     dataset = PreferenceDataset(args.prefix)
     values: dict[str, Any] = {}
@@ -94,12 +106,14 @@ def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if args.verify:
         verify_dataset(dataset)
         values["verified"] = True
-        texts.append(f"{dataset.prefix}: checksums and layout of {len(dataset):,} groups are sound")
+        texts.append(
+            f"{dataset.prefix}: checksums and layout of {len(dataset):,} groups are correct"
+        )
     if args.tree is not None:
-        values["tree"] = {**describe.tree_dict(dataset, args.tree), "picture": args.picture}
-        texts.append(describe.tree_text(dataset, args.tree))
+        values["tree"] = {**tree_dict(dataset, args.tree), "picture": args.picture}
+        texts.append(tree_text(dataset, args.tree))
         if args.picture:
-            batch = describe.tree_batch(dataset, args.tree)
+            batch = tree_row(dataset, args.tree)
             _draw(dataset, args.picture, batch, [args.tree], batch.num_tokens)
             texts.append(f"wrote {args.picture}")
     if args.row is not None:
@@ -113,21 +127,23 @@ def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def _check_flags(args: argparse.Namespace) -> None:
     if args.data:
-        raise InputError(f"--data is for a plan, and {args.prefix} is none: leave it out")
+        raise InputError(f"--data is for a plan, but {args.prefix} is not a plan: leave it out")
     if (args.row is not None) and not args.row_capacity:
-        raise InputError("--row needs --row-capacity, the tokens a row")
+        raise InputError("--row needs --row-capacity: give the tokens per row")
     if args.picture and (args.row is None) == (args.tree is None):
-        raise InputError("--picture needs --row and --row-capacity, or --tree: which one to draw")
+        raise InputError(
+            "--picture draws a row or a tree: give --row and --row-capacity, or --tree"
+        )
     if args.row_capacity is not None and args.row_capacity < 1:
-        raise InputError(f"--row-capacity is {args.row_capacity}, it must be at least 1")
+        raise InputError(f"--row-capacity is {args.row_capacity}, but must be at least 1")
     if args.tree is not None and args.row_capacity and args.row is None:
-        raise InputError("--row-capacity says nothing about a tree: leave it out, or give --row")
+        raise InputError("--row-capacity has no effect with --tree: leave it out, or add --row")
 
 
 def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
-    from megatron_prefix.data.inspect.describe import row_items
+    from megatron_prefix.data.inspect import packed_row
 
-    batch, groups = row_items(dataset, args.row, args.row_capacity)
+    batch, groups = packed_row(dataset, args.row, args.row_capacity)
     if args.picture:
         _draw(dataset, args.picture, batch, groups, args.row_capacity, args.row)
     return {
@@ -147,10 +163,10 @@ def _row(dataset: Any, args: argparse.Namespace) -> dict[str, Any]:
 def _draw(
     dataset: Any, path: str, batch: Any, groups: list[int], capacity: int, row: int | None = None
 ) -> None:
-    from megatron_prefix.data.inspect.picture import draw_row
+    from megatron_prefix.data.inspect import draw_row
 
-    what = f"tree {groups[0]}" if row is None else f"row {row}"
-    draw_row(dataset, batch, groups, capacity, path, f"{dataset.prefix.name}, {what}")
+    subject = f"tree {groups[0]}" if row is None else f"row {row}"
+    draw_row(dataset, batch, groups, capacity, path, f"{dataset.prefix.name}, {subject}")
 
 
 def _row_text(row: dict[str, Any]) -> str:
@@ -158,7 +174,7 @@ def _row_text(row: dict[str, Any]) -> str:
         f"row {row['row']}: {row['tokens']:,} of {row['row_capacity']:,} tokens "
         f"({100 * row['fill']:.1f} % full), {len(row['groups'])} trees in {row['segments']} "
         f"segments, {row['responses']} responses, {row['pairs']} pairs, "
-        f"{row['rows_projected']:,} rows projected\n"
+        f"{row['rows_projected']:,} tokens with logits\n"
         f"groups {', '.join(map(str, row['groups']))}"
     )
     return text + (f"\nwrote {row['picture']}" if row["picture"] else "")

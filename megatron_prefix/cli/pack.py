@@ -1,92 +1,105 @@
-"""`megatron-prefix pack`: which trees form which row of which step, once and on disk."""
+"""`megatron-prefix pack`: writes to disk which trees form which row of which step."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Declare the command and its flags."""
     parser = subparsers.add_parser(
         "pack",
-        help="a data set -> the packed index of a run's steps",
-        description="Plan every step of a run once: which groups make it and which rows they "
-        "form. train uses the plan through data.plan and does the same steps as without it.",
+        help="a data set -> the packed steps of a run",
+        description="Plan every step of a run in advance: its groups and the rows that they form. "
+        "Set data.plan to use the result in train, which runs the same steps without it.",
     )
-    parser.add_argument("prefix", metavar="PREFIX", help="data set that build wrote")
+    parser.add_argument("prefix", metavar="PREFIX", help="a data set that build wrote")
     parser.add_argument("--output", required=True, metavar="PLAN", help="directory to write")
     parser.add_argument(
-        "--row-capacity", type=_positive, required=True, metavar="N", help="tokens a row"
+        "--row-capacity", type=_positive, required=True, metavar="N", help="tokens per row"
     )
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument(
-        "--global-batch-size", type=_positive, metavar="G", help="groups a step, over all ranks"
+        "--global-batch-size", type=_positive, metavar="G", help="groups per step, over all ranks"
     )
     size.add_argument(
-        "--rows-per-step", type=_positive, metavar="R", help="packed rows a step, over all ranks"
+        "--rows-per-step", type=_positive, metavar="R", help="packed rows per step, over all ranks"
     )
     parser.add_argument(
-        "--epochs", type=_positive, default=1, metavar="E", help="passes (default: 1)"
+        "--epochs", type=_positive, default=1, metavar="E", help="passes over the data (default: 1)"
     )
     parser.add_argument(
-        "--seed", type=int, default=1234, help="data.seed, of the order (default: 1234)"
+        "--seed", type=int, default=1234, help="data.seed: the order of the data (default: 1234)"
     )
     parser.add_argument(
         "--sharing",
         choices=("tree", "pair", "response", "none"),
         default="tree",
-        help="what is computed once (default: tree)",
+        help="what is computed once: every token (tree), each pair's prompt (pair), each response "
+        "with its own prompt (response), or nothing (none) (default: tree)",
     )
     parser.add_argument(
         "--sort-by-length",
         action="store_true",
-        help="steps of groups of like length, their order permuted; it changes who shares a step",
+        help="put groups of similar length into a step (less padding) and shuffle the steps; "
+        "batches then differ, and so do results",
     )
     parser.add_argument(
         "--packing-method",
         choices=("first-fit", "best-fit"),
         default="first-fit",
-        help="which row with room takes the next shorter tree (default: first-fit)",
+        help="the row that gets the next tree, longest tree first: the first with room, or the "
+        "one with the least room (default: first-fit)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Pack and print one line about the whole plan."""
-    from megatron_prefix.data.steps.composition import PlanSettings
-    from megatron_prefix.data.steps.packed_steps import describe_plan
-    from megatron_prefix.data.steps.write_packed_steps import write_plan
-    from megatron_prefix.data.store.dataset import PreferenceDataset
+    """Pack and print one line about the packed steps."""
+    from megatron_prefix.data.steps.compositions import StepSettings
+    from megatron_prefix.data.steps.packed import describe_packed_steps, write_packed_steps
+    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.store.verify import verify_checksums
 
     if args.seed < 0:
-        raise InputError(f"--seed is {args.seed}: data.seed is 0 or more")
+        raise InputError(f"--seed is {args.seed}, but data.seed is at least 0: give another seed")
     dataset = PreferenceDataset(args.prefix)
     verify_checksums(dataset)
-    names = ("seed", "sharing", "row_capacity", "global_batch_size", "rows_per_step")
-    names += ("sort_by_length", "packing_method", "epochs")
-    settings = PlanSettings(**{name: getattr(args, name) for name in names})
+    settings = StepSettings(
+        seed=args.seed,
+        sharing=args.sharing,
+        row_capacity=args.row_capacity,
+        global_batch_size=args.global_batch_size,
+        rows_per_step=args.rows_per_step,
+        sort_by_length=args.sort_by_length,
+        packing_method=args.packing_method,
+        epochs=args.epochs,
+    )
     with _Progress() as progress:
-        manifest = write_plan(dataset, settings, args.output, progress)
-    print(describe_plan(manifest))
+        manifest = write_packed_steps(dataset, settings, args.output, progress)
+    print(describe_packed_steps(manifest))
     print(f"wrote {args.output}")
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
 
 
 class _Progress:
-    """Steps packed: a bar on a terminal."""
+    """Progress in steps packed: a bar on a terminal."""
 
     def __init__(self) -> None:
-        self._bar = None
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> _Progress:
         return self

@@ -12,17 +12,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train on a data set",
-        description="Train a policy on preferences. Writes config.yaml and metrics.jsonl into "
-        "logging.output, and checkpoints into train.save.",
+        description="Train a model on preferences. Writes config.yaml and metrics.jsonl to "
+        "logging.output, and checkpoints to train.save.",
     )
     add_config(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train to the end of the run."""
+    """Train until the run ends."""
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.train.run import train
+    from megatron_prefix.train import train
 
     train(config)

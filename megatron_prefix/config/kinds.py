@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from megatron_prefix.config.schema import Config
+from typing import Any
 
 REWARD_LOSS = {"loss_type": "bradley_terry"}
 """Defaults of the loss section with `model.kind: reward`."""
@@ -24,9 +21,9 @@ def with_kind_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "loss": {**REWARD_LOSS, **raw.get("loss", {})}}
 
 
-def kind_faults(config: Config, raw: dict[str, Any]) -> Iterator[str]:
-    """Settings of the other kind of model; `raw` are the settings as given."""
-    if config.model.kind == "reward":
+def kind_faults(kind: str, raw: dict[str, Any]) -> Iterator[str]:
+    """Settings of the other `model.kind`; `raw` are the settings as given."""
+    if kind == "reward":
         for section, key in NOT_OF_REWARD:
             if (value := _given(raw, section).get(key)) is not None:
                 yield f"{section}.{key} = {value!r}: a reward model has none; remove it"

@@ -1,0 +1,23 @@
+"""Processes of a run: joining them, stopping them by a signal, noticing that one has failed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_prefix.faces import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_prefix.distributed.session import open_session
+    from megatron_prefix.distributed.signals import StopRequest
+    from megatron_prefix.distributed.world import World, join_world
+    from megatron_prefix.distributed.world_size import world_faults
+else:
+    __getattr__ = lazy_face(
+        __name__,
+        session=["open_session"],
+        signals=["StopRequest"],
+        world=["World", "join_world"],
+        world_size=["world_faults"],
+    )
+
+__all__ = ["StopRequest", "World", "join_world", "open_session", "world_faults"]

@@ -1,9 +1,11 @@
-"""Ranks tell one another how they are, so that none waits for ever for one that is gone.
+"""Failure detection: if a rank crashes or hangs, the others stop within seconds and name it.
 
-Every rank writes into the process groups' store what it begins to do (`beat`). The first that
-fails, loses a connection, or does not get on for the timeout asks all for their state. A thread
-beside each rank's work answers where that can not. Whoever neither failed nor answers ended or
-hangs, and the lowest rank that is left says so; all end within seconds.
+1. Every rank writes a heartbeat into the store of the process groups: the activity it begins.
+2. A rank asks all others for their state if it fails, loses a connection, or makes no progress
+   for the timeout.
+3. On each rank a watchdog thread answers, also while the main thread is blocked.
+4. A rank that reported no failure and does not answer has ended or hangs. The lowest rank that
+   answers prints this, and all ranks end.
 
     error: rank 1 ended or hangs (no answer; last in step 4). …
 """
@@ -16,55 +18,71 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType, TracebackType
+from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from megatron_prefix.distributed.verdict import is_lost, lowest, verdict, where
+from megatron_prefix.distributed.verdict import (
+    State,
+    failure_message,
+    first_alive,
+    is_connection_loss,
+    position_of,
+)
 from megatron_prefix.errors import InputError, RunError, Stopped
 
 ANSWER_S = 5.0
-"""How long a rank may take to answer, beyond two rounds of its watch."""
+"""Seconds that a rank may take to answer, in addition to two rounds of its watchdog."""
 HOLD_S = 2.0
-"""How long the others leave a failed rank, and themselves, to say it in their own words."""
+"""Seconds that the other ranks give a failed rank, and themselves, to print its own message."""
 ENDING_S = 20.0
-"""How long process groups may take to be taken down behind an error."""
+"""Seconds that closing the process groups may take after an error."""
 MARGIN_S = 60.0
-"""By how much the groups' own timeout is longer, so that it never speaks first."""
+"""Seconds that the timeout of the process groups is longer, so that it never comes first."""
+
+PLAIN_ERRORS = (InputError, RunError, Stopped)
+"""Errors that are printed as one message, without a traceback."""
+SignalHandler = Callable[[int, FrameType | None], Any] | int | None
+"""What `signal.signal` takes and returns."""
 
 
 class Terminated(Stopped):
-    """SIGTERM where no step is there to be finished."""
+    """SIGTERM outside training steps, where there is no step to finish."""
 
 
-class Liveness:
-    """One rank's part; a context around all that the ranks do together.
+class FailureDetection:
+    """One rank's part of failure detection: a context around the work that ranks do together.
 
-    On leaving with an exception it becomes a RunError that names the rank to blame, or stays as
-    it is where this rank is; `speaks` then says whether it is this process that prints it.
+    An exception that leaves the context becomes a RunError that names the failed rank. If that
+    rank is this one, the exception stays as it is. Its `printed_by_this_process` is set then.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout_s: float) -> None:
-        self._store = PrefixStore("alive", store.clone())  # beside what waits in the other
+        # A connection of its own: calls of the other one may block.
+        own_connection = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        self._store = PrefixStore("alive", own_connection)
         self._store.set_timeout(timedelta(seconds=ANSWER_S))
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
         self._interval = min(2.0, timeout_s / 10)
-        self._worker = threading.get_ident()
+        self._main_thread = threading.get_ident()
         self._doing, self._num_beats = "starting", 0
         self._is_ending, self._is_closed = threading.Event(), threading.Event()
-        self._previous: object = signal.SIG_DFL
+        self._previous: SignalHandler = signal.SIG_DFL
 
     def beat(self, doing: str) -> None:
-        """Say what this rank begins to do, such as "step 12"; its timeout begins anew."""
+        """Heartbeat: report the activity that begins, such as "step 12", and restart the
+        timeout."""
         self._doing = doing
         self._num_beats += 1
         self._store.set(f"doing/{self._rank}", doing)
 
-    def __enter__(self) -> Liveness:
+    def __enter__(self) -> FailureDetection:
         self._previous = self._on_sigterm(_terminate)
         self.beat("starting")
-        threading.Thread(target=self._watch, name="liveness", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(
@@ -74,63 +92,75 @@ class Liveness:
         trace: TracebackType | None,
     ) -> None:
         is_own_end = error is None or type(error) is Stopped
-        if is_own_end or not isinstance(error, Exception):  # or an interrupt, which is not ours
+        if is_own_end or not isinstance(error, Exception):  # the latter: KeyboardInterrupt, exit
             with contextlib.suppress(DistError):
-                self._mark("done" if is_own_end else "failed", text=type(error).__name__)
+                self._report("done" if is_own_end else "failed", text=type(error).__name__)
             self.close()
             self._on_sigterm(self._previous)
             return
-        # The launcher's, when the first rank has ended; it must not cut off what is said.
+        # The launcher sends SIGTERM when the first rank has ended: the message comes first.
         self._on_sigterm(signal.SIG_IGN)
         self._is_ending.set()
-        found = self._explained(error)
-        if found is not error:
-            raise found from error
+        explained = self._explain(error)
+        if explained is not error:
+            raise explained from error
 
-    def _on_sigterm(self, handler: object) -> object:
-        """Set the handler, where Python lets this thread, and return the one before."""
+    def _on_sigterm(self, handler: SignalHandler) -> SignalHandler:
+        """Set the handler of SIGTERM and return the previous one. Python allows this in the main
+        thread only; elsewhere nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             return signal.SIG_DFL
         return signal.signal(signal.SIGTERM, handler)
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop the watchdog."""
         self._is_closed.set()
 
-    def _explained(self, error: Exception) -> Exception:
-        """What this rank raises where it ended with `error`."""
-        is_signal = isinstance(error, Terminated)
+    def _explain(self, error: Exception) -> Exception:
+        """The exception to raise if this rank ended with `error`."""
         try:
-            if not is_signal and not is_lost(error):
-                text = str(error) if _is_plain(error) else f"{type(error).__name__}: {error}"
-                self._mark("failed", text=text)
-                self._store.compare_set("asked", "", "failed")
-                if not _is_plain(error):
-                    return error  # Python prints its traceback
-                found = error if self._rank == 0 else type(error)(f"rank {self._rank}: {error}")
-                found.speaks = self._claim(0.0 if self._rank == 0 else HOLD_S / 2)
-                return found
-            self._mark("signalled" if is_signal else "answers")
-            self._store.compare_set("asked", "", "lost")
-            states = self._states()
-            text = self._verdict(states, "lost")
-            if text is None and is_signal:
-                found = error
-            else:
-                found = RunError(text or f"{_first_line(error)}, though every rank answers")
-            found.speaks = self._claim(0.0 if self._rank == lowest(states) else HOLD_S)
+            if isinstance(error, Terminated) or is_connection_loss(error):
+                return self._explain_loss(error)
+            return self._explain_own(error)
         except DistError:
-            found = RunError(
+            store_gone = RunError(
                 "the process groups' store does not answer: rank 0, or its launcher, has ended, "
                 f"or its node cannot be reached ({self._doing}). Look at its log"
             )
-            found.speaks = True
-        return found
+            store_gone.printed_by_this_process = True
+            return store_gone
+
+    def _explain_own(self, error: Exception) -> Exception:
+        """This rank failed by itself: report it, and print it here unless others already did."""
+        if not isinstance(error, PLAIN_ERRORS):
+            self._report("failed", text=f"{type(error).__name__}: {error}")
+            self._store.compare_set("asked", "", "failed")
+            return error  # Python prints its traceback
+        self._report("failed", text=str(error))
+        self._store.compare_set("asked", "", "failed")
+        explained = error if self._rank == 0 else type(error)(f"rank {self._rank}: {error}")
+        explained.printed_by_this_process = self._claim(0.0 if self._rank == 0 else HOLD_S / 2)
+        return explained
+
+    def _explain_loss(self, error: Exception) -> Exception:
+        """A signal or a lost connection ended this rank: ask the others who failed."""
+        self._report("signalled" if isinstance(error, Terminated) else "answers")
+        self._store.compare_set("asked", "", "lost")
+        states = self._states()
+        text = self._failure_message(states, "lost")
+        explained: RunError | Terminated
+        if text is None and isinstance(error, Terminated):
+            explained = error
+        else:
+            explained = RunError(text or f"{_first_line(error)}, although every rank answers")
+        is_first = self._rank == first_alive(states)
+        explained.printed_by_this_process = self._claim(0.0 if is_first else HOLD_S)
+        return explained
 
     def _watch(self) -> None:
-        """Until the end: answer when asked, ask when nothing has moved for the timeout.
+        """The watchdog: answer if asked; ask if this rank made no progress for the timeout.
 
-        Time in which this process itself was stopped does not count.
+        Time in which the operating system had stopped this process does not count.
         """
         beats, idle, ending, before = -1, 0.0, 0.0, time.monotonic()
         while not self._is_closed.wait(self._interval):
@@ -143,51 +173,53 @@ class Liveness:
                 if ending > ANSWER_S + HOLD_S + ENDING_S + 4 * self._interval:
                     os._exit(1)
                 continue
-            with contextlib.suppress(DistError):  # the work itself will see it, or has ended
+            with contextlib.suppress(DistError):  # the main thread will see it, or has ended
                 if idle >= self._timeout_s:
                     self._store.compare_set("asked", "", "late")
                 if self._store.check(["asked"]):
                     self._conclude(self._store.get("asked").decode(), idle)
 
     def _conclude(self, asked: str, idle: float) -> None:
-        """Answer for the rank's work, and end the process with it unless it ends by itself."""
-        self._mark("answers", idle=idle, where=where(self._worker))
+        """Answer for the main thread. If that thread does not end by itself, print which rank
+        failed, or leave it to another rank, and end the process."""
+        self._report("answers", idle=idle, where=position_of(self._main_thread))
         if self._is_ending.wait(HOLD_S) or self._is_closed.is_set():
             return
         states = self._states()
-        text = self._verdict(states, asked)
+        text = self._failure_message(states, asked)
         is_signal = text is None and any(s["kind"] == "signalled" for s in states.values())
-        if self._claim(0.0 if self._rank == lowest(states) else HOLD_S):
-            said = text or ("ended by SIGTERM" if is_signal else "connections between ranks broke")
-            os.write(2, f"megatron-prefix: error: {said}\n".encode())
+        if self._claim(0.0 if self._rank == first_alive(states) else HOLD_S):
+            default = "ended by SIGTERM" if is_signal else "connections between ranks broke"
+            os.write(2, f"megatron-prefix: error: {text or default}\n".encode())
         else:
-            time.sleep(HOLD_S)  # so that the launcher sees the one to blame end first
+            time.sleep(HOLD_S)  # so that the launcher sees the failed rank end first
         if not self._is_ending.is_set():
             os._exit(143 if is_signal else 1)
 
-    def _verdict(self, states: dict[int, dict], asked: str) -> str | None:
+    def _failure_message(self, states: dict[int, State], asked: str) -> str | None:
         keys = {rank: f"doing/{rank}" for rank in range(self._size) if rank not in states}
-        seen = {
+        silent = {
             rank: self._store.get(key).decode() if self._store.check([key]) else None
             for rank, key in keys.items()
         }
-        return verdict(states, seen, self._timeout_s if asked == "late" else None)
+        return failure_message(states, silent, self._timeout_s if asked == "late" else None)
 
-    def _mark(self, kind: str, **more: object) -> None:
+    def _report(self, kind: str, **more: object) -> None:
         state = {"kind": kind, "doing": self._doing, **more}
         self._store.set(f"state/{self._rank}", json.dumps(state))
 
-    def _states(self) -> dict[int, dict]:
-        """What the ranks marked, once all have or had the time to."""
+    def _states(self) -> dict[int, State]:
+        """What the ranks reported, after all of them did or the time for it is over."""
         deadline = time.monotonic() + ANSWER_S + 2 * self._interval
         keys = {rank: f"state/{rank}" for rank in range(self._size)}
         while not self._store.check(list(keys.values())) and time.monotonic() < deadline:
             time.sleep(0.05)
-        marked = [rank for rank, key in keys.items() if self._store.check([key])]
-        return {rank: json.loads(self._store.get(keys[rank])) for rank in marked}
+        answered = [rank for rank, key in keys.items() if self._store.check([key])]
+        return {rank: json.loads(self._store.get(keys[rank])) for rank in answered}
 
     def _claim(self, after_s: float) -> bool:
-        """Whether it is for this rank to speak; it leaves it to others for `after_s`."""
+        """Whether this rank prints the message: the first one that claims it does. This rank
+        lets others claim it for `after_s` seconds."""
         deadline = time.monotonic() + after_s
         while not self._store.check(["told"]) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -197,10 +229,6 @@ class Liveness:
 def _terminate(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)
     raise Terminated("ended by SIGTERM")
-
-
-def _is_plain(error: Exception) -> bool:
-    return isinstance(error, (InputError, RunError, Stopped))
 
 
 def _first_line(error: Exception) -> str:

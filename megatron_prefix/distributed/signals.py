@@ -1,4 +1,4 @@
-"""Stopping a run from outside: a signal ends it behind the step that is under way."""
+"""Stop a run from outside: after SIGTERM or SIGINT it finishes the current step, then ends."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from types import FrameType, TracebackType
 
 import torch
 
+from megatron_prefix.distributed.liveness import SignalHandler
 from megatron_prefix.distributed.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """While it is entered, SIGTERM or SIGINT on any rank asks all ranks to stop; a second one
-    has its usual effect at once."""
+    """Context in which SIGTERM or SIGINT on any rank asks all ranks to stop. A second signal has
+    its usual effect at once."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, SignalHandler] = {}
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
@@ -40,7 +41,7 @@ class StopRequest:
         signal.signal(number, self._previous[number])
 
     def is_asked(self) -> bool:
-        """Whether any rank has received a signal; collective, the same answer on all."""
+        """Whether any rank has received a signal. Collective: all ranks get the same answer."""
         flag = torch.tensor([float(self._received is not None)], device=self._world.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())

@@ -1,4 +1,4 @@
-"""Who is to blame where ranks wait: an error's kind, a thread's place, a verdict over ranks."""
+"""Which rank failed: kinds of errors, the position of a thread, and a message about all ranks."""
 
 from __future__ import annotations
 
@@ -6,82 +6,95 @@ import linecache
 import re
 import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from torch.distributed import DistError
 
-LISTED = 8
+MOST_LISTED = 8
 """Ranks that a message names at most."""
-LOST = re.compile(
+CONNECTION_LOSS = re.compile(
     r"gloo|Connection (closed|reset|refused)|Broken pipe|NCCL|Timed out (waiting|after)", re.I
 )
-WAITS = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(")
-"""Lines on which a rank waits for others, or for its device, which waits for them."""
+WAITING_CALL = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(")
+"""A source line on which a rank waits for other ranks, or for a device that waits for them."""
 COMMUNICATION = ("distributed_c10d.py", "rendezvous.py")
 
+State = dict[str, Any]
+"""What one rank reported: `kind` is failed, answers, signalled or done; `doing` is its activity.
 
-def is_lost(error: BaseException | None) -> bool:
-    """Whether another rank's end is behind an error, or behind what it was raised from."""
+A failed rank adds `text`. A rank that answers adds `idle`, the seconds since its last heartbeat,
+and `where`, its position in the code (None: it waits for other ranks)."""
+
+
+def is_connection_loss(error: BaseException | None) -> bool:
+    """Whether another rank's end caused an error, directly or through the errors before it."""
     while error is not None:
         text = str(error)
-        if isinstance(error, DistError) or (type(error) is RuntimeError and LOST.search(text)):
+        is_runtime = type(error) is RuntimeError
+        if isinstance(error, DistError) or (is_runtime and CONNECTION_LOSS.search(text)):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def where(thread: int) -> str | None:
-    """Where a thread is, as file:line; None where it, or one beside it, waits for other ranks.
+def position_of(thread: int) -> str | None:
+    """Position of a thread as file:line; None if this process waits for other ranks.
 
-    Backward passes on CUDA communicate in a thread of their own.
+    Backward passes on CUDA communicate in a thread of their own, so all threads are looked at.
     """
     frames = sys._current_frames()
     frame = frames.get(thread)
-    if frame is None or WAITS.search(linecache.getline(frame.f_code.co_filename, frame.f_lineno)):
+    if frame is None:
         return None
-    for own in frames.values():
-        while own is not None:
-            if Path(own.f_code.co_filename).name in COMMUNICATION:
+    if WAITING_CALL.search(linecache.getline(frame.f_code.co_filename, frame.f_lineno)):
+        return None
+    for top in frames.values():
+        caller: FrameType | None = top
+        while caller is not None:
+            if Path(caller.f_code.co_filename).name in COMMUNICATION:
                 return None
-            own = own.f_back
+            caller = caller.f_back
     return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
 
 
-def lowest(states: dict[int, dict]) -> int:
-    """The lowest rank that is left to speak for others."""
-    left = (rank for rank, state in states.items() if state["kind"] in ("answers", "signalled"))
-    return min(left, default=0)
+def first_alive(states: dict[int, State]) -> int:
+    """The lowest rank that can still print for the others."""
+    alive = (rank for rank, state in states.items() if state["kind"] in ("answers", "signalled"))
+    return min(alive, default=0)
 
 
-def verdict(
-    states: dict[int, dict], seen: dict[int, str | None], timeout_s: float | None
+def failure_message(
+    states: dict[int, State], silent: dict[int, str | None], timeout_s: float | None
 ) -> str | None:
-    """Who is to blame, in words; None where nobody is.
+    """Which ranks failed; None if none did.
 
-    `states` is what ranks marked: kind `failed` (with text), `answers`, `signalled` or `done`,
-    what they were doing, and, where a rank asked that waited for `timeout_s`, for how long and
-    where they are (None: they wait for others). `seen` is what the silent ones did last.
+    `states` has the ranks that reported, `silent` the last activity of those that did not.
+    `timeout_s` is set if a rank asked because it made no progress for that long.
 
-    >>> verdict({0: {"kind": "answers", "doing": "step 4"}}, {1: "step 4"}, None)
-    'rank 1 ended or hangs (no answer; last in step 4). Its own log and node say more'
+    >>> failure_message({0: {"kind": "answers", "doing": "step 4"}}, {1: "step 4"}, None)
+    'rank 1 ended or hangs (no answer; last in step 4). Look at its log and its node'
     """
-    said = []
-    for rank in sorted({*states, *seen}):
+    failures = []
+    for rank in sorted({*states, *silent}):
         state = states.get(rank)
         if state is None:
-            last = f"last in {seen[rank]}" if seen[rank] else "never seen"
-            said.append(f"rank {rank} ended or hangs (no answer; {last})")
+            last = f"last in {silent[rank]}" if silent[rank] else "never seen"
+            failures.append(f"rank {rank} ended or hangs (no answer; {last})")
         elif state["kind"] == "failed":
-            said.append(f"rank {rank} failed in {state['doing']}: {state['text']}")
+            failures.append(f"rank {rank} failed in {state['doing']}: {state['text']}")
         elif timeout_s is not None and state.get("where") and state["idle"] >= timeout_s / 2:
-            said.append(f"rank {rank} hangs in {state['doing']} at {state['where']}")
+            failures.append(f"rank {rank} hangs in {state['doing']} at {state['where']}")
     if timeout_s is None:
-        return f"{_listed(said)}. Its own log and node say more" if said else None
-    said = said or [f"rank {rank} waits in {state['doing']}" for rank, state in states.items()]
+        return f"{_listed(failures)}. Look at its log and its node" if failures else None
+    waiting = [f"rank {rank} waits in {state['doing']}" for rank, state in states.items()]
     return (
-        f"nothing moved for {timeout_s / 60:g} minutes (parallel.distributed_timeout_minutes): "
-        f"{_listed(said)}. Its own log and node say more; raise the timeout if it was only slow"
+        f"no progress for {timeout_s / 60:g} minutes (parallel.distributed_timeout_minutes): "
+        f"{_listed(failures or waiting)}. Look at its log and its node; if it was only slow, "
+        "raise the timeout"
     )
 
 
-def _listed(said: list[str]) -> str:
-    return "; ".join(said[:LISTED]) + ("; and others" if len(said) > LISTED else "")
+def _listed(parts: list[str]) -> str:
+    more = "; and others" if len(parts) > MOST_LISTED else ""
+    return "; ".join(parts[:MOST_LISTED]) + more

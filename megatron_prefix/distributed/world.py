@@ -1,4 +1,4 @@
-"""Process groups of a run, made for its length and taken down behind it."""
+"""The processes of a run: join them into groups, and communicate between them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from megatron.core.tensor_parallel.random import (
     model_parallel_cuda_manual_seed,
 )
 
-from megatron_prefix import platform
-from megatron_prefix.attention.context_parallel.ownership import ContextCost
-from megatron_prefix.attention.context_parallel.transports import ContextParallel
-from megatron_prefix.config.rules import world_faults
-from megatron_prefix.config.schema import ParallelConfig
-from megatron_prefix.distributed.liveness import MARGIN_S, Liveness
+from megatron_prefix.attention.context_parallel import ContextCost, ContextParallel
+from megatron_prefix.config import ParallelConfig
+from megatron_prefix.distributed.liveness import MARGIN_S, FailureDetection
+from megatron_prefix.distributed.world_size import world_faults
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model.gpt import TreeTransformerConfig
+from megatron_prefix.model import TreeTransformerConfig
+from megatron_prefix.platform import adapted, device
 
 DEFAULT_CP_COMM = "needed_rows"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place in the layout: `groups` for Megatron-Core, `device` to compute on."""
+    """This process among all processes of the run.
+
+    `groups` are Megatron-Core's process groups, `device` is the device this process computes on.
+    """
 
     parallel: ParallelConfig
     groups: ProcessGroupCollection
     device: torch.device
-    alive: Liveness | None = None
-    """How the ranks know of one another; None where there is one."""
+    failure_detection: FailureDetection | None = None
+    """None if there is one process only."""
 
     def beat(self, doing: str) -> None:
-        """Tell the other ranks what begins here, such as "step 12"."""
-        if self.alive is not None:
-            self.alive.beat(doing)
+        """Heartbeat: tell the other ranks the activity that begins, such as "step 12"."""
+        if self.failure_detection is not None:
+            self.failure_detection.beat(doing)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes the files and prints the messages."""
         return dist.get_rank() == 0
 
     @property
@@ -60,13 +62,14 @@ class World:
 
     @property
     def leads_data_rank(self) -> bool:
-        """Whether this is the one process that speaks for its data-parallel rank."""
+        """Whether this process acts for its data-parallel rank: exactly one of each rank does."""
         groups = self.groups
         return groups.tp.rank() == groups.pp.rank() == groups.cp.rank() == 0
 
     @property
-    def rows(self) -> dict[str, int]:
-        """What the layout asks of a sampler: ranks, and multiples of row lengths and counts."""
+    def sampler_layout(self) -> dict[str, int]:
+        """Arguments of `Sampler` that follow from the layout: the number of data-parallel ranks,
+        and multiples for the length of rows and for their number."""
         return {
             "num_ranks": self.data_size,
             "row_multiple": self.parallel.row_multiple,
@@ -74,7 +77,7 @@ class World:
         }
 
     def context(self, config: TreeTransformerConfig) -> ContextParallel | None:
-        """Who shares this process's rows; None where nobody does."""
+        """How context-parallel ranks share the rows; None if there is one such rank."""
         if self.parallel.context_parallel_size == 1:
             return None
         comm = self.parallel.cp_comm or DEFAULT_CP_COMM
@@ -87,7 +90,7 @@ class World:
             num_heads=config.num_attention_heads,
             num_groups=config.num_query_groups,
             head_dim=config.kv_channels,
-            key_bytes=size + size + max(size, 4),  # forward, again in backward, gradients
+            key_bytes=size + size + max(size, 4),  # in forward, again in backward, gradients
         )
         return ContextParallel(self.groups.cp, comm, cost)
 
@@ -103,21 +106,21 @@ class World:
 
     def gather(self, value: Any) -> list:
         """`value` of every process, in the order of ranks."""
-        values = [None] * dist.get_world_size()
+        values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         return values
 
     def once(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on the main process, on every process.
+        """Call `action` on the main process and return its result on every process. Collective.
 
-        What it raises there is raised on every process, InputError as such.
+        Its exception is raised on every process, as InputError if it is one, else as RunError.
         """
         outcome: list[Any] = [None, None]
         error: Exception | None = None
         if self.is_main:
             try:
                 outcome[0] = action()
-            except Exception as failure:  # passed on below, so that no process waits for ever
+            except Exception as failure:  # raised below, so that no process waits without end
                 error = failure
                 outcome[1] = (isinstance(failure, InputError), str(failure))
         dist.broadcast_object_list(outcome, src=0)
@@ -130,26 +133,26 @@ class World:
 
 
 @contextlib.contextmanager
-def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
-    """Join the processes that `torchrun` started, or stand alone, for as long as the context.
+def join_world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
+    """Join the processes that `torchrun` started, or run alone; the context's end leaves them.
 
-    On CPU Megatron-Core is adapted meanwhile (see platform.py). Raises InputError where the
-    number of processes does not fit `parallel`.
+    Without CUDA, Megatron-Core is adapted inside the context (see platform/). Raises InputError
+    if the number of processes does not fit `parallel`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if faults := list(world_faults(parallel, size)):
         raise InputError(faults[0])
     minutes = parallel.distributed_timeout_minutes
     timeout = timedelta(minutes=minutes, seconds=MARGIN_S)
-    with platform.adapted():
+    with adapted():
         on_cuda = torch.cuda.is_available()
         if on_cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
         store, rank = _meet(timeout)
-        alive = Liveness(store, rank, size, minutes * 60) if size > 1 else None
+        detection = FailureDetection(store, rank, size, minutes * 60) if size > 1 else None
         try:
-            with alive or contextlib.nullcontext():
+            with detection or contextlib.nullcontext():
                 dist.init_process_group(
                     backend,
                     store=dist.PrefixStore("groups", store),
@@ -171,17 +174,18 @@ def world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
                 else:
                     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
                 groups = ProcessGroupCollection.use_mpu_process_groups()
-                yield World(parallel, groups, platform.device(), alive)
+                yield World(parallel, groups, device(), detection)
         finally:
             parallel_state.destroy_model_parallel()
             if dist.is_initialized():
                 dist.destroy_process_group()
-            if alive is not None:
-                alive.close()
+            if detection is not None:
+                detection.close()
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
-    """The store of the processes that `torchrun` started, or of this one alone, and the rank."""
+    """The store shared by the processes that `torchrun` started, or one for this process alone,
+    and this process's rank."""
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0
     store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.context_parallel.transports import ContextShare
-from megatron_prefix.attention.megatron import TreePackedSeqParams
-from megatron_prefix.attention.plan import TreePlan
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.platform.transfer import on_device
+from megatron_prefix.attention import TreePackedSeqParams, TreePlan
+from megatron_prefix.attention.context_parallel import ContextShare
+from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.platform import on_device
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,12 +62,12 @@ def to_device(
 
     `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
     """
-    own = np.arange(len(batch.tokens)) if share is None else share.rows
-    is_own = np.isin(batch.source_row, own)
+    own = np.arange(len(batch.tokens)) if share is None else share.tokens
+    is_own = np.isin(batch.logit_token, own)
     response = batch.response[is_own]
     # Tokens that predict several targets are projected once. Their indices in the row,
     # [2, 2, 5] of three targets, become the distinct [2, 5] and, per target, [0, 0, 1].
-    sources, logit_of_target = np.unique(batch.source_row[is_own], return_inverse=True)
+    logit_tokens, logit_of_target = np.unique(batch.logit_token[is_own], return_inverse=True)
     # Targets of the responses [1, 0, 1] -> order [1, 0, 2], offsets [0, 1, 3].
     order = np.argsort(response, kind="stable")
     counts = np.bincount(response, minlength=batch.num_responses)
@@ -81,9 +80,9 @@ def to_device(
             plan=TreePlan(batch.layout, device) if share is None else share.plan,
             share=share,
             position_ids=tensor(batch.layout.position_ids()[own]),
-            projected_rows=tensor(np.searchsorted(own, sources)),
-            target_rows=tensor(logit_of_target),
-            target_offsets=np.searchsorted(logit_of_target, np.arange(len(sources) + 1)),
+            logit_tokens=tensor(np.searchsorted(own, logit_tokens)),
+            logit_of_target=tensor(logit_of_target),
+            target_offsets=np.searchsorted(logit_of_target, np.arange(len(logit_tokens) + 1)),
             target_tokens=tensor(batch.target_token[is_own]),
             responses_served=None if served is None else tensor(served).float(),
             step_count=step_count,

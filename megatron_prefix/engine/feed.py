@@ -11,20 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prefix.attention.api import prepare
-from megatron_prefix.attention.context_parallel.transports import ContextShare
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.sampler import Sampler, StepPlan
-from megatron_prefix.distributed.world import World
+from megatron_prefix.attention import prepare_plan
+from megatron_prefix.attention.context_parallel import ContextShare
+from megatron_prefix.data.steps import MicroBatch, Sampler, Step
+from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch, to_device
-from megatron_prefix.model.gpt import TreeTransformerConfig
+from megatron_prefix.model import TreeTransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepRows:
     """A step's plan, and this rank's rows of it on the host and on the device."""
 
-    plan: StepPlan
+    plan: Step
     rows: list[MicroBatch]
     batches: list[TrainBatch]
 
@@ -67,7 +66,7 @@ class Feed:
         config = self._config
         for batch in batches:
             assert batch.params.plan is not None
-            prepare(
+            prepare_plan(
                 batch.params.plan,
                 config.tree_attention_backend,
                 config.params_dtype,

@@ -13,13 +13,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer.module import Float16Module
 
-from megatron_prefix.config.schema import OptimizerConfig as OptimizerSettings
-from megatron_prefix.config.schema import ParallelConfig
-from megatron_prefix.distributed.world import World
+from megatron_prefix.config import Config
+from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.engine.step import run_schedule, sum_gradients
-from megatron_prefix.model.gpt import TreeTransformerConfig
-from megatron_prefix.model.provider import model_provider
+from megatron_prefix.model import TreeTransformerConfig, model_provider
 from megatron_prefix.objectives import Objective
 
 
@@ -90,14 +88,15 @@ class Policy:
 def build_policy(
     chunks: list[torch.nn.Module],
     config: TreeTransformerConfig,
-    settings: OptimizerSettings,
-    parallel: ParallelConfig,
+    run: Config,
     num_steps: int,
 ) -> Policy:
     """Wrap model chunks for training, with their optimizer and schedule.
 
-    `num_steps` is the length of the run, over which the learning rate decays.
+    `run` has the settings of optimizer and layout; `num_steps` is the length of the run, over
+    which the learning rate decays.
     """
+    settings, parallel = run.optimizer, run.parallel
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

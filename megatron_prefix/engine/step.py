@@ -23,9 +23,9 @@ from megatron.core.parallel_state import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_prefix.config.schema import LossConfig
+from megatron_prefix.config import LossConfig
 from megatron_prefix.engine.batch import TrainBatch
-from megatron_prefix.model.logps import response_logps
+from megatron_prefix.model import response_logps
 from megatron_prefix.objectives import LossInputs, Objective, check
 
 Forward = Callable[[Iterator[TrainBatch], torch.nn.Module], tuple[Tensor, Callable]]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_prefix.config.schema import ModelConfig
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.cost import CostModel
+from megatron_prefix.config import ModelSizes
+from megatron_prefix.data.steps import CostModel, MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +28,14 @@ class ForwardFlops:
         )
 
 
-def forward_flops(model: ModelConfig, vocab_size: int, batch: MicroBatch) -> ForwardFlops:
-    """Operations of one forward pass over a row: linear layers on every token it executes,
-    attention on the area its tokens see, the head on the rows that predict."""
-    cost = CostModel.of_model(model, vocab_size)
+def forward_flops(
+    sizes: ModelSizes, vocab_size: int, batch: MicroBatch, kind: str = "lm"
+) -> ForwardFlops:
+    """Operations of one forward pass over a row: linear layers on every token of it, attention
+    on its visible (q, k) entries, the head on the tokens that predict. `kind` is the model's."""
+    cost = CostModel.of_model(sizes, vocab_size, kind)
     return ForwardFlops(
         linear=cost.per_token * len(batch.tokens),
         attention=cost.per_entry * batch.layout.area(),
-        head=cost.per_row * batch.num_projected,
+        head=cost.per_logit_token * batch.num_projected,
     )

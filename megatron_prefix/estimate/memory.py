@@ -1,85 +1,73 @@
-"""Parameters, memory of a rank and pipeline bubble from sizes alone: a model, not a measurement.
+"""Parameters, memory of a rank and pipeline bubble, computed from sizes, not measured.
 
 Layers of hidden size C with N query heads, G key/value heads of size H and feed-forward size F
 (gated, no biases), a vocabulary of V; t, p, v, c, e are the tensor, pipeline, virtual pipeline,
 context and expert parallel sizes and d data-parallel ranks. A rank holds, in bytes,
 
-    weights        b a parameter           b = 2 (bfloat16) or 4 (float32)
-    gradients      4 a parameter           float32, whatever the weights
-    optimizer      12 a parameter          (8 with float32 weights); over d c ranks if distributed
-    reference      b a parameter           with loss.reference: model
+    weights        b per parameter         b = 2 (bfloat16) or 4 (float32)
+    gradients      4 per parameter         float32, also with bfloat16 weights
+    optimizer      12 per parameter        (8 with float32 weights); over d c ranks if distributed
+    reference      b per parameter         with loss.reference: model
 
-and activations, counted as Korthikanti et al. 2022 (arXiv 2205.05198, section 4) count them. Their
-term of size tokens x tokens is absent, because attention keeps its output and a log-sum-exp only,
-and there is no dropout. A layer keeps of every token of the row (1/s where sequence parallelism
-divides tokens: s = t, else 1)
+and activations, counted as in Korthikanti et al. 2022 (arXiv 2205.05198, section 4), but without
+their term of size tokens x tokens, because attention keeps only its output and a log-sum-exp, and
+without dropout. A layer keeps these numbers of each token of the row (s = t with sequence
+parallelism, which divides the tokens; else s = 1):
 
     input, norm, second input, norm    4 C / s
     queries, keys, values, output      (2 N + 2 G) H / t,  and 4 N / t bytes of log-sum-exp
     gate and up, their product         3 F / t
-    or with experts (k a token)        k (2 C + 3 F / t),  tokens spread evenly over ranks
+    or with experts (k per token)      k (2 C + 3 F / t),  tokens spread evenly over ranks
 
 Selective recomputation drops the log-sum-exp, full recomputation all but the layer's input. Not
-counted: CUDA's context, NCCL's buffers, keys that travel between context-parallel ranks, one
-layer's keys gathered along root paths and what its kernel takes beside them, torch's Adam while it
-steps (4 bytes a parameter that it steps), fragmentation. Leave room for them.
+counted: CUDA's context, NCCL's buffers, keys in transfer between context-parallel ranks, one
+layer's keys gathered along root paths and its kernel's workspace, torch's Adam during a step (4
+bytes per parameter of the step), fragmentation. Leave room for them.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from megatron_prefix.config.schema import ModelConfig, ParallelConfig
+from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
 ADAM_BYTES = {"float32": 8, "bfloat16": 12}
-"""Both moments in float32, and the float32 weights where the model's own are bfloat16."""
+"""Both moments in float32, and float32 weights if the model's own are bfloat16."""
 
 
-def _head_dim(model: ModelConfig) -> int:
-    return model.kv_channels or model.hidden_size // model.num_attention_heads
+def parameter_counts(sizes: ModelSizes, vocab_size: int, kind: str = "lm") -> dict[str, int]:
+    """Parameters of the whole model by component, the vocabulary unpadded; `kind` is the model's.
 
-
-def _groups(model: ModelConfig) -> int:
-    return model.num_query_groups or model.num_attention_heads
-
-
-def _expert_size(model: ModelConfig) -> int:
-    return model.moe_ffn_hidden_size or model.ffn_hidden_size
-
-
-def parameter_counts(model: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Parameters of the whole model by component, the vocabulary unpadded.
-
-    Llama-3-8B with 128,256 entries: their sum is 8,030,261,248.
+    Llama-3-8B with a vocabulary of 128,256: their sum is 8,030,261,248.
     """
-    width, head_dim, layers = model.hidden_size, _head_dim(model), model.num_layers
-    heads, groups = model.num_attention_heads, _groups(model)
+    width, head_dim, layers = sizes.hidden_size, sizes.kv_channels, sizes.num_layers
+    heads, groups = sizes.num_attention_heads, sizes.num_query_groups
     qkv = (heads + 2 * groups) * head_dim
-    attention = width * qkv + heads * head_dim * width + (qkv if model.add_qkv_bias else 0)
-    norms = 2 * width + (2 * head_dim if model.qk_layernorm else 0)
+    attention = width * qkv + heads * head_dim * width + (qkv if sizes.add_qkv_bias else 0)
+    norms = 2 * width + (2 * head_dim if sizes.qk_layernorm else 0)
     counts = {"embedding": vocab_size * width, "attention": layers * attention}
-    if model.num_moe_experts:
-        counts["experts"] = layers * model.num_moe_experts * 3 * width * _expert_size(model)
-        counts["router"] = layers * model.num_moe_experts * width
+    if sizes.num_moe_experts:
+        counts["experts"] = layers * sizes.num_moe_experts * 3 * width * sizes.moe_ffn_hidden_size
+        counts["router"] = layers * sizes.num_moe_experts * width
     else:
-        counts["feed_forward"] = layers * 3 * width * model.ffn_hidden_size
+        counts["feed_forward"] = layers * 3 * width * sizes.ffn_hidden_size
     counts["norms"] = layers * norms + width
-    if model.kind == "reward":
+    if kind == "reward":
         counts["head"] = width
     else:
-        counts["head"] = vocab_size * width if model.untie_embeddings_and_output_weights else 0
+        counts["head"] = vocab_size * width if sizes.untie_embeddings_and_output_weights else 0
     return counts
 
 
-def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
     """Layers of each pipeline stage; 10 layers on 3 stages, the first given 2: [2, 4, 4]."""
     stages = parallel.pipeline_model_parallel_size
     first = parallel.num_layers_in_first_pipeline_stage
     last = parallel.num_layers_in_last_pipeline_stage
     named = (first is not None) + (last is not None)
-    left = model.num_layers - (first or 0) - (last or 0)
+    left = num_layers - (first or 0) - (last or 0)
     counts = [left // max(stages - named, 1)] * stages
     if first is not None:
         counts[0] = first
@@ -89,7 +77,7 @@ def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
 
 
 def rank_parameters(
-    model: ModelConfig, parallel: ParallelConfig, vocab_size: int, stage: int
+    model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfig, vocab_size: int, stage: int
 ) -> tuple[int, int]:
     """Parameters that a rank of pipeline stage `stage` holds: (all but experts, experts).
 
@@ -97,20 +85,21 @@ def rank_parameters(
     norms and routers are on every rank. The vocabulary is padded as the model pads it, and a tied
     head is a second copy on the last stage.
     """
-    tensor, width = parallel.tensor_model_parallel_size, model.hidden_size
-    layers = stage_layers(model, parallel)[stage]
-    whole = parameter_counts(model, vocab_size)
-    share = layers / model.num_layers
+    tensor, width = parallel.tensor_model_parallel_size, sizes.hidden_size
+    layers = stage_layers(sizes.num_layers, parallel)[stage]
+    whole = parameter_counts(sizes, vocab_size, model.kind)
+    share = layers / sizes.num_layers  # all layers have the same size
     dense = round(share * (whole["attention"] + whole.get("feed_forward", 0))) // tensor
+    # whole["norms"] has the norm after the last layer too, which only the last stage has
     dense += round(share * (whole["norms"] - width)) + round(share * whole.get("router", 0))
     experts = round(share * whole.get("experts", 0))
     vocabulary = padded_vocabulary(model, parallel, vocab_size) // tensor * width
     num_stages = parallel.pipeline_model_parallel_size
-    is_tied = model.kind == "lm" and not model.untie_embeddings_and_output_weights
+    is_tied = model.kind == "lm" and not sizes.untie_embeddings_and_output_weights
     if stage == 0:
         dense += vocabulary
     if stage == num_stages - 1:
-        dense += width  # the norm behind the last layer
+        dense += width  # the norm after the last layer
         if model.kind == "reward":
             dense += width
         elif not is_tied or num_stages > 1:
@@ -119,22 +108,25 @@ def rank_parameters(
 
 
 def padded_vocabulary(model: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> int:
-    """Entries of the embedding with its padding."""
+    """Tokens of the embedding, padding included."""
     multiple = model.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 
-def layer_activations(model: ModelConfig, parallel: ParallelConfig, num_tokens: int) -> int:
-    """Bytes that one layer keeps for backward of `num_tokens` tokens of a row, which is what a
-    context-parallel rank owns, without recomputation."""
-    size, tensor, width = BYTES[model.dtype], parallel.tensor_model_parallel_size, model.hidden_size
-    heads = model.num_attention_heads
+def layer_activations(
+    model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfig, num_tokens: int
+) -> int:
+    """Bytes that one layer keeps for backward without recomputation, of `num_tokens` tokens of a
+    row: those that a context-parallel rank owns."""
+    size, tensor, width = BYTES[model.dtype], parallel.tensor_model_parallel_size, sizes.hidden_size
+    heads = sizes.num_attention_heads
     slices = tensor if parallel.sequence_parallel else 1
-    attention = (2 * heads + 2 * _groups(model)) * _head_dim(model) / tensor
-    if model.num_moe_experts:
-        feed_forward = model.moe_router_topk * (2 * width + 3 * _expert_size(model) / tensor)
+    attention = (2 * heads + 2 * sizes.num_query_groups) * sizes.kv_channels / tensor
+    if sizes.num_moe_experts:
+        expert = 2 * width + 3 * sizes.moe_ffn_hidden_size / tensor
+        feed_forward = sizes.moe_router_topk * expert
     else:
-        feed_forward = 3 * model.ffn_hidden_size / tensor
+        feed_forward = 3 * sizes.ffn_hidden_size / tensor
     values = 4 * width / slices + attention + feed_forward
     return round(num_tokens * (values * size + 4 * heads / tensor))
 
@@ -142,8 +134,8 @@ def layer_activations(model: ModelConfig, parallel: ParallelConfig, num_tokens: 
 def chunks_in_flight(stage: int, parallel: ParallelConfig, rows: int | None = None) -> int:
     """Forward passes through a chunk that a stage holds before the first backward frees one.
 
-    `rows` a step and rank bound it; None: as many as the schedule asks for. One chunk a stage
-    (1F1B): p - stage. Interleaved (Narayanan et al. 2021, arXiv 2104.04473):
+    They are at most the `rows` per step and rank; None: as many as the schedule wants. One chunk
+    per stage (1F1B): p - stage. Interleaved (Narayanan et al. 2021, arXiv 2104.04473):
     2 (p - stage - 1) + (v - 1) p + 1.
     """
     stages = parallel.pipeline_model_parallel_size
@@ -156,7 +148,7 @@ def chunks_in_flight(stage: int, parallel: ParallelConfig, rows: int | None = No
 
 
 def pipeline_bubble(parallel: ParallelConfig, rows: int) -> float:
-    """Time that stages wait over the time they compute: (p - 1) / (rows v); `rows` a step and
+    """Time that stages wait over the time they compute: (p - 1) / (rows v); `rows` per step and
     rank (Narayanan et al. 2021, section 2.2)."""
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     return (parallel.pipeline_model_parallel_size - 1) / (rows * chunks)
@@ -164,7 +156,7 @@ def pipeline_bubble(parallel: ParallelConfig, rows: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes on a rank of one pipeline stage, by what they are."""
+    """Bytes on a rank of one pipeline stage, by use."""
 
     weights: int
     gradients: int
@@ -175,7 +167,7 @@ class RankMemory:
     recomputed: int
     """Layers that full recomputation holds at a time."""
     head: int
-    """A chunk of logits with its gradient, and the hidden rows in front of it."""
+    """A chunk of logits with its gradient, and the hidden states before it."""
 
     @property
     def total(self) -> int:
@@ -184,6 +176,7 @@ class RankMemory:
 
 def rank_memory(
     model: ModelConfig,
+    sizes: ModelSizes,
     parallel: ParallelConfig,
     *,
     vocab_size: int,
@@ -195,55 +188,71 @@ def rank_memory(
 ) -> RankMemory:
     """Memory of a rank of pipeline stage `stage` at the longest row, `row_tokens` tokens."""
     size = BYTES[model.dtype]
-    dense, experts = rank_parameters(model, parallel, vocab_size, stage)
+    dense, experts = rank_parameters(model, sizes, parallel, vocab_size, stage)
     sharers, expert_sharers = 1, 1
     if parallel.use_distributed_optimizer:
         model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        # 16 processes, t = p = 2: 4 ranks have the same parameters and share their state; with
+        # e = 2 only 2 ranks have the same experts
         sharers = world_size // model_ranks
         expert_sharers = sharers // parallel.expert_model_parallel_size
     adam = ADAM_BYTES[model.dtype]
     num_tokens = -(-row_tokens // parallel.context_parallel_size)
-    kept, recomputed = _activations(model, parallel, num_tokens, stage, rows)
+    activations, recomputed = _activations(model, sizes, parallel, num_tokens, stage, rows)
     is_last = stage == parallel.pipeline_model_parallel_size - 1
     return RankMemory(
         weights=size * (dense + experts),
         gradients=GRADIENT_BYTES * (dense + experts),
         optimizer=adam * dense // sharers + adam * experts // expert_sharers,
         reference=size * (dense + experts) if has_reference else 0,
-        activations=kept,
+        activations=activations,
         recomputed=recomputed,
-        head=_head(model, parallel, vocab_size, num_tokens) if is_last else 0,
+        head=_head(model, sizes, parallel, vocab_size, num_tokens) if is_last else 0,
     )
 
 
 def _activations(
-    model: ModelConfig, parallel: ParallelConfig, num_tokens: int, stage: int, rows: int | None
+    model: ModelConfig,
+    sizes: ModelSizes,
+    parallel: ParallelConfig,
+    num_tokens: int,
+    stage: int,
+    rows: int | None,
 ) -> tuple[int, int]:
-    """(kept from forward to backward, held while it is recomputed) of a stage, in bytes."""
-    layer = layer_activations(model, parallel, num_tokens)
+    """(kept from forward to backward, held during recomputation) of a stage, in bytes."""
+    layer = layer_activations(model, sizes, parallel, num_tokens)
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    layers = stage_layers(model, parallel)[stage] // chunks
+    layers = stage_layers(sizes.num_layers, parallel)[stage] // chunks
     in_flight = chunks_in_flight(stage, parallel, rows)
     tensor = parallel.tensor_model_parallel_size
     if model.recompute_granularity is None:
         return in_flight * layers * layer, 0
     if model.recompute_granularity == "selective":
-        lse = round(num_tokens * 4 * model.num_attention_heads / tensor)
+        lse = round(num_tokens * 4 * sizes.num_attention_heads / tensor)
         return in_flight * layers * (layer - lse), lse
     slices = tensor if parallel.sequence_parallel else 1
-    entry = round(num_tokens * model.hidden_size / slices * BYTES[model.dtype])
+    entry = round(num_tokens * sizes.hidden_size / slices * BYTES[model.dtype])
     together = model.recompute_num_layers
+    assert together is not None, "full recomputation comes with a number of layers"
     if model.recompute_method == "uniform":
+        # each block of layers keeps its input, and one block at a time is computed again
         return in_flight * (layers // together) * entry, together * layer
-    first = min(together, layers)  # block: the first layers of every chunk, one at a time
+    # block: the first layers of every chunk are recomputed one at a time, the others keep all
+    first = min(together, layers)
     return in_flight * (first * entry + (layers - first) * layer), layer
 
 
-def _head(model: ModelConfig, parallel: ParallelConfig, vocab_size: int, num_tokens: int) -> int:
-    """Logits, their float32 softmax, its gradient and the logits' gradient; hidden rows gathered
-    and selected."""
+def _head(
+    model: ModelConfig,
+    sizes: ModelSizes,
+    parallel: ParallelConfig,
+    vocab_size: int,
+    num_tokens: int,
+) -> int:
+    """Bytes of the logits, their float32 softmax, its gradient and the logits' gradient, and of
+    the hidden states, gathered and selected."""
     size = BYTES[model.dtype]
-    hidden = 2 * num_tokens * model.hidden_size * size
+    hidden = 2 * num_tokens * sizes.hidden_size * size
     if model.kind == "reward":
         return hidden
     columns = padded_vocabulary(model, parallel, vocab_size) // parallel.tensor_model_parallel_size

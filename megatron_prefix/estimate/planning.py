@@ -2,46 +2,50 @@
 
 1. Sizes: from the configuration, or from `config.json` of a model that is on this machine.
 2. Memory of a rank and pipeline bubble, by the formulas of memory.py.
-3. Where the data set is on this machine: its first steps, under every sharing mode, in tokens and
+3. If the data set is on this machine: its first steps, under every sharing mode, in tokens and
    in operations (flops.py), and so whether sharing pays.
 
-What cannot be known here is listed under `missing`, with what would tell.
+What cannot be known is listed under `missing`, with its remedy.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.checkpoint.starting_model import HF_FOLDER
-from megatron_prefix.config.rules import layout_faults, world_faults
-from megatron_prefix.config.schema import Config, ModelConfig
-from megatron_prefix.data.steps.collate import RowItem, collate_packed
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of, view
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.config import Config, ModelConfig, ModelSizes
+from megatron_prefix.data.steps import SHARING_MODES, TARGETS, Sampler, group_rows
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
-from megatron_prefix.model.hf.config import read_hf_config
-from megatron_prefix.model.provider import with_sizes
+from megatron_prefix.model.hf import HFModel
 from megatron_prefix.objectives import check
-from megatron_prefix.train.samplers import TARGETS, training_sampler
+from megatron_prefix.train import training_sampler
 
 STEPS_READ = 8
-"""First steps of the run whose rows are looked at."""
+"""First steps of the run whose rows are read."""
 PAYS_BELOW = 0.95
-"""Operations over those without sharing from which on it is said to pay."""
+"""Sharing pays if its operations over those without sharing are below this."""
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """What is known of the model on this machine: its vocabulary may come from absent data."""
+
+    sizes: ModelSizes
+    vocab_size: int | None
 
 
 def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
-    """Everything that `plan` says, ready for JSON. Raises InputError where the layout divides
-    neither the model nor `world_size`, which is by default the least that the layout takes."""
+    """Everything that `plan` prints, ready for JSON; `world_size` is by default the smallest number
+    of processes that the layout takes. Raises InputError if the layout divides neither the model
+    nor `world_size`."""
     parallel = config.parallel
     stages = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
@@ -51,11 +55,11 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
         raise InputError(f"--world-size: {faults[0]}")
     missing: list[str] = []
     dataset = _dataset(config, missing)
-    model, vocab_size = _sizes(config.model, dataset, missing)
-    if model is not None and (faults := list(layout_faults(model, parallel))):
-        raise InputError("; ".join(faults))
+    model = _known_model(config.model, dataset, missing)
+    if model is not None:
+        parallel.check_model(config.model, model.sizes)
     ranks = world_size // (stages * context)
-    found: dict[str, Any] = {
+    plan: dict[str, Any] = {
         "world_size": world_size,
         "data_parallel_size": ranks,
         "parameters": None,
@@ -67,23 +71,24 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
     }
     rows, row_tokens = None, _row_bound(config)
     if dataset is not None:
-        sampler = _sampler(config, dataset, ranks)
-        found["data"] = _data(config, sampler, model, vocab_size)
-        rows = found["data"]["rows_per_rank"]
-        row_tokens = row_tokens or found["data"]["longest_row"]
-        found["verdict"] = verdict(config.data.sharing, found["data"]["sharing"])
-        found["pipeline"] = {"rows_per_rank": rows, "bubble": pipeline_bubble(parallel, rows)}
+        plan["data"] = _data(config, _sampler(config, dataset, ranks), model)
+        rows = plan["data"]["rows_per_rank"]
+        row_tokens = row_tokens or plan["data"]["longest_row"]
+        plan["verdict"] = verdict(config.data.sharing, plan["data"]["sharing"])
+        plan["pipeline"] = {"rows_per_rank": rows, "bubble": pipeline_bubble(parallel, rows)}
     if row_tokens is None:
-        missing.append("data.row_capacity is not set: the longest row is known from the data only")
-    if model is not None and vocab_size is not None:
-        found["parameters"] = parameter_counts(model, vocab_size)
+        missing.append("data.row_capacity is not set: only the data tells the longest row")
+    if model is not None and model.vocab_size is not None:
+        plan["parameters"] = parameter_counts(model.sizes, model.vocab_size, config.model.kind)
         if row_tokens is not None:
-            found["memory"] = _memory(config, model, vocab_size, world_size, row_tokens, rows)
-    return found
+            plan["memory"] = _memory(
+                config, model.sizes, model.vocab_size, world_size, row_tokens, rows
+            )
+    return plan
 
 
 def _row_bound(config: Config) -> int | None:
-    """Tokens that no row or padded micro batch exceeds, if the configuration says so."""
+    """Tokens that no row or padded micro batch exceeds, if the configuration gives a bound."""
     data = config.data
     if data.row_capacity is None:
         return None
@@ -100,29 +105,33 @@ def _dataset(config: Config, missing: list[str]) -> PreferenceDataset | None:
     return None
 
 
-def _sizes(
-    model: ModelConfig, dataset: PreferenceDataset | None, missing: list[str]
-) -> tuple[ModelConfig | None, int | None]:
-    """The model with its sizes, and its vocabulary's; None for what is not known here."""
-    folder = _config_folder(model)
+def _known_model(
+    config: ModelConfig, dataset: PreferenceDataset | None, missing: list[str]
+) -> KnownModel | None:
+    """The sizes of the model; None if they are not on this machine."""
+    folder = _config_folder(config)
     if folder is not None:
-        return with_sizes(model, read_hf_config(folder), f"{folder}/config.json")
-    if model.num_layers is None:
-        source = f"model.hf = {model.hf}" if model.hf else f"model.checkpoint = {model.checkpoint}"
+        model = HFModel.read(folder)
+        return KnownModel(model.sizes, model.vocab_size)
+    sizes = config.sizes()
+    if sizes is None:
+        source = f"model.hf = {config.hf}"
+        if config.hf is None:
+            source = f"model.checkpoint = {config.checkpoint}"
         missing.append(
             f"{source} has no config.json on this machine: parameters, memory, operations; fetch "
             "that one file, or give the sizes (model.num_layers, …)"
         )
-        return None, None
+        return None
     if dataset is None:
         missing.append("the vocabulary's size comes from data.train: parameters, memory")
-        return model, None
-    return model, dataset.vocab_size
+        return KnownModel(sizes, None)
+    return KnownModel(sizes, dataset.vocab_size)
 
 
 def _config_folder(model: ModelConfig) -> Path | None:
-    """Where config.json lies, if on this machine; nothing is fetched."""
-    if model.hf is not None:
+    """The folder of config.json, if it is on this machine; nothing is fetched."""
+    if model.hf is not None:  # a directory, else an id OWNER/NAME in the Hub's cache
         if (Path(model.hf) / "config.json").is_file():
             return Path(model.hf)
         if model.hf.count("/") != 1 or model.hf.startswith((".", "/", "~")):
@@ -132,13 +141,15 @@ def _config_folder(model: ModelConfig) -> Path | None:
         cached = try_to_load_from_cache(model.hf, "config.json")
         return Path(cached).parent if isinstance(cached, str) else None
     if model.checkpoint is not None and Path(model.checkpoint).exists():
-        folder = checkpoint.resolve_checkpoint(model.checkpoint) / HF_FOLDER
-        return folder if (folder / "config.json").is_file() else None
+        # imported only in this case, because it loads Megatron-Core
+        from megatron_prefix.checkpoint import hf_folder
+
+        return hf_folder(model.checkpoint)
     return None
 
 
 def _sampler(config: Config, dataset: PreferenceDataset, ranks: int) -> Sampler:
-    """The run's sampler, as World.rows lays out its ranks."""
+    """The run's sampler, for `ranks` data-parallel ranks."""
     parallel = config.parallel
     return replace(
         training_sampler(config, dataset),
@@ -148,11 +159,9 @@ def _sampler(config: Config, dataset: PreferenceDataset, ranks: int) -> Sampler:
     )
 
 
-def _data(
-    config: Config, sampler: Sampler, model: ModelConfig | None, vocab_size: int | None
-) -> dict[str, Any]:
-    """Means a step over the run's first steps; rows are those of the step with most, and rows'
-    tokens include padding."""
+def _data(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[str, Any]:
+    """Means per step over the run's first steps; `rows_per_rank` is the largest of them, and
+    the tokens of rows include padding."""
     steps = min(STEPS_READ, sampler.composition.num_steps(1), config.train.steps or STEPS_READ)
     plans = [sampler.step(step) for step in range(steps)]
     lengths = [
@@ -161,6 +170,7 @@ def _data(
         for rank in range(sampler.num_ranks)
         for row in sampler.micro_batches(plan, rank)
     ]
+    # the same groups under every sharing mode, so that the modes can be compared
     groups = np.concatenate([plan.groups for plan in plans])
     return {
         "steps_read": steps,
@@ -170,43 +180,43 @@ def _data(
         "longest_row": max(lengths),
         "tokens_per_row": sum(lengths) / len(lengths),
         "sharing": {
-            mode: _cost(config, sampler.dataset, groups, mode, steps, model, vocab_size)
+            mode: _cost(config.model.kind, sampler.dataset, groups, mode, steps, model)
             for mode in SHARING_MODES
         },
     }
 
 
 def _cost(
-    config: Config,
+    kind: str,
     dataset: PreferenceDataset,
     groups: np.ndarray,
     mode: str,
     steps: int,
-    model: ModelConfig | None,
-    vocab_size: int | None,
+    model: KnownModel | None,
 ) -> dict[str, float | None]:
-    """Tokens and operations of forward passes, a step, without padding."""
+    """Tokens and operations of the forward passes per step, without padding."""
     tokens, flops = 0, ForwardFlops()
     for group in groups:
-        tree = dataset[int(group)]
-        for bundle in bundles_of(dataset, int(group), mode):
-            part = view(tree, mode, bundle.item)
-            item = RowItem(group=int(group), view=part, pair_weights=np.ones(len(part.pairs)))
-            row = collate_packed([item], 1, TARGETS[config.model.kind])
+        for row in group_rows(dataset, int(group), mode, TARGETS[kind]):
             tokens += row.num_tokens
             if model is not None:
-                flops += forward_flops(model, vocab_size, row)
+                vocab_size = model.vocab_size or dataset.vocab_size
+                flops += forward_flops(model.sizes, vocab_size, row, kind)
     known = flops.total / steps if model is not None else None
     return {"tokens": tokens / steps, "forward_flops": known}
 
 
 def verdict(mode: str, sharing: dict[str, dict[str, float | None]]) -> str:
-    """One sentence on whether sharing pays on this data; in tokens where operations are not
-    known."""
-    unit = "tokens" if sharing["none"]["forward_flops"] is None else "forward_flops"
-    word = "tokens" if unit == "tokens" else "operations"
+    """One sentence on whether sharing pays on this data: in operations, or in tokens if the
+    operations are not known."""
     chosen = "tree" if mode == "none" else mode
-    ratio = sharing[chosen][unit] / sharing["none"][unit]
+    with_sharing, without = sharing[chosen]["forward_flops"], sharing["none"]["forward_flops"]
+    word = "operations"
+    if with_sharing is None or without is None:
+        with_sharing, without = sharing[chosen]["tokens"], sharing["none"]["tokens"]
+        word = "tokens"
+    assert with_sharing is not None and without is not None, "tokens are always known"
+    ratio = with_sharing / without
     size = f"data.sharing: {chosen} takes {ratio:.2f} of the {word} of none"
     if ratio >= PAYS_BELOW:
         return f"sharing hardly pays on this data: {size}; packing rows still does"
@@ -217,17 +227,18 @@ def verdict(mode: str, sharing: dict[str, dict[str, float | None]]) -> str:
 
 def _memory(
     config: Config,
-    model: ModelConfig,
+    sizes: ModelSizes,
     vocab_size: int,
     world_size: int,
     row_tokens: int,
     rows: int | None,
 ) -> dict[str, Any]:
-    """Every stage's memory by component, and which stage has most."""
+    """Every stage's memory by component, and the stage that has most."""
     objective = check(config.loss, config.model.kind)
     stages = [
         rank_memory(
-            model,
+            config.model,
+            sizes,
             config.parallel,
             vocab_size=vocab_size,
             world_size=world_size,

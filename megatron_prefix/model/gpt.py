@@ -1,11 +1,11 @@
 """Megatron-Core's GPT over packed prefix trees.
 
 Two steps of the stock model are replaced. Rotary angles come from
-`packed_seq_params.position_ids`, because siblings repeat positions, once for all layers; attention
-turns queries and keys by them. Behind the layers only the rows
+`packed_seq_params.position_ids`, because siblings have the same positions; they are computed once
+for all layers, and attention rotates queries and keys by them. After the layers only the tokens
 that predict a response token are projected, and the model returns token log-probabilities.
 
-Shapes: T tokens, C hidden channels, U projected rows, N targets.
+Shapes: T tokens, C hidden channels, U tokens that are projected, N targets.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prefix.attention.megatron import TreePackedSeqParams
-from megatron_prefix.attention.rotary import rotation_of
-from megatron_prefix.config.schema import RopeScaling
-from megatron_prefix.model.layers.rope import rotary_angles
+from megatron_prefix.attention import TreePackedSeqParams, rotation_of
+from megatron_prefix.config import RopeScaling
+from megatron_prefix.model.layers import rotary_angles
 from megatron_prefix.model.logps import token_logps
 from megatron_prefix.model.spec import tree_block_spec
 
@@ -36,32 +35,33 @@ PARTITION_DIMS = {
     "linear_proj.weight": 1,
     "linear_fc2.weight": 1,
 }
-"""Dimension of a parameter that tensor parallelism divides."""
+"""The dimension of each parameter that tensor parallelism divides."""
 
 
 @dataclass
 class TreeTransformerConfig(TransformerConfig):
-    """Megatron-Core's TransformerConfig with what the whole model needs beside its layers."""
+    """Megatron-Core's TransformerConfig, with settings of the whole model besides its layers'."""
 
     kind: str = "lm"
     """`lm` or `reward`, as config.ModelConfig has it."""
     vocab_size: int = 0
-    """Entries of the tokenizer's vocabulary; the embedding may be padded beyond them."""
+    """Tokens of the tokenizer's vocabulary; the embedding may be padded beyond them."""
     make_vocab_size_divisible_by: int = 64
     """The padded vocabulary is a multiple of this times the tensor parallel size."""
     share_embeddings_and_output_weights: bool = False
     rotary_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tree_attention_backend: str = "auto"
-    """One of attention.api.BACKENDS."""
+    """One of attention.backends.BACKENDS, or `auto`."""
     lm_head_chunk_size: int = 2048
-    """Rows projected to logits at a time."""
+    """Tokens projected to logits at a time."""
     moe_count: str = "tokens"
-    """What the router's auxiliary loss counts: `tokens`, or `responses` (those they serve)."""
+    """How often the router's auxiliary loss counts a token: once (`tokens`), or once per response
+    that it belongs to (`responses`)."""
     init_seed: int | None = None
-    """Seed of the initial weights, drawn by parameter name; None leaves Megatron-Core's."""
+    """Seed of the initial weights, drawn by parameter name; None draws none."""
     head_seed: int | None = None
-    """Seed of a reward model's head alone, for one whose other weights are loaded."""
+    """Seed of a reward model's head, if its other weights are loaded."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -96,15 +96,15 @@ class TreeGPTModel(GPTModel):
         )
         self._mark_partitions()
         if post_process:
-            # Rows are selected from the whole sequence, gathered before the head.
+            # The head's input is selected from the whole sequence, which is gathered before it.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
 
     def _mark_partitions(self) -> None:
-        """Say which parameters are slices, and along which dimension.
+        """Mark the parameters that are slices, with the dimension that is divided.
 
-        Megatron-Core marks them while it draws weights, which is left to model/init.py; without
-        the marks a slice counts as a duplicate and is left out of gradient norms.
+        Megatron-Core marks them while it draws weights, but here init.py draws them. Without the
+        mark, gradient norms take a slice for a duplicate and leave it out.
         """
         for name, parameter in self.named_parameters():
             kind = ".".join(name.split(".")[-2:]).rstrip("0123456789")  # grouped: weight0, …
@@ -117,6 +117,7 @@ class TreeGPTModel(GPTModel):
         """Megatron-Core's forward, with the rotation of every position along its root path."""
         if isinstance(packed_seq_params, TreePackedSeqParams):
             config = self.config
+            assert packed_seq_params.position_ids is not None
             angles = rotary_angles(
                 packed_seq_params.position_ids,
                 config.kv_channels,
@@ -124,8 +125,9 @@ class TreeGPTModel(GPTModel):
                 config.rope_scaling,
             )
             rotation = rotation_of(angles)
-            if config.bf16:  # as the layers need it, once for all of them
-                rotation = tuple(part.bfloat16() for part in rotation)
+            if config.bf16:  # converted once for all layers
+                cos, sin = rotation
+                rotation = cos.bfloat16(), sin.bfloat16()
             packed_seq_params = replace(packed_seq_params, rotation=rotation)
         return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
 
@@ -141,8 +143,8 @@ class TreeGPTModel(GPTModel):
         """Embed [1, T] token ids to [T, 1, C]."""
         if inference_context is not None or not isinstance(packed_seq_params, TreePackedSeqParams):
             raise ValueError(
-                "TreeGPTModel trains and scores rows of prefix trees: pass "
-                "packed_seq_params=TreePackedSeqParams(…), and no inference context"
+                "TreeGPTModel trains and scores rows of prefix trees: call it with "
+                "packed_seq_params=TreePackedSeqParams(…) and without inference context"
             )
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -156,28 +158,30 @@ class TreeGPTModel(GPTModel):
         packed_seq_params: TreePackedSeqParams,
         **_: object,
     ) -> Tensor:
-        """Hidden rows [T, 1, C] -> what `_head` makes of every target, float32 [N]."""
+        """Hidden states [T, 1, C] -> the output of `_head` for every target, float32 [N]."""
         if not self.post_process:
             return hidden_states
         if labels is not None:
-            raise ValueError("targets come from packed_seq_params: pass labels=None")
+            raise ValueError("labels must be None: targets come from packed_seq_params")
         if self.config.sequence_parallel:
             # Every rank computes the same targets, so gradients must not be summed again.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        rows = hidden_states.squeeze(1).index_select(0, packed_seq_params.projected_rows)
-        return self._head(rows, packed_seq_params)
+        assert packed_seq_params.logit_tokens is not None
+        hidden_UC = hidden_states.squeeze(1).index_select(0, packed_seq_params.logit_tokens)
+        return self._head(hidden_UC, packed_seq_params)
 
-    def _head(self, rows_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
+    def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
         """Log-probability of every target, float32 [N]."""
+        assert params.logit_of_target is not None and params.target_tokens is not None
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         return token_logps(
-            rows_UC,
+            hidden_UC,
             lambda chunk: self.output_layer(chunk.unsqueeze(1), weight=weight)[0].squeeze(1),
-            params.target_rows,
+            params.logit_of_target,
             params.target_tokens,
             offsets=params.target_offsets,
             vocab_size=self.config.vocab_size,
@@ -187,7 +191,9 @@ class TreeGPTModel(GPTModel):
 
 
 def unwrap(model: torch.nn.Module) -> TreeGPTModel:
-    """The model inside Megatron-Core's wrappers (mixed precision, data parallelism)."""
+    """The model inside Megatron-Core's wrappers for mixed precision and data parallelism."""
     while not isinstance(model, TreeGPTModel):
-        model = model.module
+        inner = model.module
+        assert isinstance(inner, torch.nn.Module)
+        model = inner
     return model

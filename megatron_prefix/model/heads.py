@@ -1,11 +1,11 @@
 """The reward model: Megatron-Core's GPT with one number in place of next-token probabilities.
 
-It is the same model up to the last norm. Behind it a linear map without bias scores the last
-token's row of every response. The head stands whole on every tensor-parallel rank: all of them
-hold the same rows, compute the same scores and find the same gradient, which is summed over no
-one and counted once in norms.
+It is the same model up to the last norm. After it a linear map without bias scores the last token
+of every response. Every tensor-parallel rank has the whole head: all of them have the same hidden
+states, and compute the same scores and the same gradient, which is not summed over ranks and
+counts once in gradient norms.
 
-Shapes: C hidden channels, U projected rows, N targets (one a response).
+Shapes: C hidden channels, U tokens that are scored, N targets (one per response).
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_prefix.attention.megatron import TreePackedSeqParams
+from megatron_prefix.attention import TreePackedSeqParams
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 
 
 class RewardHead(torch.nn.Module):
-    """Rows [U, C] -> scores [U], in float32 (float64 stays).
+    """Hidden states [U, C] -> scores [U], in float32 (float64 stays).
 
     The weight [1, C] has the model's precision, so that wrappers, optimizer and files treat it
-    like every other; under bfloat16 it is raised for the product, because a score rounded to 8
-    bits makes ties of pairs that the model tells apart.
+    like every other weight. The product is in float32: scores rounded to the 8 bits of bfloat16
+    would make ties of pairs that the model distinguishes.
     """
 
     def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
 
-    def forward(self, rows_UC: Tensor) -> Tensor:
-        dtype = torch.promote_types(rows_UC.dtype, torch.float32)
-        return torch.nn.functional.linear(rows_UC.to(dtype), self.weight.to(dtype)).squeeze(1)
+    def forward(self, hidden_UC: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden_UC.dtype, torch.float32)
+        return torch.nn.functional.linear(hidden_UC.to(dtype), self.weight.to(dtype)).squeeze(1)
 
 
 class TreeRewardModel(TreeGPTModel):
     """A reward model whose attention and positions follow `TreePackedSeqParams`.
 
-    `config.share_embeddings_and_output_weights` must be False: there is no output layer. Its
-    parameter is `score.weight`, as in Hugging Face's `…ForSequenceClassification`.
+    `config.share_embeddings_and_output_weights` must be False: there is no output layer. The
+    head's parameter is `score.weight`, as in Hugging Face's `…ForSequenceClassification`.
     """
 
     def __init__(
@@ -54,15 +54,16 @@ class TreeRewardModel(TreeGPTModel):
         assert not config.share_embeddings_and_output_weights, "a reward model has no output layer"
         super().__init__(config, pre_process, post_process, vp_stage, pg_collection)
         if post_process:
-            del self.output_layer  # the stock constructor makes one; it was never filled
+            del self.output_layer  # made by the stock constructor, never filled
             self.score = RewardHead(config.hidden_size, config.params_dtype)
 
-    def _head(self, rows_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
-        """Score of every target's row, float32 [N]."""
-        return self.score(rows_UC).index_select(0, params.target_rows)
+    def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
+        """Score of every target, float32 [N]."""
+        assert params.logit_of_target is not None
+        return self.score(hidden_UC).index_select(0, params.logit_of_target)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """Of every part; the language model's own adds what its output layer needs."""
+        """The state of every part; GPTModel's method needs an output layer."""
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

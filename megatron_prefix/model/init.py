@@ -10,68 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
-from megatron_prefix.model.hf.weights import canonical_name, is_expert
-
-
-def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters with their names in the whole, unsharded model.
-
-    On the second of two pipeline stages with 2 layers each, `decoder.layers.0.mlp.…` is
-    canonically `decoder.layers.2.mlp.…`; norms that Transformer Engine fuses into the linear
-    layer behind them have the names of Megatron-Core's local layers; an expert has its number
-    among those of all ranks.
-    """
-    layers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
-    experts, group = model.config.num_moe_experts or 0, model.pg_collection.ep
-    first_expert = experts // group.size() * group.rank()
-    for name, parameter in model.named_parameters():
-        offset = 0
-        if name.startswith("decoder.layers."):
-            index = int(name.split(".")[2])
-            offset = layers[index] - index
-        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"  # the last stage's copy of the first's
-        yield canonical_name(name, offset, first_expert), parameter
-
-
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-
-
-def tensor_group(name: str, model: TreeGPTModel) -> torch.distributed.ProcessGroup:
-    """The ranks that share the matrix of a canonical parameter."""
-    groups = model.pg_collection
-    return groups.expt_tp if is_expert(name) else groups.tp
-
-
-@torch.no_grad()
-def whole_parameter(name: str, parameter: torch.nn.Parameter, model: TreeGPTModel) -> Tensor:
-    """A canonical parameter gathered from all tensor-parallel ranks, its vocabulary unpadded;
-    collective over them."""
-    group, whole = tensor_group(name, model), parameter.detach()
-    if group.size() > 1 and getattr(parameter, "tensor_model_parallel", False):
-        dim = parameter.partition_dim
-        parts = [torch.empty_like(whole) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, whole.contiguous(), group=group)
-        if name.endswith("linear_fc1.weight") and model.config.gated_linear_unit:
-            halves = zip(*(part.chunk(2, dim) for part in parts), strict=True)
-            parts = [x for half in halves for x in half]
-        whole = torch.cat(parts, dim)
-    if name in VOCABULARY:
-        whole = whole[: model.config.vocab_size]
-    return whole.contiguous()
+from megatron_prefix.model.names import VOCABULARY
+from megatron_prefix.model.parameters import canonical_parameters, partition_dim, tensor_group
 
 
 @torch.no_grad()
 def initialize_weights(model: TreeGPTModel, seed: int, only: str | None = None) -> None:
-    """Draw every parameter of this rank by name, or the one called `only`; see the module's
-    docstring. A reward model's head is drawn like other matrices, from N(0, init_method_std), as
-    Hugging Face draws it from N(0, initializer_range)."""
+    """Draw every parameter of this rank by its canonical name, or the one called `only`.
+
+    A reward model's head is drawn like other matrices, from N(0, init_method_std), as Hugging
+    Face draws it from N(0, initializer_range).
+    """
     for name, parameter in canonical_parameters(model):
         if only is not None and name != only:
             continue
@@ -79,14 +33,20 @@ def initialize_weights(model: TreeGPTModel, seed: int, only: str | None = None) 
         parameter.copy_(_initial(name, parameter, model.config, group, seed))
 
 
-def _initial(name, parameter, config: TreeTransformerConfig, group, seed: int) -> Tensor:
+def _initial(
+    name: str,
+    parameter: torch.nn.Parameter,
+    config: TreeTransformerConfig,
+    group: torch.distributed.ProcessGroup,
+    seed: int,
+) -> Tensor:
+    """This rank's part of an initial parameter."""
     if name.endswith("bias"):
         return torch.zeros_like(parameter)
     if parameter.dim() == 1:
         return torch.ones_like(parameter)
-    shape, dim = list(parameter.shape), None
-    if getattr(parameter, "tensor_model_parallel", False):
-        dim = parameter.partition_dim
+    shape, dim = list(parameter.shape), partition_dim(parameter)
+    if dim is not None:
         shape[dim] *= group.size()
     is_vocabulary = name in VOCABULARY
     if is_vocabulary:
@@ -98,6 +58,7 @@ def _initial(name, parameter, config: TreeTransformerConfig, group, seed: int) -
     if dim is None:
         return whole
     if name.endswith("linear_fc1.weight") and config.gated_linear_unit:
+        # [gate, up] over two ranks: rank 0 has the first halves of both, not all of gate
         gate, up = whole.chunk(2, dim)
         parts = [x.chunk(group.size(), dim)[group.rank()] for x in (gate, up)]
         return torch.cat(parts, dim)

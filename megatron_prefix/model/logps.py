@@ -1,10 +1,10 @@
-"""Hidden rows -> log-probabilities of target tokens -> sums over responses.
+"""Hidden states -> log-probabilities of target tokens -> sums over responses.
 
-A row may predict several targets (a branch point predicts every response's first token), so a
-shifted label row cannot say what is wanted: targets name their row. Rows are projected once,
-in chunks, with the vocabulary split over tensor-parallel ranks.
+A token may predict several targets: a branch point predicts the first token of every response. So
+shifted labels cannot express the targets; each target names the token that predicts it. Every such
+token is projected to logits once, in chunks, with the vocabulary split over tensor-parallel ranks.
 
-Shapes: U projected rows, N targets, R responses, C hidden channels, V vocabulary (local).
+Shapes: U tokens with logits, N targets, R responses, C hidden channels, V vocabulary (local).
 """
 
 from __future__ import annotations
@@ -20,13 +20,19 @@ Project = Callable[[Tensor], Tensor]
 
 
 class _VocabParallelLogps(torch.autograd.Function):
-    """log softmax(logits)[row, target] with the vocabulary split over a process group."""
+    """log softmax(logits)[logit, target] with the vocabulary split over a process group.
+
+    Two ranks with 3 columns each: token 4 is column 1 of rank 1. There `picked` is its score minus
+    the maximum; on rank 0, which does not have the token, it is 0; the sum over ranks is right.
+    """
 
     @staticmethod
-    def forward(ctx, logits_UV, row_N, target_N, vocab_size, group):
+    def forward(ctx, logits_UV, logit_N, target_N, vocab_size, group):
         rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
         start = rank * logits_UV.size(1)
         scores_UV = logits_UV.to(torch.promote_types(logits_UV.dtype, torch.float32), copy=True)
+        # 10 tokens padded to 12, 2 ranks: rank 0 starts at 0 and masks nothing, rank 1 starts at 6
+        # and masks its columns from 4 on
         scores_UV[:, max(vocab_size - start, 0) :] = -torch.inf
         top_U = scores_UV.amax(dim=1)
         if size > 1:
@@ -35,46 +41,47 @@ class _VocabParallelLogps(torch.autograd.Function):
         local_N = target_N - start
         is_local_N = (local_N >= 0) & (local_N < logits_UV.size(1))
         local_N = torch.where(is_local_N, local_N, 0)
-        picked_N = torch.where(is_local_N, exp_UV[row_N, local_N], 0)
+        picked_N = torch.where(is_local_N, exp_UV[logit_N, local_N], 0)
         exp_UV = exp_UV.exp_()
         sums_U = exp_UV.sum(dim=1)
         if size > 1:
             torch.distributed.all_reduce(sums_U, group=group)
             torch.distributed.all_reduce(picked_N, group=group)
         softmax_UV = exp_UV.div_(sums_U[:, None])
-        ctx.save_for_backward(softmax_UV, row_N, local_N, is_local_N)
+        ctx.save_for_backward(softmax_UV, logit_N, local_N, is_local_N)
         ctx.dtype = logits_UV.dtype
-        return picked_N - sums_U.log()[row_N]
+        return picked_N - sums_U.log()[logit_N]
 
     @staticmethod
     def backward(ctx, grad_N):
-        softmax_UV, row_N, local_N, is_local_N = ctx.saved_tensors
-        weight_U = softmax_UV.new_zeros(softmax_UV.size(0)).index_put_((row_N,), grad_N, True)
+        softmax_UV, logit_N, local_N, is_local_N = ctx.saved_tensors
+        # d logp / d logits = onehot(target) - softmax, summed over the targets of each token
+        weight_U = softmax_UV.new_zeros(softmax_UV.size(0)).index_put_((logit_N,), grad_N, True)
         grad_UV = softmax_UV * -weight_U[:, None]
-        grad_UV.index_put_((row_N, local_N), torch.where(is_local_N, grad_N, 0), accumulate=True)
+        grad_UV.index_put_((logit_N, local_N), torch.where(is_local_N, grad_N, 0), accumulate=True)
         return grad_UV.to(ctx.dtype), None, None, None, None
 
 
 def vocab_parallel_logps(
     logits_UV: Tensor,
-    row_N: Tensor,
+    logit_N: Tensor,
     target_N: Tensor,
     vocab_size: int,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """Log-probability of `target_N[i]` under row `row_N[i]` of the logits, [N].
+    """Log-probability of `target_N[i]` under `logits_UV[logit_N[i]]`, [N].
 
-    float32 whatever the logits' precision (float64 stays). `logits_UV` is this rank's slice of
-    the vocabulary; columns from `vocab_size` on are padding and have probability 0. A (row,
-    target) entry may repeat, and each repetition adds to the gradient.
+    float32, also if the logits are less precise (float64 stays). `logits_UV` is this rank's slice
+    of the vocabulary; columns from `vocab_size` on are padding and have probability 0. A (logit,
+    target) entry may occur several times; each adds to the gradient.
     """
-    return _VocabParallelLogps.apply(logits_UV, row_N, target_N, vocab_size, group)
+    return _VocabParallelLogps.apply(logits_UV, logit_N, target_N, vocab_size, group)
 
 
 def token_logps(
     hidden_UC: Tensor,
     project: Project,
-    row_N: Tensor,
+    logit_N: Tensor,
     target_N: Tensor,
     *,
     vocab_size: int,
@@ -82,27 +89,29 @@ def token_logps(
     offsets: np.ndarray | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """Project rows and take their targets' log-probabilities, float32 [N].
+    """Project hidden states to logits and take the targets' log-probabilities, float32 [N].
 
-    `row_N` ascends. At most `chunk_size` rows are logits at a time: with more rows each chunk
-    is projected again in backward, so that no logits outlive their chunk. Row u has the targets
-    `offsets[u]` to `offsets[u + 1]`, [U + 1] on the host; without them the device is asked.
+    `logit_N` ascends. At most `chunk_size` tokens are projected at a time; if there are more,
+    backward projects each chunk again, so that logits are freed with their chunk. Hidden state u
+    predicts the targets `offsets[u]` up to, not including, `offsets[u + 1]`, [U + 1] on the host;
+    without `offsets` they are computed from `logit_N`, which waits for the device.
     """
 
-    def chunk_logps(hidden: Tensor, row: Tensor, target: Tensor) -> Tensor:
-        return vocab_parallel_logps(project(hidden), row, target, vocab_size, group)
+    def chunk_logps(hidden: Tensor, logit: Tensor, target: Tensor) -> Tensor:
+        return vocab_parallel_logps(project(hidden), logit, target, vocab_size, group)
 
-    num_rows = hidden_UC.size(0)
-    if num_rows <= chunk_size:
-        return chunk_logps(hidden_UC, row_N, target_N)
+    num_logits = hidden_UC.size(0)
+    if num_logits <= chunk_size:
+        return chunk_logps(hidden_UC, logit_N, target_N)
     if offsets is None:
-        offsets = np.searchsorted(row_N.cpu().numpy(), np.arange(num_rows + 1))
-    cuts = [*offsets[:num_rows:chunk_size].tolist(), len(row_N)]
+        offsets = np.searchsorted(logit_N.cpu().numpy(), np.arange(num_logits + 1))
+    # offsets [0, 1, 3, 4, 6], chunks of 2 -> targets are cut at [0, 3, 6]
+    cuts = [*offsets[:num_logits:chunk_size].tolist(), len(logit_N)]
     parts = [
         checkpoint(
             chunk_logps,
             hidden,
-            row_N[cuts[i] : cuts[i + 1]] - i * chunk_size,
+            logit_N[cuts[i] : cuts[i + 1]] - i * chunk_size,
             target_N[cuts[i] : cuts[i + 1]],
             use_reentrant=False,
             preserve_rng_state=False,

@@ -1,40 +1,26 @@
-"""Configuration -> the part of the model that one pipeline stage or virtual chunk holds."""
+"""Build the part of a model that one pipeline stage or virtual chunk holds, and load it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from pydantic import ValidationError
 
-from megatron_prefix.attention.api import resolve_backend
-from megatron_prefix.config.rules import layout_faults
-from megatron_prefix.config.schema import ModelConfig, ParallelConfig
+from megatron_prefix.attention import resolve_backend
+from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 from megatron_prefix.model.heads import TreeRewardModel
-from megatron_prefix.model.hf.config import sizes_from_hf
-from megatron_prefix.model.hf.files import HFTensors
-from megatron_prefix.model.hf.weights import REWARD_HEAD, WeightMap
-from megatron_prefix.model.init import canonical_parameters, initialize_weights, tensor_group
+from megatron_prefix.model.hf import HFTensors, WeightMap
+from megatron_prefix.model.init import initialize_weights
+from megatron_prefix.model.names import EMBEDDING, OUTPUT_LAYER, REWARD_HEAD
+from megatron_prefix.model.parameters import canonical_parameters, tensor_group
 from megatron_prefix.model.spec import has_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def with_sizes(model: ModelConfig, config: dict[str, Any], source: str) -> tuple[ModelConfig, int]:
-    """`model` with the sizes of a Hugging Face configuration, and its vocabulary's size."""
-    sizes = sizes_from_hf(config, source)
-    vocab_size = sizes.pop("vocab_size")
-    try:
-        return replace(model, **sizes), vocab_size
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InputError(f"{source}: {first['loc']}: {first['msg']}") from None
 
 
 def transformer_config(
@@ -44,35 +30,38 @@ def transformer_config(
     seed: int | None,
     head_seed: int | None = None,
     parallel: ParallelConfig | None = None,
+    sizes: ModelSizes | None = None,
 ) -> TreeTransformerConfig:
-    """Megatron-Core's view of `model`, for CUDA where there is one and else for CPU.
+    """Megatron-Core's configuration of `model`, for CUDA if there is a device, else for CPU.
 
-    `model` has sizes (see `with_sizes`). `seed` draws the initial weights; None leaves them
-    undefined, for weights that are loaded next, but for a reward model's head, which `head_seed`
-    draws. Raises InputError where the attention backend cannot run here.
+    `sizes` are needed if `model` does not have them. `seed` draws the initial weights; None leaves
+    them undefined, for weights that are loaded next, except a reward model's head, which
+    `head_seed` draws. Raises InputError if the layout does not divide the model, or if the
+    attention backend cannot run here.
     """
     parallel = parallel or ParallelConfig()
-    if faults := list(layout_faults(model, parallel)):
-        raise InputError("; ".join(faults))
+    sizes = sizes or model.sizes()
+    if sizes is None:
+        raise InputError("model.num_layers is missing: give the model's sizes")
+    parallel.check_model(model, sizes)
     on_cuda = torch.cuda.is_available()
-    own_gate = not (has_transformer_engine() or model.num_moe_experts)  # see swiglu.py
+    own_gate = not (has_transformer_engine() or sizes.num_moe_experts)  # see swiglu.py
     dtype = DTYPES[model.dtype]
     device = torch.device("cuda" if on_cuda else "cpu")
-    head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
     try:
-        resolve_backend(model.attention_backend, device, dtype, head_dim)
+        resolve_backend(model.attention_backend, device, dtype, sizes.kv_channels)
     except ValueError as error:
         raise InputError(f"model.{error}") from None
     return TreeTransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=head_dim,
-        layernorm_epsilon=model.norm_epsilon,
-        add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_query_groups=sizes.num_query_groups,
+        kv_channels=sizes.kv_channels,
+        layernorm_epsilon=sizes.norm_epsilon,
+        add_qkv_bias=sizes.add_qkv_bias,
+        qk_layernorm=sizes.qk_layernorm,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -95,8 +84,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         **_layout_settings(parallel),
-        moe_token_dispatcher_type="alltoall",  # what variable lengths ask for, without experts too
-        **_expert_settings(model, parallel),
+        moe_token_dispatcher_type="alltoall",  # needed for variable lengths, also without experts
+        **_expert_settings(model, sizes, parallel),
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,
         recompute_num_layers=model.recompute_num_layers,
@@ -104,9 +93,9 @@ def transformer_config(
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         kind=model.kind,
         share_embeddings_and_output_weights=model.kind == "lm"
-        and not model.untie_embeddings_and_output_weights,
-        rotary_base=model.rotary_base,
-        rope_scaling=model.rope_scaling,
+        and not sizes.untie_embeddings_and_output_weights,
+        rotary_base=sizes.rotary_base,
+        rope_scaling=sizes.rope_scaling,
         tree_attention_backend=model.attention_backend,
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
@@ -124,26 +113,28 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         context_parallel_size=parallel.context_parallel_size,
-        # Rows of a step differ in length; stages tell one another.
+        # Rows of a step differ in length, so a stage sends the shape first.
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
-        # Interleaved stages on gloo get wrong gradients with batched sends (silently).
+        # With batched sends, interleaved stages on gloo silently get wrong gradients.
         batch_p2p_comm=not is_interleaved,
         overlap_p2p_comm=is_interleaved,
     )
 
 
-def _expert_settings(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    experts = model.num_moe_experts
+def _expert_settings(
+    model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfig
+) -> dict[str, Any]:
+    has_experts = sizes.num_moe_experts > 0
     return dict(
-        num_moe_experts=experts,
-        moe_ffn_hidden_size=experts and (model.moe_ffn_hidden_size or model.ffn_hidden_size),
-        moe_router_topk=model.moe_router_topk,
-        moe_router_pre_softmax=model.moe_router_pre_softmax,
+        num_moe_experts=sizes.num_moe_experts if has_experts else None,
+        moe_ffn_hidden_size=sizes.moe_ffn_hidden_size if has_experts else None,
+        moe_router_topk=sizes.moe_router_topk,
+        moe_router_pre_softmax=sizes.moe_router_pre_softmax,
         moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",  # the router's own; see model/layers/moe.py
+        moe_router_load_balancing_type="none",  # our router has its own; see model/layers/moe.py
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_count=model.moe_count,
-        moe_grouped_gemm=experts is not None and has_transformer_engine(),
+        moe_grouped_gemm=has_experts and has_transformer_engine(),
         expert_model_parallel_size=parallel.expert_model_parallel_size,
     )
 
@@ -156,9 +147,9 @@ def model_provider(
     config: TreeTransformerConfig,
     pg_collection: ProcessGroupCollection,
 ) -> TreeGPTModel:
-    """Build one stage's model, with its initial weights where `config.init_seed` is set.
+    """Build one stage's model, with initial weights if `config.init_seed` is set.
 
-    Takes the arguments with which Megatron-LM and Megatron-Bridge call their providers.
+    Megatron-LM and Megatron-Bridge call their providers with these arguments.
     """
     model = (TreeRewardModel if config.kind == "reward" else TreeGPTModel)(
         config,
@@ -176,15 +167,15 @@ def model_provider(
 
 @torch.no_grad()
 def load_hf_weights(
-    model: TreeGPTModel, sizes: ModelConfig, directory: Path, keeps_head: bool = False
+    model: TreeGPTModel, sizes: ModelSizes, directory: Path, keeps_head: bool = False
 ) -> None:
-    """Fill this rank's part of the model from safetensors, a tensor at a time.
+    """Fill this rank's part of the model from safetensors, one tensor at a time.
 
     Reads only the rows and columns that the tensor-parallel rank owns, and casts them to the
     model's precision. `sizes` are those that the model was made with; with `keeps_head` a reward
-    model keeps the head it has, for a directory without one. Raises InputError.
+    model keeps its own head, for a directory without one. Raises InputError.
     """
-    weights = WeightMap(sizes, model.config.vocab_size)
+    weights = WeightMap(sizes, model.config.vocab_size, model.config.kind)
     tensors = HFTensors(directory)
     shapes = weights.hf_shapes()
     if keeps_head:
@@ -193,11 +184,11 @@ def load_hf_weights(
     padded = model.config.padded_vocab_size
     tied = model.config.share_embeddings_and_output_weights
     for name, parameter in canonical_parameters(model):
-        if tied and name == "output_layer.weight":  # the last pipeline stage's copy
-            name = "embedding.word_embeddings.weight"
+        if tied and name == OUTPUT_LAYER:  # the last pipeline stage's copy
+            name = EMBEDDING
         if keeps_head and name == REWARD_HEAD:
             continue
         group = tensor_group(name, model)
-        found = weights.read(name, tensors.read, group.rank(), group.size(), padded)
-        assert found.shape == parameter.shape, f"{name}: {found.shape}, not {parameter.shape}"
-        parameter.copy_(found)
+        tensor = weights.read(name, tensors.read, group.rank(), group.size(), padded)
+        assert tensor.shape == parameter.shape, f"{name}: {tensor.shape}, not {parameter.shape}"
+        parameter.copy_(tensor)

@@ -1,4 +1,4 @@
-"""Layer specs: Megatron-Core's own layers with tree attention in the middle."""
+"""Layer specs: Megatron-Core's layers with tree attention."""
 
 from __future__ import annotations
 
@@ -16,23 +16,21 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_prefix.attention.megatron import TreeCoreAttention
-from megatron_prefix.model.layers.moe import with_tree_router
-from megatron_prefix.model.layers.norm import RMSNorm
-from megatron_prefix.model.layers.swiglu import SwiGLU
+from megatron_prefix.attention import TreeCoreAttention
+from megatron_prefix.model.layers import RMSNorm, SwiGLU, with_tree_router
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's layers can be used: it is installed, and there is CUDA."""
+    """Whether Transformer Engine's layers can be used: it is installed, and CUDA is available."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleSpec:
     """One transformer layer whose attention follows the tree in `packed_seq_params`.
 
-    Transformer Engine's layers where it is installed, else Megatron-Core's local ones. `config`
-    says whether queries and keys are normed, and how many experts there are; `backend` is one of
-    attention.api.BACKENDS.
+    Its other parts are Transformer Engine's if it is installed, else Megatron-Core's local ones.
+    `config` has the settings of query-key norms and experts; `backend` is one of
+    attention.backends.BACKENDS, or `auto`.
     """
     experts = config.num_moe_experts
     if has_transformer_engine():
@@ -59,7 +57,7 @@ def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleS
     )
     if experts is None:
         return spec
-    # Checkpoints have Transformer Engine's names, and it does not fuse this norm before experts.
+    # Checkpoints use Transformer Engine's names, and it does not fuse this norm before experts.
     spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return with_tree_router(spec)
 
@@ -67,7 +65,7 @@ def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleS
 def tree_block_spec(
     config: TransformerConfig, backend: str = "auto", vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and virtual chunk, with the norm behind the last one."""
+    """The layers of this pipeline stage and virtual chunk, with the norm after the last one."""
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm as norm

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_prefix.config.schema import LossConfig
+from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import pairwise, reward
 from megatron_prefix.objectives.record import LossInputs, LossOutputs, ObjectiveRecord

@@ -1,4 +1,4 @@
-"""What this machine needs: Megatron-Core on CPU, copies to a device, Linux's own calls."""
+"""Code for one machine: Megatron-Core on CPU, copies to the device, calls of the Linux kernel."""
 
 from __future__ import annotations
 

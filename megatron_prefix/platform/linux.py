@@ -1,4 +1,4 @@
-"""What only Linux's kernel does for a process."""
+"""Calls of the Linux kernel."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
-"""Of prctl(2): which signal a process gets when its parent dies."""
+"""Option of prctl(2): the signal that a process gets when its parent dies."""
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when its parent dies, however that happens."""
+    """Make the kernel end this process when its parent dies. Does nothing outside Linux."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the kernel was asked
+    if os.getppid() != parent:  # the parent died before the call
         os._exit(128 + signal.SIGKILL)

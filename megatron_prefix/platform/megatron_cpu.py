@@ -1,26 +1,27 @@
-"""What Megatron-Core 0.16 needs where there is no CUDA, and nothing else.
+"""Megatron-Core 0.16 on a machine without CUDA.
 
-`adapted()` is a context: inside it, and only without CUDA, the places below run on CPU; leaving
-it restores everything. Paths are inside megatron/core.
+`adapted()` is a context manager. Without CUDA it changes the calls below so that they run on CPU,
+and restores them on exit. With CUDA it does nothing. Paths are relative to megatron/core.
 
-| adapted | because of |
+| change | needed by |
 | --- | --- |
 | `device="cuda"` of tensor factories -> cpu | schedules.py:596, optimizer.py:481, 907 |
 | `Tensor.cuda()` returns the tensor | distrib_optimizer.py:1089 |
-| `Tensor.type()` names CPU tensors as CUDA's | clip_grads.py:167, optimizer.py:671, 690 |
+| `Tensor.type()` gives CPU tensors CUDA names | clip_grads.py:167, optimizer.py:671, 690 |
 | `torch.cuda.current_device()` -> cpu | rotary_pos_embedding.py:162, mappings.py:91 |
 | `torch.cuda.synchronize()` does nothing | p2p_communication.py:242, filesystem_async.py:230 |
-| CUDA random state is empty | random.py:55 and :76, saved and restored by recomputation |
-| a dispatcher of tokens has no side stream | moe/token_dispatcher.py:445, 871-895 |
-| its splits become lists, which gloo takes | moe/moe_utils.py:1093, mappings.py:444 |
-| parts of unequal length are gathered by an all-to-all | mappings.py:150, which gloo refuses |
+| the CUDA random state is empty | random.py:55 and 76, where recomputation saves it |
+| the token dispatcher has no side stream | moe/token_dispatcher.py:445, 871-895 |
+| its split sizes become lists, as gloo needs | moe/moe_utils.py:1093, mappings.py:444 |
+| parts of unequal length are gathered by all-to-all | mappings.py:150, which gloo refuses |
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,9 +32,15 @@ CPU = torch.device("cpu")
 
 
 class _CudaNamesOnCpu(TorchFunctionMode):
-    """Sends `device="cuda"` to CPU and answers `Tensor.type()` as CUDA would."""
+    """Replace `device="cuda"` by CPU, and let `Tensor.type()` answer as on CUDA."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -46,7 +53,7 @@ class _CudaNamesOnCpu(TorchFunctionMode):
 
 
 def _splits_as_lists(dispatcher, point: str, tokens_per_expert=None):
-    """Where a dispatcher would copy its splits to the host: as numbers, without a stream."""
+    """In place of the dispatcher's copy of its split sizes to the host: lists, without a stream."""
     if point == dispatcher.cuda_dtoh_point:
         for name in ("input_splits", "output_splits"):
             splits = getattr(dispatcher, name)
@@ -55,19 +62,19 @@ def _splits_as_lists(dispatcher, point: str, tokens_per_expert=None):
 
 
 def _gather_unequal(original, input_, group, output_split_sizes=None, use_global_buffer=False):
-    """Parts of all ranks behind one another, of whatever lengths."""
+    """The parts of all ranks, one after another; their lengths may differ."""
     if output_split_sizes is None or group.size() == 1:
         return original(input_, group, output_split_sizes, use_global_buffer)
-    found = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+    gathered = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
     copies = torch.cat([input_] * group.size())
     own = [len(input_)] * group.size()
-    dist.all_to_all_single(found, copies, output_split_sizes, own, group=group)
-    return found
+    dist.all_to_all_single(gathered, copies, output_split_sizes, own, group=group)
+    return gathered
 
 
 @contextlib.contextmanager
 def adapted() -> Iterator[None]:
-    """Run Megatron-Core on this machine's device. Nests; does nothing where CUDA is there."""
+    """Run Megatron-Core on CPU inside the context, if there is no CUDA. May be nested."""
     if torch.cuda.is_available():
         yield
         return
@@ -93,5 +100,5 @@ def adapted() -> Iterator[None]:
 
 
 def device() -> torch.device:
-    """Where this process computes."""
+    """The device on which this process computes: its current CUDA device, or CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU

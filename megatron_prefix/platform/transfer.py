@@ -1,4 +1,4 @@
-"""Host arrays -> tensors on a device; to CUDA from pinned memory, so that nobody waits."""
+"""Copies of numpy arrays to a device: to CUDA from pinned memory, without waiting."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 
 
 def on_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """A tensor of the array's values; on CPU it may share the array's memory.
+    """A tensor with the array's values. On CPU it may share the array's memory.
 
-    To CUDA the copy is put on the current stream, and the call returns before it is done.
+    A copy to CUDA runs on the current stream, and the call returns before it has finished.
     """
     host = torch.from_numpy(np.ascontiguousarray(array))
     if torch.device(device).type == "cuda":

@@ -7,8 +7,7 @@ import hashlib
 import torch
 import torch.distributed as dist
 
-from megatron_prefix.model.gpt import unwrap
-from megatron_prefix.model.init import canonical_parameters, whole_parameter
+from megatron_prefix.model import whole_parameters
 
 
 @torch.no_grad()
@@ -20,9 +19,7 @@ def model_fingerprint(chunks: list[torch.nn.Module]) -> str:
     """
     own: dict[str, str] = {}
     for chunk in chunks:
-        model = unwrap(chunk)
-        for name, parameter in canonical_parameters(model):
-            whole = whole_parameter(name, parameter, model)
+        for name, whole in whole_parameters(chunk):
             head = f"{name} {whole.dtype} {tuple(whole.shape)}\n"
             digest = hashlib.sha256(head.encode())
             digest.update(whole.cpu().view(torch.uint8).numpy().data.cast("B"))

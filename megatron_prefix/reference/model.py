@@ -17,16 +17,15 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_prefix.checkpoint.starting_model import InitialModel
-from megatron_prefix.config.schema import Config
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import World
+from megatron_prefix.checkpoint import StartingModel
+from megatron_prefix.config import Config
+from megatron_prefix.data.steps import MicroBatch, Sampler
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import World
 from megatron_prefix.engine import Feed, StepRows, TrainBatch, build_model, score_rows
-from megatron_prefix.model.gpt import TreeTransformerConfig, unwrap
+from megatron_prefix.model import TreeTransformerConfig, unwrap
 from megatron_prefix.objectives import Objective
-from megatron_prefix.platform.transfer import on_device
+from megatron_prefix.platform import on_device
 from megatron_prefix.reference.sidecars import PartialScores, read_sidecar
 
 SAVE_STEPS = 32
@@ -104,7 +103,7 @@ class NoReference:
 def open_reference(
     objective: Objective,
     config: Config,
-    initial: InitialModel,
+    initial: StartingModel,
     fingerprint: str | None,
     datasets: list[PreferenceDataset],
     world: World,

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError, RunError
 
 FORMAT = "megatron_prefix reference log-probabilities"

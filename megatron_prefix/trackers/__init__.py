@@ -1,0 +1,7 @@
+"""Trackers: where a run's metrics go (metrics.jsonl, TensorBoard, the terminal)."""
+
+from megatron_prefix.trackers.jsonl import read_metrics
+from megatron_prefix.trackers.several import Trackers, configured_trackers
+from megatron_prefix.trackers.tracker import Status, Tracker
+
+__all__ = ["Status", "Tracker", "Trackers", "configured_trackers", "read_metrics"]

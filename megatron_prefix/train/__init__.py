@@ -1,1 +1,23 @@
-"""Training on Megatron-Core: groups, schedule, optimizer, checkpoints, metrics."""
+"""The training run, evaluation and scoring, each from a configuration to its result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_prefix.faces import lazy_face
+
+if TYPE_CHECKING:
+    from megatron_prefix.train.evaluation import evaluate
+    from megatron_prefix.train.run import train
+    from megatron_prefix.train.samplers import training_sampler
+    from megatron_prefix.train.scoring import score_reference
+else:
+    __getattr__ = lazy_face(
+        __name__,
+        evaluation=["evaluate"],
+        run=["train"],
+        samplers=["training_sampler"],
+        scoring=["score_reference"],
+    )
+
+__all__ = ["evaluate", "score_reference", "train", "training_sampler"]

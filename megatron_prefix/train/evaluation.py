@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
-from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
-from megatron_prefix.config.schema import Config
-from megatron_prefix.data.steps.sampler import Sampler, loss_weights
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.session import running
-from megatron_prefix.distributed.world import World
+from megatron_prefix.checkpoint import (
+    StartingModel,
+    load_weights,
+    resolve_checkpoint,
+    resolve_starting_model,
+)
+from megatron_prefix.config import Config
+from megatron_prefix.data.steps import Sampler, loss_weights
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import LossInputs, Objective, check
 from megatron_prefix.reference import (
@@ -47,9 +50,9 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     weights = None if load is None else resolve_checkpoint(load)
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
-    with running(config) as world:
+    with open_session(config) as world:
         dataset = open_verified(config.data.valid, "data.valid", world)
-        initial = initial_model(config.model, [dataset])
+        initial = resolve_starting_model(config.model, [dataset])
         sampler = evaluation_sampler(config, dataset, world, initial.sizes)
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         check_columns(objective, dataset, "data.valid")
@@ -66,7 +69,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
 
 def _own_scores(
     config: Config,
-    initial: InitialModel,
+    initial: StartingModel,
     model: list[torch.nn.Module],
     weights: Path | None,
     sampler: Sampler,
@@ -85,7 +88,7 @@ def _own_scores(
 def _logps(
     objective: Objective,
     config: Config,
-    initial: InitialModel,
+    initial: StartingModel,
     model: list[torch.nn.Module],
     weights: Path | None,
     sampler: Sampler,

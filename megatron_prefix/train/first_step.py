@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_prefix.distributed.world import World
+from megatron_prefix.distributed import World
 from megatron_prefix.errors import RunError
 from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.engine.batch import TrainBatch
+from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.engine import TrainBatch
 
 
 def finite_rows(logs: list[dict]) -> list[bool]:
@@ -37,7 +37,7 @@ def save_rows(
             "tokens": row.tokens,
             "lengths": row.layout.lengths,
             "parents": row.layout.parents,
-            "source_row": row.source_row,
+            "source_row": row.logit_token,
             "target_token": row.target_token,
             "response": row.response,
             "response_ids": row.response_ids,

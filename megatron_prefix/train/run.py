@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
-from megatron_prefix.config.schema import Config
-from megatron_prefix.distributed.session import running
-from megatron_prefix.distributed.signals import StopRequest
+from megatron_prefix.config import Config
+from megatron_prefix.distributed import StopRequest, open_session
+from megatron_prefix.errors import Stopped
+from megatron_prefix.trackers import Status
 from megatron_prefix.train.samplers import open_plan, open_verified
 from megatron_prefix.train.setup import prepare_trainer
 
@@ -21,14 +22,19 @@ def train(config: Config) -> None:
     Raises InputError before any training if it cannot run, RunError if the run detects that it is
     wrong, and Stopped if a signal ended it early.
     """
-    with running(config) as world, StopRequest(world) as stop:
+    with open_session(config) as world, StopRequest(world) as stop:
         plan = open_plan(config, world)
         dataset = open_verified(config.data.train, "data.train", world, plan)
         valid = None
         if config.data.valid:
             valid = open_verified(config.data.valid, "data.valid", world)
         trainer = prepare_trainer(config, dataset, valid, world, plan)
+        status: Status = "failed"
         try:
             trainer.run(stop)
+            status = "done"
+        except Stopped:
+            status = "stopped"
+            raise
         finally:
-            trainer.close()
+            trainer.close(status)

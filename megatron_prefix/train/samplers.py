@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_prefix.config.schema import Config, ModelConfig
-from megatron_prefix.data.steps.collate import score_targets, tree_targets
-from megatron_prefix.data.steps.composition import Composition, PlanSettings
-from megatron_prefix.data.steps.cost import CostModel
-from megatron_prefix.data.steps.packed_steps import PackedPlan
-from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.config import Config, ModelSizes
+from megatron_prefix.data.steps import TARGETS, CostModel, Sampler
+from megatron_prefix.data.steps.compositions import Composition, InOrder, StepSettings
+from megatron_prefix.data.steps.packed import PackedSteps
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.store.verify import verify_checksums
-from megatron_prefix.distributed.world import World
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective, check
 
+if TYPE_CHECKING:
+    from megatron_prefix.distributed import World
+
 EVALUATION_GROUPS = 64
 """Groups scored at a time if the configuration counts steps in rows."""
-TARGETS = {"lm": tree_targets, "reward": score_targets}
-"""The targets in a tree of each kind of model."""
 
 
 def open_verified(
-    prefix: str, setting: str, world: World, plan: PackedPlan | None = None
+    prefix: str, setting: str, world: World, plan: PackedSteps | None = None
 ) -> PreferenceDataset:
     """Open the data set that `setting` names; the main process checks every checksum.
 
@@ -53,7 +51,7 @@ def open_verified(
     return dataset
 
 
-def open_plan(config: Config, world: World) -> PackedPlan | None:
+def open_plan(config: Config, world: World) -> PackedSteps | None:
     """The plan that `data.plan` names; the main process checks its checksums."""
     path = config.data.plan
     if path is None:
@@ -61,12 +59,12 @@ def open_plan(config: Config, world: World) -> PackedPlan | None:
 
     def verify() -> None:
         try:
-            PackedPlan(path).verify()
+            PackedSteps(path).verify()
         except InputError as error:
             raise InputError(f"data.plan: {error}") from None
 
     world.once(verify)
-    return PackedPlan(path)
+    return PackedSteps(path)
 
 
 def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
@@ -84,25 +82,10 @@ def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str
         )
 
 
-@dataclass(frozen=True)
-class InOrder:
-    """A composition in the data set's own order, `batch_size` groups per step."""
-
-    num_groups: int
-    batch_size: int
-
-    def groups(self, step: int) -> np.ndarray:
-        stop = min((step + 1) * self.batch_size, self.num_groups)
-        return np.arange(step * self.batch_size, stop)
-
-    def num_steps(self, epochs: int) -> int:
-        return epochs * -(-self.num_groups // self.batch_size)
-
-
-def plan_settings(config: Config) -> PlanSettings:
+def plan_settings(config: Config) -> StepSettings:
     """The settings that decide which groups share a step and a row."""
     data = config.data
-    return PlanSettings(
+    return StepSettings(
         seed=data.seed,
         sharing=data.sharing,
         row_capacity=data.row_capacity,
@@ -118,8 +101,8 @@ def training_sampler(
     config: Config,
     dataset: PreferenceDataset,
     world: World | None = None,
-    plan: PackedPlan | None = None,
-    sizes: ModelConfig | None = None,
+    plan: PackedSteps | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Sampler:
     """The training sampler of the data section; it follows `plan` if there is one.
 
@@ -137,7 +120,7 @@ def evaluation_sampler(
     config: Config,
     dataset: PreferenceDataset,
     world: World | None = None,
-    sizes: ModelConfig | None = None,
+    sizes: ModelSizes | None = None,
 ) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     batch_size = config.data.global_batch_size or EVALUATION_GROUPS
@@ -149,10 +132,10 @@ def _sampler(
     dataset: PreferenceDataset,
     composition: Composition,
     world: World | None,
-    sizes: ModelConfig | None,
+    sizes: ModelSizes | None,
 ) -> Sampler:
-    data, model = config.data, sizes or config.model
-    has_sizes = model.num_layers is not None
+    data, kind = config.data, config.model.kind
+    sizes = sizes or config.model.sizes()
     return Sampler(
         dataset=dataset,
         composition=composition,
@@ -160,8 +143,8 @@ def _sampler(
         weighting=check(config.loss, config.model.kind).weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
-        targets=TARGETS[model.kind],
+        targets=TARGETS[kind],
         packing_method=data.packing_method,
-        cost=CostModel.of_model(model, dataset.vocab_size) if has_sizes else None,
-        **(world.rows if world is not None else {}),
+        cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
+        **(world.sampler_layout if world is not None else {}),
     )

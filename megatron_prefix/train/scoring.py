@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import Config
-from megatron_prefix.distributed.session import running
-from megatron_prefix.distributed.world import World
+from megatron_prefix.checkpoint import resolve_starting_model
+from megatron_prefix.config import Config
+from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.reference import (
@@ -34,7 +33,7 @@ def score_reference(config: Config, output: str) -> None:
         )
     if not Path(output).absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such directory; make it first")
-    with running(config) as world:
+    with open_session(config) as world:
         settings = {"data.train": config.data.train, "data.valid": config.data.valid}
         datasets = {
             dataset.fingerprint: dataset
@@ -42,7 +41,7 @@ def score_reference(config: Config, output: str) -> None:
             if prefix is not None
             for dataset in [open_verified(prefix, setting, world)]
         }
-        initial = initial_model(config.model, list(datasets.values()))
+        initial = resolve_starting_model(config.model, list(datasets.values()))
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         initial.load(model)
         fingerprint = model_fingerprint(model)

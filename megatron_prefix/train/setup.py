@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.checkpoint.starting_model import InitialModel, initial_model
-from megatron_prefix.config.schema import Config, dump_config
-from megatron_prefix.data.steps.packed_steps import PackedPlan
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import World
+from megatron_prefix.checkpoint import RunCheckpoints, StartingModel, resolve_starting_model
+from megatron_prefix.config import Config
+from megatron_prefix.data.steps.packed import PackedSteps
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import World
 from megatron_prefix.engine import build_model, build_policy
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.reference import model_fingerprint, open_reference
-from megatron_prefix.trackers.jsonl import MetricsWriter, Progress
+from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.samplers import check_columns, evaluation_sampler, training_sampler
 from megatron_prefix.train.steps_report import describe_steps
 from megatron_prefix.train.trainer import Trainer
@@ -26,7 +25,7 @@ def prepare_trainer(
     dataset: PreferenceDataset,
     valid: PreferenceDataset | None,
     world: World,
-    plan: PackedPlan | None = None,
+    plan: PackedSteps | None = None,
 ) -> Trainer:
     """A trainer before its next step, resumed if `train.load` has a checkpoint; collective.
 
@@ -40,7 +39,7 @@ def prepare_trainer(
     if valid is not None:
         check_columns(objective, valid, "data.valid")
     datasets = [dataset] if valid is None else [dataset, valid]
-    initial = initial_model(config.model, datasets)
+    initial = resolve_starting_model(config.model, datasets)
     sampler = training_sampler(config, dataset, world, plan, initial.sizes)
     num_steps = config.train.steps
     if num_steps is None:
@@ -59,17 +58,18 @@ def prepare_trainer(
     initial.load(chunks)
     fingerprint = model_fingerprint(chunks) if objective.reference != "none" else None
     reference = open_reference(objective, config, initial, fingerprint, datasets, world)
-    policy = build_policy(chunks, model_config, config.optimizer, config.parallel, num_steps)
+    policy = build_policy(chunks, model_config, config, num_steps)
     identity = run_identity(config, dataset, fingerprint)
-    step = _latest(config, world)
-    if step and config.train.load is not None:
-        world.beat(f"loading the checkpoint of step {step}")
-        checkpoint.load_checkpoint(
-            config.train.load, step, policy.chunks, policy.optimizer, policy.scheduler, identity
-        )
+    step = 0
+    if config.train.load is not None:
+        checkpoints = RunCheckpoints(config.train.load)
+        step = world.once(checkpoints.step_to_resume)
+        if step:
+            world.beat(f"loading the checkpoint of step {step}")
+            checkpoints.load(step, policy.chunks, policy.optimizer, policy.scheduler, identity)
     _print_start(config, initial, step, world)
-    opened: list[MetricsWriter] = []  # on the main process
-    world.once(lambda: opened.append(_open_metrics(config, step)))
+    trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
+    world.once(lambda: trackers.start(config, step))
     return Trainer(
         config=config,
         objective=objective,
@@ -82,8 +82,7 @@ def prepare_trainer(
         num_steps=num_steps,
         step=step,
         identity=identity,
-        metrics=opened[0] if opened else None,
-        progress=Progress(num_steps, step, shown=world.is_main),
+        trackers=trackers,
     )
 
 
@@ -133,15 +132,7 @@ def _check_outputs(config: Config, world: World) -> None:
         if train.save is None:
             return
         _probe("train.save", train.save)
-        checkpoint.clear_leftovers(train.save)
-        is_same = (
-            train.load is not None and Path(train.load).resolve() == Path(train.save).resolve()
-        )
-        if checkpoint.latest_step(train.save) is not None and not is_same:
-            raise InputError(
-                f"train.save = {train.save} has the checkpoints of another run: continue that run "
-                f"with train.load: {train.save}, or name another directory"
-            )
+        RunCheckpoints(train.save).claim(train.load)
 
     world.once(check)
 
@@ -158,19 +149,7 @@ def _probe(setting: str, directory: str) -> None:
         ) from None
 
 
-def _latest(config: Config, world: World) -> int:
-    load = config.train.load
-    if load is None:
-        return 0
-    if (Path(load) / checkpoint.COMPLETE).exists():
-        raise InputError(
-            f"train.load = {load} is one checkpoint: give the directory above it, whose "
-            f"{checkpoint.TRACKER} names the one to resume from"
-        )
-    return world.once(lambda: checkpoint.latest_step(load) or 0)
-
-
-def _print_start(config: Config, initial: InitialModel, step: int, world: World) -> None:
+def _print_start(config: Config, initial: StartingModel, step: int, world: World) -> None:
     load, note = config.train.load, initial.note(config.train.seed)
     if world.is_main and note is not None and not step:
         print(note, flush=True)
@@ -181,18 +160,3 @@ def _print_start(config: Config, initial: InitialModel, step: int, world: World)
             else f"no checkpoint in {load}: starting from scratch"
         )
         print(text, flush=True)
-
-
-def _open_metrics(config: Config, step: int) -> MetricsWriter:
-    """A new run's directory, or the same one from `step` on."""
-    logging = config.logging
-    try:
-        writer = MetricsWriter(
-            logging.output, resumed_step=step or None, tensorboard=logging.tensorboard
-        )
-        (Path(logging.output) / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"logging.output = {logging.output}: {error}; name a directory that can be written"
-        ) from None
-    return writer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_prefix.data.steps.packed_steps import PackedPlan, describe_plan
-from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps import Sampler
+from megatron_prefix.data.steps.packed import PackedSteps, describe_packed_steps
 
 MOST_STEPS = 32
 """Steps that are read, evenly over the run. A plan on disk has figures of all its steps."""
@@ -17,8 +17,8 @@ def describe_steps(sampler: Sampler, num_steps: int) -> str:
     If there is a plan, the first line is that of `pack`, for all steps of the plan.
     """
     lines = []
-    if isinstance(sampler.composition, PackedPlan):
-        lines.append(describe_plan(sampler.composition.manifest))
+    if isinstance(sampler.composition, PackedSteps):
+        lines.append(describe_packed_steps(sampler.composition.manifest))
     chosen = np.unique(np.linspace(0, num_steps - 1, MOST_STEPS).astype(int)).tolist()
     tokens = rows = 0
     unevenness = []

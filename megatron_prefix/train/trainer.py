@@ -15,21 +15,18 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.checkpoint.starting_model import InitialModel
-from megatron_prefix.config.schema import Config
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.steps.sampler import Sampler, StepPlan
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.signals import StopRequest
-from megatron_prefix.distributed.world import World
+from megatron_prefix.checkpoint import RunCheckpoints, StartingModel
+from megatron_prefix.config import Config
+from megatron_prefix.data.steps import MicroBatch, Sampler, Step
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import StopRequest, World
 from megatron_prefix.engine import Feed, Policy, TrainBatch
 from megatron_prefix.errors import RunError, Stopped
-from megatron_prefix.model.gpt import unwrap
-from megatron_prefix.model.layers.moe import step_auxiliary
+from megatron_prefix.model import unwrap
+from megatron_prefix.model.layers import step_auxiliary
 from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference, score_dataset
-from megatron_prefix.trackers.jsonl import MetricsWriter, Progress
+from megatron_prefix.trackers import Status, Trackers
 from megatron_prefix.train.evaluation import preference_metrics
 from megatron_prefix.train.first_step import check_first_step
 from megatron_prefix.train.non_finite import describe, file_name, finite_rows, save_rows
@@ -42,7 +39,7 @@ class Trainer:
     config: Config
     objective: Objective
     world: World
-    initial: InitialModel
+    initial: StartingModel
     sampler: Sampler
     valid: Sampler | None
     reference: Reference
@@ -50,8 +47,7 @@ class Trainer:
     num_steps: int
     step: int
     identity: dict
-    metrics: MetricsWriter | None
-    progress: Progress
+    trackers: Trackers
     valid_ref_logps: np.ndarray | None = None
 
     @cached_property
@@ -66,9 +62,8 @@ class Trainer:
         if self.step == 0:
             self.evaluate()
         while self.step < self.num_steps:
-            row = self.train_step()
-            self._write(row)
-            self.progress.update(row)
+            values = self.train_step()
+            self.trackers.log(self.step, values)
             is_last = self.step == self.num_steps
             is_asked = stop is not None and stop.is_asked()
             if is_last or _is_due(self.step, settings.eval_interval):
@@ -82,7 +77,7 @@ class Trainer:
                 raise Stopped(f"stopped by a signal after step {self.step} ({state})")
 
     def train_step(self) -> dict:
-        """One optimizer step. Returns its line of metrics."""
+        """One optimizer step. Returns its metrics."""
         start = time.monotonic()
         self.world.beat(f"step {self.step + 1}")
         step = self.feed.step(self.step)
@@ -106,7 +101,6 @@ class Trainer:
         self.step += 1
         seconds = time.monotonic() - start
         return {
-            "step": self.step,
             **means,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
@@ -131,20 +125,13 @@ class Trainer:
                 f"the evaluation after step {self.step} is not finite (loss {metrics['loss']}): "
                 "the weights have diverged. Lower optimizer.lr, and resume from a checkpoint"
             )
-        self._write({"step": self.step, **{f"eval_{k}": v for k, v in metrics.items()}})
-        shown = {"accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-        rewards = [f", {name} {metrics[key]:.3f}" for name, key in shown.items() if key in metrics]
-        self.progress.say(
-            f"evaluation at step {self.step}: loss {metrics['loss']:.4f}{''.join(rewards)} over "
-            f"{metrics['num_pairs']} pairs"
-        )
+        self.trackers.log(self.step, {f"eval_{key}": value for key, value in metrics.items()})
 
     def save(self, root: str) -> None:
         """Write a checkpoint of this step below `root`."""
         self.world.beat(f"the save of step {self.step}")
         self.policy.finish_param_gather()
-        checkpoint.save_checkpoint(
-            root,
+        RunCheckpoints(root).save(
             self.step,
             self.policy.chunks,
             self.policy.optimizer,
@@ -153,36 +140,24 @@ class Trainer:
             attach=self.initial.attach,
         )
 
-    def close(self) -> None:
+    def close(self, status: Status = "done") -> None:
+        """Stop the feed and finish the trackers: the run ended with `status`."""
         self.feed.close()
-        self.progress.close()
-        if self.metrics is not None:
-            self.metrics.close()
-
-    def _write(self, row: dict) -> None:
-        if self.metrics is None:
-            return
-        try:
-            self.metrics.write(row)
-        except OSError as error:
-            raise RunError(
-                f"logging.output = {self.config.logging.output}: the metrics of step {row['step']} "
-                f"could not be written ({error}). Free some space, and resume with train.load"
-            ) from error
+        self.trackers.finish(status)
 
     def _gradients(self, batches: list[TrainBatch]) -> list[dict]:
         """Forward and backward over rows, from zero gradients. Returns the rows' logs."""
         return self.policy.gradients(batches, self.objective)
 
     def _totals(
-        self, plan: StepPlan, rows: list[MicroBatch], logs: list[dict]
+        self, plan: Step, rows: list[MicroBatch], logs: list[dict]
     ) -> tuple[dict[str, float], dict[str, int]]:
         """Means of the step (the loss over its weight, everything else over pairs) and its token
         counts, from one sum over ranks, in float64, in which all counts are exact."""
         dataset, names = self.sampler.dataset, list(logs[0]["sums"])
         counts = {
             "tokens/executed": sum(len(row.tokens) for row in rows),
-            "tokens/targets": sum(len(row.source_row) for row in rows),
+            "tokens/targets": sum(len(row.logit_token) for row in rows),
             "rows/projected": sum(row.num_projected for row in rows),
         }
         sums = torch.stack([torch.stack([*log["sums"].values()]) for log in logs]).sum(0)

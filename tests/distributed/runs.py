@@ -93,11 +93,11 @@ class Runs:
     def weights(self, name: str, step: int = NUM_STEPS) -> dict[str, torch.Tensor]:
         from megatron.core import dist_checkpointing
 
-        from megatron_prefix.config.schema import ParallelConfig
-        from megatron_prefix.distributed.world import world
+        from megatron_prefix.config import ParallelConfig
+        from megatron_prefix.distributed.world import join_world
 
         path = self.output(name) / "saved" / f"iter_{step:07d}"
-        with world(ParallelConfig(), seed=0):
+        with join_world(ParallelConfig(), seed=0):
             tensors = dist_checkpointing.load_plain_tensors(str(path))
         found = {k: x for k, x in tensors.items() if isinstance(x, torch.Tensor)}
         return {k: x for k, x in found.items() if not k.startswith("optimizer.")}

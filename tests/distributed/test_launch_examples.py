@@ -32,7 +32,7 @@ from launch_recipes import (
 )
 from runs import TIMEOUT_S, on_processes
 
-from megatron_prefix.config.schema import load_config
+from megatron_prefix.config import load_config
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.planning import plan_run
 from megatron_prefix.testing import write_random_set

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prefix.attention import tree_attention
-from megatron_prefix.attention.context_parallel.ownership import ContextCost
-from megatron_prefix.attention.context_parallel.transports import ContextParallel
+from megatron_prefix.attention.context_parallel import ContextCost, ContextParallel
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import BytesSent, random_forest, random_heads
 
@@ -31,7 +30,7 @@ def compare(comm: str, backend: str, seed: int) -> dict:
 
     context = ContextParallel(dist.group.WORLD, comm, COST)
     share = context.share(layout, torch.device("cpu"))
-    own = torch.from_numpy(share.rows)
+    own = torch.from_numpy(share.tokens)
     parts = [x.detach()[own].requires_grad_() for x in (q, k, v)]
     with BytesSent(dist.group.WORLD) as sent:
         found = share.attend(*parts, backend, None)
@@ -47,7 +46,7 @@ def compare(comm: str, backend: str, seed: int) -> dict:
         "error": max(float((a - b).detach().abs().max()) for a, b in pairs),
         "sent": sent.total,
         "predicted": share.transport.bytes_sent(HEADS, GROUPS, DIM, q.element_size()),
-        "is_contiguous": bool((np.diff(share.rows) == 1).all()),
+        "is_contiguous": bool((np.diff(share.tokens) == 1).all()),
         "tokens": [float(total), layout.num_tokens, float(count.grad)],
     }
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_prefix.attention import TreePlan, tree_attention
-from megatron_prefix.attention.api import why_not
+from megatron_prefix.attention.backends import load_backend
 from megatron_prefix.attention.backends.dense import masked_attention, visibility
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads
@@ -45,7 +45,7 @@ FORESTS = {
 
 def skip_without(backend, dtype, head_dim):
     """Skip, with the reason and the remedy, where `backend` does not run here."""
-    if obstacle := why_not(backend, torch.device(DEVICE), dtype, head_dim):
+    if obstacle := load_backend(backend).why_not(torch.device(DEVICE), dtype, head_dim):
         pytest.skip(f"{backend}: {obstacle}")
 
 
@@ -93,14 +93,14 @@ def assert_within_budget(found, low, mask, scale=0.125):
 def mask_of(plan):
     """bool [L, S]: who sees whom under a plan of some rows or all."""
     mask = visibility(plan.layout, "cpu")
-    mask = mask if plan.q_rows is None else mask[torch.from_numpy(plan.q_rows)]
-    mask = mask if plan.kv_rows is None else mask[:, torch.from_numpy(plan.kv_rows)]
+    mask = mask if plan.q_tokens is None else mask[torch.from_numpy(plan.q_tokens)]
+    mask = mask if plan.kv_tokens is None else mask[:, torch.from_numpy(plan.kv_tokens)]
     return mask.to(plan.device)
 
 
-def check_backend(backend, layout, heads, dtype, q_rows=None, kv_rows=None, device=DEVICE):
+def check_backend(backend, layout, heads, dtype, q_tokens=None, kv_tokens=None, device=DEVICE):
     """A backend against dense, values and gradients, on a layout or on some rows of it."""
-    plan = TreePlan(layout, device, q_rows, kv_rows)
+    plan = TreePlan(layout, device, q_tokens, kv_tokens)
     low_q, _, _, grad = random_heads(plan.num_queries, *heads, dtype=dtype, device=device)
     _, low_k, low_v, _ = random_heads(plan.num_keys, *heads, seed=1, dtype=dtype, device=device)
     low = [low_q, low_k, low_v, grad]

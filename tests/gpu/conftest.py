@@ -22,8 +22,8 @@ def pytest_runtest_teardown(item, nextitem):
 @pytest.fixture
 def here():
     """Process groups for a test that holds a model; `train` makes its own."""
-    from megatron_prefix.config.schema import ParallelConfig
-    from megatron_prefix.distributed.world import world
+    from megatron_prefix.config import ParallelConfig
+    from megatron_prefix.distributed.world import join_world
 
-    with world(ParallelConfig(), seed=0) as here:
+    with join_world(ParallelConfig(), seed=0) as here:
         yield here

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_prefix.config.schema import parse_config
+from megatron_prefix.config import parse_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer

@@ -6,7 +6,7 @@ import torch
 from budget import DTYPES, FORESTS, check_backend, forward_backward, needs_cuda, skip_without
 
 from megatron_prefix.attention import TreePlan, tree_attention
-from megatron_prefix.attention.context_parallel.ownership import needed_rows
+from megatron_prefix.attention.context_parallel.ownership import needed_tokens
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads
 
@@ -40,7 +40,7 @@ def test_partial_plans(backend, rank, is_compact):
     layout = random_forest(np.random.default_rng(7), num_trees=6, max_length=60)
     own = np.array_split(np.arange(layout.num_tokens), 4)[rank]
     own = own[np.random.default_rng(rank).random(len(own)) < 0.9]
-    held = needed_rows(layout, own) if is_compact else None
+    held = needed_tokens(layout, own) if is_compact else None
     check_backend(backend, layout, (8, 2, 64), torch.bfloat16, own, held)
 
 

@@ -12,13 +12,14 @@ from budget import (
     needs_cuda,
 )
 
-from megatron_prefix.attention import build_path_plan, resolve_backend, tree_attention
+from megatron_prefix.attention import resolve_backend, tree_attention
 from megatron_prefix.attention.backends.flash import aten_operators
-from megatron_prefix.attention.backends.flash_version import (
+from megatron_prefix.attention.backends.flash_versions import (
     active_version,
     flash_version,
     why_not_version,
 )
+from megatron_prefix.attention.plan import build_path_plan
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_heads
 

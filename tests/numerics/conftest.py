@@ -25,9 +25,9 @@ def here():
     """Process groups for tests that hold a model; `train` makes its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from megatron_prefix.config.schema import ParallelConfig
-        from megatron_prefix.distributed.world import world
-    with world(ParallelConfig(), seed=0) as here:
+        from megatron_prefix.config import ParallelConfig
+        from megatron_prefix.distributed.world import join_world
+    with join_world(ParallelConfig(), seed=0) as here:
         yield here
 
 

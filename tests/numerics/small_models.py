@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelConfig
 from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import PrefixTree
@@ -77,7 +77,7 @@ def chain(tokens: np.ndarray, loss_start: int) -> MicroBatch:
     return MicroBatch(
         tokens=np.asarray(tokens),
         layout=TreeLayout.from_parents([length], [-1]),
-        source_row=np.arange(loss_start - 1, length - 1),
+        logit_token=np.arange(loss_start - 1, length - 1),
         target_token=np.asarray(tokens[loss_start:]),
         response=np.zeros(length - loss_start, np.int64),
         response_ids=np.zeros((1, 2), np.int64),

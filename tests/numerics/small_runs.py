@@ -10,9 +10,9 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.config.schema import Config, ParallelConfig, parse_config
+from megatron_prefix.config import Config, ParallelConfig, parse_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import world
+from megatron_prefix.distributed.world import join_world
 from megatron_prefix.train.run import train
 from megatron_prefix.train.setup import prepare_trainer
 from megatron_prefix.train.trainer import Trainer
@@ -63,7 +63,7 @@ def prepare(config: Config, here) -> Trainer:
 def saved_state(root: str | Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:
     """A whole checkpoint: its tensors by name, and what is saved beside them."""
     path = str(checkpoint.iteration_dir(root, step))
-    with world(ParallelConfig(), seed=0):
+    with join_world(ParallelConfig(), seed=0):
         tensors = dist_checkpointing.load_plain_tensors(path)
         common = dist_checkpointing.load_common_state_dict(path)
     return {name: x for name, x in tensors.items() if isinstance(x, torch.Tensor)}, common

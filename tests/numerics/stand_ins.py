@@ -6,9 +6,9 @@ Shapes: L queries, S keys of a piece, N query heads, G key/value heads, H head d
 
 import torch
 
-from megatron_prefix.attention import build_path_plan
 from megatron_prefix.attention.backends.flash import Operators, flash_attention
 from megatron_prefix.attention.backends.te import te_attention
+from megatron_prefix.attention.plan import build_path_plan
 
 
 def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):

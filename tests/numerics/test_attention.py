@@ -8,10 +8,11 @@ import pytest
 import torch
 from stand_ins import stand_in_flash, stand_in_te, varlen_backward, varlen_forward
 
-from megatron_prefix.attention import TreePlan, build_path_plan, resolve_backend, tree_attention
+from megatron_prefix.attention import TreePlan, resolve_backend, tree_attention
 from megatron_prefix.attention.backends.dense import masked_attention, visibility
 from megatron_prefix.attention.backends.flash import Operators, flash_attention, why_not_head_dim
 from megatron_prefix.attention.backends.path import CPU_FLASH, PLAIN, PLAIN_BLOCK, _PathAttention
+from megatron_prefix.attention.plan import build_path_plan
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import (
     random_forest,

@@ -12,7 +12,7 @@ import yaml
 from small_runs import trained
 from toy import ROOT, make_toy
 
-from megatron_prefix.config.schema import parse_config
+from megatron_prefix.config import parse_config
 
 EXAMPLES = ROOT / "examples"
 

@@ -16,7 +16,7 @@ from megatron_prefix.attention.backends.flex import (
     plan_block_mask,
     query_intervals,
 )
-from megatron_prefix.attention.context_parallel.ownership import needed_rows
+from megatron_prefix.attention.context_parallel.ownership import needed_tokens
 from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads, visibility_by_walking
@@ -29,7 +29,7 @@ def parts(seed, kind):
     if kind == "whole":
         return layout, None, None
     own = some_rows(layout, rng)
-    return layout, own, needed_rows(layout, own) if kind == "compact" else None
+    return layout, own, needed_tokens(layout, own) if kind == "compact" else None
 
 
 def walked(layout, own, held):
@@ -119,7 +119,7 @@ def test_forward_equals_dense_and_is_compiled_once(once):
         layout = long_forest(seed)
         rng = np.random.default_rng(seed)
         own = some_rows(layout, rng) if kind == "compact" else None
-        held = needed_rows(layout, own) if kind == "compact" else None
+        held = needed_tokens(layout, own) if kind == "compact" else None
         plan = TreePlan(layout, "cpu", own, held)
         assert min(plan.num_queries, plan.num_keys) > BLOCK
         q, _, _, _ = random_heads(plan.num_queries, 4, 2, 16, seed=seed, dtype=torch.float32)

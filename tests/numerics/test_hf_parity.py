@@ -24,8 +24,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
 from megatron_prefix.checkpoint.save_load import model_state
-from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import Config, ModelConfig, load_config, parse_config
+from megatron_prefix.checkpoint.starting_model import resolve_starting_model
+from megatron_prefix.config import Config, ModelConfig, load_config, parse_config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -253,7 +253,7 @@ def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_
     directory = make(kind, tmp_path / "hf")
     import_checkpoint(str(directory), tmp_path / "ck")
     model = ModelConfig(hf=str(directory), make_vocab_size_divisible_by=1)
-    initial = initial_model(model, [PreferenceDataset(random_set)])
+    initial = resolve_starting_model(model, [PreferenceDataset(random_set)])
     chunks = build_model(initial.transformer_config(0), here)
     initial.load(chunks)
     (tmp_path / "theirs").mkdir()
@@ -270,7 +270,7 @@ def test_both_ways_in_give_the_same_weights(here, dtype, random_set, tmp_path):
     import_checkpoint(str(directory), tmp_path / "ck")
     dataset, found = PreferenceDataset(random_set), []
     for origin in ({"hf": str(directory)}, {"checkpoint": str(tmp_path / "ck")}):
-        initial = initial_model(ModelConfig(**origin, dtype=dtype), [dataset])
+        initial = resolve_starting_model(ModelConfig(**origin, dtype=dtype), [dataset])
         chunks = build_model(initial.transformer_config(0), here)
         initial.load(chunks)
         found.append(dict(chunks[0].named_parameters()))
@@ -283,7 +283,7 @@ def test_both_ways_in_give_the_same_weights(here, dtype, random_set, tmp_path):
 
 def refusal(model: ModelConfig, prefix: str) -> str:
     with pytest.raises(InputError) as caught:
-        initial_model(model, [PreferenceDataset(prefix)])
+        resolve_starting_model(model, [PreferenceDataset(prefix)])
     return str(caught.value)
 
 
@@ -296,7 +296,7 @@ def test_data_that_the_model_cannot_take_is_refused(random_set, tmp_path):
     message = refusal(ModelConfig(hf=str(narrow)), random_set)
     assert str(longest) in message and str(longest - 1) in message
     wide = make("mistral", tmp_path / "wide", sliding_window=longest)
-    initial = initial_model(ModelConfig(hf=str(wide)), [PreferenceDataset(random_set)])
+    initial = resolve_starting_model(ModelConfig(hf=str(wide)), [PreferenceDataset(random_set)])
     assert initial.vocab_size == 270
 
 
@@ -307,15 +307,15 @@ def test_sizes_beside_an_import_have_to_be_its_own(random_set, tmp_path):
     message = refusal(ModelConfig(**given), random_set)
     assert "model.rope_scaling = None" in message and "factor=4.0" in message
     right = ModelConfig(**given, rope_scaling={"type": "linear", "factor": 4.0})
-    assert initial_model(right, [PreferenceDataset(random_set)]).vocab_size == 270
+    assert resolve_starting_model(right, [PreferenceDataset(random_set)]).vocab_size == 270
 
 
 def test_nothing_is_overwritten_and_nothing_half_done(tmp_path):
     directory = make("qwen2", tmp_path / "hf")
     import_checkpoint(str(directory), tmp_path / "ck")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         import_checkpoint(str(directory), tmp_path / "ck")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         export_checkpoint(tmp_path / "ck", directory, 10**9)
     broken = tmp_path / "ck" / "__0_3.distcp"
     broken.write_bytes(broken.read_bytes()[:-200])

@@ -7,7 +7,7 @@ import math
 import torch
 from small_models import VOCAB, make_model
 
-from megatron_prefix.model.init import canonical_parameters
+from megatron_prefix.model.parameters import canonical_parameters
 
 
 def test_padding_the_vocabulary_moves_no_weight(here):

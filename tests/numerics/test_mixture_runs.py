@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import configure, saved_weights, trained
 
-from megatron_prefix.config.schema import load_config
+from megatron_prefix.config import load_config
 
 EXPERTS = {"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 LAYOUTS = {

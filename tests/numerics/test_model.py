@@ -53,7 +53,7 @@ def test_the_forest_is_not_trivial(forest):
     assert passed, "no response is the beginning of another"
     assert max(np.bincount(t.response_sets).max() for t in trees) == 6
     targets = pack(trees)
-    assert targets.num_projected < len(targets.source_row), "no row predicts for two responses"
+    assert targets.num_projected < len(targets.logit_token), "no row predicts for two responses"
 
 
 @pytest.mark.parametrize("chunk", [2048, 7])

@@ -5,8 +5,9 @@ import pytest
 import torch
 from test_attention import ENGINES, assert_close, forward_backward
 
-from megatron_prefix.attention import TreePlan, build_path_plan, tree_attention
-from megatron_prefix.attention.context_parallel.ownership import needed_rows
+from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention.context_parallel.ownership import needed_tokens
+from megatron_prefix.attention.plan import build_path_plan
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads, visibility_by_walking
 
@@ -26,7 +27,7 @@ def test_some_queries_equal_their_rows_of_the_whole(engine, seed, is_compact):
     rng = np.random.default_rng(seed)
     layout = random_forest(rng)
     own = some_rows(layout, rng)
-    held = needed_rows(layout, own) if is_compact else np.arange(layout.num_tokens)
+    held = needed_tokens(layout, own) if is_compact else np.arange(layout.num_tokens)
     q, k, v, grad = random_heads(layout.num_tokens, 4, 2, seed=seed)
     only_own = torch.zeros_like(grad)
     only_own[own] = grad[own]

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_prefix.config.schema import parse_config
+from megatron_prefix.config import parse_config
 from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.train.run import train
 

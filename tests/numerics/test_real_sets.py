@@ -10,7 +10,7 @@ import pytest
 from toy import make_toy
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.config.schema import parse_config
+from megatron_prefix.config import parse_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.train.run import train
 

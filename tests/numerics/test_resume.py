@@ -179,7 +179,7 @@ def test_an_absent_checkpoint_is_a_fresh_start_and_says_so(finished, tmp_path, c
         nowhere.mkdir()
     config = finished.config(tmp_path / "run", PLAIN, train={"load": str(nowhere)})
     assert timeless(trained(config)) == timeless(lines(finished.run()))
-    assert f"no checkpoint in {nowhere}: starting afresh" in capsys.readouterr().out
+    assert f"no checkpoint in {nowhere}: starting from scratch" in capsys.readouterr().out
 
 
 def test_resuming_says_so(finished, tmp_path, capsys):
@@ -209,18 +209,21 @@ def test_another_data_set_is_refused(finished, tmp_path):
         for prefix in (finished.dataset, finished.valid)
     ]
     data = {"train": finished.valid, "valid": finished.valid}
-    words = ("data.train fingerprint", f"{prints[0]!r} there", f"{prints[1]!r} here")
+    words = ("data.train fingerprint", f"{prints[0]!r} in the checkpoint", f"{prints[1]!r} now")
     assert_refused(finished, output, *words, data=data)
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"seed": 7}, ("data.seed: 1234 there, 7 here",)),
-        ({"global_batch_size": 3}, ("data.global_batch_size: 4 there, 3 here",)),
+        ({"seed": 7}, ("data.seed: 1234 in the checkpoint, 7 now",)),
+        ({"global_batch_size": 3}, ("data.global_batch_size: 4 in the checkpoint, 3 now",)),
         (
             {"global_batch_size": None, "rows_per_step": 2},
-            ("data.global_batch_size: 4 there, None here", "data.rows_per_step: None there, 2"),
+            (
+                "data.global_batch_size: 4 in the checkpoint, None now",
+                "data.rows_per_step: None in the checkpoint, 2",
+            ),
         ),
     ],
     ids=["seed", "batch size", "batch mode"],

@@ -14,7 +14,7 @@ from megatron_prefix.data.steps.collate import (
     score_targets,
 )
 from megatron_prefix.engine.batch import to_device
-from megatron_prefix.model.init import canonical_parameters
+from megatron_prefix.model.parameters import canonical_parameters
 
 
 def scores_of(model, batch: MicroBatch) -> torch.Tensor:
@@ -42,7 +42,9 @@ def alone(tokens: np.ndarray) -> MicroBatch:
     batch = chain(tokens, len(tokens) - 1)
     last = np.array([len(tokens) - 1])
     zero = np.zeros(1, np.int64)
-    return MicroBatch(**{**vars(batch), "source_row": last, "target_token": zero, "response": zero})
+    return MicroBatch(
+        **{**vars(batch), "logit_token": last, "target_token": zero, "response": zero}
+    )
 
 
 @pytest.mark.parametrize("how", [collate_packed, collate_padded])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelConfig
 from megatron_prefix.data.steps.collate import RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree

@@ -21,11 +21,12 @@ import pytest
 import torch
 from small_runs import configure, lines, prepare, saved_weights, trained
 
-from megatron_prefix.config.schema import Config
+from megatron_prefix.config import Config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
-from megatron_prefix.data.steps.composition import GroupBatches, RowBatches
+from megatron_prefix.data.steps.compositions.batches import GroupBatches
+from megatron_prefix.data.steps.compositions.row_batches import RowBatches
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import world
+from megatron_prefix.distributed.world import join_world
 
 STEPS, FEW_STEPS = 20, 10
 PACKED = {"row_capacity": 32768}
@@ -220,7 +221,7 @@ def test_rows_per_step_follows_the_unshared_run_on_its_own_plan(
             data={**layout, **rows, "sharing": sharing},
             train={"steps": steps},
         )
-        with world(config.parallel, config.train.seed) as here:
+        with join_world(config.parallel, config.train.seed) as here:
             run = prepare(config, here)
             composition = composition or run.sampler.composition
             run.sampler = replace(run.sampler, composition=composition)

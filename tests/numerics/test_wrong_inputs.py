@@ -23,7 +23,7 @@ from megatron_prefix.layout import TreeLayout
 
 WRONG = 1e-2
 """What a wrong input has to exceed, relative to the largest entry."""
-PARAMS = ("plan", "position_ids", "projected_rows", "target_rows", "target_tokens")
+PARAMS = ("plan", "position_ids", "logit_tokens", "logit_of_target", "target_tokens")
 
 
 def with_params(batch: TrainBatch, **changes) -> TrainBatch:
@@ -56,12 +56,12 @@ def row_index_as_position(trees: Sequence[PrefixTree]) -> TrainBatch:
     return with_params(batch, position_ids=torch.arange(batch.tokens.size(1)))
 
 
-def retargeted(row: MicroBatch, source_row: np.ndarray) -> TrainBatch:
-    order = np.argsort(source_row, kind="stable")
+def retargeted(row: MicroBatch, logit_token: np.ndarray) -> TrainBatch:
+    order = np.argsort(logit_token, kind="stable")
     return to_device(
         replace(
             row,
-            source_row=source_row[order],
+            logit_token=logit_token[order],
             target_token=row.target_token[order],
             response=row.response[order],
         ),
@@ -72,7 +72,7 @@ def retargeted(row: MicroBatch, source_row: np.ndarray) -> TrainBatch:
 def labels_off_by_one(trees: Sequence[PrefixTree]) -> TrainBatch:
     """Rows that see the token they predict."""
     row = pack(trees)
-    return retargeted(row, np.minimum(row.source_row + 1, len(row.tokens) - 1))
+    return retargeted(row, np.minimum(row.logit_token + 1, len(row.tokens) - 1))
 
 
 def shifted_label_row(trees: Sequence[PrefixTree]) -> TrainBatch:
@@ -80,25 +80,25 @@ def shifted_label_row(trees: Sequence[PrefixTree]) -> TrainBatch:
     which is the last one of another response, instead of by the branch."""
     row = pack(trees)
     position = row.layout.position_ids()
-    source_row = row.source_row.copy()
-    for i, (source, token) in enumerate(zip(source_row, row.target_token, strict=True)):
+    logit_token = row.logit_token.copy()
+    for i, (source, token) in enumerate(zip(logit_token, row.target_token, strict=True)):
         later = np.flatnonzero(
             (position == position[source] + 1)
             & (row.tokens == token)
             & (np.arange(len(position)) > source)
             & (np.arange(len(position)) < row.layout.token_subtree_ends()[source])
         )
-        source_row[i] = later[0] - 1
-    return retargeted(row, source_row)
+        logit_token[i] = later[0] - 1
+    return retargeted(row, logit_token)
 
 
 def shared_token_counted_once(trees: Sequence[PrefixTree]) -> TrainBatch:
     """A token that several responses share enters the sum of one of them only."""
     row = pack(trees)
-    keys = np.stack([row.source_row, row.target_token], 1)
+    keys = np.stack([row.logit_token, row.target_token], 1)
     first = np.sort(np.unique(keys, axis=0, return_index=True)[1])
     assert len(first) < len(keys)
-    kept = {name: getattr(row, name)[first] for name in ("source_row", "target_token", "response")}
+    kept = {name: getattr(row, name)[first] for name in ("logit_token", "target_token", "response")}
     return to_device(replace(row, **kept), CPU)
 
 

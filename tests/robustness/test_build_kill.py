@@ -15,9 +15,9 @@ from commands import command, lines, refused, write_config
 from test_disk_full import files_up_to
 
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
+from megatron_prefix.data.files.work_folder import building_folder
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_dataset
-from megatron_prefix.data.store.work_folder import building_folder
+from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.errors import InputError
 
 
@@ -33,10 +33,10 @@ def records(tmp_path) -> Path:
 
 BUILD = """
 import sys, time
-from megatron_prefix.data.build import builder as build
+from megatron_prefix.data.build import chunks
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 
-build.CHUNK = 64
+chunks.CHUNK = 64
 
 def slowly(position, total, groups):
     print(groups, flush=True)
@@ -162,8 +162,8 @@ def test_a_run_on_a_plan_is_the_run_without_it(dataset, other, tmp_path, capsys)
         found.append(lines(folder))
     assert found[0] == found[1] and len(found[0]) == 6
     start = ["train", "--config", path]
-    refused([*start, f"data.plan={plans['seed']}"], capsys, "data.seed is 5, the plan's 6")
+    refused([*start, f"data.plan={plans['seed']}"], capsys, "data.seed is 5 and was 6")
     refused([*start, f"data.plan={plans['data']}"], capsys, "of 8 groups", "of 5")
     refused([*start, "data.global_batch_size=4"], capsys, "data.global_batch_size is 4", "3")
     refused([*start, "data.row_capacity=4096"], capsys, "data.row_capacity is 4096", "8192")
-    refused([*start, f"data.plan={tmp_path}/absent"], capsys, "there is no plan")
+    refused([*start, f"data.plan={tmp_path}/absent"], capsys, "there are no packed steps")

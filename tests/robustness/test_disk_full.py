@@ -18,7 +18,7 @@ import pytest
 from commands import SIZES, command, launch, lines, write_config
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.checkpoint import RunCheckpoints
 
 BIG = {**SIZES, "hidden_size": 64, "ffn_hidden_size": 256}
 """A model whose checkpoint has larger files than everything else that a run writes."""
@@ -47,13 +47,13 @@ def config(folder: Path, dataset: str, **train) -> list[str]:
 
 def limited_from(monkeypatch, step: int, num_bytes: int) -> None:
     """Set the limit around the save of `step`."""
-    save = checkpoint.save_checkpoint
+    save = RunCheckpoints.save
 
-    def saving(root, number, *args, **kwargs):
+    def saving(self, number, *args, **kwargs):
         with files_up_to(num_bytes) if number == step else contextlib.nullcontext():
-            save(root, number, *args, **kwargs)
+            save(self, number, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", saving)
+    monkeypatch.setattr(RunCheckpoints, "save", saving)
 
 
 @pytest.mark.parametrize("what", LIMITS)
@@ -68,7 +68,7 @@ def test_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, capsys, monkey
         code, message = command(argv, capsys)
     assert code == 1 and "Traceback" not in message
     assert f"train.save = {saved}: the checkpoint of step 3 could not be written" in message
-    assert "earlier checkpoints are as they were" in message
+    assert "earlier checkpoints are unchanged" in message
     assert sorted(p.name for p in saved.iterdir()) == [
         *("iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt")
     ]
@@ -116,7 +116,7 @@ def test_score_goes_on_when_there_is_room(dataset, tmp_path, capsys, num_bytes):
     with files_up_to(num_bytes):
         code, message = command(argv, capsys)
     assert code == 1 and "Traceback" not in message
-    assert f"--output {output}: could not be written" in message
+    assert f"--output {output}: cannot be written" in message
     assert not output.exists() and not list(tmp_path.rglob("*.tmp"))
     assert command(argv, capsys)[0] == 0
     assert main([*argv[:-1], str(tmp_path / "straight")]) == 0

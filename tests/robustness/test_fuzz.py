@@ -24,14 +24,14 @@ from damage import BYTES, damaged
 from test_payloads import seal
 
 from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.checkpoint.starting_model import initial_model
-from megatron_prefix.config.schema import load_config
+from megatron_prefix.checkpoint.starting_model import resolve_starting_model
+from megatron_prefix.config import load_config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.columns import COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, suffix_path
 from megatron_prefix.data.store.verify import verify_checksums, verify_dataset
-from megatron_prefix.distributed.world import world
+from megatron_prefix.distributed.world import join_world
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError
 from megatron_prefix.reference.fingerprint import model_fingerprint
@@ -107,7 +107,7 @@ class Fuzz:
         config = load_config(folder / "sound.yaml")
         self.data = PreferenceDataset(sets[0])
         self.chunks = build_model(
-            initial_model(config.model, [self.data]).transformer_config(config.train.seed),
+            resolve_starting_model(config.model, [self.data]).transformer_config(config.train.seed),
             self.here,
         )
         self.model = model_fingerprint(self.chunks)
@@ -216,7 +216,7 @@ class Fuzz:
         what = damaged(rng, path, [p for p in files if p != path])
 
         def load() -> str:
-            checkpoint.latest_step(root)
+            checkpoint.RunCheckpoints(root).latest_step()
             checkpoint.load_weights(root, self.chunks)
             return model_fingerprint(self.chunks)
 
@@ -253,7 +253,7 @@ SHARES = {"inputs": 60, "data_set": 50, "column": 20, "scores": 20, "saved": 30,
 @pytest.fixture(scope="module")
 def fuzz(finished, sidecar, dataset, other, tmp_path_factory) -> Iterator[Fuzz]:
     settings = load_config(write_config(tmp_path_factory.mktemp("c") / "c.yaml", dataset, finished))
-    with world(settings.parallel, settings.train.seed) as here:
+    with join_world(settings.parallel, settings.train.seed) as here:
         Fuzz.here = here
         yield Fuzz(tmp_path_factory.mktemp("fuzz"), finished, sidecar, (dataset, other))
         Fuzz.here = None

@@ -1,7 +1,7 @@
-"""A rank that dies, hangs or fails alone ends the other one, and the message names it.
+"""A rank that crashes, hangs or fails alone ends the other one, and the message names it.
 
-Two processes run the program; the fault happens to one of them in its third step. What torchrun
-itself prints behind that is not ours: no line of it comes from a traceback of the program.
+Two processes run the program; the fault happens to one of them in its third step. torchrun prints
+its own text after that; no line of it comes from a traceback of the program.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from commands import Launched, launch, write_config
 
-from megatron_prefix.config.schema import parse_config
-from megatron_prefix.distributed.verdict import is_lost, verdict
+from megatron_prefix.config import parse_config
+from megatron_prefix.distributed.verdict import failure_message, is_connection_loss
 from megatron_prefix.errors import InputError
 
 LIMIT_S = 100
@@ -24,11 +24,11 @@ import os, signal, sys, time
 from megatron_prefix.__main__ import main
 from megatron_prefix.errors import InputError
 from megatron_prefix.reference import model as reference
-from megatron_prefix.trackers.jsonl import MetricsWriter
+from megatron_prefix.trackers.jsonl import JsonlTracker
 from megatron_prefix.train.trainer import Trainer
 
 fault = sys.argv.pop(1)
-gradients, add_scores, write = Trainer._gradients, reference._add_scores, MetricsWriter.write
+gradients, add_scores, write = Trainer._gradients, reference._add_scores, JsonlTracker._write
 
 def fail():
     if fault in ("SIGKILL", "SIGSTOP", "SIGTERM"):
@@ -52,19 +52,19 @@ def scoring(chunks, dataset, step, *others):
         fail()
     return add_scores(chunks, dataset, step, *others)
 
-def writing(self, row):
-    if fault == "disk" and row["step"] == 3:
+def writing(self, line):
+    if fault == "disk" and line.startswith('{"step": 3'):
         raise OSError(28, "No space left on device")
-    if fault == "nan" and row["step"] == 1:
+    if fault == "nan" and line.startswith('{"step": 1'):
         raise AssertionError("step 1 was meant to be not finite")
-    write(self, row)
+    write(self, line)
 
 def poisoned(self, batches):
     logs = gradients(self, batches)
     logs[0]["sums"]["loss"].fill_(float("nan"))
     return logs
 
-MetricsWriter.write = writing
+JsonlTracker._write = writing
 if fault == "host":  # rank 0 then has the store
     port = str(int(os.environ["MASTER_PORT"]) + 1)
     os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
@@ -128,7 +128,7 @@ def test_a_stopped_rank_is_named_within_the_timeout(dataset, tmp_path):
     for pid in found:
         os.kill(pid, signal.SIGKILL)
     message = only_message(said(run))
-    assert "nothing moved for 0.15 minutes (parallel.distributed_timeout_minutes)" in message
+    assert "no progress for 0.15 minutes (parallel.distributed_timeout_minutes)" in message
     assert "rank 1 ended or hangs (no answer; last in step 3)" in message
     assert "rank 0" not in message
     assert timeout_s - 2 < waited < 3 * timeout_s
@@ -218,24 +218,26 @@ def test_the_verdict_prefers_who_is_gone():
     waits = {"kind": "answers", "doing": "step 4", "idle": 60.0, "where": None}
     busy = {**waits, "where": "train/trainer.py:9"}
     failed = {"kind": "failed", "doing": "step 4", "text": "disk full"}
-    assert verdict({0: waits, 1: waits}, {}, None) is None
-    assert "rank 2 ended or hangs (no answer; never seen)" in verdict({0: waits}, {2: None}, None)
-    assert "rank 1 failed in step 4: disk full" in verdict({0: waits, 1: failed}, {}, None)
-    assert "rank 1" not in (verdict({0: waits, 1: busy}, {2: "step 3"}, None) or "")
-    late = verdict({0: waits, 1: busy}, {}, 60.0)
-    assert "nothing moved for 1 minutes" in late and "rank 0" not in late
+    assert failure_message({0: waits, 1: waits}, {}, None) is None
+    gone = failure_message({0: waits}, {2: None}, None)
+    assert "rank 2 ended or hangs (no answer; never seen)" in gone
+    assert "rank 1 failed in step 4: disk full" in failure_message({0: waits, 1: failed}, {}, None)
+    assert "rank 1" not in (failure_message({0: waits, 1: busy}, {2: "step 3"}, None) or "")
+    late = failure_message({0: waits, 1: busy}, {}, 60.0)
+    assert "no progress for 1 minutes" in late and "rank 0" not in late
     assert "rank 1 hangs in step 4 at train/trainer.py:9" in late
     young = {**busy, "idle": 1.0}
-    assert "rank 0 waits in step 4; rank 1 waits" in verdict({0: waits, 1: young}, {}, 60.0)
-    assert verdict({}, {rank: "step 1" for rank in range(99)}, None).count("rank ") == 8
+    assert "rank 0 waits in step 4; rank 1 waits" in failure_message({0: waits, 1: young}, {}, 60.0)
+    assert failure_message({}, {rank: "step 1" for rank in range(99)}, None).count("rank ") == 8
 
 
 def test_lost_connections_are_told_from_own_errors():
     gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9")
     wrapped = InputError("not a checkpoint")
     wrapped.__cause__ = gloo
-    assert is_lost(gloo) and is_lost(wrapped)
-    assert not is_lost(RuntimeError("shape mismatch")) and not is_lost(InputError("x"))
+    assert is_connection_loss(gloo) and is_connection_loss(wrapped)
+    assert not is_connection_loss(RuntimeError("shape mismatch"))
+    assert not is_connection_loss(InputError("x"))
 
 
 def test_the_timeout_has_to_be_positive():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from commands import command, lines, write_config
 
-from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.config.schema import Config, load_config
+from megatron_prefix.checkpoint import RunCheckpoints, load_weights
+from megatron_prefix.config import Config, load_config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.distributed.world import world
+from megatron_prefix.distributed.world import join_world
 from megatron_prefix.engine.batch import to_device
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.engine.step import run_schedule
@@ -50,10 +50,10 @@ def replayed(path: Path, settings: Config, dataset: str) -> tuple[float, list[bo
     """Loss of the kept rows under the newest checkpoint, and whether each row's is finite."""
     _, rows, ref_logps = saved_rows(path)
     weight = sum(float(row.pair_weights.sum()) for row in rows)
-    with world(settings.parallel, settings.train.seed) as here:
+    with join_world(settings.parallel, settings.train.seed) as here:
         run = prepare_trainer(settings, PreferenceDataset(dataset), None, here)
         model = build_model(run.initial.transformer_config(settings.train.seed), here)
-        checkpoint.load_weights(settings.train.save, model)
+        load_weights(settings.train.save, model)
         run.close()
         for chunk in model:
             for parameter in chunk.parameters():
@@ -135,14 +135,13 @@ def test_weights_that_are_not_finite_stop_the_first_step(dataset, finished, tmp_
     """A checkpoint to start from may hold them."""
     source = tmp_path / "bad"
     settings = load_config(write_config(tmp_path / "a.yaml", dataset, finished))
-    with world(settings.parallel, 0) as here:
+    with join_world(settings.parallel, 0) as here:
         run = prepare_trainer(settings, PreferenceDataset(dataset), None, here)
-        parameters = run.policy.chunks[0].named_parameters()
+        policy = run.policy
+        parameters = policy.chunks[0].named_parameters()
         next(p for n, p in parameters if "final_layernorm" in n).data[0] = float("nan")
-        checkpoint.save_checkpoint(
-            *(str(source), 1),
-            *(run.policy.chunks, run.policy.optimizer, run.policy.scheduler),
-            *({}, lambda directory: None),
+        RunCheckpoints(source).save(
+            1, policy.chunks, policy.optimizer, policy.scheduler, {}, lambda directory: None
         )
         run.close()
     path = config(tmp_path, dataset, model={"checkpoint": str(source)})

@@ -21,8 +21,9 @@ import torch
 from commands import command, refused, write_config
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_prefix.data.store.columns import COLUMNS, file_entry
-from megatron_prefix.data.store.manifest import FILES, fingerprint, manifest_digest, suffix_path
+from megatron_prefix.data.files.checksums import file_entry, manifest_digest
+from megatron_prefix.data.store.columns import COLUMNS
+from megatron_prefix.data.store.manifest import FILES, fingerprint, suffix_path
 
 
 class Payload:

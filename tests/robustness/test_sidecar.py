@@ -46,9 +46,9 @@ def test_training_is_that_with_a_reference_model(dataset, other, sidecar, tmp_pa
 
 def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
     """Each response alone in a row, one after another: group by group, as in the record."""
-    from megatron_prefix.checkpoint.starting_model import initial_model
-    from megatron_prefix.config.schema import load_config
-    from megatron_prefix.distributed.world import world
+    from megatron_prefix.checkpoint.starting_model import resolve_starting_model
+    from megatron_prefix.config import load_config
+    from megatron_prefix.distributed.world import join_world
     from megatron_prefix.engine import score_rows
     from megatron_prefix.engine.batch import to_device
     from megatron_prefix.reference import frozen_model
@@ -68,7 +68,7 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
                 MicroBatch(
                     tokens=tokens,
                     layout=TreeLayout.from_parents([len(tokens)], [-1]),
-                    source_row=np.arange(prompt - 1, len(tokens) - 1),
+                    logit_token=np.arange(prompt - 1, len(tokens) - 1),
                     target_token=tokens[prompt:],
                     response=np.zeros(num_targets, np.int64),
                     response_ids=np.array([[group, response]]),
@@ -79,8 +79,8 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
                     num_tokens=len(tokens),
                 )
             )
-    with world(config.parallel, config.train.seed) as here:
-        initial = initial_model(config.model, [data])
+    with join_world(config.parallel, config.train.seed) as here:
+        initial = resolve_starting_model(config.model, [data])
         model = frozen_model(initial.transformer_config(config.train.seed), here)
         logps = score_rows(model, [to_device(row, here.device) for row in alone])
     expected = np.array([float(x[0]) for x in logps])

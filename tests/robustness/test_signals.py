@@ -1,4 +1,4 @@
-"""SIGTERM ends a run behind the step that is under way, with exit code 143; a second one at once.
+"""SIGTERM ends a run after the current step, with exit code 143; a second one ends it at once.
 
 In this process and in forks the signal comes out of the run itself, while step 3's line of
 metrics is written: that is within step 3. On two processes it comes from outside, to one of them.
@@ -16,7 +16,7 @@ import pytest
 from commands import TIMEOUT_S, command, forked, launch, lines, write_config
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.trackers.jsonl import MetricsWriter
+from megatron_prefix.trackers.jsonl import JsonlTracker
 
 STEPS = 8
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -33,16 +33,16 @@ def config(
 
 def send_at_step(monkeypatch, step: int, *signals: int) -> None:
     """Send this process the signals when the line of `step` is written."""
-    write = MetricsWriter.write
+    log = JsonlTracker.log
 
-    def writing(self, row: dict) -> None:
-        write(self, row)
-        if row["step"] == step and "loss" in row:
+    def logging(self, done: int, values: dict) -> None:
+        log(self, done, values)
+        if done == step and "loss" in values:
             for number in signals:
                 os.kill(os.getpid(), number)
                 time.sleep(0.05)  # so that its handler runs
 
-    monkeypatch.setattr(MetricsWriter, "write", writing)
+    monkeypatch.setattr(JsonlTracker, "log", logging)
 
 
 @pytest.fixture(scope="module")

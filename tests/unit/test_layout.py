@@ -98,7 +98,7 @@ def test_empty_layouts(empty):
         ([2, 2], [-1, -2], "segment 1 has parent -2"),
         ([2, 2, 2, 2], [-1, 0, 0, 1], "segment 3 has parent 1, whose interval was closed"),
         ([2, 2, 2], [-1, -1, 0], "segment 2 has parent 0, whose interval was closed"),
-        ([2, 2], [-1], "one entry a segment"),
+        ([2, 2], [-1], "one entry per segment"),
         ([2**31 - 1, 1], [-1, 0], "2147483648 tokens"),
     ],
 )

@@ -1,19 +1,20 @@
-"""FlexAttention: torch's compiled attention, told which blocks of the row see one another.
+"""FlexAttention: torch's compiled attention with a mask of blocks.
 
-No keys are gathered. Each key is seen by one interval of the queries, those from its own row to
-the end of its subtree, so a mask of blocks follows from the intervals' ends without looking at a
-pair of tokens. For blocks of B tokens, with `first` and `end` of the intervals of a block of keys,
+No keys are gathered. A key is seen by one interval of queries: from itself to the end of its
+subtree. So the mask of blocks follows from the ends of these intervals, without a look at pairs
+of tokens. For blocks of B tokens, with `first` and `end` of the intervals of a block of keys,
 
     blocks of queries [floor(min first / B), ceil(max end / B))    see some of its keys
-    blocks of queries [ceil(max first / B), floor(min end / B))    see all of them: no mask there
+    blocks of queries [ceil(max first / B), floor(min end / B))    see all of them, without a mask
 
-and inside the others a pair is compared by two lookups. A plan of some rows only has the same
-form: a key's interval is counted among the queries there are.
+In blocks that see some keys, each pair is checked by two lookups. In a plan of some tokens, a
+key's interval counts the plan's queries.
 
-Lengths share a compiled graph, which the first two rows make. Heads, head dim, dtype, scale,
-whether gradients are needed, plans of whole rows and of some, and rows of at most one block have
-graphs of their own. Where torch would compile no more of them it raises; it never falls back to
-dense scores. On CPU torch has the forward pass only.
+Rows of different lengths use the same compiled graph, which is made from the first two rows.
+Number of heads, head dim, dtype, scale, with and without gradients, plans of all tokens and of
+some, and rows of at most one block each have a graph of their own. If torch refuses to compile
+more graphs, the call fails; it never computes dense scores instead. On CPU torch has only the
+forward pass.
 
 Shapes: L queries, S keys, N query heads, G key/value heads, H head dim; Q and K blocks of them.
 """
@@ -29,11 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prefix.attention.backends.backend import Backend
 from megatron_prefix.attention.backends.requirements import head_dim_fault, why_not_on_cuda
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.platform.transfer import on_device
+from megatron_prefix.platform import on_device
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -41,16 +43,16 @@ if TYPE_CHECKING:
 BLOCK = 128
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MIN_CAPABILITY = (7, 0)
-"""Of Triton, which torch compiles it to."""
+"""The least compute capability for Triton, to which torch compiles the kernel."""
 MAX_GRAPHS = 64
-"""Forms of the call that a process may compile; torch's own limit for one function is 8."""
+"""Graphs of the call that a process may compile. torch's default limit is 8 per function."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def why_not_flex(
     device: torch.device, dtype: torch.dtype, head_dim: int | None = None
 ) -> str | None:
-    """What keeps this backend from training on `device` in `dtype`, with the remedy; else None."""
+    """What prevents training with this backend, with the remedy; else None."""
     if device.type == "cpu":
         return "on CPU FlexAttention has no backward pass; use attention_backend path or auto"
     return why_not_on_cuda(
@@ -64,23 +66,31 @@ def why_not_flex(
 
 
 def query_intervals(
-    layout: TreeLayout, q_rows: np.ndarray | None = None, kv_rows: np.ndarray | None = None
+    layout: TreeLayout, q_tokens: np.ndarray | None = None, kv_tokens: np.ndarray | None = None
 ) -> np.ndarray:
     """int32 [2, S]: key s is seen by the queries from `[0, s]` up to, not including, `[1, s]`.
 
-    Rows are as `TreePlan` takes them. First queries ascend.
+    Tokens are as in `TreePlan`. First queries ascend.
     """
-    rows = np.arange(layout.num_tokens) if kv_rows is None else kv_rows
-    seen = np.stack([rows, layout.token_subtree_ends()[rows]])
-    return (seen if q_rows is None else np.searchsorted(q_rows, seen)).astype(np.int32)
+    # lengths [3, 2, 4], parents [-1, 0, 0]:  first [0 1 2 3 4 5 6 7 8], end [9 9 9 5 5 9 9 9 9]
+    # with q_tokens [3, 4, 6, 7] as queries 0..4:  first [0 0 0 0 1 2 2 3 4], end [4 4 4 2 2 4 …]
+    tokens = np.arange(layout.num_tokens) if kv_tokens is None else kv_tokens
+    seen = np.stack([tokens, layout.token_subtree_ends()[tokens]])
+    return (seen if q_tokens is None else np.searchsorted(q_tokens, seen)).astype(np.int32)
 
 
 def block_ranges(intervals: np.ndarray, num_queries: int, block: int) -> np.ndarray:
     """int32 [4, K]: for each block of keys the blocks of queries `[0] : [1]` that see some of it,
-    and `[2] : [3]` that see all of it. Both are empty where start and end are equal.
+    and `[2] : [3]` that see all of it. An interval is empty if its start and end are equal.
 
-    A block that the row's end cuts short is never seen as a whole.
+    A block that is cut short by the row's end is never seen as a whole.
     """
+    # The intervals of lengths [3, 2, 4], parents [-1, 0, 0], in blocks of 4:
+    #   keys   0..4         4..8         8        (padded with first = end = 0, seen by nobody)
+    #   first  0 1 2 3      4 5 6 7      8
+    #   end    9 9 9 5      5 9 9 9      9
+    #   some   [0, 3)       [1, 3)       [2, 3)
+    #   all    [1, 1)       [1, 1)       [0, 0)
     num_blocks = -(-intervals.shape[1] // block)
     missing = num_blocks * block - intervals.shape[1]
     first, end = np.pad(intervals, ((0, 0), (0, missing))).reshape(2, num_blocks, block)
@@ -96,16 +106,16 @@ def block_ranges(intervals: np.ndarray, num_queries: int, block: int) -> np.ndar
 def block_mask(
     layout: TreeLayout,
     device: torch.device,
-    q_rows: np.ndarray | None = None,
-    kv_rows: np.ndarray | None = None,
+    q_tokens: np.ndarray | None = None,
+    kv_tokens: np.ndarray | None = None,
     block: int = BLOCK,
 ) -> BlockMask:
-    """torch's `BlockMask` of a layout, or of some queries and keys of it."""
+    """torch's `BlockMask` of a layout, or of some of its queries and keys."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    intervals = query_intervals(layout, q_rows, kv_rows)
+    intervals = query_intervals(layout, q_tokens, kv_tokens)
     num_keys = intervals.shape[1]
-    num_queries = layout.num_tokens if q_rows is None else len(q_rows)
+    num_queries = layout.num_tokens if q_tokens is None else len(q_tokens)
     ranges = on_device(block_ranges(intervals, num_queries, block), device)
     first, end = on_device(intervals, device)
 
@@ -126,11 +136,14 @@ def block_mask(
 
 def plan_block_mask(plan: TreePlan) -> BlockMask:
     """A plan's `BlockMask`, built once."""
-    return plan.once("block_mask", lambda p: block_mask(p.layout, p.device, p.q_rows, p.kv_rows))
+    return plan.once(
+        "block_mask", lambda p: block_mask(p.layout, p.device, p.q_tokens, p.kv_tokens)
+    )
 
 
 def _listed(is_set: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [Q, K] -> how many blocks each row has, [1, 1, Q], and which, those first."""
+    """bool [Q, K] -> for each block of queries the number of its blocks of keys [1, 1, Q], and
+    their indices first in [1, 1, Q, K]: [[0, 1, 1]] -> [2], [[1, 2, 0]]."""
     counts = is_set.sum(1, dtype=torch.int32)
     order = is_set.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], order[None, None]
@@ -138,19 +151,20 @@ def _listed(is_set: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
-    """torch's kernel, compiled at the first call of each form; a call that would run it uncompiled
-    raises instead."""
+    """torch's kernel. Each kind of call is compiled once; none runs uncompiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-def flex_tree_attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> Tensor:
+def flex_tree_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, scale: float
+) -> Tensor:
     """Tree attention under a plan's block mask; arguments as `tree_attention` checks them.
 
-    Raises RunError where this process has compiled `MAX_GRAPHS` forms of the call already.
+    Raises RunError if this process has compiled `MAX_GRAPHS` graphs of the call already.
     """
-    if q.size(0) == 0:  # no kernel takes an empty row; keep all three in the graph
+    if q.size(0) == 0:  # no kernel accepts an empty row; the sum keeps all three in the graph
         return q + (k.sum() + v.sum())
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     is_grouped = q.size(1) != k.size(1)
@@ -161,7 +175,7 @@ def flex_tree_attention(q: Tensor, k: Tensor, v: Tensor, mask, scale: float) -> 
 
 @contextlib.contextmanager
 def _graphs_up_to(most: int) -> Iterator[None]:
-    """Let one function have `most` compiled graphs inside, or more where torch is set to more."""
+    """Allow `most` compiled graphs per function inside, or torch's own setting if it is higher."""
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
@@ -176,3 +190,10 @@ def _graphs_up_to(most: int) -> Iterator[None]:
             "raise torch._dynamo.config.recompile_limit, call torch._dynamo.reset() between "
             "models, or use attention_backend flash or path"
         ) from error
+
+
+BACKEND = Backend(
+    why_not=why_not_flex,
+    prepare=plan_block_mask,
+    attend=lambda q, k, v, plan, scale: flex_tree_attention(q, k, v, plan_block_mask(plan), scale),
+)

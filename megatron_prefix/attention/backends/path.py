@@ -1,17 +1,17 @@
-"""Leaf paths one after another, on any device: the engine for CPU.
+"""Leaf paths one after another, on any device: the fast backend on CPU.
 
-A piece of the plan (see `plan.py`) is computed in two blocks: its queries against their own rows,
-causally, and against all rows of their ancestors, without a mask. Both give a log-sum-exp, by
-which their outputs are merged; in backward each block takes the merged output and log-sum-exp, so
-that its gradient is already its share of the whole (the FlashAttention-2 backward, arXiv
-2307.08691, applied block by block). Thus no mask is ever made, and the keys of a piece are read
-where they stand unless its ancestors are several separate runs of rows.
+A piece of the plan (see `plan.py`) is computed in two blocks: its queries against their own
+tokens, causally, and against all tokens of their ancestors, without a mask. Each block gives an
+output and a log-sum-exp, by which the outputs are merged. In backward each block gets the merged
+output and log-sum-exp, so its gradient is its share of the whole (the FlashAttention-2 backward,
+arXiv 2307.08691, applied block by block). So no mask is ever built. Keys are copied only for
+a piece whose ancestors are several separate runs of tokens.
 
     piece 2 of  [prompt 0..3 | response 3..5 | response 5..9]:
-    rows 5..9 causal against rows 5..9, and in full against rows 0..3
+    tokens 5..9 causal against tokens 5..9, and in full against tokens 0..3
 
-Only q, k, v, the output and the log-sum-exp are kept for backward. Gradients of shared keys are
-added up in float32 or better, piece after piece, so the order is always the same.
+Only q, k, v, the output and the log-sum-exp are saved for backward. Gradients of shared keys are
+summed in float32 or better, piece after piece, so always in the same order.
 
 Shapes: T tokens (queries or keys), N query heads, G key/value heads, H head dim; L queries, S keys
 of one block.
@@ -24,10 +24,14 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_prefix.attention.backends.backend import Backend, runs_anywhere
 from megatron_prefix.attention.plan import PathPlan
 
+Tokens = tuple[int, int] | torch.Tensor
+"""Contiguous tokens as (start, length), others as an index tensor."""
+
 PLAIN_BLOCK = 1024
-"""Queries whose scores `plain` holds at once."""
+"""Queries whose scores `PLAIN` holds at a time."""
 
 
 def path_attention(
@@ -41,8 +45,8 @@ class Kernel(NamedTuple):
     """Attention of one block and its gradient, on tensors [G, N/G, length, H].
 
     `forward(q, k, v, causal, scale) -> out, lse`;
-    `backward(grad_out, q, k, v, out, lse, causal, scale) -> dq, dk, dv`, where dk and dv have
-    N/G entries in dimension 1, to be summed. `causal` is used on square blocks only.
+    `backward(grad_out, q, k, v, out, lse, causal, scale) -> dq, dk, dv`. dk and dv have N/G
+    entries in dimension 1, which the caller sums. `causal` is true only for square blocks.
     """
 
     forward: Callable
@@ -58,14 +62,17 @@ class _PathAttention(torch.autograd.Function):
         by_head = _by_head(k.size(1), q, out, lse.unsqueeze(-1))
         k_heads, v_heads = _expanded(q.size(1), k, v)
         for queries, own, ancestors in _blocks(plan):
-            q_own, out_own, lse_own = (_rows(x, queries) for x in by_head)
+            q_own, out_own, lse_own = (_select(x, queries) for x in by_head)
             block_out, block_lse = kernel.forward(
-                q_own, _rows(k_heads, own), _rows(v_heads, own), True, scale
+                q_own, _select(k_heads, own), _select(v_heads, own), True, scale
             )
             if ancestors is not None:
                 far_out, far_lse = kernel.forward(
-                    q_own, _rows(k_heads, ancestors), _rows(v_heads, ancestors), False, scale
+                    q_own, _select(k_heads, ancestors), _select(v_heads, ancestors), False, scale
                 )
+                # Softmax over both key sets: outputs are weighted by their sums of exponentials.
+                #   out = (e^lse out + e^far_lse far_out) / (e^lse + e^far_lse)
+                # so far_out has the weight 1 / (1 + e^(lse - far_lse)), which is a sigmoid.
                 weight = torch.sigmoid(far_lse - block_lse).unsqueeze(-1)
                 block_out = torch.lerp(block_out.to(exact), far_out.to(exact), weight)
                 block_lse = torch.logaddexp(block_lse, far_lse)
@@ -83,37 +90,37 @@ class _PathAttention(torch.autograd.Function):
         by_head = _by_head(k.size(1), grad_out, q, out, lse.unsqueeze(-1), dq)
         k_heads, v_heads = _expanded(q.size(1), k, v)
         for queries, own, ancestors in _blocks(ctx.plan):
-            grad_own, q_own, out_own, lse_own, dq_own = (_rows(x, queries) for x in by_head)
-            for rows, causal in ((own, True), (ancestors, False)):
-                if rows is None:
+            grad_own, q_own, out_own, lse_own, dq_own = (_select(x, queries) for x in by_head)
+            for keys, causal in ((own, True), (ancestors, False)):
+                if keys is None:
                     continue
                 grads = ctx.kernel.backward(
                     grad_own,
                     q_own,
-                    _rows(k_heads, rows),
-                    _rows(v_heads, rows),
+                    _select(k_heads, keys),
+                    _select(v_heads, keys),
                     out_own,
                     lse_own.squeeze(-1),
                     causal,
                     ctx.scale,
                 )
                 dq_own.add_(grads[0])
-                _add_rows(dk, rows, grads[1])
-                _add_rows(dv, rows, grads[2])
+                _add_to(dk, keys, grads[1])
+                _add_to(dv, keys, grads[2])
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _blocks(plan: PathPlan) -> Iterator[tuple]:
-    """For each piece its queries, and among the keys its own and its ancestors' (None where it
-    has none).
-
-    Each is `(start, length)` or, for ancestors that are not contiguous, an index tensor.
-    """
+def _blocks(plan: PathPlan) -> Iterator[tuple[Tokens, Tokens, Tokens | None]]:
+    """For each piece its queries, its own keys, and its ancestors' keys (None if it has none)."""
+    # lengths [3, 2, 4], parents [-1, 0, 0]:
+    #   piece 1: queries (0, 5), own keys (0, 5), no ancestors
+    #   piece 2: queries (5, 4), own keys (5, 4), ancestors (0, 3)
     q_start = kv_start = 0
     for q_length, kv_length, own_start, ancestor_start in zip(
         plan.q_lengths, plan.kv_lengths, plan.own_starts, plan.ancestor_starts, strict=True
     ):
         num_ancestors = kv_length - q_length
+        ancestors: Tokens | None
         if num_ancestors == 0:
             ancestors = None
         elif ancestor_start >= 0:
@@ -125,22 +132,22 @@ def _blocks(plan: PathPlan) -> Iterator[tuple]:
         kv_start += kv_length
 
 
-def _rows(heads: torch.Tensor, rows) -> torch.Tensor:
-    """[G, N/G, T, H] -> [G, N/G, L, H]; a view where the rows are contiguous."""
-    if isinstance(rows, tuple):
-        return heads.narrow(2, *rows)
-    gathered = heads[:, :1].index_select(2, rows)  # heads of one group are the same keys
+def _select(heads: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """[G, N/G, T, H] -> [G, N/G, L, H]; a view if the tokens are contiguous."""
+    if isinstance(tokens, tuple):
+        return heads.narrow(2, *tokens)
+    gathered = heads[:, :1].index_select(2, tokens)  # the heads of a group have the same keys
     return gathered.expand(-1, heads.size(1), -1, -1)
 
 
-def _add_rows(grad: torch.Tensor, rows, block: torch.Tensor) -> None:
-    """Add a block [G, N/G, L, H] to rows of a gradient [T, G, H]."""
+def _add_to(grad: torch.Tensor, tokens: Tokens, block: torch.Tensor) -> None:
+    """Add a block [G, N/G, L, H] to the entries `tokens` of a gradient [T, G, H]."""
     block = block.sum(1, dtype=grad.dtype) if block.size(1) > 1 else block.squeeze(1)
     block = block.transpose(0, 1)
-    if isinstance(rows, tuple):
-        grad.narrow(0, *rows).add_(block)
-    else:  # each row occurs once in a path, so the result does not depend on the order
-        grad[rows] += block
+    if isinstance(tokens, tuple):
+        grad.narrow(0, *tokens).add_(block)
+    else:  # a token occurs once in a path, so no index repeats
+        grad[tokens] += block
 
 
 def _by_head(num_groups: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -172,7 +179,7 @@ def _cpu_backward(grad_out, q, k, v, out, lse, causal, scale):
 
 
 def _plain_scores(q, k, causal, scale, begin):
-    """Scores of queries `begin:begin + PLAIN_BLOCK` and the keys they may see."""
+    """Scores of queries `begin:begin + PLAIN_BLOCK` with the keys that they may see."""
     queries = q[:, :, begin : begin + PLAIN_BLOCK]
     if not causal:
         return queries @ k.mT * scale
@@ -198,6 +205,8 @@ def _plain_backward(grad_out, q, k, v, out, lse, causal, scale):
     exact = torch.promote_types(q.dtype, torch.float32)
     grad_out, q, k, v, out = (x.to(exact) for x in (grad_out, q, k, v, out))
     dq, dk, dv = (torch.zeros(x.shape, dtype=exact, device=q.device) for x in (q, k, v))
+    # With weights P = softmax(S) and O = P V:  dV = P^T dO,  dP = dO V^T, and
+    #   dS = P (dP - rowsum(dP P)) = P (dP - rowsum(dO O)),  dQ = scale dS K,  dK = scale dS^T Q
     mean_grad = (grad_out * out).sum(-1, keepdim=True)
     for begin in range(0, q.size(2), PLAIN_BLOCK):
         block = slice(begin, begin + PLAIN_BLOCK)
@@ -213,6 +222,12 @@ def _plain_backward(grad_out, q, k, v, out, lse, causal, scale):
 
 
 CPU_FLASH = Kernel(_cpu_forward, _cpu_backward)
-"""torch's blockwise CPU kernels."""
+"""torch's blockwise kernels for CPU."""
 PLAIN = Kernel(_plain_forward, _plain_backward)
 """Matrix products, `PLAIN_BLOCK` queries at a time, for devices without such kernels."""
+
+BACKEND = Backend(
+    why_not=runs_anywhere,
+    prepare=lambda plan: plan.path,
+    attend=lambda q, k, v, plan, scale: path_attention(q, k, v, plan.path, scale),
+)

@@ -1,4 +1,4 @@
-"""What CUDA backends ask of a machine before they run there, each obstacle with its remedy."""
+"""Requirements of CUDA backends: what prevents one on a machine, with the remedy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def why_not_on_cuda(
     module: str | None = None,
     remedy: str = "",
 ) -> str | None:
-    """What keeps kernels for `dtypes` and this compute capability or a later one from running.
+    """Why kernels for `dtypes` and compute capability `capability` or later cannot run, or None.
 
-    `module` is what they are imported from, and `remedy` how to get it. Imports nothing, so that
-    it costs nothing to ask. None where nothing is in the way.
+    `module` is the module that has the kernels, and `remedy` tells how to install it. Nothing is
+    imported, so the check is fast.
     """
     if device.type != "cuda":
         return f"it runs on CUDA, not on {device.type}; use attention_backend path or auto"
@@ -33,10 +33,10 @@ def why_not_on_cuda(
         return f"{module} is not installed; {remedy}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device; check the driver, or use attention_backend path on CPU"
-    found = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and found < capability:
+    available = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and available < capability:
         return (
-            f"it needs compute capability {capability}, this device has {found}; use "
+            f"it needs compute capability {capability}, but this device has {available}; use "
             "attention_backend path"
         )
     return None
@@ -45,7 +45,7 @@ def why_not_on_cuda(
 def head_dim_fault(
     head_dim: int | None, *, most: int, multiple: int = 1, least: int = 1, kernels: str = "it"
 ) -> str | None:
-    """What keeps `kernels` from this head dim, if one is given, with the remedy; else None."""
+    """Why `kernels` cannot use this head dim, with the remedy; None if they can or it is None."""
     if head_dim is None or (least <= head_dim <= most and head_dim % multiple == 0):
         return None
     form = f"that is a multiple of {multiple} and at most {most}"

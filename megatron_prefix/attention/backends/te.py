@@ -1,13 +1,13 @@
-"""Leaf paths through Transformer Engine's attention, which picks flash-attn's or cuDNN's kernels.
+"""Leaf paths through Transformer Engine, which chooses flash-attn's or cuDNN's kernels.
 
 Its `DotProductAttention` is called directly, with packed sequences of different lengths for
-queries and keys and the mask `padding_causal_bottom_right`. (Megatron-Core's wrapper asks for
-`padding_causal`, aligned top-left, which on leaf paths is wrong.) The gathered keys live only
-during the call and are gathered again in backward; their gradients are summed in float32 in a
+queries and keys and the mask `padding_causal_bottom_right`. (Megatron-Core's wrapper uses
+`padding_causal`, aligned top-left, which is wrong for leaf paths.) The gathered keys exist only
+during the call and are gathered again in backward. Their gradients are summed in float32 in a
 fixed order. Written for Transformer Engine 2.9 and later.
 
-Environment variables of Transformer Engine hold: `NVTE_FLASH_ATTN`, `NVTE_FUSED_ATTN` choose
-kernels, `NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1` says which one runs.
+The environment variables of Transformer Engine work as usual: `NVTE_FLASH_ATTN` and
+`NVTE_FUSED_ATTN` choose kernels, `NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1` prints which one runs.
 
 Shapes: L queries, S keys, S_kv gathered keys, N query heads, G key/value heads, H head dim.
 """
@@ -20,7 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.backends.regather import Way, attend_to_brought
+from megatron_prefix.attention.backends.backend import Backend
+from megatron_prefix.attention.backends.regather import KeyGather, KeysAndValues, attend_gathered
 from megatron_prefix.attention.backends.requirements import head_dim_fault, why_not_on_cuda
 from megatron_prefix.attention.plan import PathPlan
 
@@ -33,14 +34,14 @@ MakeKernel = Callable[[int, int, int, float, bool], Callable[..., Tensor]]
 
 
 def why_not_te(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
-    """What keeps this backend from running, with the remedy; else None. Imports nothing."""
+    """What prevents this backend, with the remedy; else None. Imports nothing."""
     return why_not_on_cuda(
         device,
         dtype,
         dtypes=DTYPES,
         capability=MIN_CAPABILITY,
         module="transformer_engine",
-        remedy="`pip install transformer-engine[pytorch]` with CUDA at hand, or use "
+        remedy="`pip install transformer-engine[pytorch]` on a machine with CUDA, or use "
         "attention_backend flash",
     ) or head_dim_fault(head_dim, most=MAX_HEAD_DIM, multiple=HEAD_DIM_MULTIPLE)
 
@@ -51,7 +52,8 @@ def transformer_engine(
 ) -> Callable[..., Tensor]:
     """Transformer Engine's module for these sizes; it has no parameters.
 
-    It reads torch's switch for deterministic algorithms when it is made, hence one for each.
+    It reads torch's setting for deterministic algorithms when it is created, so each value of
+    `is_deterministic` has a module of its own.
     """
     from transformer_engine.pytorch import DotProductAttention
 
@@ -78,10 +80,10 @@ def te_attention(
 ) -> Tensor:
     """Tree attention in one call of the kernel; arguments as `tree_attention` checks them.
 
-    `make_kernel(heads, groups, head_dim, scale, is_deterministic)` gives what is called as
-    Transformer Engine's module is, by keywords; it is Transformer Engine's own unless given.
+    `make_kernel(heads, groups, head_dim, scale, is_deterministic)` returns a callable with the
+    keyword arguments of Transformer Engine's module; by default it is that module.
     """
-    if q.size(0) == 0:  # no kernel takes an empty batch; keep all three in the graph
+    if q.size(0) == 0:  # no kernel accepts an empty batch; the sum keeps all three in the graph
         return q + (k.sum() + v.sum())
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     kernel = make_kernel(q.size(1), k.size(1), q.size(2), scale, is_deterministic)
@@ -95,7 +97,7 @@ def te_attention(
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=plan.cu_seqlens_q,
             cu_seqlens_kv=plan.cu_seqlens_kv,
-            # At 1, flash kernels take a decoding route that backward does not follow.
+            # With 1, flash kernels use decoding code whose output backward does not expect.
             max_seqlen_q=max(plan.max_seqlen_q, 2),
             max_seqlen_kv=plan.max_seqlen_kv,
             pad_between_seqs=False,
@@ -105,8 +107,16 @@ def te_attention(
     q, k, v = (x.contiguous() for x in (q, k, v))
     if plan.is_identity:
         return attend(q, k, v)
-    return attend_to_brought(attend, q, k, v, Way(_both(plan.gather), _both(plan.sum_copies)))
+    key_gather = KeyGather(gather=_both(plan.gather), scatter=_both(plan.sum_copies))
+    return attend_gathered(attend, q, k, v, key_gather)
 
 
-def _both(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple]:
+def _both(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], KeysAndValues]:
     return lambda k, v: (function(k), function(v))
+
+
+BACKEND = Backend(
+    why_not=why_not_te,
+    prepare=lambda plan: plan.path,
+    attend=lambda q, k, v, plan, scale: te_attention(q, k, v, plan.path, scale),
+)

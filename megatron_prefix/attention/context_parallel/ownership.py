@@ -1,18 +1,18 @@
-"""Which tokens of a row each context-parallel rank owns.
+"""The tokens of a row that each context-parallel rank owns.
 
-Every rank owns the same number of tokens, so that linear layers take it the same time. A token
-deep in a long tree sees more keys than one in a short tree, so the ranks' attention area would
-differ; and a rank needs the keys on the root paths of its tokens, which others own. `tree_aware`
-starts from contiguous parts, cut into chunks, and swaps chunks between the slowest rank and the
-others until the modelled times of all are alike:
+Every rank owns the same number of tokens, so linear layers take the same time on all ranks. But
+a token deep in a long tree sees more keys than a token of a short tree, so contiguous parts can
+differ in attention area. A rank also needs the keys on the root paths of its tokens, and some of
+them belong to other ranks. `tree_aware` starts with contiguous parts, cuts them into chunks, and
+swaps chunks between the slowest rank and the others until all modelled times are nearly equal:
 
-    row of 16 rows: one tree of 8 tokens, eight trees of 1     (two ranks, chunks of 4)
-    contiguous  [0 .. 8)  [8 .. 16)           area 36 and 8
-    swapped     [0 .. 4) + [12 .. 16)  [4 .. 12)    area 14 and 30
+    a row of 16 tokens: one tree of 8 tokens, eight trees of 1      (two ranks, chunks of 4)
+    contiguous  [0, 8)              [8, 16)    area 36 and 8
+    swapped     [0, 4) + [12, 16)   [4, 12)    area 14 and 30
 
-Every rank computes the same answer from the layout alone. Numpy only.
+Every rank computes the same result from the layout alone. Numpy only.
 
-Shapes: T tokens, Q chunks, S segments, K rows needed of each chunk.
+Shapes: T tokens, Q chunks, S segments.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from megatron_prefix.layout import TreeLayout
 
 CHUNKS_PER_RANK = 32
 RUN_LENGTHS = (1, 4, 12)
-"""Chunks that change owners together: the first of a long tree brings its root path along, which
-pays for several at once."""
+"""Numbers of chunks that are swapped together. The first chunk of a long tree makes its new owner
+receive the root path, which is worth it only for several chunks."""
 TOLERANCE = 0.01
-"""Swapping stops where the slowest rank is this little above the mean."""
+"""Swapping stops when the slowest rank is at most this fraction above the mean."""
 
 KEY_WEIGHTS = (1.0, 0.5, 0.2, 0.0)
-"""What a key counts against area, one after another until a start ends in balance."""
+"""Weights of a transferred key relative to its modelled time, tried in turn until the search
+ends in balance. Small ones help the search out of a poor start."""
 KEY_PRICE = 0.05
-"""What a key sent costs beside the time of the slower rank: of like swaps the one with fewer."""
+"""Weight of transferred keys beside the time of the slower rank: of similar swaps, the one with
+fewer keys wins."""
 
 LINEAR_FLOPS, ATTENTION_FLOPS, LINK_BYTES = 500e12, 350e12, 100e9
-"""A second of one Hopper GPU and its link, by order of magnitude; only their ratios matter."""
+"""Rates of one Hopper GPU and its link, per second, by order of magnitude. Only ratios matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +46,11 @@ class ContextCost:
     """Modelled seconds of one layer on one rank, forward and backward."""
 
     per_token: float
-    """A token it owns: linear layers."""
+    """Per token that the rank owns: linear layers."""
     per_entry: float
-    """A (query, key) entry that its tokens see: attention."""
+    """Per (query, key) entry that its tokens see: attention."""
     per_key: float
-    """A row of keys and values that it receives."""
+    """Per token whose key and value it receives."""
 
     @classmethod
     def of_layer(
@@ -61,9 +63,9 @@ class ContextCost:
         head_dim: int,
         key_bytes: int,
     ) -> ContextCost:
-        """From a layer's sizes; `key_bytes` are sent for each channel of a key, both ways.
+        """From a layer's sizes. `key_bytes` are sent per channel of a key, forward and backward.
 
-        Backward takes twice the forward pass in linear layers and 2.5 times in attention.
+        Backward takes twice as long as forward in linear layers, and 2.5 times in attention.
         """
         linear = 2 * hidden_size * head_dim * 2 * (num_heads + num_groups)
         linear += 6 * hidden_size * ffn_hidden_size
@@ -75,61 +77,67 @@ class ContextCost:
 
 
 def contiguous(layout: TreeLayout, size: int) -> list[np.ndarray]:
-    """Equal parts in the order of the row; ascending rows of each rank, int64 [T / size]."""
+    """Equal parts in the order of the row: the tokens of each rank, ascending, int64 [T / size]."""
     return list(np.arange(layout.num_tokens, dtype=np.int64).reshape(size, -1))
 
 
 def zigzag(layout: TreeLayout, size: int) -> list[np.ndarray]:
-    """Of 2 x size parts, rank r has part r and part r from the end: balance for one causal row."""
+    """Of 2 x size parts, rank r has part r and part r from the end: balances one long text."""
     parts = np.array_split(np.arange(layout.num_tokens, dtype=np.int64), 2 * size)
     return [np.concatenate([parts[r], parts[-1 - r]]) for r in range(size)]
 
 
-def needed_rows(layout: TreeLayout, rows: np.ndarray) -> np.ndarray:
-    """Rows on the root paths of `rows`, themselves included, ascending, int64."""
+def needed_tokens(layout: TreeLayout, tokens: np.ndarray) -> np.ndarray:
+    """The tokens on the root paths of `tokens`, themselves included, ascending, int64."""
+    # Of each segment a prefix is needed: the whole segment if its subtree has own tokens after
+    # it, else up to its last own token. lengths [3, 2, 4], parents [-1, 0, 0], tokens [4, 6]:
+    #   before   [0 0 0 0 0 1 1 2 2 2]   own tokens before each token, and at the row's end
+    #   is_full  [1, 0, 0]               before[9] > before[3] for the prompt
+    #   last     [-1, 4, 6]   stops [3, 5, 7]   ->   0 1 2, 3 4, 5 6
     is_own = np.zeros(layout.num_tokens + 1, np.int64)
-    is_own[1:][rows] = 1
+    is_own[1:][tokens] = 1
     before = np.cumsum(is_own)
     ends = layout.starts + layout.lengths
     is_full = before[layout.subtree_ends] > before[ends]
     last = np.full(layout.num_segments, -1, np.int64)
-    segment_of = np.searchsorted(layout.starts, rows, side="right") - 1
-    np.maximum.at(last, segment_of, rows)
+    segment_of = np.searchsorted(layout.starts, tokens, side="right") - 1
+    np.maximum.at(last, segment_of, tokens)
     stops = np.where(is_full, ends, last + 1)
     return np.flatnonzero(np.arange(layout.num_tokens) < np.repeat(stops, layout.lengths))
 
 
-def area_of(layout: TreeLayout, rows: np.ndarray) -> int:
-    """(Query, key) entries that these rows see."""
-    return int((layout.position_ids()[rows] + 1).sum())
+def area_of(layout: TreeLayout, tokens: np.ndarray) -> int:
+    """(Query, key) entries that these tokens see."""
+    return int((layout.position_ids()[tokens] + 1).sum())
 
 
 def tree_aware(layout: TreeLayout, size: int, cost: ContextCost) -> list[np.ndarray]:
-    """Equal parts of like modelled time, with few keys to send; see the module's example."""
+    """Equal parts of similar modelled time, with few keys to send; see the module's example."""
     if size == 1:
         return contiguous(layout, size)
     chunks = _Chunks.cut(layout, size)
     starts = [(chunks.owner, weight) for weight in KEY_WEIGHTS]
-    found = []
+    results = []
     for start, weight in [*starts, (_spread_area(chunks, size), 1.0)]:
         chunks.owner = start.copy()
         if weight < 1:
             _Swaps(chunks, size, replace(cost, per_key=weight * cost.per_key)).run()
         swaps = _Swaps(chunks, size, cost)
         swaps.run()
-        found.append((swaps.times.max(), chunks.owner))
+        results.append((swaps.times.max(), chunks.owner))
         if swaps.is_balanced:
             break
-    chunks.owner = min(found, key=lambda x: x[0])[1]
-    return chunks.rows_by_rank(size)
+    chunks.owner = min(results, key=lambda x: x[0])[1]
+    return chunks.tokens_by_rank(size)
 
 
 def greedy_by_area(layout: TreeLayout, size: int) -> list[np.ndarray]:
-    """Chunks of largest area first, each to the rank with the least area that has places left:
-    balance without a thought for keys, to compare with."""
+    """Chunks of largest area first, each to the rank with the least area that has places left.
+
+    Balances area and ignores keys; for comparison with `tree_aware`."""
     chunks = _Chunks.cut(layout, size)
     chunks.owner = _spread_area(chunks, size)
-    return chunks.rows_by_rank(size)
+    return chunks.tokens_by_rank(size)
 
 
 def _spread_area(chunks: _Chunks, size: int) -> np.ndarray:
@@ -154,12 +162,14 @@ class _Chunks:
     area: np.ndarray
     owner: np.ndarray
     is_movable: np.ndarray
-    """Chunks of the common length; what a part leaves over stays where it is."""
+    """Whether a chunk has the common length. The rest of a part, which is shorter, is not moved."""
     needs: np.ndarray
-    """int64 [Q, Q]: rows of chunk k that chunk q needs."""
+    """int64 [Q, Q]: how many tokens of chunk k (column) chunk q (row) needs."""
 
     @classmethod
     def cut(cls, layout: TreeLayout, size: int) -> _Chunks:
+        # 20 tokens, 2 ranks, chunks of 4:  starts [0 4 8 10 14 18], stops [4 8 10 14 18 20],
+        # owner [0 0 0 1 1 1], is_movable [1 1 0 1 1 0]
         part = layout.num_tokens // size
         assert part * size == layout.num_tokens, (layout.num_tokens, size)
         length = max(part // CHUNKS_PER_RANK, 1)
@@ -176,18 +186,22 @@ class _Chunks:
             needs=_needs(layout, starts, stops),
         )
 
-    def rows_by_rank(self, size: int) -> list[np.ndarray]:
-        rows = np.arange(self.stops[-1], dtype=np.int64)
+    def tokens_by_rank(self, size: int) -> list[np.ndarray]:
+        tokens = np.arange(self.stops[-1], dtype=np.int64)
         owner = np.repeat(self.owner, self.stops - self.starts)
-        return [rows[owner == rank] for rank in range(size)]
+        return [tokens[owner == rank] for rank in range(size)]
 
 
 def _needs(layout: TreeLayout, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """[Q, Q]: rows of each chunk (column) on the root paths of each chunk's (row) tokens.
+    """[Q, Q]: how many tokens of chunk k (column) are on the root paths of chunk q's (row) tokens.
 
-    A chunk needs a whole segment if it has tokens further down that segment's subtree, and
-    else the segment up to the chunk's last token in it.
+    A chunk needs a whole segment if it has tokens in the subtree after that segment. Else it
+    needs the segment up to the chunk's last token in it.
     """
+    # lengths [3, 2, 4], parents [-1, 0, 0], chunks [0, 3), [3, 6), [6, 9):
+    #   needed  [[3 0 0], [3 2 1], [3 0 4]]   tokens of each segment that each chunk needs
+    #   result  [[3 0 0], [3 3 0], [3 1 3]]   the same tokens, counted by chunk: chunk 2 needs
+    #                                         0 1 2 of chunk 0, 5 of chunk 1, 6 7 8 of its own
     first, ends = layout.starts.astype(np.int64), (layout.starts + layout.lengths).astype(np.int64)
     a, b = starts[:, None], stops[:, None]
     is_below = np.maximum(a, ends) < np.minimum(b, layout.subtree_ends)
@@ -197,8 +211,10 @@ def _needs(layout: TreeLayout, starts: np.ndarray, stops: np.ndarray) -> np.ndar
     np.cumsum(needed, axis=1, out=before[:, 1:])
     bounds = np.append(starts, stops[-1])
     segment = np.minimum(np.searchsorted(ends, bounds, side="right"), len(first) - 1)
-    upto = before[:, segment] + np.minimum(bounds - first[segment], needed[:, segment])
-    return np.diff(upto, axis=1)
+    # Needed tokens before each chunk boundary: those of earlier segments, and of the segment that
+    # holds the boundary as many as lie before it.
+    before_bound = before[:, segment] + np.minimum(bounds - first[segment], needed[:, segment])
+    return np.diff(before_bound, axis=1)
 
 
 class _Swaps:
@@ -221,7 +237,7 @@ class _Swaps:
         return bool(self.times.max() <= (1 + TOLERANCE) * self.times.mean())
 
     def _needed(self, rank: int) -> np.ndarray:
-        """Rows of each chunk that a rank needs, [Q]: the most that one of its chunks does."""
+        """Tokens of each chunk that a rank needs, [Q]: the most that one of its chunks needs."""
         return self.chunks.needs[self.chunks.owner == rank].max(axis=0)
 
     def _time(self, rank: int) -> float:
@@ -231,14 +247,16 @@ class _Swaps:
         return self.token_time + self.cost.per_entry * area + self.cost.per_key * received
 
     def _best(self, slow: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """The runs of chunks whose exchange leaves the slower of both ranks fastest."""
+        """The two runs of chunks whose swap leaves the slower of both ranks fastest, or None."""
         best, chosen = self.times[slow], None
         for length in RUN_LENGTHS:
             given = self._runs(slow, length)
-            for rank in np.flatnonzero(self.times < self.times.mean()):
+            for rank in np.flatnonzero(self.times < self.times.mean()).tolist():
                 taken = self._runs(rank, length)
                 if not (len(given) and len(taken)):
                     continue
+                # Every matrix is [given, taken]: the effect of each possible swap, for example
+                # gain[i, j] is the time of attention that run i takes away and run j brings.
                 area = (self.chunks.area[x].sum(axis=1) for x in (given, taken))
                 gain = self.cost.per_entry * np.subtract.outer(*area)
                 from_slow, to_rank = self._spared(slow, given), self._added(rank, given)
@@ -254,14 +272,16 @@ class _Swaps:
         return chosen
 
     def _runs(self, rank: int, length: int) -> np.ndarray:
-        """Movable chunks of a rank, `length` together in its order, [runs, length]."""
+        """Movable chunks of a rank, `length` consecutive ones per run, [runs, length]."""
+        # Own chunks [0 1 2 3 6 7], length 4: windows start at every second chunk, half a length
+        # apart, so [0 1 2 3] and [2 3 6 7].
         own = np.flatnonzero((self.chunks.owner == rank) & self.chunks.is_movable)
         if len(own) < length:
             return own[:0].reshape(0, length)
         return np.lib.stride_tricks.sliding_window_view(own, length)[:: max(length // 2, 1)]
 
     def _added(self, rank: int, runs: np.ndarray) -> np.ndarray:
-        """Modelled time of the keys that a rank would need anew with each of `runs`."""
+        """Modelled time of the additional keys that a rank would need with each of `runs`."""
         foreign = self.chunks.owner != rank
         needs = self.chunks.needs[runs].max(axis=1)[:, foreign]
         more = needs - self.needed[rank][foreign]
@@ -269,18 +289,22 @@ class _Swaps:
 
     def _spared(self, rank: int, runs: np.ndarray) -> np.ndarray:
         """Modelled time of the keys that a rank would no longer need without each of `runs`."""
+        # A rank needs of a foreign chunk the most that one of its chunks needs. Without the own
+        # chunks i to j that is the larger of before[i] and after[j + 1]. Needs [2, 5, 1] of one
+        # foreign chunk: before [0, 2, 5, 5], after [5, 5, 1, 0]. Without the second own chunk
+        # max(before[1], after[2]) = 2 tokens remain, and 5 - 2 are spared.
         own = np.flatnonzero(self.chunks.owner == rank)
         foreign = self.chunks.owner != rank
         needs = self.chunks.needs[own][:, foreign]
         nothing = np.zeros((1, needs.shape[1]), needs.dtype)
         before = np.concatenate([nothing, np.maximum.accumulate(needs)])
-        behind = np.concatenate([np.maximum.accumulate(needs[::-1])[::-1], nothing])
+        after = np.concatenate([np.maximum.accumulate(needs[::-1])[::-1], nothing])
         first, last = np.searchsorted(own, runs[:, 0]), np.searchsorted(own, runs[:, -1])
-        kept = np.maximum(before[first], behind[last + 1])
-        return self.cost.per_key * (self.needed[rank][foreign] - kept).sum(axis=1)
+        remaining = np.maximum(before[first], after[last + 1])
+        return self.cost.per_key * (self.needed[rank][foreign] - remaining).sum(axis=1)
 
     def _swap(self, slow: int, runs: tuple[np.ndarray, np.ndarray] | None) -> bool:
-        """Exchange two runs; False, and everything as it was, where that does not help."""
+        """Swap two runs. If that does not help, undo it and return False."""
         if runs is None:
             return False
         given, taken = runs

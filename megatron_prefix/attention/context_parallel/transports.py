@@ -1,15 +1,17 @@
-"""Context parallelism: a row's tokens over ranks, and how keys travel between them.
+"""Context parallelism: how keys and values move between the ranks that share a row.
 
-Each rank computes the queries of its own tokens (see ownership.py). Three transports bring it the
-keys and values that these see:
+Each rank computes the queries of its own tokens (see ownership.py). There are three transports for
+the keys and values that these queries see:
 
-    all_gather    every rank gets all rows; gradients come back by a float32 reduce-scatter
-    needed_rows   a rank gets the rows on its tokens' root paths only, by an all-to-all of uneven
-                  parts planned once a micro batch; gradients go back the same way in float32
-    all_to_all    a rank gets all rows for its share of the heads (Ulysses, arXiv 2309.14509), and
-                  sends its heads' outputs back
+    all_gather    every rank gets the keys of all tokens; gradients return by reduce-scatter in
+                  float32
+    needed_rows   a rank gets only the keys on the root paths of its tokens, by an all-to-all of
+                  unequal parts, planned once per micro batch; gradients return the same way in
+                  float32
+    all_to_all    a rank gets all tokens for its share of the heads (Ulysses, arXiv 2309.14509), and
+                  sends the outputs of its heads back
 
-The first two bring keys again in backward instead of keeping every layer's copy alive.
+The first two gather keys again in backward, so that not every layer's copy has to be kept.
 
 Shapes: T tokens of the row, L = T / ranks own tokens, S keys held, N query heads, G key/value
 heads, H head dim.
@@ -26,56 +28,58 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prefix.attention.api import tree_attention
-from megatron_prefix.attention.backends.regather import Pair, Way, attend_to_brought
+from megatron_prefix.attention.backends import KeyGather, KeysAndValues, attend_gathered
 from megatron_prefix.attention.context_parallel import ownership
 from megatron_prefix.attention.context_parallel.ownership import ContextCost
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.platform.transfer import on_device
+from megatron_prefix.platform import on_device
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class ContextParallel:
-    """The ranks that share rows, and how: one of the transports above."""
+    """The ranks that share rows, and their transport: `comm` is one of the three above."""
 
     group: dist.ProcessGroup
     comm: str
     cost: ContextCost
 
     def share(self, layout: TreeLayout, device: torch.device) -> ContextShare:
-        """This rank's part of a row; the number of tokens is a multiple of the ranks."""
+        """This rank's part of a row, whose number of tokens is a multiple of the ranks."""
         size = self.group.size()
-        if self.comm == "all_to_all":  # heads balance attention by themselves
-            rows = ownership.contiguous(layout, size)
+        if self.comm == "all_to_all":  # every rank attends to all tokens: nothing to balance
+            parts = ownership.contiguous(layout, size)
         else:
             cost = self.cost if self.comm == "needed_rows" else replace(self.cost, per_key=0.0)
-            rows = ownership.tree_aware(layout, size, cost)
-        own = rows[self.group.rank()]
+            parts = ownership.tree_aware(layout, size, cost)
+        own = parts[self.group.rank()]
+        transport: Transport
         if self.comm == "needed_rows":
-            keys = NeededRows(self.group, layout, rows, device)
-            plan = TreePlan(layout, device, own, keys.rows)
+            transport = NeededTokens(self.group, layout, parts, device)
+            plan = TreePlan(layout, device, own, transport.tokens)
         elif self.comm == "all_gather":
-            keys = AllGather(self.group, rows, device)
+            transport = AllGather(self.group, parts, device)
             plan = TreePlan(layout, device, own)
         else:
-            keys = Heads(self.group, rows, device)
+            transport = Heads(self.group, parts, device)
             plan = TreePlan(layout, device)
-        return ContextShare(self.group, own, plan, keys)
+        return ContextShare(self.group, own, plan, transport)
 
 
 @dataclass(frozen=True, eq=False)
 class ContextShare:
-    """What one rank has of one row: its `rows`, who they see, and how keys travel."""
+    """One rank's part of one row."""
 
     group: dist.ProcessGroup
-    rows: np.ndarray
+    tokens: np.ndarray
+    """The tokens that this rank owns, ascending, int64 [L]."""
     plan: TreePlan
-    transport: AllGather | NeededRows | Heads
+    transport: Transport
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: str, scale: float | None) -> Tensor:
-        """Attention of own queries [L, N, H] with own keys and values [L, G, H] -> [L, N, H]."""
+        """Attention of own queries [L, N, H], given own keys and values [L, G, H] -> [L, N, H]."""
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return tree_attention(q, k, v, self.plan, backend=backend, scale=scale)
@@ -83,7 +87,7 @@ class ContextShare:
         return self.transport.attend(attend, q, k, v)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the ranks, whose gradient every rank takes for its own part as it is."""
+        """The sum over the ranks; backward passes the gradient to every rank as it is."""
         return _SumOverRanks.apply(values, self.group)
 
 
@@ -99,98 +103,106 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-class _WholeRow:
-    """Both orders of a whole row: `by_rank` as its parts stand on the ranks, and `by_row` back."""
+class _AllTokens:
+    """The two orders of a row's tokens: `rank_order`, rank after rank, and `row_order` back."""
 
     def __init__(
-        self, group: dist.ProcessGroup, rows: Sequence[np.ndarray], device: torch.device
+        self, group: dist.ProcessGroup, parts: Sequence[np.ndarray], device: torch.device
     ) -> None:
+        # parts [0, 3] and [1, 2]:  rank_order [0, 3, 1, 2],  row_order [0, 2, 3, 1]
+        #   row[rank_order] is in the order of the ranks, gathered[row_order] in that of the row
         self.group = group
-        gathered = np.concatenate(rows)
-        self.by_rank = on_device(gathered, device)
-        self.by_row = on_device(np.argsort(gathered), device)
+        gathered = np.concatenate(parts)
+        self.rank_order = on_device(gathered, device)
+        self.row_order = on_device(np.argsort(gathered), device)
 
 
-class AllGather(_WholeRow):
-    """All rows of keys on every rank."""
+class AllGather(_AllTokens):
+    """The keys of all tokens on every rank."""
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _with_keys(attend, q, k, v, self)
+        return _attend_with_keys(attend, q, k, v, self)
 
     def bytes_sent(self, num_heads: int, num_groups: int, head_dim: int, itemsize: int) -> int:
         """Bytes that this rank sends for one layer, forward and backward."""
         size = self.group.size()
-        rows = len(self.by_rank) // size * (size - 1)
-        return rows * 2 * num_groups * head_dim * (2 * itemsize + max(itemsize, 4))
+        num_tokens = len(self.rank_order) // size * (size - 1)
+        return num_tokens * 2 * num_groups * head_dim * (2 * itemsize + max(itemsize, 4))
 
-    def bring(self, keys: Tensor) -> Tensor:
-        """Own rows [L, ...] -> all rows [T, ...] in their order."""
-        found = keys.new_empty(len(self.by_rank), *keys.shape[1:])
-        dist.all_gather_into_tensor(found, keys.contiguous(), group=self.group)
-        return found.index_select(0, self.by_row)
+    def gather(self, keys: Tensor) -> Tensor:
+        """Own keys [L, ...] -> all keys [T, ...] in the row's order."""
+        gathered = keys.new_empty(len(self.rank_order), *keys.shape[1:])
+        dist.all_gather_into_tensor(gathered, keys.contiguous(), group=self.group)
+        return gathered.index_select(0, self.row_order)
 
-    def give_back(self, grad: Tensor) -> Tensor:
-        """The transpose of `bring`, in float32 at least."""
+    def reduce_scatter(self, grad: Tensor) -> Tensor:
+        """The transpose of `gather`, in float32 or better."""
         exact = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        found = exact.new_empty(len(self.by_rank) // self.group.size(), *grad.shape[1:])
-        ordered = exact.index_select(0, self.by_rank)
-        dist.reduce_scatter_tensor(found, ordered, group=self.group)
-        return found.to(grad.dtype)
+        own = exact.new_empty(len(self.rank_order) // self.group.size(), *grad.shape[1:])
+        ordered = exact.index_select(0, self.rank_order)
+        dist.reduce_scatter_tensor(own, ordered, group=self.group)
+        return own.to(grad.dtype)
 
 
-class NeededRows:
-    """The rows on the root paths of a rank's tokens, and no others.
+class NeededTokens:
+    """The keys on the root paths of a rank's tokens, and no others.
 
-    `rows`, ascending, are those that this rank holds keys for.
+    `tokens`, ascending, are those whose keys this rank holds after `gather`.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup,
         layout: TreeLayout,
-        rows: Sequence[np.ndarray],
+        parts: Sequence[np.ndarray],
         device: torch.device,
     ) -> None:
+        # Rank 1 of 2, for lengths [3, 2, 4], parents [-1, 0, 0] and 1 token of padding; parts
+        # [0 1 2 3 4], [5 6 7 8 9]. It needs 0 1 2 5 6 7 8 9 and gives nothing to rank 0:
+        #   received   [3, 0]                   keys that arrive from each rank: 0 1 2
+        #   sent       [0, 0]                   rank 0 has [0, 3], and send_index [0, 1, 2]
+        #   held       5 6 7 8 9 0 1 2          own keys, then received ones by rank
+        #   row_order  [5, 6, 7, 0, 1, 2, 3, 4] held keys -> ascending; arrival_order is its inverse
         self.group, rank = group, group.rank()
-        needed = [ownership.needed_rows(layout, own) for own in rows]
+        needed = [ownership.needed_tokens(layout, own) for own in parts]
         owner = np.empty(layout.num_tokens, np.int64)
-        for other, own in enumerate(rows):
+        for other, own in enumerate(parts):
             owner[own] = other
-        self.rows = needed[rank]
-        foreign = self.rows[owner[self.rows] != rank]
-        foreign = foreign[np.argsort(owner[foreign], kind="stable")]  # as they arrive
-        self.received = np.bincount(owner[foreign], minlength=len(rows)).tolist()
+        self.tokens = needed[rank]
+        foreign = self.tokens[owner[self.tokens] != rank]
+        foreign = foreign[np.argsort(owner[foreign], kind="stable")]
+        self.received = np.bincount(owner[foreign], minlength=len(parts)).tolist()
         sent = [
-            np.searchsorted(rows[rank], x[(owner[x] == rank)]) if other != rank else x[:0]
+            np.searchsorted(parts[rank], x[(owner[x] == rank)]) if other != rank else x[:0]
             for other, x in enumerate(needed)
         ]
         self.sent = [len(x) for x in sent]
         self.send_index = on_device(np.concatenate(sent), device)
-        self.num_own = len(rows[rank])
-        arrived = np.concatenate([rows[rank], foreign])
-        order = np.argsort(arrived)
-        self.by_row = on_device(order, device)
-        self.by_arrival = on_device(np.argsort(order), device)
+        self.num_own = len(parts[rank])
+        held = np.concatenate([parts[rank], foreign])
+        order = np.argsort(held)
+        self.row_order = on_device(order, device)
+        self.arrival_order = on_device(np.argsort(order), device)
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _with_keys(attend, q, k, v, self)
+        return _attend_with_keys(attend, q, k, v, self)
 
     def bytes_sent(self, num_heads: int, num_groups: int, head_dim: int, itemsize: int) -> int:
         """Bytes that this rank sends for one layer, forward and backward."""
-        row = 2 * num_groups * head_dim
-        return row * (2 * sum(self.sent) * itemsize + sum(self.received) * max(itemsize, 4))
+        entries = 2 * num_groups * head_dim
+        return entries * (2 * sum(self.sent) * itemsize + sum(self.received) * max(itemsize, 4))
 
-    def bring(self, keys: Tensor) -> Tensor:
-        """Own rows [L, ...] -> needed rows [S, ...] in their order."""
-        found = keys.new_empty(sum(self.received), *keys.shape[1:])
+    def gather(self, keys: Tensor) -> Tensor:
+        """Own keys [L, ...] -> needed keys [S, ...] in the row's order."""
+        received = keys.new_empty(sum(self.received), *keys.shape[1:])
         parts = keys.index_select(0, self.send_index)
-        dist.all_to_all_single(found, parts, self.received, self.sent, group=self.group)
-        return torch.cat([keys, found]).index_select(0, self.by_row)
+        dist.all_to_all_single(received, parts, self.received, self.sent, group=self.group)
+        return torch.cat([keys, received]).index_select(0, self.row_order)
 
-    def give_back(self, grad: Tensor) -> Tensor:
-        """The transpose of `bring`, in float32 at least, summed in the order of ranks."""
+    def reduce_scatter(self, grad: Tensor) -> Tensor:
+        """The transpose of `gather`, in float32 or better, summed in the order of ranks."""
         exact = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        own, foreign = exact.index_select(0, self.by_arrival).split(
+        own, foreign = exact.index_select(0, self.arrival_order).split(
             [self.num_own, sum(self.received)]
         )
         parts = exact.new_empty(sum(self.sent), *grad.shape[1:])
@@ -201,72 +213,78 @@ class NeededRows:
         for index, part in zip(
             self.send_index.split(self.sent), parts.split(self.sent), strict=True
         ):
-            own[index] += part  # a rank needs a row once, so that no index repeats
+            own[index] += part  # a rank needs a key once, so no index repeats
         return own.to(grad.dtype)
 
 
-class Heads(_WholeRow):
-    """All rows of a share of the heads."""
+class Heads(_AllTokens):
+    """All tokens, for this rank's share of the heads."""
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(*(_HeadsForRows.apply(x, self) for x in (q, k, v)))
-        return _RowsForHeads.apply(out, self)
+        out = attend(*(_ToAllTokens.apply(x, self) for x in (q, k, v)))
+        return _ToAllHeads.apply(out, self)
 
     def bytes_sent(self, num_heads: int, num_groups: int, head_dim: int, itemsize: int) -> int:
         """Bytes that this rank sends for one layer, forward and backward."""
         size = self.group.size()
-        entries = len(self.by_rank) // size * (2 * num_heads + 2 * num_groups) * head_dim
+        entries = len(self.rank_order) // size * (2 * num_heads + 2 * num_groups) * head_dim
         return 2 * entries * (size - 1) // size * itemsize
 
-    def to_rows(self, x: Tensor) -> Tensor:
-        """Own rows of all heads [L, N, H] -> all rows of own heads [T, N / ranks, H]."""
+    def to_all_tokens(self, x: Tensor) -> Tensor:
+        """Own tokens, all heads [L, N, H] -> all tokens, own heads [T, N / ranks, H]."""
         size = self.group.size()
-        parts = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
-        found = torch.empty_like(parts)
-        dist.all_to_all_single(found, parts, group=self.group)
-        return found.flatten(0, 1).index_select(0, self.by_row)
+        parts = x.unflatten(1, (size, -1)).transpose(0, 1).contiguous()  # [ranks, L, N / ranks, H]
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=self.group)
+        return received.flatten(0, 1).index_select(0, self.row_order)
 
-    def to_heads(self, x: Tensor) -> Tensor:
-        """The inverse of `to_rows`, and its transpose."""
+    def to_all_heads(self, x: Tensor) -> Tensor:
+        """The inverse of `to_all_tokens`, which is also its transpose."""
         size = self.group.size()
-        parts = x.index_select(0, self.by_rank)
-        found = torch.empty_like(parts)
-        dist.all_to_all_single(found, parts, group=self.group)
-        return found.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
+        parts = x.index_select(0, self.rank_order)
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=self.group)
+        return received.unflatten(0, (size, -1)).transpose(0, 1).flatten(1, 2)
 
 
-class _HeadsForRows(torch.autograd.Function):
+class _ToAllTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, transport):
         ctx.transport = transport
-        return transport.to_rows(x)
+        return transport.to_all_tokens(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.transport.to_heads(grad), None
+        return ctx.transport.to_all_heads(grad), None
 
 
-class _RowsForHeads(torch.autograd.Function):
+class _ToAllHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, transport):
         ctx.transport = transport
-        return transport.to_heads(x)
+        return transport.to_all_heads(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.transport.to_rows(grad), None
+        return ctx.transport.to_all_tokens(grad), None
 
 
-def _with_keys(
-    attend: Attend, q: Tensor, k: Tensor, v: Tensor, transport: AllGather | NeededRows
+Transport = AllGather | NeededTokens | Heads
+
+
+def _attend_with_keys(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, transport: AllGather | NeededTokens
 ) -> Tensor:
-    """Attention to keys that travel in one message with their values, and again in backward."""
+    """Attention over keys and values that are gathered in one message, and again in backward."""
 
-    def both(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Pair]:
-        def moved(k: Tensor, v: Tensor) -> Pair:
-            found = move(torch.stack([k, v], dim=1))
-            return found[:, 0].contiguous(), found[:, 1].contiguous()
+    def together(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], KeysAndValues]:
+        def moved(k: Tensor, v: Tensor) -> KeysAndValues:
+            both = move(torch.stack([k, v], dim=1))
+            return both[:, 0].contiguous(), both[:, 1].contiguous()
 
         return moved
 
-    return attend_to_brought(attend, q, k, v, Way(both(transport.bring), both(transport.give_back)))
+    key_gather = KeyGather(
+        gather=together(transport.gather), scatter=together(transport.reduce_scatter)
+    )
+    return attend_gathered(attend, q, k, v, key_gather)

@@ -1,0 +1,10 @@
+"""Raw preferences -> a data set on disk, and data sets built in parts -> one data set."""
+
+from __future__ import annotations
+
+from megatron_prefix.data.build.builder import build_dataset
+from megatron_prefix.data.build.merge_parts import merge_datasets
+from megatron_prefix.data.build.options import BuildOptions
+from megatron_prefix.data.build.report import BuildReport
+
+__all__ = ["BuildOptions", "BuildReport", "build_dataset", "merge_datasets"]

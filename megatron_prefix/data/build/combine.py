@@ -1,7 +1,7 @@
-"""Reports of parts -> the report of the whole, whatever counts a report has.
+"""Reports of parts -> the report of the whole.
 
 {"dropped": {"no pair": 2}, "records": ["a:1"]} and {"dropped": {"no pair": 1}, "records": []}
-together are {"dropped": {"no pair": 3}, "records": ["a:1"]}
+give {"dropped": {"no pair": 3}, "records": ["a:1"]}
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from megatron_prefix.data.build import report
 
 
 def combine(total: Any, part: Any) -> Any:
-    """`part` behind `total`, which may be changed: numbers add up, lists follow one another up
-    to what a report lists, mappings and dataclasses combine entry by entry, texts are the last."""
+    """`total` with `part` added; `total` may be changed.
+
+    Numbers add up. Lists are concatenated, up to MAX_LISTED entries. Mappings and dataclasses are
+    combined entry by entry. Of two texts the last is kept.
+    """
     if is_dataclass(total):
         for field in fields(total):
             name = field.name

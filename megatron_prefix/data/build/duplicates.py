@@ -1,7 +1,14 @@
-"""Which records repeat one another: 64-bit digests of what is compared, and of the prompt.
+"""Detection of repeated records and prompts, by 64-bit digests of their texts.
 
-Digests are kept for every group, so that a stream of any order and length is compared as a whole.
-Of a million groups, two different ones get the same digest with a probability of 3e-8.
+    record  prompt  chosen  rejected    content digest  prompt digest
+    0       "Hi"    "Yes"   "No"        a               p
+    1       "Hi"    "Yes"   "Never"     b               p       the prompt of record 0
+    2       "Hi"    "Yes"   "No"        a               p       repeats record 0
+
+    duplicates(10) -> {"num_records": 1, "records": [[2, 0]]}        by_prompt() -> [0, 1, 2]
+
+There is a digest for every group, so records are compared over the whole input. The probability
+that two of a million different groups have the same digest is 3e-8.
 """
 
 from __future__ import annotations
@@ -14,29 +21,32 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from megatron_prefix.data.read.fields import Text
-from megatron_prefix.data.read.formats.base import Example
+from megatron_prefix.data.read import Text
+from megatron_prefix.data.read.formats import Example
 from megatron_prefix.errors import InputError
 
 CACHE = 1024
-"""KiB of a table that stay in memory."""
+"""KiB of a table that are kept in memory."""
 
 
 def prompt_digest(example: Example) -> int:
-    """Digest of the prompt (of the first set, in a conversation tree) and the tools."""
+    """Digest of the tools and of the prompt (in a conversation tree, of the first set)."""
     return _digest([example.tools, *_parts(example.responses[0].prompt)])
 
 
 def content_digest(example: Example) -> int:
-    """Digest of all texts and of which is preferred to which, or desirable; not of margins."""
+    """Digest of all texts and labels: the pairs, or without pairs the scores; not the margins."""
+    # A prompt is a part only if it differs from that of the response before: of a pair with the
+    # prompt "Hi" the parts are [tools, "prompt", "text", "Hi", "response", "", "text", "Yes",
+    # "response", "", "text", "No", "0 1"].
     parts = [example.tools]
     last: Text | None = None
     for response in example.responses:
         if response.prompt != last:
             parts += ["prompt", *_parts(response.prompt)]
         last = response.prompt
-        alone = "" if example.pairs else repr(response.score)
-        parts += ["response", alone, *_parts(response.response)]
+        score = "" if example.pairs else repr(response.score)
+        parts += ["response", score, *_parts(response.response)]
     parts += [f"{pair.chosen} {pair.rejected}" for pair in example.pairs]
     return _digest(parts)
 
@@ -48,6 +58,7 @@ def _parts(text: Text) -> list[str]:
 
 
 def _digest(parts: list[str]) -> int:
+    # With their lengths first, ["ab", "c"] and ["a", "bc"] are different texts.
     lengths = " ".join([str(len(part)) for part in parts])
     text = "".join([lengths, "\n", *parts])
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
@@ -55,7 +66,7 @@ def _digest(parts: list[str]) -> int:
 
 
 class Digests(NamedTuple):
-    """Of one group; `record` is the index of the input record it comes from."""
+    """The digests of one group; `record` is the number of its record in the input."""
 
     record: int
     content: int
@@ -67,10 +78,10 @@ class Digests(NamedTuple):
 
 
 class DigestTable:
-    """The digests of all groups of a build, in a temporary file that nobody else sees.
+    """The digests of all groups of a build, in a private temporary file.
 
-    Not kept in memory, so that a build takes no more of it for more records. Raises InputError
-    where the file cannot grow.
+    Because of the file, a build needs no more memory for more records. Raises InputError if the
+    file cannot grow.
     """
 
     def __init__(self) -> None:
@@ -82,11 +93,12 @@ class DigestTable:
 
     def extend(self, digests: Iterable[Digests]) -> None:
         """Append groups, in the order of their records."""
-        with _room():
+        with _full_disk_is_bad_input():
             self._table.executemany("INSERT INTO groups VALUES (NULL, ?, ?, ?)", digests)
 
     def duplicates(self, limit: int) -> dict[str, Any]:
-        """How many records repeat an earlier one, and the first `limit` as [record, earlier]."""
+        """How many records repeat an earlier one, and the first `limit` as [record, first]."""
+        # For each record, `first` is the first one with its content: (0, 0), (1, 1), (2, 0).
         count, listed = 0, []
         for pair in self._rows(
             "SELECT record, first FROM (SELECT record, min(record) OVER (PARTITION BY content) "
@@ -102,6 +114,8 @@ class DigestTable:
 
         Prompts [7, 5, 7] -> [0, 2], [1].
         """
+        # (group, first group with its prompt), sorted by the latter: (0, 1), (2, 1), (1, 2). SQLite
+        # counts ids from 1.
         rows = self._rows(
             "SELECT id - 1, min(id) OVER (PARTITION BY prompt) AS first FROM groups "
             "ORDER BY first, id"
@@ -113,20 +127,20 @@ class DigestTable:
         self._table.close()
 
     def _run(self, statement: str) -> None:
-        with _room():
+        with _full_disk_is_bad_input():
             self._table.execute(statement)
 
     def _rows(self, query: str) -> Iterator[tuple]:
-        with _room():
+        with _full_disk_is_bad_input():
             yield from self._table.execute(query)
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def _full_disk_is_bad_input() -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
         raise InputError(
-            f"records cannot be compared with one another ({error}): this takes about 100 bytes "
-            "a record in the folder for temporary files; name one with room in TMPDIR"
+            f"repeated records cannot be detected ({error}): this needs about 100 bytes per "
+            "record in the folder for temporary files; set TMPDIR to one with enough space"
         ) from error

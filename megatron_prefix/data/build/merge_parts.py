@@ -1,7 +1,7 @@
-"""Data sets that were built in parts, on one machine or many -> the one they are parts of.
+"""Data sets that were built in parts, on one machine or several -> one data set.
 
-Every byte is what one build of all inputs in the same order writes. The exceptions are what only
-one build can see: a prompt or a record that occurs in several parts is not recognised as such.
+The files have the same bytes as those of one build of all inputs in the same order. There is one
+exception: a prompt or a record that occurs in several parts is not recognised as repeated.
 """
 
 from __future__ import annotations
@@ -12,24 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.data.build.combine import combine
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.store.verify import verify_checksums
-from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.errors import InputError
 
 GROUPS = 4096
-"""Groups copied at a time."""
+"""Groups that are copied together."""
 
 
 def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
-    """Write the data set `output` of all `prefixes`, in order, and return its manifest.
+    """Write all data sets `prefixes`, in order, to `output` and return its manifest.
 
-    Raises InputError where a part is damaged, or was built by another tokenizer, in another
-    format or with other options.
+    Raises InputError if a part is damaged, or if the parts differ in tokenizer, format or options.
     """
     parts = [PreferenceDataset(prefix) for prefix in prefixes]
     for part in parts:
-        _check_alike(parts[0], part)
+        _check_same_settings(parts[0], part)
         verify_checksums(part)
     first = parts[0].manifest
     inputs = [path for part in parts for path in part.manifest["options"].get("inputs", [])]
@@ -40,15 +38,16 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> dict[s
         for part in parts:
             for start in range(0, len(part), GROUPS):
                 block = part.block(start, min(start + GROUPS, len(part)))
+                # Parts of 10 and 5 records: record 3 of the second part is record 13 of the whole.
                 block.columns["group_records"] = block.columns["group_records"] + before
                 writer.add_block(block)
-            combine(report, _report_behind(part, before))
+            combine(report, _shifted_report(part, before))
             before += _num_records(part)
         return writer.finish(report)
 
 
-def _report_behind(part: PreferenceDataset, before: int) -> dict[str, Any]:
-    """A part's report where `before` records come first; only repetitions go by their number."""
+def _shifted_report(part: PreferenceDataset, before: int) -> dict[str, Any]:
+    """A part's report after `before` records of other parts; only duplicates have numbers."""
     report = copy.deepcopy(part.manifest["report"])
     if "duplicates" in report:
         pairs = report["duplicates"]["records"]
@@ -57,21 +56,21 @@ def _report_behind(part: PreferenceDataset, before: int) -> dict[str, Any]:
 
 
 def _num_records(part: PreferenceDataset) -> int:
-    """Records of its input, those without a group included."""
+    """Records of its input, including those without a group."""
     return part.manifest["report"].get("num_records", int(part.group_records[-1]) + 1)
 
 
-def _check_alike(first: PreferenceDataset, other: PreferenceDataset) -> None:
-    def described(dataset: PreferenceDataset) -> dict[str, Any]:
+def _check_same_settings(first: PreferenceDataset, other: PreferenceDataset) -> None:
+    def settings(dataset: PreferenceDataset) -> dict[str, Any]:
         manifest = dataset.manifest
         tokenizer = {f"tokenizer {k}": v for k, v in manifest["tokenizer"].items() if k != "name"}
         options = {f"option {k}": v for k, v in manifest["options"].items() if k != "inputs"}
         return {**tokenizer, **options, "format": manifest["report"].get("format")}
 
-    ours, theirs = described(first), described(other)
+    ours, theirs = settings(first), settings(other)
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
             raise InputError(
                 f"{other.prefix} has {name} {theirs.get(name)!r}, {first.prefix} has "
-                f"{ours.get(name)!r}: build all parts by one tokenizer with the same options"
+                f"{ours.get(name)!r}: build all parts with one tokenizer and the same options"
             )

@@ -1,9 +1,13 @@
-"""`--merge-prompts`: all records with one prompt become one group, its prompt stored once.
+"""`--merge-prompts`: all records with the same prompt become one group, with the prompt once.
 
-A build leaves a group a record first; then groups whose prompts have the same digest are merged
-into a new data set, in the order in which prompts first appear. A record's responses stay
-comparison sets of their own, and the group counts its records, so batches and the weighting of
-the loss go on counting records. Responses that begin alike share tokens over all its records.
+First the build makes one group per record. Then groups whose prompts have the same digest are
+merged into a new data set, in the order in which the prompts first appear:
+
+    records 0: "Hi" -> "Yes" | "No",  1: "Why?" -> "So" | "As",  2: "Hi" -> "Yes" | "Never"
+    groups  0: "Hi" -> sets [Yes, No], [Yes, Never]; 2 records    1: "Why?"; 1 record
+
+Each record keeps its comparison set, and a group knows its number of records: batches and the
+weights of the loss still count records. Responses share tokens across the records of a group.
 """
 
 from __future__ import annotations
@@ -11,26 +15,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_prefix.data.build.duplicates import DigestTable
 from megatron_prefix.data.build.report import BuildReport
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.work_folder import building_folder, checked_prefix
-from megatron_prefix.data.store.writer import DatasetWriter
+from megatron_prefix.data.files import building_folder, checked_prefix
+from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree
 from megatron_prefix.errors import InputError
 
 
 @contextmanager
 def place_before_merging(output: str | Path) -> Iterator[Path]:
-    """A prefix beside `output` for the data set that is merged; nothing of it stays.
+    """A temporary prefix beside `output` for the data set before merging; removed at the end.
 
-    Errors that name it come out naming `output`.
+    Error messages name `output` instead of it.
     """
     prefix = checked_prefix(output)
-    made = [folder for folder in prefix.parents if not folder.exists()]
+    new_folders = [folder for folder in prefix.parents if not folder.exists()]
     place = building_folder(prefix, "merging")
     try:
         try:
@@ -42,7 +44,7 @@ def place_before_merging(output: str | Path) -> Iterator[Path]:
         raise InputError(str(error).replace(str(place / prefix.name), str(prefix))) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        for folder in made:
+        for folder in new_folders:
             if not folder.exists() or any(folder.iterdir()):
                 break
             folder.rmdir()
@@ -51,19 +53,19 @@ def place_before_merging(output: str | Path) -> Iterator[Path]:
 def merge_prompts(
     source: PreferenceDataset, digests: DigestTable, report: BuildReport, output: str | Path
 ) -> None:
-    """Write `source`, its groups merged by the digests of their prompts, to `output`.
+    """Write `source` to `output`, with groups merged by the digests of their prompts.
 
-    The report hears what was saved, and gets the new manifest.
+    `report` gets the tokens saved and the new manifest.
     """
     options = {**source.manifest["options"], "merge_prompts": True}
     with DatasetWriter(output, source.manifest["tokenizer"], options) as writer:
         for groups in digests.by_prompt():
-            records = int(source.group_records[groups[0]])
+            first_record = int(source.group_records[groups[0]])
             if len(groups) == 1:
-                writer.add(source[groups[0]], records)
+                writer.add(source[groups[0]], first_record)
             else:
                 tree = merge_trees([source[group] for group in groups])
-                writer.add(tree, records, len(groups))
+                writer.add(tree, first_record, len(groups))
         counts = writer.statistics.counts
         report.merged = {
             "records": len(source),
@@ -75,12 +77,12 @@ def merge_prompts(
 
 
 def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:
-    """One tree with the responses, sets and pairs of all, in their order."""
+    """One tree with the responses, comparison sets and pairs of all trees, in their order."""
     paths: list[ResponsePath] = []
     pairs: list[Pair] = []
     num_sets = 0
     for tree in trees:
-        first = len(paths)
+        first = len(paths)  # responses of this tree are numbered from here on
         for response in range(tree.num_responses):
             tokens, loss_start = tree.response_tokens(response)
             paths.append(
@@ -93,9 +95,9 @@ def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:
                 )
             )
         labels = zip(tree.pairs.tolist(), tree.pair_weights, tree.pair_margins, strict=True)
-        found = [
-            Pair(chosen=c, rejected=r, weight=float(w), margin=float(m)) for (c, r), w, m in labels
+        pairs += [
+            Pair(chosen=first + c, rejected=first + r, weight=float(w), margin=float(m))
+            for (c, r), w, m in labels
         ]
-        pairs += [replace(p, chosen=first + p.chosen, rejected=first + p.rejected) for p in found]
         num_sets += int(tree.response_sets.max()) + 1
     return build_tree(paths, pairs)

@@ -1,4 +1,4 @@
-"""What a build did with every record: kept, dropped, cut, skipped, and why."""
+"""What a build did with the records: how many were dropped, cut or skipped, and why."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_prefix.data.store.statistics import align, format_counts
-from megatron_prefix.data.tokenize.rendering import WARNINGS
+from megatron_prefix.data.tokenize import WARNINGS
+from megatron_prefix.text import align, format_counts
 
 MAX_LISTED = 1000
-"""Records listed a reason; all are counted."""
+"""Records listed per reason; all are counted."""
 
 
 @dataclass
-class Losses:
-    """What one reason cost: whole groups, and responses and pairs of groups that stayed.
+class DropCounts:
+    """What was dropped for one reason: whole groups, and responses and pairs of other groups.
 
-    `records` lists "file:line" of the first MAX_LISTED records it touched, `num_records` counts
-    all of them.
+    `records` has "file:line" of the first MAX_LISTED records concerned, `num_records` counts all.
     """
 
     groups: int = 0
@@ -27,29 +26,29 @@ class Losses:
     num_records: int = 0
     records: list[str] = field(default_factory=list)
 
-    def add(self, where: str, *, groups: int = 0, responses: int = 0, pairs: int = 0) -> None:
+    def add(self, place: str, *, groups: int = 0, responses: int = 0, pairs: int = 0) -> None:
         self.groups += groups
         self.responses += responses
         self.pairs += pairs
         self.num_records += 1
         if len(self.records) < MAX_LISTED:
-            self.records.append(where)
+            self.records.append(place)
 
 
 @dataclass
 class BuildReport:
-    """Counts of one build. `wrong` are unreadable records that `--on-error skip` passed over.
+    """Counts of one build. `wrong` are the wrong records that `--on-error skip` skipped.
 
-    `duplicates` counts records that repeat an earlier one and lists the first of them with it;
-    `merged` is what `--merge-prompts` saved.
+    `duplicates` counts records that repeat an earlier one, and lists the first of them;
+    `merged` has the tokens that `--merge-prompts` saved.
     """
 
     format: str = "auto"
     num_records: int = 0
     seconds: float = 0.0
     num_tokens_made: int = 0
-    dropped: dict[str, Losses] = field(default_factory=dict)
-    wrong: Losses = field(default_factory=Losses)
+    dropped: dict[str, DropCounts] = field(default_factory=dict)
+    wrong: DropCounts = field(default_factory=DropCounts)
     wrong_reasons: list[str] = field(default_factory=list)
     num_cut_groups: int = 0
     num_cut_responses: int = 0
@@ -59,23 +58,23 @@ class BuildReport:
     merged: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
 
-    def drop(self, reason: str, where: str, **lost: int) -> None:
-        self.dropped.setdefault(reason, Losses()).add(where, **lost)
+    def drop(self, reason: str, place: str, **counts: int) -> None:
+        self.dropped.setdefault(reason, DropCounts()).add(place, **counts)
 
-    def skip_wrong(self, where: str, message: str) -> None:
-        self.wrong.add(where, groups=1)
+    def skip_wrong(self, place: str, message: str) -> None:
+        self.wrong.add(place, groups=1)
         if len(self.wrong_reasons) < MAX_LISTED:
-            self.wrong_reasons.append(f"{where}: {message}")
+            self.wrong_reasons.append(f"{place}: {message}")
 
     def note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest: everything but times, so that equal builds give equal bytes."""
+        """For the manifest: everything except times, so that equal builds write equal bytes."""
         return {
             "format": self.format,
             "num_records": self.num_records,
-            "dropped": {reason: vars(losses) for reason, losses in self.dropped.items()},
+            "dropped": {reason: vars(counts) for reason, counts in self.dropped.items()},
             "wrong": {"num_records": self.wrong.num_records, "records": self.wrong_reasons},
             "truncated": {
                 "groups": self.num_cut_groups,
@@ -88,11 +87,11 @@ class BuildReport:
         }
 
     def summary(self) -> str:
-        """What `build` prints at its end."""
+        """The text that `build` prints at its end."""
         manifest = self.manifest
         lines = align([["records read", f"{self.num_records:,}"], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
-        lines += self._lost_lines() + self._repeated_lines()
+        lines += self._dropped_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
         lines += [
             "",
@@ -100,10 +99,11 @@ class BuildReport:
         ]
         return "\n".join(lines)
 
-    def _lost_lines(self) -> list[str]:
+    def _dropped_lines(self) -> list[str]:
         lines = ["", "dropped" if self.dropped or self.wrong.num_records else "dropped  nothing"]
         table = [
-            [f"  {reason}", *_counted(vars(lost))] for reason, lost in sorted(self.dropped.items())
+            [f"  {reason}", *_as_texts(vars(counts))]
+            for reason, counts in sorted(self.dropped.items())
         ]
         if self.wrong.num_records:
             table.append(["  wrong records skipped", f"{self.wrong.num_records:,} records", "", ""])
@@ -128,17 +128,17 @@ class BuildReport:
             count, (later, first) = self.duplicates["num_records"], self.duplicates["records"][0]
             lines.append(
                 f"duplicates  {count:,} records repeat the texts and labels of an earlier one "
-                f"(kept; record {later} is as record {first})"
+                f"(kept; for example, record {later} repeats record {first})"
             )
         if self.merged:
             before, after = self.merged["tokens_before"], self.merged["tokens"]
             lines.append(
                 f"merged  {self.merged['records']:,} records into {self.merged['groups']:,} groups "
-                f"by their prompts: {before:,} tokens as trees became {after:,} "
+                f"with different prompts: {before:,} tree tokens became {after:,} "
                 f"({before / after:.2f} x)"
             )
         return lines
 
 
-def _counted(lost: Mapping[str, Any]) -> list[str]:
-    return [f"{lost[name]:,} {name}" for name in ("groups", "responses", "pairs")]
+def _as_texts(counts: Mapping[str, Any]) -> list[str]:
+    return [f"{counts[name]:,} {name}" for name in ("groups", "responses", "pairs")]

@@ -1,67 +1,58 @@
-"""Parts of a data set for people: one tree as text, one packed row."""
+"""Parts of a data set to look at: one tree as text or values, one packed row."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.steps.composition import RowBatches
-from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.statistics import align
+from megatron_prefix.data.steps import MicroBatch, Sampler, group_rows
+from megatron_prefix.data.steps.compositions import RowBatches
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.store.verify import verify_group, verify_offsets
-from megatron_prefix.data.tokenize.tokenizers import Tokenizer, load_tokenizer
+from megatron_prefix.data.tokenize import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
-
-if TYPE_CHECKING:
-    from megatron_prefix.data.steps.collate import MicroBatch
+from megatron_prefix.text import align
 
 TEXT_WIDTH = 64
 IDS_SHOWN = 6
 
 
 def packed_rows(dataset: PreferenceDataset, row_capacity: int) -> RowBatches:
-    """The rows `rows_per_step: 1` would train on with seed 0; refuses groups that do not fit."""
+    """The rows of whole trees that training takes with `rows_per_step: 1` and seed 0."""
     verify_offsets(dataset)
     lengths = dataset.groups_num_tokens()
     if lengths.max() > row_capacity:
         raise InputError(
-            f"{dataset.prefix}: group {lengths.argmax()} has {lengths.max()} tokens, and "
-            f"--row-capacity is {row_capacity}: raise it, or build with a smaller --max-length"
+            f"--row-capacity is {row_capacity} and group {lengths.argmax()} of {dataset.prefix} "
+            f"has {lengths.max()} tokens: raise it, or build with a smaller --max-length"
         )
     return RowBatches(lengths, row_capacity, 1, dataset.fingerprint, 0)
 
 
-def row_items(
+def packed_row(
     dataset: PreferenceDataset, row: int, row_capacity: int
 ) -> tuple[MicroBatch, list[int]]:
-    """(MicroBatch, its groups) of one packed row of whole trees, in the order of seed 0."""
-    from megatron_prefix.data.steps.sampler import Sampler
-
+    """One packed row of whole trees, in the order of seed 0, and its groups."""
     rows = packed_rows(dataset, row_capacity)
     if not 0 <= row < rows.num_steps(1):
-        raise InputError(f"--row is {row}, and an epoch has rows 0 to {rows.num_steps(1) - 1}")
+        raise InputError(f"--row is {row}: an epoch has rows 0 to {rows.num_steps(1) - 1}")
     sampler = Sampler(dataset=dataset, composition=rows, row_capacity=row_capacity)
-    plan = sampler.step(row)
-    groups = [bundle.group for bundle in plan.rows[0][0]]
+    step = sampler.step(row)
+    groups = [bundle.group for bundle in step.rows[0][0]]
     for group in groups:
         verify_group(dataset, group)
-    return sampler.micro_batches(plan)[0], groups
+    return sampler.micro_batches(step)[0], groups
 
 
-def tree_batch(dataset: PreferenceDataset, group: int) -> MicroBatch:
+def tree_row(dataset: PreferenceDataset, group: int) -> MicroBatch:
     """One tree alone as a row."""
-    from megatron_prefix.data.steps.collate import RowItem, collate_packed
-    from megatron_prefix.data.steps.sharing import view
-
-    tree = dataset[_checked_group(dataset, group)]
-    item = RowItem(group=group, view=view(tree, "tree", 0), pair_weights=tree.pair_weights)
-    return collate_packed([item])
+    return group_rows(dataset, _checked_group(dataset, group))[0]
 
 
 def find_tokenizer(dataset: PreferenceDataset) -> tuple[Tokenizer | None, str]:
-    """The data set's tokenizer if it is where it was and still the same, and else why not."""
+    """The data set's tokenizer if it still exists and is the same; if not, None and the reason."""
     described = dataset.manifest["tokenizer"]
     try:
         tokenizer = load_tokenizer(described["name"])
@@ -109,16 +100,14 @@ def _known(value: float) -> float | None:
 
 def _checked_group(dataset: PreferenceDataset, group: int) -> int:
     if not 0 <= group < len(dataset):
-        raise InputError(
-            f"--tree is {group}, and {dataset.prefix} has groups 0 to {len(dataset) - 1}"
-        )
+        raise InputError(f"--tree is {group}: {dataset.prefix} has groups 0 to {len(dataset) - 1}")
     verify_offsets(dataset)
     verify_group(dataset, group)
     return group
 
 
 def tree_text(dataset: PreferenceDataset, group: int) -> str:
-    """One tree with branches drawn, where losses begin and end, ranks, scores and pairs.
+    """One tree as text: its branches, what each node has loss for, ranks, scores and pairs.
 
     ├─ [1] 12 tokens  loss of 0 (ends)  ' Yes, gladly.<eos>'
     """
@@ -159,7 +148,10 @@ def _branch_lines(tree: PrefixTree, tokenizer: Tokenizer | None) -> list[str]:
 
 
 def _losses(tree: PrefixTree) -> list[str]:
-    """For each node, whose loss its tokens carry: "prompt", or "loss of 0, 1 (0 ends)"."""
+    """For each node, the responses that have loss on its tokens.
+
+    "prompt" means none. "loss of 0, 1 (0 ends)" means responses 0 and 1, and 0 ends here.
+    """
     carried: list[list[int]] = [[] for _ in range(tree.num_nodes)]
     for response in range(tree.num_responses):
         for node in tree.response_nodes(response):

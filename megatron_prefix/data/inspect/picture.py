@@ -1,10 +1,10 @@
-"""One packed row, or one tree, as a picture: who sees whom, and what is learned.
+"""A picture of one packed row or one tree: which token sees which, and which are predicted.
 
 Queries run down, keys run across. Every segment is a triangle (its own causal part) and a
-rectangle against each segment above it in its tree; what is white is never computed. The
-strips along both edges show the segments in the colour of their tree, under the tree's name. The
-black marks are the targets: beneath the picture the tokens that are predicted, at its right the
-rows that predict them, longer where a row predicts for several responses.
+rectangle for each segment above it in its tree. White entries are never computed. The strips along
+both edges show the segments in the colour of their tree, under the number of its group. The black
+marks are the targets: below the picture the tokens that are predicted, at its right the tokens that
+predict them, longer if a token predicts for several responses.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.steps.collate import MicroBatch
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
+from megatron_prefix.layout import TreeLayout
 
 COLOURS = ("#1f6f9c", "#d1602b", "#2f8f5b", "#8a4f9e", "#b8902a", "#b5364d", "#4a6a72", "#6b7f1f")
 PADDING = "#d9d9d9"
@@ -26,10 +27,13 @@ INK = "#333333"
 PROMPT_TINT, SEEN_TINT = 0.62, 0.45
 
 
-def _tint(colour: str, share: float) -> tuple[float, float, float]:
+Colour = tuple[float, float, float]
+
+
+def _tint(colour: str, share: float) -> Colour:
     """`colour` mixed with `share` of white."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    return tuple(c + (1 - c) * share for c in channels)
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return red + (1 - red) * share, green + (1 - green) * share, blue + (1 - blue) * share
 
 
 def _segment_kinds(trees: Sequence[PrefixTree], num_segments: int) -> list[tuple[int, bool]]:
@@ -42,9 +46,13 @@ def _segment_kinds(trees: Sequence[PrefixTree], num_segments: int) -> list[tuple
 
 
 def _visible_areas(
-    layout: Any, kinds: Sequence[tuple[int, bool]]
-) -> tuple[list[np.ndarray], list[tuple[float, float, float]]]:
-    """Polygons in (key, query) coordinates with their colours."""
+    layout: TreeLayout, kinds: Sequence[tuple[int, bool]]
+) -> tuple[list[np.ndarray], list[Colour]]:
+    """Polygons in (key, query) coordinates with their colours.
+
+    Segments [0, 3) and its child [3, 5): triangles over [0, 3) and [3, 5), and one rectangle, keys
+    0 to 3 by queries 3 to 5.
+    """
     polygons, colours = [], []
     starts, parents = layout.starts.tolist(), layout.parents.tolist()
     ends = (layout.starts + layout.lengths).tolist()
@@ -64,8 +72,8 @@ def _visible_areas(
 
 
 def _strips(
-    layout: Any, kinds: Sequence[tuple[int, bool]], width: float
-) -> tuple[list[np.ndarray], list[Any]]:
+    layout: TreeLayout, kinds: Sequence[tuple[int, bool]], width: float
+) -> tuple[list[np.ndarray], list[Colour]]:
     """The segments along the top and the left edge."""
     polygons, colours = [], []
     ends = (layout.starts + layout.lengths).tolist()
@@ -79,22 +87,22 @@ def _strips(
     return polygons, colours
 
 
-def _runs(rows: np.ndarray) -> list[tuple[int, int]]:
-    """[1, 1, 2, 5] -> [(1, 3), (5, 6)]: unique rows as half-open runs."""
-    rows = np.unique(rows)
-    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
-    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, breaks) if len(run)]
+def _runs(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """[1, 1, 2, 5] -> [(1, 3), (5, 6)]: unique tokens as half-open runs."""
+    tokens = np.unique(tokens)
+    breaks = np.flatnonzero(np.diff(tokens) > 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(tokens, breaks) if len(run)]
 
 
 def _target_marks(
-    layout: Any, kinds: Sequence[tuple[int, bool]], source_row: np.ndarray, width: float
+    layout: TreeLayout, kinds: Sequence[tuple[int, bool]], logit_token: np.ndarray, width: float
 ) -> list[np.ndarray]:
-    """Rows that predict at the right edge, wider for several responses; targets beneath."""
+    """Tokens that predict at the right edge, wider for several responses; targets below."""
     size, marks = layout.num_tokens, []
-    rows, counts = np.unique(source_row, return_counts=True)
+    tokens, counts = np.unique(logit_token, return_counts=True)
     for several, reach in ((False, 0.75), (True, 1.35)):
         left, right = size + 0.35 * width, size + reach * width
-        for start, stop in _runs(rows[(counts > 1) == several]):
+        for start, stop in _runs(tokens[(counts > 1) == several]):
             marks.append(np.array([(left, start), (right, start), (right, stop), (left, stop)]))
     top, bottom = size + 0.35 * width, size + 0.75 * width
     starts, ends = layout.starts.tolist(), (layout.starts + layout.lengths).tolist()
@@ -106,12 +114,12 @@ def _target_marks(
 
 def _name_trees(
     axes: Any,
-    layout: Any,
+    layout: TreeLayout,
     kinds: Sequence[tuple[int, bool]],
     groups: Sequence[int],
     width: float,
 ) -> None:
-    """The number of each tree's group above its part of the strip, where there is room."""
+    """Write the number of each tree's group above its part of the strip, if there is room."""
     starts = layout.starts.tolist()
     ends = (layout.starts + layout.lengths).tolist()
     for tree, group in enumerate(groups):
@@ -140,8 +148,8 @@ def draw_row(
 ) -> None:
     """Write the picture of one row, or of one tree as a row.
 
-    The file's ending (.png, .svg, .pdf) sets its kind. Raises InputError where matplotlib is
-    missing or the file cannot be written.
+    The file's ending (.png, .svg, .pdf) sets its format. Raises InputError if matplotlib is not
+    installed or the file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -165,7 +173,7 @@ def draw_row(
         axes.add_collection(
             PolyCollection(polygons, facecolors=colours, edgecolors="white", linewidths=0.25)
         )
-    marks = _target_marks(layout, kinds, batch.source_row, width)
+    marks = _target_marks(layout, kinds, batch.logit_token, width)
     axes.add_collection(PolyCollection(marks, facecolors=INK, edgecolors="none"))
     _name_trees(axes, layout, kinds, groups, width)
     axes.plot([0, size, size, 0, 0], [0, 0, size, size, 0], color="#bbbbbb", linewidth=0.8)
@@ -177,7 +185,7 @@ def draw_row(
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0, labelsize=8, colors="#666666")
-    axes.set_xlabel("key token (a colour a tree)", fontsize=9, color=INK)
+    axes.set_xlabel("key token (one colour per tree)", fontsize=9, color=INK)
     axes.set_ylabel("query token", fontsize=9, color=INK)
     _caption(figure, axes, batch, trees, row_capacity, title)
     try:
@@ -201,15 +209,15 @@ def _caption(
     facts = (
         f"{batch.num_tokens:,} of {row_capacity:,} tokens ({fill:.1f} % full), {len(trees)} "
         f"tree{'s' * (len(trees) != 1)}, {batch.num_responses} responses, {len(batch.pairs)} "
-        f"pairs; {batch.num_projected:,} rows predict {len(batch.source_row):,} targets"
+        f"pairs; {batch.num_projected:,} tokens predict {len(batch.logit_token):,} targets"
     )
     figure.text(0.085, 0.942, facts, fontsize=9.5, color=INK, va="center")
     colour = COLOURS[0]
     handles = [
         Patch(color=_tint(colour, PROMPT_TINT), label="prompt"),
         Patch(color=colour, label="response"),
-        Patch(color=_tint(colour, SEEN_TINT), label="what a response sees"),
-        Patch(color=INK, label="targets (below) and the rows that predict them (right)"),
+        Patch(color=_tint(colour, SEEN_TINT), label="seen by a response"),
+        Patch(color=INK, label="targets (below) and the tokens that predict them (right)"),
     ]
     figure.legend(
         handles=handles,

@@ -1,9 +1,10 @@
-"""Parquet files and Hugging Face data sets, read a row at a time.
+"""Parquet files and Hugging Face data sets, read one record at a time.
 
-Arrow writes a null where a row lacks a field that another row has, so nulls inside a row are
-left out: a column that is null counts as absent. Parquet is read a batch of rows at a time; a
-data set of the hub or of a directory of files is streamed, one that `save_to_disk` wrote is
-memory-mapped.
+Arrow writes null if a record lacks a field that another record has. So names with a null are left
+out of every record, and a column that is null counts as absent.
+
+Parquet is read in batches. A data set of the hub or of a directory of files is streamed; one that
+`save_to_disk` wrote is memory-mapped.
 """
 
 from __future__ import annotations
@@ -15,85 +16,88 @@ from typing import Any
 
 from megatron_prefix.errors import InputError
 
-BATCH_ROWS = 64
+BATCH = 64
+"""Records of a Parquet file that are read together."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILE_ENDINGS = (".json", ".jsonl", ".gz", ".zst", ".parquet")
 
-Item = tuple[int, dict[str, Any] | None, str | None]
+TableItem = tuple[int, dict[str, Any] | None, str | None]
+"""Row number from 1; the record or None; the error."""
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether an input is a Hugging Face data set: a directory, or a hub id and no file."""
+    """Whether an input is a Hugging Face data set: a directory, or a hub id and not a file."""
     if path.exists():
         return path.is_dir()
     return bool(HUB_ID.fullmatch(str(path))) and path.suffix not in FILE_ENDINGS
 
 
-def read_parquet(path: Path) -> Iterator[tuple[Item, float]]:
-    """Every row as an item, counted from 1, with the share of the file read so far."""
+def read_parquet(path: Path) -> Iterator[tuple[TableItem, float]]:
+    """Every record, with the share of the file that has been read."""
     import pyarrow
     from pyarrow import parquet
 
-    row = 0
+    number = 0
     try:
         with parquet.ParquetFile(path) as file:
             total = max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(BATCH_ROWS):
+            for batch in file.iter_batches(BATCH):
                 for value in batch.to_pylist():
-                    row += 1
-                    yield (row, without_nulls(value), None), row / total
+                    number += 1
+                    yield (number, without_nulls(value), None), number / total
     except (pyarrow.ArrowException, OSError) as error:
-        yield (row + 1, None, f"the Parquet file is damaged or cut off ({_first(error)})"), 1.0
+        damage = f"the Parquet file is damaged or cut off ({_first_line(error)})"
+        yield (number + 1, None, damage), 1.0
         return
-    if not row:
-        yield (1, None, "the Parquet file holds no row"), 1.0
+    if not number:
+        yield (1, None, "the Parquet file contains no row"), 1.0
 
 
-def read_dataset(path: Path, split: str | None) -> Iterator[Item]:
-    """Every row of a data set's split, counted from 1."""
-    row = 0
+def read_dataset(path: Path, split: str | None) -> Iterator[TableItem]:
+    """Every record of one split of a data set."""
+    number = 0
     try:
-        for row, value in enumerate(open_dataset(path, split), 1):
-            yield row, without_nulls(value), None
+        for number, value in enumerate(open_dataset(path, split), 1):
+            yield number, without_nulls(value), None
     except InputError:
         raise
-    except Exception as error:  # of many libraries, at whatever row a file differs
+    except Exception as error:  # many libraries raise here, at the first row of a bad file
         raise InputError(
-            f"{path}: the data set cannot be read behind row {row} ({_first(error)}): are all its "
-            "files whole, and of the same columns?"
+            f"{path}: the data set cannot be read after row {number} ({_first_line(error)}): "
+            "check that all its files are complete and have the same columns"
         ) from error
-    if not row:
-        yield 1, None, "the data set holds no row"
+    if not number:
+        yield 1, None, "the data set contains no row"
 
 
 def open_dataset(path: Path, split: str | None) -> Any:
-    """The rows of one split, opened and not yet read. Raises InputError.
+    """The records of one split, opened but not yet read. Raises InputError.
 
-    Without `split` the data set must have one split only.
+    If `split` is None, the data set must have only one split.
     """
     import datasets
 
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(path))
+            dataset = datasets.load_from_disk(str(path))
         else:
-            found = datasets.load_dataset(str(path), streaming=True)
-    except Exception as error:  # of many libraries: the hub, its files, their readers
+            dataset = datasets.load_dataset(str(path), streaming=True)
+    except Exception as error:  # many libraries raise here: the hub, its files, their readers
         raise InputError(
-            f"{path} cannot be read as a Hugging Face data set ({_first(error)}): give a file, "
-            "the directory of a data set, or the id of one that is in reach (offline, the "
-            "directory of a copy)"
+            f"{path} cannot be read as a Hugging Face data set ({_first_line(error)}): give a "
+            "file, the directory of a data set, or the id of a data set that can be downloaded "
+            "(offline, the directory of a copy)"
         ) from error
-    if not hasattr(found, "keys"):
+    if not hasattr(dataset, "keys"):
         if split is not None:
-            raise InputError(f"--split {split}: {path} is a single split: leave the flag out")
-        return found
-    names = ", ".join(found.keys())
-    if split is None and len(found) > 1:
-        raise InputError(f"{path} has the splits {names}: name one with --split")
-    if split is not None and split not in found:
-        raise InputError(f"--split {split}: {path} has the splits {names}")
-    return found[split if split is not None else next(iter(found))]
+            raise InputError(f"--split {split}: {path} has only one split: remove the flag")
+        return dataset
+    names = ", ".join(dataset.keys())
+    if split is None and len(dataset) > 1:
+        raise InputError(f"{path} has the splits {names}: choose one with --split")
+    if split is not None and split not in dataset:
+        raise InputError(f"--split {split}: {path} has the splits {names}: choose one of them")
+    return dataset[split if split is not None else next(iter(dataset))]
 
 
 def without_nulls(value: Any) -> Any:
@@ -105,5 +109,5 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def _first(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,18 @@
+"""Steps: which groups make a step, in which rows, on which data-parallel rank."""
+
+from megatron_prefix.data.steps.collate import TARGETS, MicroBatch
+from megatron_prefix.data.steps.cost import CostModel
+from megatron_prefix.data.steps.rows import group_rows, loss_weights
+from megatron_prefix.data.steps.sampler import Sampler, Step
+from megatron_prefix.data.steps.sharing import SHARING_MODES
+
+__all__ = [
+    "SHARING_MODES",
+    "TARGETS",
+    "CostModel",
+    "MicroBatch",
+    "Sampler",
+    "Step",
+    "group_rows",
+    "loss_weights",
+]

@@ -1,46 +1,58 @@
-"""Rows -> MicroBatch: tokens, layout and targets of one row, as a few integer arrays.
+"""Collate: trees -> MicroBatch, the tokens, layout and targets of one row as integer arrays.
 
 A row [p p | a a | b b b] with responses a and b of the prompt p has the targets
 
-    source_row    1  1  2  4  5      row 1 predicts the first token of both responses
+    logit_token   1  1  2  4  5      token 1 predicts the first token of both responses
     target_token  a0 b0 a1 b1 b2
     response      0  1  0  1  1
 
-sorted by source row, so that rows that predict nothing are never projected and row 1 is
-projected once. A reward model scores the last row of each response instead: rows 3 and 6, one
-target a response. Shapes: T tokens, N targets, R responses, P pairs.
+sorted by logit token. So tokens that predict nothing are never projected to logits, and token 1 is
+projected once. A reward model scores the last token of each response instead: tokens 3 and 6, one
+target per response. Shapes: T tokens, N targets, R responses, P pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from megatron_prefix.data.steps.sharing import View
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.layout import TreeLayout
 
 PADDING_TOKEN = 0
-Targets = Callable[[PrefixTree], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""(source_row, target_token, response) of one tree: `tree_targets` or `score_targets`."""
+
+
+class TreeTargets(NamedTuple):
+    """Loss entries of one tree, int64 [N] each; tokens count from the tree's first."""
+
+    logit_token: np.ndarray
+    target_token: np.ndarray
+    response: np.ndarray
+
+
+Targets = Callable[[PrefixTree], TreeTargets]
+"""`tree_targets` or `score_targets`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:
     """One row, ready for the model.
 
-    tokens_T int64 with padding; `layout` covers them all; source_row_N, target_token_N,
+    tokens_T int64 with padding; `layout` covers them all; logit_token_N, target_token_N,
     response_N int64 as above. `response_ids_R2` are (group, response in the group);
     pairs_P2 index this row's responses; pair_weights_P are what each pair adds to the
     step's normaliser. `num_tokens` counts tokens without padding. served_T is how many of the
-    row's responses each token is part of, 0 for padding; only routers of experts ask for it.
+    row's responses each token is part of, 0 for padding; only routers of experts use it.
     """
 
     tokens: np.ndarray
     layout: TreeLayout
-    source_row: np.ndarray
+    logit_token: np.ndarray
     target_token: np.ndarray
     response: np.ndarray
     response_ids: np.ndarray
@@ -58,8 +70,8 @@ class MicroBatch:
 
     @property
     def num_projected(self) -> int:
-        """Rows that become logits."""
-        return len(np.unique(self.source_row))
+        """Tokens whose logits are computed."""
+        return len(np.unique(self.logit_token))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,35 +83,50 @@ class RowItem:
     pair_weights: np.ndarray
 
 
-def tree_targets(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(source_row, target_token, response) of one tree, rows counted from its first token."""
+def tree_targets(tree: PrefixTree) -> TreeTargets:
+    """Targets of a language model: every own token of a response, predicted by the one before it.
+
+    Within a node, token i is predicted by token i - 1; the first token of a node by the last token
+    of its parent. Prompt [5 6] and responses [7 8] and [9], nodes at tokens 0, 2 and 4:
+
+        response 0   logit tokens [1 2], targets [7 8]
+        response 1   logit token  [1],   target  [9]
+    """
     ends = tree.node_offsets[1:]
-    rows, tokens, responses = [], [], []
+    logit_tokens, tokens, responses = [], [], []
     for response in range(tree.num_responses):
         for node in tree.response_nodes(response):
             start, end = tree.node_offsets[node], tree.node_offsets[node + 1]
             source = np.arange(start - 1, end - 1)
             source[0] = ends[tree.parents[node]] - 1
-            rows.append(source)
+            logit_tokens.append(source)
             tokens.append(tree.tokens[start:end])
             responses.append(np.full(end - start, response))
-    return tuple(np.concatenate(x).astype(np.int64) for x in (rows, tokens, responses))
+    parts = (logit_tokens, tokens, responses)
+    return TreeTargets(*(np.concatenate(part).astype(np.int64) for part in parts))
 
 
-def score_targets(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(source_row, target_token, response) of one tree for a reward model.
+def score_targets(tree: PrefixTree) -> TreeTargets:
+    """Targets of a reward model: the last token of each response, once per response.
 
-    The row of each response's last token, once a response; no token is predicted, and 0 stands
-    for it.
+    No token is predicted; `target_token` is 0.
     """
-    rows = tree.node_offsets[1:][tree.response_last].astype(np.int64) - 1
-    return rows, np.zeros_like(rows), np.arange(tree.num_responses, dtype=np.int64)
+    last = tree.node_offsets[1:][tree.response_last].astype(np.int64) - 1
+    return TreeTargets(last, np.zeros_like(last), np.arange(tree.num_responses, dtype=np.int64))
+
+
+TARGETS: dict[str, Targets] = {"lm": tree_targets, "reward": score_targets}
+"""Targets for each kind of model."""
 
 
 def responses_served(tree: PrefixTree) -> np.ndarray:
-    """How many responses each token is part of, prompt or own, int64 [tokens]."""
+    """How many responses each token is part of, prompt or own, int64 [tokens].
+
+    The counts of children add to their parent's: prompt [5 6] with responses [7 8] and [9] has
+    [2 2 1 1 1].
+    """
     counts = np.bincount(tree.response_last, minlength=tree.num_nodes)
-    for node in range(tree.num_nodes - 1, -1, -1):  # children stand behind their parents
+    for node in range(tree.num_nodes - 1, -1, -1):  # children come after their parents
         if tree.parents[node] >= 0:
             counts[tree.parents[node]] += counts[node]
     return np.repeat(counts, tree.node_lengths)
@@ -108,9 +135,9 @@ def responses_served(tree: PrefixTree) -> np.ndarray:
 def collate_packed(
     items: Sequence[RowItem], multiple: int = 1, targets: Targets = tree_targets
 ) -> MicroBatch:
-    """One row of trees, its length rounded up to `multiple` by a padding tree without loss.
+    """One row of trees; a padding tree without loss rounds its length up to `multiple`.
 
-    Without items it is an empty row: `multiple` tokens of padding.
+    Without items the row is empty: `multiple` tokens of padding.
     """
     length = sum(item.view.tree.num_tokens for item in items)
     padding = max(-(-length // multiple), 1) * multiple - length
@@ -123,9 +150,9 @@ def collate_packed(
 def collate_padded(
     items: Sequence[RowItem], multiple: int = 1, targets: Targets = tree_targets
 ) -> MicroBatch:
-    """Sequences right-padded to the longest of them, one after another.
+    """Sequences right-padded to the longest of them, one after another in a row.
 
-    Padding continues its sequence, so attention pays for it as it does in a padded batch.
+    Padding continues its sequence, so attention over it costs the same as in a padded batch.
     """
     sequences = [part for item in items for part in _Part.roots(item.view.tree)]
     longest = max((len(s.tokens) for s in sequences), default=0)
@@ -138,7 +165,7 @@ def collate_padded(
 
 @dataclass(frozen=True)
 class _Part:
-    """Consecutive nodes of a row; `num_real` tokens of it belong to the data."""
+    """Consecutive nodes of a row. The first `num_real` tokens are data, the others padding."""
 
     tokens: np.ndarray
     lengths: list[int]
@@ -152,7 +179,7 @@ class _Part:
 
     @classmethod
     def roots(cls, tree: PrefixTree) -> list[_Part]:
-        """One part for every root of the tree."""
+        """One part for every root of the tree, with its descendants."""
         starts = np.flatnonzero(tree.parents < 0).tolist()
         parts = []
         for start, end in zip(starts, [*starts[1:], tree.num_nodes], strict=True):
@@ -162,7 +189,7 @@ class _Part:
         return parts
 
     def padded(self, length: int) -> _Part:
-        """With padding up to `length` as a child of the last node."""
+        """This part with padding up to `length`, as a child of the last node."""
         padding = length - len(self.tokens)
         if not padding:
             return self
@@ -172,35 +199,41 @@ class _Part:
 
 
 def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets) -> MicroBatch:
-    """Join the parts of a row and move every item's targets to where its tokens stand."""
+    """Join the parts of a row, and move the targets of every item to the places of its tokens.
+
+    Two sequences of 3 and 2 tokens, padded to 3: is_real [1 1 1 1 1 0], place [0 1 2 3 4]. Padded
+    to 4: is_real [1 1 1 0 1 1 0 0], place [0 1 2 4 5]. A target at token 1 of the second sequence
+    is at data token 3 + 1, so at token place[4] = 5 of the row.
+    """
     is_real = np.concatenate([np.arange(len(p.tokens)) < p.num_real for p in parts])
-    row_of = np.flatnonzero(is_real)  # k-th token of the data -> its row
-    rows, tokens, responses, ids, pairs, margins, served = [], [], [], [], [], [], []
-    own_tokens = []
+    place = np.flatnonzero(is_real)  # token of the data -> token of the row
+    logit_tokens, tokens, responses, pairs, margins, served = [], [], [], [], [], []
+    ids: list[tuple[int, int]] = []
+    own_tokens: list[int] = []
     num_tokens = num_responses = 0
     for item in items:
         tree = item.view.tree
-        source, target, response = targets(tree)
-        rows.append(row_of[source + num_tokens])
-        tokens.append(target)
-        responses.append(response + num_responses)
+        entries = targets(tree)
+        logit_tokens.append(place[entries.logit_token + num_tokens])
+        tokens.append(entries.target_token)
+        responses.append(entries.response + num_responses)
         ids += [(item.group, int(r)) for r in item.view.responses]
         own_tokens += [
-            tree.node_lengths[tree.response_nodes(r)].sum() for r in range(tree.num_responses)
+            int(tree.node_lengths[tree.response_nodes(r)].sum()) for r in range(tree.num_responses)
         ]
         pairs.append(tree.pairs.astype(np.int64) + num_responses)
         margins.append(tree.pair_margins)
         served.append(responses_served(tree))
         num_tokens += tree.num_tokens
         num_responses += tree.num_responses
-    source_row = _concatenate(rows, np.int64)
-    order = np.argsort(source_row, kind="stable")
+    logit_token = _concatenate(logit_tokens, np.int64)
+    order = np.argsort(logit_token, kind="stable")
     served_T = np.zeros(len(is_real), np.int64)
-    served_T[row_of] = _concatenate(served, np.int64)
+    served_T[place] = _concatenate(served, np.int64)
     return MicroBatch(
         tokens=np.concatenate([p.tokens for p in parts]).astype(np.int64),
         layout=TreeLayout.concat([TreeLayout.from_parents(p.lengths, p.parents) for p in parts]),
-        source_row=source_row[order],
+        logit_token=logit_token[order],
         target_token=_concatenate(tokens, np.int64)[order],
         response=_concatenate(responses, np.int64)[order],
         response_ids=np.array(ids, np.int64).reshape(-1, 2),
@@ -213,5 +246,5 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
     )
 
 
-def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(arrays: list[np.ndarray], dtype: DTypeLike) -> np.ndarray:
     return np.concatenate(arrays).astype(dtype) if arrays else np.zeros(0, dtype)

@@ -1,19 +1,19 @@
-"""Floating-point operations of rows: what a perfect implementation would have to compute.
+"""Cost of rows in floating-point operations (FLOP), as a perfect implementation needs them.
 
 A multiply-add counts 2. Backward costs twice the forward pass. For a layer of hidden size C with
 N query heads, G key/value heads of size H and feed-forward size F (gated):
 
-    linear, a token      2 C (N + 2G) H  +  2 N H C  +  6 C F
-    attention, an entry  4 N H           (scores and weighted sum, a visible (q, k) entry)
-    head, a row          2 C V           (a reward model: 2 C)
+    linear layers, per token      2 C (N + 2G) H  +  2 N H C  +  6 C F
+    attention, per (q, k) entry   4 N H           (scores and weighted sum)
+    head, per logit token         2 C V           (V the vocabulary; a reward model: 2 C)
 
-With experts, 6 C F is that of the k experts of size F that each token is sent to, and the router of
-E experts takes 2 C E.
+A logit token is one whose logits are computed. With experts, 6 C F counts once for each of the k
+experts (of size F) that a token is sent to, and the router of E experts takes 2 C E.
 
 The work of a bundle is read from the data set's columns alone, without its tokens. A node of n
 tokens below d others has an area of n d + n (n + 1) / 2 visible (q, k) entries, a path of n tokens
 n (n + 1) / 2. A tree with prompt [5, 6] and responses [7, 8] and [9] has 5 tokens, an area of
-3 + (4 + 3) + (2 + 1) = 13, and predicts from tokens 6 and 7: 2 rows of logits.
+3 + (4 + 3) + (2 + 1) = 13, and predicts from tokens 6 and 7: 2 logit tokens.
 """
 
 from __future__ import annotations
@@ -23,55 +23,54 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_prefix.config.schema import ModelConfig
+from megatron_prefix.config import ModelSizes
 from megatron_prefix.data.steps.sharing import Bundle
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
-    """Operations of one forward pass as a sum over what a row holds, see this module's head."""
+    """Operations of one forward pass over a row; this module's head has the formulas."""
 
     per_token: float
-    """FLOP a token executed: the linear layers."""
+    """FLOP per token of the row: the linear layers."""
     per_entry: float
-    """FLOP a visible (q, k) entry: attention."""
-    per_row: float
-    """FLOP a row of logits: the head."""
+    """FLOP per visible (q, k) entry: attention."""
+    per_logit_token: float
+    """FLOP per token whose logits are computed: the head."""
 
     @classmethod
-    def of_model(cls, model: ModelConfig, vocab_size: int) -> CostModel:
-        """The constants of a model whose sizes are known."""
-        heads = model.num_attention_heads
-        groups, width = model.num_query_groups or heads, model.hidden_size
-        head_dim = model.kv_channels or width // heads
+    def of_model(cls, sizes: ModelSizes, vocab_size: int, kind: str = "lm") -> CostModel:
+        """The constants of a language model, or of a reward model with `kind="reward"`."""
+        heads, groups = sizes.num_attention_heads, sizes.num_query_groups
+        width, head_dim = sizes.hidden_size, sizes.kv_channels
         layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
-        if model.num_moe_experts:
-            expert = 6 * width * (model.moe_ffn_hidden_size or model.ffn_hidden_size)
-            layer += model.moe_router_topk * expert + 2 * width * model.num_moe_experts
+        if sizes.num_moe_experts:
+            expert = 6 * width * sizes.moe_ffn_hidden_size
+            layer += sizes.moe_router_topk * expert + 2 * width * sizes.num_moe_experts
         else:
-            layer += 6 * width * model.ffn_hidden_size
-        columns = 1 if model.kind == "reward" else vocab_size
+            layer += 6 * width * sizes.ffn_hidden_size
+        columns = 1 if kind == "reward" else vocab_size
         return cls(
-            per_token=float(model.num_layers * layer),
-            per_entry=float(model.num_layers * 4 * heads * head_dim),
-            per_row=float(2 * width * columns),
+            per_token=float(sizes.num_layers * layer),
+            per_entry=float(sizes.num_layers * 4 * heads * head_dim),
+            per_logit_token=float(2 * width * columns),
         )
 
 
 class Work(NamedTuple):
-    """Tokens executed, visible (q, k) entries, rows that become logits."""
+    """Tokens, visible (q, k) entries, tokens whose logits are computed."""
 
     tokens: int
     area: int
-    rows: int
+    logit_tokens: int
 
-    def cost(self, model: CostModel | None) -> float:
-        """FLOP of a forward pass; without a model, tokens."""
-        if model is None:
-            return float(self.tokens)
+    def cost(self, model: CostModel) -> float:
+        """FLOP of a forward pass."""
         return (
-            model.per_token * self.tokens + model.per_entry * self.area + model.per_row * self.rows
+            model.per_token * self.tokens
+            + model.per_entry * self.area
+            + model.per_logit_token * self.logit_tokens
         )
 
 
@@ -88,19 +87,20 @@ def bundle_work(dataset: PreferenceDataset, bundle: Bundle, sharing: str) -> Wor
         chosen = dataset.pair_responses[int(dataset.group_pairs[bundle.group]) + bundle.item]
     lengths, prompts = lengths[chosen], prompts[chosen]
     tokens, area = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
-    rows = int((lengths - prompts).sum())
+    logit_tokens = int((lengths - prompts).sum())
     if sharing == "pair":
         shared = int(prompts.min())
         tokens, area = tokens - shared, area - shared * (shared + 1) // 2
-        rows -= int(prompts[0] == prompts[1])  # both first tokens are predicted by one row
-    return Work(tokens, area, rows)
+        logit_tokens -= int(prompts[0] == prompts[1])  # one token predicts both first tokens
+    return Work(tokens, area, logit_tokens)
 
 
 def _tree_work(dataset: PreferenceDataset, group: int) -> Work:
     m0, m1 = (int(x) for x in dataset.group_nodes[group : group + 2])
     r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
     lengths, parents = dataset.node_lengths[m0:m1].tolist(), dataset.node_parents[m0:m1].tolist()
-    ends, area = [], 0
+    ends: list[int] = []  # tokens from the root to each node's end
+    area = 0
     for length, parent in zip(lengths, parents, strict=True):
         above = ends[parent] if parent >= 0 else 0
         ends.append(above + length)
@@ -112,5 +112,7 @@ def _tree_work(dataset: PreferenceDataset, group: int) -> Work:
             own.add(node)
             node = parents[node]
         own.add(top)
-    rows = sum(lengths[node] - 1 for node in own) + len({parents[node] for node in own})
-    return Work(sum(lengths), area, rows)
+    # Within a node with loss every token but the last predicts the next one. The last token of a
+    # parent predicts the first token of all its children with loss, and counts once.
+    logit_tokens = sum(lengths[node] - 1 for node in own) + len({parents[node] for node in own})
+    return Work(sum(lengths), area, logit_tokens)

@@ -1,11 +1,15 @@
-"""Items of known lengths -> rows of bounded length; an item is never split.
+"""Packing: items of known lengths -> rows of bounded length; an item is never split.
 
     first_fit_decreasing([3, 7, 5, 2], capacity=8) -> [[1], [2, 0], [3]]
 
+Item 1 (7 tokens) opens row 0. Item 2 (5) does not fit there and opens row 1. Item 0 (3) fills
+row 1. Item 3 (2) fits neither and opens row 2.
+
 Both methods place the longest item first (Johnson 1973): `first-fit` into the first row that has
-room, `best-fit` into the row that it leaves the least room in. Items of one length go to the same
-row until it is full, under either rule, so that what is searched for is a row a run of equal
-lengths: near-linear time. Lengths are tokens; items are indices into the list of lengths.
+room, `best-fit` into the row that has the least room left afterwards. Under both rules, items of
+one length go to the same row until it is full. So a row is searched once per run of equal lengths,
+not once per item, and time is almost linear. Lengths are tokens; items are indices into the list of
+lengths.
 """
 
 from __future__ import annotations
@@ -19,27 +23,30 @@ PACKING_METHODS = ("first-fit", "best-fit")
 
 
 def pack(
-    lengths: Sequence[int], capacity: int, method: str = "first-fit"
+    lengths: Sequence[int] | np.ndarray, capacity: int, method: str = "first-fit"
 ) -> tuple[np.ndarray, np.ndarray]:
     """(items [n], offsets [rows + 1]): row r holds `items[offsets[r] : offsets[r + 1]]`.
 
-    Within a row the longest item comes first, equal ones in their order. Raises ValueError where
-    an item is longer than a row, or has no token.
+    Within a row the longest item comes first, equal ones in their order. Raises ValueError if an
+    item is longer than a row, or has no token.
     """
-    lengths = np.asarray(lengths, np.int64)
-    if not len(lengths):
+    lengths_n = np.asarray(lengths, np.int64)
+    if not len(lengths_n):
         return np.zeros(0, np.int64), np.zeros(1, np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    ordered = lengths[order]
+    order = np.argsort(-lengths_n, kind="stable")
+    ordered = lengths_n[order]
     if ordered[0] > capacity:
-        raise ValueError(f"item {order[0]} has {ordered[0]} tokens, a row {capacity}")
+        raise ValueError(f"item {order[0]} has {ordered[0]} tokens, and a row {capacity}")
     if ordered[-1] < 1:
-        raise ValueError(f"item {order[-1]} has {ordered[-1]} tokens")
+        raise ValueError(f"item {order[-1]} has {ordered[-1]} tokens, and 1 is the least")
+    # Runs of equal lengths: ordered [7 5 5 2] -> starts [0 1 3], counts [1 2 1]. `place` gives the
+    # row and the number of items of each placement, in the same order: with rows [0 1 2 1] and
+    # amounts [1 1 1 1] the items `order[0..3]` go to rows 0, 1, 2 and 1.
     starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] + 1))
     counts = np.diff(starts, append=len(ordered)).tolist()
     place = {"first-fit": _first_fit, "best-fit": _best_fit}[method]
-    # Any two rows that follow one another hold more than one capacity together.
-    max_rows = min(len(lengths), 2 * int(ordered.sum()) // capacity + 2)
+    # Any two neighbouring rows hold more than one capacity together.
+    max_rows = min(len(lengths_n), 2 * int(ordered.sum()) // capacity + 2)
     rows, amounts = place(ordered[starts].tolist(), counts, capacity, max_rows)
     row_of = np.repeat(rows, amounts)
     sizes = np.bincount(row_of)
@@ -53,8 +60,11 @@ def _first_fit(
 ) -> tuple[list[int], list[int]]:
     """(row, number of items) of each placement, in order.
 
-    The first row with room is found in O(log rows): `room[1]` is the root of a tree of the
-    largest room in each half, `room[leaves + i]` belongs to row i.
+    The first row with room is found in O(log rows) by a binary tree in an array: `room[leaves + i]`
+    is the room of row i, and `room[n]` is the larger of `room[2n]` and `room[2n + 1]`. Four rows
+    with room 1, 3, 8, 8:
+
+        room  [-, 8, 3, 8, 1, 3, 8, 8]        a length of 2: node 1 -> 2 -> 4 has 1, so 5: row 1
     """
     leaves = 1 << (max_rows - 1).bit_length()
     room = [capacity] * (2 * leaves)
@@ -72,9 +82,9 @@ def _first_fit(
             amounts.append(fitting)
             room[node] -= fitting * length
             while node > 1:
-                here, beside = room[node], room[node ^ 1]
+                left, right = room[node & ~1], room[node | 1]
                 node >>= 1
-                largest = here if here > beside else beside
+                largest = left if left > right else right
                 if room[node] == largest:
                     break
                 room[node] = largest
@@ -84,10 +94,11 @@ def _first_fit(
 def _best_fit(
     values: list[int], counts: list[int], capacity: int, max_rows: int
 ) -> tuple[list[int], list[int]]:
-    """As `_first_fit`; among rows with equal room, the one that was touched last.
+    """Like `_first_fit`; among rows with equal room it takes the one that was changed last.
 
-    Bit r of `open_rooms` says whether a row has room r, so the least room of at least a length
-    is the lowest bit left of a shift.
+    Bit r of `open_rooms` is set if a row has room r. So the least room of at least `length` is the
+    lowest bit that is left after shifting by `length`: rooms 1, 3 and 5 are the bits 101010, and
+    for a length of 2 the shifted bits are 1010, lowest bit 1, so room 2 + 1 = 3.
     """
     open_rooms, opened = 0, 0
     rows_with: dict[int, list[int]] = {}
@@ -130,15 +141,16 @@ def spread(
     num_rows: int,
     costs: Sequence[float] | None = None,
 ) -> list[list[int]] | None:
-    """Place the costliest item first, each into the cheapest of `num_rows` rows that has room
-    (Graham 1969). `costs` are the lengths where not given.
+    """Spread items over `num_rows` rows: the costliest first, each into the cheapest row that has
+    room (Graham 1969). Without `costs`, the lengths are the costs.
 
-    Returns None where an item does not fit that way.
+    Returns None if an item does not fit that way. Lengths [5, 4, 3, 3] over 2 rows of 8: item 0 to
+    row 0, items 1 and 2 to row 1 (7 tokens), item 3 to row 0: [[0, 3], [1, 2]].
     """
-    costs = np.asarray(lengths if costs is None else costs, np.float64)
+    costs_n = np.asarray(lengths if costs is None else costs, np.float64)
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     heap = [(0.0, row, 0) for row in range(num_rows)]  # cost, row, tokens
-    for item in np.argsort(-costs, kind="stable").tolist():
+    for item in np.argsort(-costs_n, kind="stable").tolist():
         length, full = int(lengths[item]), []
         while heap and heap[0][2] + length > capacity:
             full.append(heapq.heappop(heap))
@@ -146,7 +158,7 @@ def spread(
             return None
         cost, row, used = heap[0]
         rows[row].append(item)
-        heapq.heapreplace(heap, (cost + float(costs[item]), row, used + length))
+        heapq.heapreplace(heap, (cost + float(costs_n[item]), row, used + length))
         for entry in full:
             heapq.heappush(heap, entry)
     return rows
@@ -160,10 +172,10 @@ def pack_step(
     packed: list[list[int]] | None = None,
     method: str = "first-fit",
 ) -> list[list[int]]:
-    """Pack one step's items into as few rows as a multiple of `multiple` allows.
+    """Pack one step's items into as few rows as possible, a multiple of `multiple` in number.
 
-    `packed` are the rows of `pack` where they are known. With several ranks the items are spread
-    by cost over that many rows, so that all ranks have like work; where that does not fit, the
+    `packed` are the rows of `pack` if they are known. With several ranks the items are spread by
+    cost over that number of rows, so that all ranks have similar work. If that does not fit, the
     packed rows stay as they are. Rows are empty only then, or with fewer items than rows.
     """
     rows = as_lists(*pack(lengths, capacity, method)) if packed is None else packed
@@ -174,10 +186,11 @@ def pack_step(
 
 
 def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Give every rank the same number of rows and like total cost.
+    """Deal rows to ranks: each gets the same number of rows, and a similar total cost.
 
-    The costliest row first, each to the rank with the least cost among those with places left;
-    a rank's rows come back in ascending order. `len(costs)` must be a multiple of `num_ranks`.
+    The costliest row goes first, each to the rank with the least cost among those that still need
+    rows. A rank's rows are in ascending order. `len(costs)` must be a multiple of `num_ranks`.
+    Costs [9, 5, 4, 1] for 2 ranks: row 0 to rank 0, rows 1 and 2 to rank 1, row 3 to rank 0.
     """
     share = len(costs) // num_ranks
     assert share * num_ranks == len(costs), (len(costs), num_ranks)

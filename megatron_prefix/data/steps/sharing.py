@@ -1,15 +1,14 @@
-"""What one group becomes under each `sharing` mode.
+"""Sharing modes: the tokens that are run for one group.
 
-A **bundle** is what must stand in one row: the smallest part of a group that holds both sides
-of its pairs. A group with responses a, b, c of one prompt p and pairs (a, b), (a, c):
+A **bundle** is the smallest part of a group that holds both sides of its pairs. It must fit one
+row. A group with responses a, b, c of one prompt p and pairs (a, b), (a, c):
 
     tree      one bundle   p -> a, b, c                  every token once
-    pair      two bundles  p -> a, b       p -> a, c     the prompt once a pair
+    pair      two bundles  p -> a, b       p -> a, c     the prompt once per pair
     response  one bundle   p a | p b | p c               each response with its own prompt
-    none      two bundles  p a | p b       p a | p c     a sequence per pair and side
+    none      two bundles  p a | p b       p a | p c     one sequence per pair and side
 
-Everything comes back as a PrefixTree (`|` separates its roots), so rows, layout and loss know
-one kind of thing only.
+Every bundle is a PrefixTree (`|` separates its roots), so rows, layout and loss handle trees only.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree
 
 SHARING_MODES = ("tree", "pair", "response", "none")
@@ -26,7 +25,7 @@ SHARING_MODES = ("tree", "pair", "response", "none")
 
 @dataclass(frozen=True)
 class Bundle:
-    """Part `item` of group `group`: the pair's index, the comparison set, or 0 for a tree."""
+    """Part `item` of a group: the index of a pair, or of a comparison set, or 0 for the tree."""
 
     group: int
     item: int
@@ -35,7 +34,10 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class View:
-    """A bundle's tokens as run: `responses` and `pairs` map `tree`'s to the group's."""
+    """The tokens of a bundle as they are run.
+
+    `responses[i]` is the group's index of the tree's response i; the same for `pairs`.
+    """
 
     tree: PrefixTree
     responses: np.ndarray
@@ -60,7 +62,12 @@ def bundles_of(dataset: PreferenceDataset, group: int, sharing: str) -> list[Bun
 
 
 def all_bundles(dataset: PreferenceDataset, sharing: str) -> tuple[np.ndarray, ...]:
-    """(group, item, num_tokens) of every bundle of the data set, [B] each, groups in order."""
+    """(group, item, num_tokens) of every bundle of the data set, [B] each, groups in order.
+
+    Pairs and responses are numbered within their group in the columns: adding the group's first
+    response gives indices into whole columns. Comparison sets get the key group * most + set, so
+    with most = 2 sets [0, 1] of group 0 and [0] of group 1 are the keys [0, 1, 2].
+    """
     num_groups = len(dataset)
     if sharing == "tree":
         zeros = np.zeros(num_groups, np.int64)
@@ -104,7 +111,7 @@ def view(tree: PrefixTree, sharing: str, item: int) -> View:
 
 
 def _chains(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> PrefixTree:
-    """Every response alone: nodes [prompt, response] and a root each."""
+    """Each response alone: a root with its prompt and a child with its own tokens."""
     nodes: list[np.ndarray] = []
     for response in responses:
         tokens, loss_start = tree.response_tokens(int(response))
@@ -116,10 +123,13 @@ def _chains(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> Prefi
 
 
 def _share_prompt(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> PrefixTree:
-    """`[prompt | chosen | rejected]`: the prompt ends where the earlier of both losses starts.
+    """`[prompt | chosen | rejected]`: the prompt ends at the earlier start of the two losses.
 
-    Where the other side's loss starts later (its prompt ends in other tokens), the difference
-    is a node of its own without loss.
+    If the loss of the other side starts later, the tokens between are a node without loss. With
+    losses that start at tokens 3 and 5 of paths of 6 tokens:
+
+        nodes    [0:3]  [3:6] of one side  [3:5] of the other  [5:6] of the other
+        parents  -1     0                  0                   2
     """
     paths = [tree.response_tokens(int(r)) for r in responses]
     common = min(loss_start for _, loss_start in paths)
@@ -145,7 +155,7 @@ def _assemble(
     parents: np.ndarray,
     ends: np.ndarray,
 ) -> PrefixTree:
-    """Each response's own tokens are the one node `ends[response]`."""
+    """A tree of `nodes` in which the own tokens of response i are the one node `ends[i]`."""
     local = np.full(tree.num_responses, -1)
     local[responses] = np.arange(len(responses))
     return PrefixTree(

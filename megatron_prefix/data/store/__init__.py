@@ -1,0 +1,8 @@
+"""Trees <-> files: write a data set, open it, count what is in it."""
+
+from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.statistics import SHARING_TOKENS, Histogram
+from megatron_prefix.data.store.writer import DatasetWriter
+
+__all__ = ["SHARING_TOKENS", "Block", "DatasetWriter", "Histogram", "PreferenceDataset"]

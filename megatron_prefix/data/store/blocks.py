@@ -1,10 +1,12 @@
-"""Many groups at once, as the columns of a data set: what builders make and the writer appends.
+"""Blocks: many groups at once as the columns of a data set. Builders make them, the writer appends
+them.
 
-    two groups of 2 and 1 responses, of 3 and 2 nodes
+Two groups, the first with 3 nodes and 2 responses, the second with 2 nodes and 1 response:
+
     group_nodes [3, 2]    group_responses [2, 1]    node_parents [-1, 0, 0, -1, 0]
 
-The three columns that are offsets on disk are counts a group here, everything else is as it is
-written. Shape suffixes: G groups, M nodes, R responses, P pairs, T tokens.
+Three columns are offsets on disk and counts per group here; all other columns are as on disk. Shape
+suffixes: G groups, M nodes, R responses, P pairs, T tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Block:
 
     @classmethod
     def of_paths(cls, groups: Sequence[MergedPaths], records: Sequence[int]) -> Block:
-        """Groups of which the i-th comes from input record `records[i]`, and holds one record."""
+        """A block of merged paths; group i is made of the one input record `records[i]`."""
         arrays = joined(groups)
         return cls._of(
             arrays,
@@ -43,8 +45,8 @@ class Block:
 
     @classmethod
     def of_trees(cls, trees: Sequence[PrefixTree], records: Sequence[tuple[int, int]]) -> Block:
-        """Groups of which the i-th comes from `records[i]`: the index of its (first) input record,
-        and how many it holds."""
+        """A block of trees; group i begins at input record `records[i][0]` and holds
+        `records[i][1]` records."""
         names = [field.name for field in fields(PrefixTree) if field.name != "node_offsets"]
         return cls._of(
             {name: np.concatenate([getattr(tree, name) for tree in trees]) for name in names},
@@ -61,8 +63,7 @@ class Block:
         counts: Sequence[tuple[int, int, int]],
         records: Sequence[tuple[int, int]],
     ) -> Block:
-        """From the arrays of PrefixTrees, one behind the other; `counts` are nodes, responses and
-        pairs a group."""
+        """From concatenated arrays of trees; `counts` are nodes, responses and pairs per group."""
         nodes, responses, pairs = np.array(counts).T
         first_records, num_records = np.array(records, np.int64).T
         columns = {
@@ -93,7 +94,7 @@ class Block:
 
 
 def _narrow(tokens: np.ndarray) -> np.ndarray:
-    """As uint16 where all ids fit: blocks travel between processes."""
+    """As uint16 if all ids fit, because blocks are sent between processes."""
     fits = 0 <= tokens.min() and tokens.max() < 1 << 16
     return tokens.astype(np.uint16) if fits else tokens
 
@@ -106,11 +107,17 @@ def starts(counts: np.ndarray) -> np.ndarray:
 def node_ends(lengths_M: np.ndarray, parents_M: np.ndarray, counts_G: np.ndarray) -> np.ndarray:
     """Tokens from the root to each node's end, int64 [M]; parents count from the group's first.
 
-    Every round adds what stands above and looks twice as far up, so that a tree of depth d takes
-    log2 d rounds.
+    A chain of nodes with lengths [3, 2, 4, 1] and parents [-1, 0, 1, 2]:
+
+        ends      3 2 4 1    above  root 0 1 2         each node alone
+        ends      3 5 6 5    above  root root 0 1      with its parent
+        ends      3 5 9 10   above  root root root root
+
+    Each round adds the ends of the node above, and then looks twice as far up. A tree of depth d
+    takes log2 d rounds.
     """
     first_nodes = np.repeat(starts(counts_G), counts_G)
-    root = len(lengths_M)  # one more entry, of length 0 and its own parent, above all roots
+    root = len(lengths_M)  # an extra entry above all roots: length 0, its own parent
     above = np.append(np.where(parents_M < 0, root, first_nodes + parents_M), root)
     ends = np.append(lengths_M, 0).astype(np.int64)
     while (above != root).any():

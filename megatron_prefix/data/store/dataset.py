@@ -9,26 +9,23 @@ import numpy as np
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.columns import COLUMNS, OFFSETS
 from megatron_prefix.data.store.index import DTYPES, HEADER, MAGIC
-from megatron_prefix.data.store.manifest import (
-    load_manifest,
-    suffix_path,
-)
+from megatron_prefix.data.store.manifest import FILES, load_manifest, suffix_path
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
 
 
 class PreferenceDataset:
-    """A data set as `build` leaves it, memory-mapped: `dataset[i]` is group i as a PrefixTree.
+    """A data set that `build` wrote, memory-mapped: `dataset[i]` is group i as a PrefixTree.
 
     The columns of docs/data_format.md are attributes: `group_nodes` [G+1], `group_responses`
     [G+1], `group_pairs` [G+1], `group_records`, `group_num_records` [G], `node_parents` [M],
     `response_first`, `response_last`, `response_lengths`, `response_prompts`, `response_sets`,
     `response_ranks`, `response_scores` [R], `pair_responses` [P, 2], `pair_weights`,
-    `pair_margins` [P]; so are `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and
+    `pair_margins` [P]. So are `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and
     `tokens` [T].
 
-    Opening checks that every file is there, with its size and shape; `verify_checksums(dataset)`
-    reads all bytes, `verify_dataset(dataset)` also checks what they mean. All raise InputError.
+    Opening checks that every file exists and has its size and shape. `verify_checksums(dataset)`
+    reads all bytes, and `verify_dataset(dataset)` also checks what they mean. All raise InputError.
     """
 
     group_nodes: np.ndarray
@@ -63,12 +60,21 @@ class PreferenceDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the contents and the tokenizer; the same wherever the data set lies."""
+        """SHA-256 of the contents and the tokenizer; it does not depend on the location."""
         return self.manifest["fingerprint"]
 
     @property
     def vocab_size(self) -> int:
         return self.manifest["tokenizer"]["vocab_size"]
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files of the data set except the manifest, by their name in it."""
+        return {name: suffix_path(self.prefix, name) for name in FILES}
+
+    @property
+    def manifest_path(self) -> Path:
+        return suffix_path(self.prefix, ".json")
 
     def __getitem__(self, group: int) -> PrefixTree:
         group = self._checked(group)
@@ -137,9 +143,9 @@ class PreferenceDataset:
         with path.open("rb") as file:
             head = file.read(HEADER)
         expected = (1, counts["nodes"], counts["groups"] + 1)
-        found = tuple(int.from_bytes(head[a:b], "little") for a, b in ((9, 17), (18, 26), (26, 34)))
-        if head[:9] != MAGIC or found != expected or DTYPES.get(head[17]) != dtype:
-            raise InputError(f"{path} is not the index its manifest describes: build it again")
+        sizes = tuple(int.from_bytes(head[a:b], "little") for a, b in ((9, 17), (18, 26), (26, 34)))
+        if head[:9] != MAGIC or sizes != expected or DTYPES.get(head[17]) != dtype:
+            raise InputError(f"{path} is not the index that its manifest describes: build it again")
         nodes = counts["nodes"]
         layout = (("node_lengths", np.int32, nodes), ("node_pointers", np.int64, nodes))
         at = HEADER
@@ -151,8 +157,8 @@ class PreferenceDataset:
         self.tokens = np.memmap(suffix_path(self.prefix, ".bin"), dtype, "r")
         if len(self.tokens) != counts["tokens"]:
             raise InputError(
-                f"{self.prefix}.bin holds {len(self.tokens)} tokens, its manifest says "
-                f"{counts['tokens']}: build the data set again"
+                f"{self.prefix}.bin holds {len(self.tokens)} tokens, and {counts['tokens']} in its "
+                "manifest: build the data set again"
             )
 
     def _map_columns(self) -> None:
@@ -161,13 +167,13 @@ class PreferenceDataset:
             path = suffix_path(self.prefix, f".tree/{name}.npy")
             try:
                 column = np.load(path, mmap_mode="r", allow_pickle=False)
-            except Exception as error:  # whatever a damaged header makes NumPy raise
+            except Exception as error:  # a damaged header can raise anything
                 raise InputError(f"{path} cannot be read ({error}): build it again") from error
             kind = name.split("_")[0] + "s"
             shape = (counts[kind] + (name in OFFSETS), *tail)
             if column.shape != shape or column.dtype != dtype:
                 raise InputError(
-                    f"{path} is {column.dtype} {column.shape}, its manifest asks for {dtype} "
-                    f"{shape}: build the data set again"
+                    f"{path} is {column.dtype} {column.shape}, and {dtype} {shape} in its "
+                    "manifest: build the data set again"
                 )
             setattr(self, name, column)

@@ -1,4 +1,4 @@
-"""The manifest of a data set: what belongs to it, and a name for its contents."""
+"""The manifest of a data set: its files and counts, and a fingerprint of its contents."""
 
 from __future__ import annotations
 
@@ -29,19 +29,13 @@ def fingerprint(files: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, 
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over all of a manifest but its own `sha256`."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def load_manifest(prefix: Path) -> dict[str, Any]:
-    """The manifest of data set `prefix`, its files present with their sizes; else InputError."""
+    """The manifest of data set `prefix`. Raises InputError if a file is missing or cut off."""
     path = suffix_path(prefix, ".json")
     if not path.is_file():
         raise InputError(
             f"there is no data set {prefix}: {path} is missing. Make it with megatron-prefix "
-            "build, and give the prefix without an ending"
+            "build, and give the prefix without a file ending"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -51,8 +45,8 @@ def load_manifest(prefix: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not the manifest of a data set made by megatron-prefix build")
     if manifest.get("version") != VERSION:
         raise InputError(
-            f"{path} has version {manifest.get('version')}, this program reads {VERSION}: build "
-            "the data set again"
+            f"{path} has version {manifest.get('version')}, and this program reads version "
+            f"{VERSION}: build the data set again"
         )
     _check_keys(manifest, path)
     for name in FILES:
@@ -78,7 +72,7 @@ def _check_keys(manifest: dict[str, Any], path: Path) -> None:
 def _check_file(path: Path, size: int) -> None:
     if not path.is_file():
         raise InputError(f"{path} is missing: build the data set again")
-    if (found := path.stat().st_size) != size:
+    if (actual := path.stat().st_size) != size:
         raise InputError(
-            f"{path} has {found} bytes, its manifest says {size}: build the data set again"
+            f"{path} has {actual} bytes, and {size} in its manifest: build the data set again"
         )

@@ -1,10 +1,8 @@
-"""Counts of a data set: what is in it, how long it is, what sharing saves."""
+"""Statistics of a data set: counts, lengths, and tokens under each sharing mode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +27,8 @@ def path_lengths(tree: PrefixTree) -> tuple[np.ndarray, np.ndarray]:
 def sharing_tokens(block: Block) -> dict[str, int]:
     """Tokens of a block's groups under each sharing mode.
 
-    Prompt of 10, responses of 2 and 3, one pair: none and response 25, pair and tree 15.
+    A prompt of 10 tokens with responses of 2 and 3 and one pair: `none` and `response` 12 + 13 =
+    25, `pair` and `tree` 10 + 2 + 3 = 15.
     """
     columns = block.columns
     first = np.repeat(starts(columns["group_responses"]), columns["group_pairs"])
@@ -45,7 +44,7 @@ def sharing_tokens(block: Block) -> dict[str, int]:
 
 
 class Histogram:
-    """Exact quantiles of non-negative integers in memory that grows with the largest only."""
+    """Exact quantiles of non-negative integers; its memory grows with the largest value only."""
 
     def __init__(self) -> None:
         self._counts = np.zeros(256, np.int64)
@@ -58,7 +57,7 @@ class Histogram:
         self._counts += np.bincount(values, minlength=len(self._counts))
 
     def summary(self) -> dict[str, float]:
-        """min, median, p95, p99, max (values that occur, the lower one at ties) and mean."""
+        """min, median, p95, p99, max (always a value that occurs, at ties the lower) and mean."""
         total = int(self._counts.sum())
         if not total:
             return {}
@@ -69,13 +68,13 @@ class Histogram:
         return {**dict(zip(QUANTILES, values, strict=True)), "mean": round(mean, 3)}
 
     def tally(self) -> dict[str, int]:
-        """How often each value occurs that does."""
+        """How often each value occurs; values that do not occur are left out."""
         values = np.flatnonzero(self._counts)
         counts = self._counts[values]
         return {str(v): int(n) for v, n in zip(values.tolist(), counts.tolist(), strict=True)}
 
     def bins(self, most: int) -> dict[str, list[int]]:
-        """{"edges", "counts"}: at most `most` bins of one round width up to p99, one for the rest.
+        """{"edges", "counts"}: at most `most` bins, of one round width up to p99 and one above.
 
         Bin i holds values from edges[i] up to, not including, edges[i + 1]. Values 0 to 99 in at
         most 6 bins have the edges 0, 20, 40, 60, 80, 100.
@@ -83,7 +82,7 @@ class Histogram:
         summary = self.summary()
         if not summary:
             return {"edges": [], "counts": []}
-        low, high, top = summary["min"], summary["p99"], summary["max"]
+        low, high, top = (int(summary[name]) for name in ("min", "p99", "max"))
         width, start = _round_width(low, high, most - 1)
         edges = list(range(start, high // width * width + width + 1, width))
         if top >= edges[-1]:
@@ -93,7 +92,7 @@ class Histogram:
 
 
 def _round_width(low: int, high: int, most: int) -> tuple[int, int]:
-    """The least of 1, 2, 5, 10, 20, … that takes `most` bins or fewer, and where they begin."""
+    """The smallest of 1, 2, 5, 10, 20, … that needs at most `most` bins, and the first edge."""
     width, factors = 1, cycle((2, 2.5, 2))
     while high // width - low // width + 1 > most:
         width = int(width * next(factors))
@@ -109,7 +108,7 @@ class Statistics:
         self._lengths = {name: Histogram() for name in ("prompt", "response", "path", "tree")}
 
     def add(self, block: Block) -> None:
-        """All groups of a block."""
+        """Add all groups of a block."""
         columns = block.columns
         sizes = (columns["group_nodes"], columns["response_last"], columns["pair_weights"])
         nodes = len(block.node_lengths)
@@ -125,44 +124,5 @@ class Statistics:
             histogram.add(values)
 
     def lengths(self) -> dict[str, dict[str, float]]:
-        """Token lengths of prompts, responses, paths (one a response) and trees (one a group)."""
+        """Lengths in tokens of prompts, responses, paths (one per response) and trees."""
         return {name: histogram.summary() for name, histogram in self._lengths.items()}
-
-
-def format_counts(
-    counts: Mapping[str, int], tokens: Mapping[str, int], lengths: Mapping[str, Any]
-) -> list[str]:
-    """Lines for people: counts, tokens by sharing mode with their factors, lengths."""
-    modes = [
-        [f"  {mode}", f"{tokens[mode]:,}", f"{tokens[mode] / max(tokens['tree'], 1):.2f} x tree"]
-        for mode in SHARING_TOKENS
-        if tokens[mode]  # responses without pairs have nothing that pairwise training would run
-    ]
-    return [
-        *align([[name, f"{counts[name]:,}"] for name in ("groups", "responses", "pairs")]),
-        *["", "tokens by sharing mode", *align(modes)],
-        *["", *format_lengths(lengths)],
-    ]
-
-
-def format_lengths(lengths: Mapping[str, Any]) -> list[str]:
-    """A table of quantiles and means."""
-    table = [["", *QUANTILES, "mean"]]
-    for name, summary in lengths.items():
-        values = [f"{summary.get(q, 0):,}" for q in QUANTILES]
-        table.append([f"  {name}", *values, f"{summary.get('mean', 0):,.1f}"])
-    return ["lengths in tokens", *align(table)]
-
-
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of text: the first flush left, the others flush right."""
-    if not rows:
-        return []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

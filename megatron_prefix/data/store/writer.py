@@ -1,12 +1,11 @@
-"""Trees <-> files. docs/data_format.md has every byte of it.
+"""Trees -> files. docs/data_format.md describes every byte.
 
-    PREFIX.bin, PREFIX.idx   Megatron-Core's indexed format: a sequence a node, a document a group
+    PREFIX.bin, PREFIX.idx   Megatron-Core's indexed format: nodes are sequences, groups documents
     PREFIX.tree/*.npy        columns: what the tokens mean, memory-mapped when read
     PREFIX.json              the manifest, written last: counts, tokenizer, checksums
 
-A data set is written into a directory of its own beside PREFIX and moved into place at the end,
-the manifest last; without a manifest nothing is read. Writing holds one block of groups, reading
-what is touched.
+A data set is written into a work folder next to PREFIX and moved into place at the end, the
+manifest last. Without a manifest nothing is read. Writing holds one block of groups in memory.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.store.blocks import Block, starts
-from megatron_prefix.data.store.columns import COLUMNS, OFFSETS, ColumnWriter, file_entry
-from megatron_prefix.data.store.index import IndexedWriter
-from megatron_prefix.data.store.manifest import (
-    FILES,
-    FORMAT,
-    VERSION,
-    fingerprint,
+from megatron_prefix.data.files import (
+    ColumnWriter,
+    building_folder,
+    checked_prefix,
+    clear_leftovers,
+    file_entry,
     manifest_digest,
-    suffix_path,
 )
+from megatron_prefix.data.store.blocks import Block, starts
+from megatron_prefix.data.store.columns import COLUMNS, OFFSETS
+from megatron_prefix.data.store.index import IndexedWriter
+from megatron_prefix.data.store.manifest import FILES, FORMAT, VERSION, fingerprint, suffix_path
 from megatron_prefix.data.store.statistics import Statistics
-from megatron_prefix.data.store.work_folder import building_folder, checked_prefix, clear_leftovers
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
 
 BLOCK = 256
-"""Groups that `add` holds before they are written."""
+"""Groups that `add` collects before it writes them."""
 
 
 class DatasetWriter:
@@ -50,8 +49,8 @@ class DatasetWriter:
             writer.finish()
 
     Leaving it without `finish`, by an exception or not, removes everything it made. An earlier
-    data set under the same prefix stays until `finish` replaces it. Raises InputError where the
-    place cannot be written or a token id does not fit the vocabulary.
+    data set under the same prefix stays until `finish` replaces it. Raises InputError if the files
+    cannot be written, or if a token id is not in the vocabulary.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class DatasetWriter:
 
     @property
     def statistics(self) -> Statistics:
-        """Of all that was added."""
+        """Statistics of all groups that were added."""
         self._flush()
         return self._statistics
 
@@ -109,7 +108,7 @@ class DatasetWriter:
             self._flush()
 
     def add_block(self, block: Block) -> None:
-        """Append groups that come behind all that were added before."""
+        """Append all groups of a block."""
         self._flush()
         self._write(block)
 
@@ -129,11 +128,12 @@ class DatasetWriter:
             )
             record = block.columns["group_records"][np.searchsorted(ends, at, "right")]
             raise InputError(
-                f"record {record} has token id {block.tokens[at]}, and the vocabulary of "
-                f"tokenizer {self.tokenizer['name']} has {vocab_size}: the tokenizer is damaged"
+                f"record {record} has token id {block.tokens[at]}, and tokenizer "
+                f"{self.tokenizer['name']} has ids 0 to {vocab_size - 1}, so its files are "
+                "damaged: copy them again"
             )
         if self._index is None:
-            self._open()
+            self._index = self._opened()
         before = dict(self._statistics.counts)
         self._statistics.add(block)
         self._index.write(block.tokens, block.node_lengths)
@@ -144,13 +144,16 @@ class DatasetWriter:
             column.write(values)
 
     def finish(self, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Put the data set in its place and return its manifest, which keeps `report`."""
+        """Move the data set into place and return its manifest, which keeps `report`."""
         self._flush()
         if self._index is None:
-            raise InputError(f"nothing is left to write to {self.prefix}: no group has a pair")
+            raise InputError(
+                f"output {self.prefix} would be empty, because no group has a pair: give records "
+                "with responses to compare"
+            )
         for column in self._columns.values():
             column.close()
-        self._index.finish(np.load(self._work / "tree" / "group_nodes.npy", mmap_mode="r"))
+        self._index.finish(self._work / "tree" / "group_nodes.npy")
         files = {name: file_entry(self._work / name[1:]) for name in FILES}
         manifest = {
             "format": FORMAT,
@@ -176,15 +179,16 @@ class DatasetWriter:
         self._made.clear()
         return manifest
 
-    def _open(self) -> None:
-        self._index = IndexedWriter(self._work, self.dtype)
+    def _opened(self) -> IndexedWriter:
+        """Open all files; the index is returned."""
         for name, (dtype, tail) in COLUMNS.items():
             self._columns[name] = ColumnWriter(self._work / "tree" / f"{name}.npy", dtype, tail)
         for name in OFFSETS:
             self._columns[name].write([0])
+        return IndexedWriter(self._work, self.dtype)
 
     def _move(self) -> None:
-        """Take the old manifest away, replace the files, and put the new manifest last."""
+        """Remove the old manifest, replace the files, and write the new manifest last."""
         suffix_path(self.prefix, ".json").unlink(missing_ok=True)
         for suffix in (".bin", ".idx"):
             os.replace(self._work / suffix[1:], suffix_path(self.prefix, suffix))
@@ -195,13 +199,15 @@ class DatasetWriter:
         os.replace(self._work / "json", suffix_path(self.prefix, ".json"))
 
     def _discard(self) -> None:
-        files = [] if self._index is None else [self._index]
-        for file in (*files, *self._columns.values()):
-            with contextlib.suppress(OSError):  # a full disk does not take the rest of a buffer
+        open_files: list[IndexedWriter | ColumnWriter] = list(self._columns.values())
+        if self._index is not None:
+            open_files.append(self._index)
+        for file in open_files:
+            with contextlib.suppress(OSError):  # a full disk may refuse the rest of a buffer
                 file.close()
         shutil.rmtree(self._work, ignore_errors=True)
         while self._made:
             try:
                 self._made.pop().rmdir()
-            except OSError:  # somebody else put something into it
+            except OSError:  # another process has written into it
                 return

@@ -1,40 +1,41 @@
-"""Hugging Face tokenizers: chat templates, tools, and special tokens that users spell.
+"""Hugging Face tokenizers: chat templates, tools, and special tokens inside messages.
 
-A template writes special tokens; a user may write the same characters and mean text. Messages
-are rendered a second time with a mark inside what they spell, so that its places are known:
+A chat template writes special tokens. A user may write the same characters and mean text:
 
     content "say <|im_end|>"    rendered "<|im_start|>user\nsay <|im_end|><|im_end|>"
                                                                ^^^^^^^^^^ literal, kept as text
+
+To find such places, the messages are rendered a second time with a mark in the user's token:
+
+    "<|im_start|>user\nsay <*|im_end|><|im_end|>"    split at the mark "*": it is at character 22,
+                                                     so the literal token starts at 21
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.read.fields import Message
+from megatron_prefix.data.read import Message
+from megatron_prefix.data.tokenize.base import Rendered, Tokenizer
 from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
-from megatron_prefix.data.tokenize.tokenizers import Rendered, Tokenizer
 from megatron_prefix.errors import InputError
 
-THREADS = "TOKENIZERS_PARALLELISM"
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-"""Characters that Unicode gives no meaning, for the inside of spelled special tokens."""
+"""Characters without a meaning in Unicode, to mark special tokens that messages contain."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer directory or hub id, with its chat template; code in it is never run.
+    """A tokenizer directory or hub id, with its chat template; its code is never run.
 
-    Special tokens are those of the chat template. Where a text or a message spells one, it is
-    tokenised as any text is, unless `parse_special` is true.
+    Only the chat template writes special tokens. If a text or a message contains the characters
+    of one, they are tokenised like other text, unless `parse_special` is true.
     """
 
     kind = "huggingface"
@@ -49,12 +50,13 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"tokenizer {spec!r} cannot be loaded ({first}): give bytes, a SentencePiece "
-                "model file, a directory with a Hugging Face tokenizer, or a hub id in reach"
+                f"tokenizer {spec!r} cannot be loaded ({first_line}): give bytes, a SentencePiece "
+                "model file, a directory with a Hugging Face tokenizer, or a hub id that can be "
+                "downloaded"
             ) from error
-        self._tokenizer.model_max_length = 1 << 40  # the limit here is --max-length
+        self._tokenizer.model_max_length = 1 << 40  # --max-length is the only limit
         path = Path(spec)
         self.name = str(path.resolve()) if path.is_dir() else spec
         ids = self._tokenizer.get_vocab().values()
@@ -71,12 +73,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._parse_special = parse_special
         self._special = _special_tokens(self._tokenizer)
         self._special_set = frozenset(self._special.values())
-        self._starts = {text[:2] for text in self._special}
+        self._starts = {text[:2] for text in self._special}  # a quick test before the pattern
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def _definition(self) -> str:
-        """Everything that decides ids and rendered text, as canonical JSON."""
+        """Everything that ids and rendered texts depend on, as canonical JSON."""
         tokenizer = self._tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocab_file = getattr(tokenizer, "vocab_file", None)
@@ -100,28 +102,31 @@ class HuggingFaceTokenizer(Tokenizer):
             return self.encode(rendered.text)
         if not rendered.literal:
             return self._encode(rendered.text)
-        found = self._tokenizer(
+        encoding = self._tokenizer(
             rendered.text, add_special_tokens=False, return_offsets_mapping=True
         )
-        parts: list[int] = []
-        for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        ids: list[int] = []
+        spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        for token, (start, end) in spans:
             if token in self._special_set and (start, end) in rendered.literal:
-                parts += self._as_text(rendered.text[start:end])
+                ids += self._as_text(rendered.text[start:end])
             else:
-                parts.append(token)
-        return np.array(parts, np.int64)
+                ids.append(token)
+        return np.array(ids, np.int64)
 
     def _encode(self, text: str, **options: bool) -> np.ndarray:
         if self._backend is None or options:
             ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
         else:
             self._backend.encode_special_tokens = False  # a call with options may have set it
-            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-            ids = found.ids
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+            ids = encoding.ids
         return np.array(ids, np.int64)
 
     def _as_text(self, text: str) -> list[int]:
-        """A special token's spelling as ordinary tokens, as they stand behind other text."""
+        """The characters of a special token as ordinary tokens, as they are after other text."""
+        # Some tokenizers put a space before the first word of a text, so the characters are encoded
+        # after an "a" and the tokens of "a" are removed: [a] [<] [|] [im] … -> [<] [|] [im] …
         before = self._encode("a", split_special_tokens=True).tolist()
         whole = self._encode(f"a{text}", split_special_tokens=True).tolist()
         if whole[: len(before)] == before:
@@ -159,14 +164,15 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise InputError(
-                f"the tokenizer's chat template refuses the messages ({error}): their roles are "
-                f"{', '.join(turn['role'] for turn in turns)}"
+                f"the tokenizer's chat template refuses the messages ({error}); their roles are "
+                f"{', '.join(turn['role'] for turn in turns)}: change the messages, or give "
+                "another tokenizer"
             ) from error
 
     def _with_literals(
         self, text: str, turns: Any, add_generation_prompt: bool, tools: Any
     ) -> Rendered:
-        """Find where messages spell special tokens in `text`: a mark in each shows the place."""
+        """`text` with the places of special tokens that messages contain, found by marks."""
         mark = next(mark for mark in MARKS if mark not in text)
 
         def marked(value: str) -> str:
@@ -176,46 +182,32 @@ class HuggingFaceTokenizer(Tokenizer):
         pieces = self._apply(turns, add_generation_prompt, tools).split(mark)
         if "".join(pieces) != text or not getattr(self._tokenizer, "is_fast", False):
             raise InputError(
-                "a message spells a special token, and it cannot be told from the chat "
-                "template's own: remove it from the record, or give --parse-special"
+                "a message contains the characters of a special token, which cannot be "
+                "distinguished from those of the chat template: remove them from the record, or "
+                "give --parse-special"
             )
-        literal, at = [], 0
+        # `position` is the number of characters of `text` before each mark.
+        literal, position = [], 0
         for piece in pieces[:-1]:
-            at += len(piece)
-            found = self._pattern.match(text, at - 1)
-            assert found is not None, "a mark stands behind the first character of its token"
-            literal.append(found.span())
+            position += len(piece)
+            token = self._pattern.match(text, position - 1)
+            assert token is not None, "a mark follows the first character of its token"
+            literal.append(token.span())
         return Rendered(text, tuple(literal))
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """No threads of Hugging Face tokenizers inside, unless the user's environment decides.
-
-    A process that forks must not have used them before.
-    """
-    if THREADS in os.environ:
-        yield
-        return
-    os.environ[THREADS] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(THREADS, None)
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
     """The text of every special token -> its id."""
-    found = {
+    ids = {
         token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     for text, id in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
-        found[str(text)] = id
-    return found
+        ids[str(text)] = id
+    return ids
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested lists and objects, names included."""
+    """Every text in nested lists and objects, including names."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -226,7 +218,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """The same nested lists and objects with every value that is a text changed."""
+    """The same nested lists and objects with `change` applied to every text value."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):

@@ -1,14 +1,14 @@
-"""A prompt's tokens used again for the prompt with its responses, where that is exact.
+"""Reuse of a prompt's tokens for the prompt with a response, if the result is exactly the same.
 
-Byte-level tokenizers first cut a text into words by a regular expression and then merge bytes
-within words. In the expressions listed here a space stands at the beginning of a word or among
-other white space, never behind another character; so no word reaches over the boundary in "…x y…",
-and whether a word ends there does not depend on what follows:
+Byte-level tokenizers first cut a text into words with a regular expression, and then merge bytes
+within each word. In the expressions listed here, a space is only at the start of a word or among
+other white space. So a word always ends between a character and a space with a character after it:
 
+    "Say: yes it"    words "Say" ":" " yes" " it"    no word contains the boundary "…:| y…"
     encode("Say: yes it") == encode("Say:") + encode(" yes it")
 
-A normaliser, or an added token that has a space in it or takes some beside it, may change that;
-tokenizers with either encode every text whole.
+This can fail with a normaliser, or with an added token that contains a space or takes spaces
+beside it. Tokenizers with either encode every text as a whole.
 """
 
 from __future__ import annotations
@@ -28,31 +28,34 @@ EXPRESSIONS = {
 
 
 class PromptReuse:
-    """Encodes texts by `encode`, of a tokenizer whose definition is `definition` (JSON)."""
+    """Encodes texts with `encode`; `definition` is the JSON text of the tokenizer.
+
+    The last text that was encoded as a whole is remembered: the prompt, after its first use.
+    """
 
     def __init__(self, encode: Callable[[str], np.ndarray], definition: str) -> None:
         self._encode = encode
-        self._is_local = words_stay_between_spaces(json.loads(definition))
+        self._is_exact = words_end_before_spaces(json.loads(definition))
         self._last = "", np.zeros(0, np.int64)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int64 [T]: what encoding the whole text gives."""
-        begun, ids = self._last
-        at = len(begun)
+        """Token ids, int64 [T]: the same as for the text encoded as a whole."""
+        prompt, ids = self._last
+        end = len(prompt)
         if (
-            self._is_local
-            and 0 < at < len(text) - 1
-            and text[at] == " "
-            and not (begun[-1].isspace() or text[at + 1].isspace())
-            and text.startswith(begun)
+            self._is_exact
+            and 0 < end < len(text) - 1
+            and text[end] == " "
+            and not (prompt[-1].isspace() or text[end + 1].isspace())
+            and text.startswith(prompt)
         ):
-            return np.concatenate([ids, self._encode(text[at:])])
+            return np.concatenate([ids, self._encode(text[end:])])
         self._last = text, self._encode(text)
         return self._last[1]
 
 
-def words_stay_between_spaces(definition: dict) -> bool:
-    """Whether no word of the tokenizer goes on over a space behind another character."""
+def words_end_before_spaces(definition: dict) -> bool:
+    """Whether every word of the tokenizer ends before a space that follows a character."""
     added = definition.get("added_tokens") or []
     if definition.get("normalizer") or any(
         " " in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]

@@ -1,16 +1,21 @@
-"""Hugging Face's `config.json` <-> the sizes of a model.
+"""Hugging Face's `config.json` -> the sizes of a model.
 
-Llama 2 and 3, Mistral, Qwen2 and 2.5, and Qwen3: what differs between them is which of biases,
-query-key norms, tied embeddings and rotary scaling they have. Mixtral is Mistral, and Qwen3-MoE is
-Qwen3, with a mixture of experts in every layer.
+Llama 2 and 3, Mistral, Qwen2 and 2.5, and Qwen3 differ in biases, query-key norms, tied embeddings
+and rotary scaling. Mixtral is Mistral, and Qwen3-MoE is Qwen3, with a mixture of experts in every
+layer. export.py writes such a file for a model that did not come from Hugging Face.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from megatron_prefix.config import ModelSizes, RopeScaling
 from megatron_prefix.errors import InputError
 
 ARCHITECTURES = {
@@ -22,16 +27,97 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 MIXTURES = ("mixtral", "qwen3_moe")
+LM, REWARD = "ForCausalLM", "ForSequenceClassification"
 SCALINGS = ("linear", "llama3")
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-"""What is fetched of a model on the Hub: weights without pickles, configuration, tokenizer."""
+"""Files that are fetched from the Hub: weights without pickles, configuration, tokenizer."""
 QWEN3_HEAD_DIM = 128
 MIXTRAL_ROPE_THETA = 1e6
-"""What transformers takes where a Qwen3 or a Mixtral configuration does not say."""
+"""Defaults of transformers if a Qwen3 or a Mixtral configuration gives no value."""
 
 
-def locate(model: str) -> Path:
-    """The directory of a model: as given, or the local copy of a Hub id. Raises InputError."""
+@dataclass(frozen=True)
+class HFModel:
+    """A Hugging Face model's directory, as its `config.json` describes it."""
+
+    directory: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, model: str) -> HFModel:
+        """A directory as given, or the local copy of a Hub id. Raises InputError."""
+        return cls.read(_locate(model))
+
+    @classmethod
+    def read(cls, directory: Path) -> HFModel:
+        """Read `config.json` of a directory. Raises InputError."""
+        path = directory / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"{path}: {error.strerror}; give a Hugging Face model's directory"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error}): fetch the model again") from None
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: not a Hugging Face model's configuration")
+        return cls(directory, config)
+
+    @property
+    def source(self) -> str:
+        """Path of `config.json`, for messages."""
+        return f"{self.directory}/config.json"
+
+    @cached_property
+    def kind(self) -> str:
+        """`reward` for a sequence classifier with one label, else `lm`. Raises InputError for a
+        classifier with more labels."""
+        names = self.config.get("architectures") or []
+        if not any(isinstance(name, str) and name.endswith(REWARD) for name in names):
+            return "lm"
+        labels = self.config.get("id2label")
+        count = len(labels) if isinstance(labels, dict) else self.config.get("num_labels", 2)
+        if count != 1:
+            raise InputError(
+                f"{self.source}: a sequence classifier with {count} labels; a reward model has "
+                "num_labels 1"
+            )
+        return "reward"
+
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        """Raises InputError, naming the key, for what is not supported."""
+        return sizes_from_hf(self.config, self.source)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, unpadded. Raises InputError."""
+        return _count(self.config, "vocab_size", self.source)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that attention looks back, itself included, in at least one layer; None: all.
+
+        Qwen limits only with `use_sliding_window`, and only layers from `max_window_layers` on.
+        """
+        config = self.config
+        window = config.get("sliding_window")
+        if config.get("model_type") == "llama" or type(window) is not int:
+            return None
+        if config.get("model_type") in ("qwen2", "qwen3", "qwen3_moe"):
+            first = config.get("max_window_layers", 0)
+            types = config.get("layer_types") or ["sliding_attention"]
+            if (
+                not config.get("use_sliding_window")
+                or first >= config["num_hidden_layers"]
+                or "sliding_attention" not in types
+            ):
+                return None
+        return window
+
+
+def _locate(model: str) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if Path(model).exists() or model.startswith((".", "/", "~")):
@@ -47,24 +133,8 @@ def locate(model: str) -> Path:
         ) from None
 
 
-def read_hf_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a model's directory. Raises InputError."""
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; give a Hugging Face model's directory"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error}): fetch the model again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: not a Hugging Face model's configuration")
-    return config
-
-
-def sizes_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Settings of config.ModelConfig, and `vocab_size`, that describe the model.
+def sizes_from_hf(config: dict[str, Any], source: str) -> ModelSizes:
+    """The sizes that a `config.json` gives.
 
     Raises InputError, naming the key and `source`, for what is not supported.
     """
@@ -75,7 +145,7 @@ def sizes_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
     _refuse_unsupported(config, source)
     heads = _count(config, "num_attention_heads", source)
     hidden = _count(config, "hidden_size", source)
-    groups = heads
+    groups = heads  # Llama 1 and 2 may leave them out: every query head has its own key-value head
     if kind != "llama" or config.get("num_key_value_heads") is not None:
         groups = _count(config, "num_key_value_heads", source)
     if config.get("head_dim") is not None:
@@ -87,25 +157,29 @@ def sizes_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
             f"{source}: {heads} query heads over {groups} key-value heads of {head_dim} channels: "
             "heads must share key-value heads evenly, and have an even number of channels"
         )
-    return {
-        "num_layers": _count(config, "num_hidden_layers", source),
-        "hidden_size": hidden,
-        "ffn_hidden_size": _count(config, "intermediate_size", source),
-        "num_attention_heads": heads,
-        "num_query_groups": groups,
-        "kv_channels": head_dim,
-        "norm_epsilon": _number(config, "rms_norm_eps", source),
-        "add_qkv_bias": kind == "qwen2",
-        "qk_layernorm": kind in ("qwen3", "qwen3_moe"),
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        "vocab_size": _count(config, "vocab_size", source),
-        **_rope_from_hf(config, source),
-        **(_experts_from_hf(config, source) if kind in MIXTURES else {}),
-    }
+    try:
+        return ModelSizes(
+            num_layers=_count(config, "num_hidden_layers", source),
+            hidden_size=hidden,
+            ffn_hidden_size=_count(config, "intermediate_size", source),
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=head_dim,
+            norm_epsilon=_number(config, "rms_norm_eps", source),
+            add_qkv_bias=kind == "qwen2",
+            qk_layernorm=kind in ("qwen3", "qwen3_moe"),
+            untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+            **_rope_from_hf(config, source),
+            **(_experts_from_hf(config, source) if kind in MIXTURES else {}),
+        )
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        setting = ".".join(str(part) for part in fault["loc"])
+        raise InputError(f"{source}: {setting} = {fault['input']!r}: {fault['msg']}") from None
 
 
 def _experts_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Both of Hugging Face's names for their number: `num_local_experts`, `num_experts`."""
+    """Hugging Face has two names for their number: `num_local_experts` and `num_experts`."""
     is_qwen = config["model_type"] == "qwen3_moe"
     spelled = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
     experts, topk = _count(config, spelled, source), _count(config, "num_experts_per_tok", source)
@@ -122,14 +196,14 @@ def _experts_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _count(config: dict[str, Any], key: str, source: str) -> int:
     value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise InputError(f"{source}: {key} is {value!r}, expected a positive number")
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise InputError(f"{source}: {key} is {value!r}, expected a number from 1 to 2^31 - 1")
     return value
 
 
 def _number(config: dict[str, Any], key: str, source: str) -> float:
     value = config.get(key)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
         raise InputError(f"{source}: {key} is {value!r}, expected a positive number")
     return float(value)
 
@@ -143,13 +217,14 @@ def _refuse_unsupported(config: dict[str, Any], source: str) -> None:
     _refuse_mixtures(config, source)
     if config["model_type"] in ("llama", "qwen3", "qwen3_moe") and config.get("attention_bias"):
         raise InputError(
-            f"{source}: attention_bias of {config['model_type']} puts a bias on the output "
+            f"{source}: attention_bias of {config['model_type']} adds a bias to the output "
             "projection too, which is not supported"
         )
 
 
 def _refuse_mixtures(config: dict[str, Any], source: str) -> None:
-    """Experts that are shared or absent in some layers, and routers that drop or shake tokens."""
+    """Experts that are shared or missing in some layers, and routers that drop tokens or add
+    noise."""
     reasons = {
         "capacity_factor": "experts take every token that is sent to them, and drop none",
         "expert_capacity": "experts take every token that is sent to them, and drop none",
@@ -168,18 +243,18 @@ def _refuse_mixtures(config: dict[str, Any], source: str) -> None:
 
 
 def _rope_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Both of Hugging Face's spellings: `rope_parameters`, and `rope_theta` + `rope_scaling`."""
+    """Hugging Face has two spellings: `rope_parameters`, and `rope_theta` + `rope_scaling`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{source}: rotary scaling {rope!r} is not an object")
-    absent = MIXTRAL_ROPE_THETA if config["model_type"] == "mixtral" else 10000.0
-    base = rope.get("rope_theta", config.get("rope_theta", absent))
+    default = MIXTRAL_ROPE_THETA if config["model_type"] == "mixtral" else 10000.0
+    base = rope.get("rope_theta", config.get("rope_theta", default))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    found: dict[str, Any] = {"rotary_base": _number({"rope_theta": base}, "rope_theta", source)}
+    sizes: dict[str, Any] = {"rotary_base": _number({"rope_theta": base}, "rope_theta", source)}
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise InputError(f"{source}: partial_rotary_factor is not supported")
     if kind == "default":
-        return found
+        return sizes
     if kind not in SCALINGS:
         raise InputError(
             f"{source}: rotary scaling {kind!r} is not supported; {' and '.join(SCALINGS)} are"
@@ -192,86 +267,4 @@ def _rope_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
         scaling[name] = _count(rope if name in rope else config, name, source)
         if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
             raise InputError(f"{source}: high_freq_factor must exceed low_freq_factor in {rope}")
-    return found | {"rope_scaling": scaling}
-
-
-def sliding_window(config: dict[str, Any]) -> int | None:
-    """Tokens that attention looks back, itself included, in at least one layer; None: all.
-
-    Qwen limits only with `use_sliding_window`, and only layers from `max_window_layers` on.
-    """
-    window = config.get("sliding_window")
-    if config.get("model_type") == "llama" or type(window) is not int:
-        return None
-    if config.get("model_type") in ("qwen2", "qwen3", "qwen3_moe"):
-        first = config.get("max_window_layers", 0)
-        types = config.get("layer_types") or ["sliding_attention"]
-        if (
-            not config.get("use_sliding_window")
-            or first >= config["num_hidden_layers"]
-            or "sliding_attention" not in types
-        ):
-            return None
-    return window
-
-
-def hf_from_sizes(model: Any, vocab_size: int, max_positions: int) -> dict[str, Any]:
-    """A `config.json` for a model that did not come from Hugging Face.
-
-    The plainest architecture that has what `model` (config.ModelConfig with sizes) has: Qwen3
-    with query-key norms, Qwen2 with query-key-value biases, else Llama; with experts Qwen3-MoE
-    with query-key norms, else Mixtral.
-    """
-    if model.add_qkv_bias and model.qk_layernorm:
-        raise InputError(
-            "no supported Hugging Face architecture has both model.add_qkv_bias and "
-            "model.qk_layernorm: train with one of them to export"
-        )
-    kind = "qwen3" if model.qk_layernorm else "qwen2" if model.add_qkv_bias else "llama"
-    if model.num_moe_experts:
-        if kind == "qwen2" or (kind == "llama" and model.moe_router_pre_softmax):
-            raise InputError(
-                "no supported Hugging Face architecture has model.num_moe_experts with "
-                "model.add_qkv_bias, or with model.moe_router_pre_softmax and without "
-                "model.qk_layernorm: train without them to export"
-            )
-        kind = "qwen3_moe" if model.qk_layernorm else "mixtral"
-    head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
-    if kind == "qwen2" and head_dim * model.num_attention_heads != model.hidden_size:
-        raise InputError(
-            f"Qwen2 has heads of hidden_size / num_attention_heads, and model.kv_channels is "
-            f"{head_dim}: train without model.add_qkv_bias or model.kv_channels to export"
-        )
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
-    if model.rope_scaling is not None:
-        given = {k: v for k, v in vars(model.rope_scaling).items() if v is not None}
-        rope |= {"rope_type": given.pop("type"), **given}
-    config = {
-        "architectures": [ARCHITECTURES[kind]],
-        "model_type": kind,
-        "dtype": model.dtype,
-        "hidden_act": "silu",
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
-        "max_position_embeddings": max_positions,
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": rope,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "vocab_size": vocab_size,
-    }
-    if kind != "qwen2":
-        config["head_dim"] = head_dim
-    if kind in MIXTURES:
-        size = model.moe_ffn_hidden_size or model.ffn_hidden_size
-        config["num_experts_per_tok"] = model.moe_router_topk
-        config["num_local_experts"] = model.num_moe_experts
-        if kind == "mixtral":
-            config |= {"intermediate_size": size, "sliding_window": None}
-        else:
-            config["num_experts"] = config.pop("num_local_experts")
-            config["moe_intermediate_size"] = size
-            config["norm_topk_prob"] = not model.moe_router_pre_softmax
-    return config
+    return sizes | {"rope_scaling": RopeScaling(**scaling)}

@@ -1,8 +1,8 @@
-"""A Hugging Face model's directory: safetensors read and written a tensor at a time.
+"""A Hugging Face model's directory: safetensors, read and written one tensor at a time.
 
 Weights are read from `model.safetensors`, or from the shards that
-`model.safetensors.index.json` names, and from nothing else: safetensors hold numbers, while the
-older `.bin` files are pickles, which run code when they are opened.
+`model.safetensors.index.json` names, and from nothing else: safetensors contain only numbers; the
+older `.bin` files are pickles, which may run code when they are opened.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _TEMPLATES = "additional_chat_templates"
 
 
 class HFTensors:
-    """The tensors of a model's directory, read when asked for.
+    """The tensors of a model's directory, each read when it is needed.
 
-    `shapes` and `dtypes` are known from the files' headers. A file is open, and its pages are
+    `shapes` and `dtypes` come from the files' headers. A file is open, and its pages are
     mapped, only while one of its tensors is read. Raises InputError naming file and tensor.
     """
 
@@ -64,10 +64,10 @@ class HFTensors:
                     self.dtypes[name] = DTYPES[code]
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse tensors that are missing, too many, or of another shape than `expected`.
+        """Refuse tensors that are missing, not `expected`, or of another shape.
 
-        Tables of rotary frequencies, which old Llama checkpoints hold, and the copy of tied
-        embeddings under the head's name may be there; they are not read.
+        Tables of rotary frequencies, which old Llama checkpoints contain, and the copy of tied
+        embeddings under the head's name are ignored.
         """
         for name, shape in expected.items():
             if name not in self.shapes:
@@ -89,16 +89,16 @@ class HFTensors:
                 )
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """Rows and columns of a tensor, in memory of their own."""
+        """Rows and columns of a tensor, as a copy."""
         path = self._file_of[name]
         with _opened(path) as file:
             entry = file.get_slice(name)
-            found = entry[rows] if len(self.shapes[name]) == 1 else entry[rows, columns]
-            return found.clone(memory_format=torch.contiguous_format)
+            tensor = entry[rows] if len(self.shapes[name]) == 1 else entry[rows, columns]
+            return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _files(directory: Path) -> dict[Path, list[str] | None]:
-    """The files with weights, each with the tensors to take from it; None: all."""
+    """The files with weights, each with the tensors to read from it; None: all."""
     index = directory / INDEX
     if not index.is_file():
         if (directory / SINGLE).is_file():
@@ -115,12 +115,12 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
         entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: damaged ({type(error).__name__}): fetch it again") from None
-    files: dict[Path, list[str] | None] = {}
+    files: dict[Path, list[str]] = {}
     for name, file in entries:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith("tensors"):
-            raise InputError(f"{index}: tensor {name} is said to be in {file!r}, not a file's name")
+            raise InputError(f"{index}: tensor {name} is in {file!r}, which is no file's name")
         files.setdefault(directory / file, []).append(name)
-    return files
+    return dict(files)
 
 
 @contextlib.contextmanager
@@ -142,11 +142,12 @@ def write_safetensors(
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_bytes: int,
 ) -> list[str]:
-    """Write `tensors`, which come in the order of `entries`, as one file or shards with an index.
+    """Write `tensors`, in the order of `entries`, as one file, or as shards with an index.
 
-    A shard holds at most `max_shard_bytes`, or one tensor. Only the tensor at hand is in memory.
+    A shard has at most `max_shard_bytes`, or one tensor. Only one tensor is in memory at a time.
     Returns the names of the files.
     """
+    # sizes [4, 4, 4] with at most 8 bytes per shard -> [[4, 4], [4]]
     shards: list[dict[str, int]] = [{}]
     for name, (dtype, shape) in entries.items():
         size = torch.Size(shape).numel() * dtype.itemsize
@@ -160,7 +161,7 @@ def write_safetensors(
     for file_name, shard in zip(names, shards, strict=True):
         with (directory / file_name).open("wb") as file:
             file.write(_header({name: (*entries[name], size) for name, size in shard.items()}))
-            for expected in shard:
+            for expected in shard:  # `tensors` is a generator: each is freed before the next one
                 name, tensor = next(stream)
                 assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, *entries[expected])
                 file.write(tensor.contiguous().view(torch.uint8).numpy().data)
@@ -177,7 +178,9 @@ def write_safetensors(
 
 
 def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> bytes:
-    """A safetensors header: its length as 8 bytes, then JSON filled up to a multiple of 8."""
+    """A safetensors header: its length as 8 bytes, then JSON, padded with spaces to a multiple of 8
+    bytes. Offsets count from the header's end: two tensors of 8 and 4 bytes are at [0, 8] and
+    [8, 12]."""
     table: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape, size) in entries.items():
@@ -190,7 +193,7 @@ def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> 
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy configuration and tokenizer files, never code nor weights. Returns their names."""
+    """Copy configuration and tokenizer files, but neither code nor weights. Returns their names."""
     target.mkdir(parents=True, exist_ok=True)
     copied = []
     for path in sorted(source.iterdir()):

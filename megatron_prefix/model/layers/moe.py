@@ -1,17 +1,18 @@
-"""Mixture of experts: a router whose balance counts tokens as often as they mean something.
+"""Mixture of experts: a router whose load-balancing loss skips padding and may count a shared
+token once per response.
 
-Megatron-Core's expert layers are used as they are. Their router is replaced where it counts: rows
-of prefix trees hold padding, which must not count, and tokens that several responses share, which
-count once or once a response (`moe_count`). A layer hands the counts of its micro batch to its
-router for the length of one call, so that recomputation, which calls the layer again, and
-interleaved chunks, each of which calls its own layers, always see those of the row at hand.
+Megatron-Core's expert layers are used unchanged. Their router is replaced where it counts tokens:
+rows of prefix trees contain padding, which must not count, and tokens that several responses share,
+which count once, or once per response (`moe_count`). A layer gives its router the counts of its
+micro batch for the time of one call. So recomputation, which calls the layer again, and interleaved
+chunks, each of which calls its own layers, always use the counts of the current row.
 
 The auxiliary loss of one layer over the rows m of a step is the mean of the rows' balances,
-weighted by their counts W_m. With f the share of a row's top-k choices that fall on an expert and P
-the mean of its probability, both weighted by the counts (Fedus et al. 2021, arXiv 2101.03961,
-equations 4 to 6, for k choices):
+weighted by their counts W_m (their sum is W). With f_e the share of a row's top-k choices that go
+to expert e and P_e the mean of its probability, both weighted by the counts (Fedus et al. 2021,
+arXiv 2101.03961, equations 4 to 6, for k choices):
 
-    balance_m = E sum_e f_e P_e        1 where all experts are chosen alike
+    balance_m = E sum_e f_e P_e        1 if all experts are chosen equally often
     auxiliary = sum_m W_m / W balance_m
 
 Shapes: T tokens of this rank, C hidden channels, E experts of the whole model.
@@ -30,7 +31,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_prefix.attention.megatron import TreePackedSeqParams
+from megatron_prefix.attention import TreePackedSeqParams
 
 
 def row_balance(
@@ -42,10 +43,16 @@ def row_balance(
 ) -> Tensor:
     """W_m balance_m of one row, or this rank's share of it; see the module's docstring.
 
-    `group` holds the ranks that share the row's tokens; the shares of all of them add up. Only
-    the probabilities have gradients. A row of padding has 0.
+    `group` are the ranks that share the row's tokens; their shares add up. Only the
+    probabilities have gradients. A row of padding has 0.
+
+    2 experts, top 1, counts [1, 2]: the first token chooses expert 0, the second expert 1, so
+    f = [1/3, 2/3]; with probabilities [0.6, 0.4] and [0.3, 0.7], P = [0.4, 0.6],
+    W balance = 3 * 2 * (0.4 / 3 + 0.6 * 2 / 3) = 3.2.
     """
     counts_T = counts_T.to(probs_TE.dtype)
+    # choices_E[e]: how often expert e is chosen; f_e = choices_E[e] / (topk W_m). Their sums over
+    # the ranks of the row are constants for autograd.
     choices_E = counts_T @ chosen_TE.to(probs_TE.dtype)
     totals = torch.cat([choices_E, counts_T.sum()[None]]).detach()
     if group is not None and group.size() > 1:
@@ -55,10 +62,10 @@ def row_balance(
 
 
 class _AlsoMinimise(torch.autograd.Function):
-    """Hands on its first argument; backward, the second is a summand of the loss.
+    """Returns its first argument; in backward, the second is added to the loss.
 
-    Megatron-Core's counterpart takes its scale from a variable of the process. Here none is
-    needed: neither float32 nor bfloat16 scales the loss.
+    Megatron-Core's counterpart takes a loss scale from a global variable. None is needed here:
+    neither float32 nor bfloat16 training scales the loss.
     """
 
     @staticmethod
@@ -75,21 +82,21 @@ class TreeRouter(TopKRouter):
     """Top-k choice of experts in float32, with an auxiliary loss over `counts`."""
 
     counts: Tensor | None = None
-    """How often each of this rank's tokens counts, [T]; there while its layer runs."""
+    """How often each of this rank's tokens counts, [T]; set while its layer runs."""
     step_count: float = 0.0
     """Sum of the counts of the step's rows, over all ranks."""
     auxiliary: Tensor | float = 0.0
-    """This rank's share of the auxiliary loss, summed since `step_auxiliary` last asked."""
+    """This rank's share of the auxiliary loss, summed since `step_auxiliary` was last called."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits of all experts, at least float32 whatever the model's precision."""
+        """Logits of all experts, at least float32 also if the model is bfloat16."""
         dtype = torch.promote_types(input.dtype, torch.float32)
         return F.linear(input.to(dtype), self.weight.to(dtype))
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, 1, C] -> the chosen experts' weights [T, E], 0 for the others, and who is chosen.
+        """[T, 1, C] -> the chosen experts' weights [T, E], 0 for the others, and which are chosen.
 
-        What counts comes from `counts`; there is no use for a mask.
+        `counts` has the information of `padding_mask`, which is not used.
         """
         logits_TE = self.gating(input).flatten(0, -2)
         probs_TE, chosen_TE = topk_routing_with_score_function(
@@ -112,7 +119,7 @@ class TreeRouter(TopKRouter):
 
 
 class TreeMoELayer(TransformerLayer):
-    """A transformer layer that tells its router which tokens count."""
+    """A transformer layer that tells its router how often each token counts."""
 
     @property
     def _counts_responses(self) -> bool:
@@ -125,12 +132,13 @@ class TreeMoELayer(TransformerLayer):
         packed_seq_params: TreePackedSeqParams,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """As TransformerLayer's; all that is read of `packed_seq_params` here are counts."""
+        """TransformerLayer's forward, with the counts of `packed_seq_params` set in the router."""
         router, served = self.mlp.router, packed_seq_params.responses_served
         if served is not None:
             counts = served if self._counts_responses else served.clamp(max=1)
             if self.config.sequence_parallel:
                 tensor = self.pg_collection.tp
+                # this rank's tokens of the row, as sequence parallelism divides them
                 counts = counts.chunk(tensor.size())[tensor.rank()]
             router.counts, router.step_count = counts, packed_seq_params.step_count
         try:
@@ -142,7 +150,7 @@ class TreeMoELayer(TransformerLayer):
 
 
 def with_tree_router(layer: ModuleSpec) -> ModuleSpec:
-    """Make a layer spec with experts route as above; changes and returns `layer`."""
+    """Put this module's router into a layer spec with experts; changes and returns `layer`."""
     layer.module = TreeMoELayer
     layer.submodules.mlp.submodules.router = TreeRouter
     return layer
@@ -152,15 +160,15 @@ def with_tree_router(layer: ModuleSpec) -> ModuleSpec:
 def step_auxiliary(chunks: Iterable[torch.nn.Module], device: torch.device) -> float:
     """The auxiliary loss since the last call, without its coefficient: the mean over layers.
 
-    1 where every row spreads over all experts alike. Collective over all processes, each of
+    It is 1 if every row is spread evenly over all experts. Collective over all processes, each of
     which has its own layers, rows and tokens.
     """
-    found = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # (auxiliary loss, layers)
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, TreeRouter):
-                found[0] += module.auxiliary
+                total[0] += module.auxiliary
                 module.auxiliary = 0.0
-                found[1] = module.config.num_layers
-    dist.all_reduce(found[:1])
-    return float(found[0] / found[1])
+                total[1] = module.config.num_layers
+    dist.all_reduce(total[:1])
+    return float(total[0] / total[1])

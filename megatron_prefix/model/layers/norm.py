@@ -1,9 +1,9 @@
 """Root-mean-square norm for layers without Transformer Engine.
 
 y = x / rms(x) * w with rms(x)^2 = mean(x^2) + eps (Zhang and Sennrich 2019, arXiv 1910.07467), as
-one operation. torch's own is one on CUDA, and on CPU a chain of elementary ones, each a pass over
-the row. With n = x / rms(x) and g the gradient of y, w gets sum(g n) and x gets
-(g w - n mean(g w n)) / rms(x).
+one operation. torch's own is one operation on CUDA, but on CPU a chain of elementary ones, each of
+which passes over all tokens. With n = x / rms(x) and g the gradient of y, w gets sum(g n) and x
+gets (g w - n mean(g w n)) / rms(x).
 
 Shapes: T tokens, C hidden channels.
 """
@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+SEQUENCE_PARALLEL = "sequence_parallel"
+"""Mark of a parameter whose gradient Megatron-Core sums over tensor-parallel ranks."""
+
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm that tells Megatron-Core when its weight sees a slice of the row.
-
-    Under sequence parallelism each rank's gradient covers its own tokens and must be summed;
-    the mark on the weight is what makes Megatron-Core do so.
-    """
+    """RMSNorm whose weight carries Megatron-Core's mark for sequence parallelism, under which
+    each rank's gradient covers its own tokens only and must be summed."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, SEQUENCE_PARALLEL, config.sequence_parallel)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,6 +49,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
+        # n = normed, 1 / rms(x) = scale; grad_x = (g w - n mean(g w n)) scale
         normed, wide = x.to(scale.dtype) * scale, grad.to(scale.dtype)
         product = wide * normed
         grad_weight = product.flatten(0, -2).sum(0)

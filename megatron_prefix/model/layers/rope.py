@@ -1,7 +1,7 @@
-"""Rotary angles by position along the root path, not by row index.
+"""Rotary angles by position along the root path, not by index in the row.
 
-Siblings repeat positions, so the angles are computed from `position_ids` instead of being cut
-from a table in row order. Shapes: T tokens, D rotated channels of a head.
+Siblings have the same positions, so the angles are computed from `position_ids` instead of being
+cut from a table in the order of the row. Shapes: T tokens, D rotated channels of a head.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_prefix.config.schema import RopeScaling
+from megatron_prefix.config import RopeScaling
 
 
 def rotary_frequencies(
@@ -20,22 +20,26 @@ def rotary_frequencies(
     scaling: RopeScaling | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Radians a position for each channel pair, float32 [D/2]: base^(-2i/D), scaled.
+    """Radians per position for each channel pair, float32 [D/2]: base^(-2i/D), scaled.
 
     `linear` divides all by `factor`. `llama3` (Llama 3.1) divides those that turn fewer than
     `low_freq_factor` times over the original context, keeps those that turn more than
     `high_freq_factor` times, and blends in between.
     """
+    # head_dim 4, base 10000: exponents [0, 2] / 4, frequencies [1, 0.01]
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / base ** (exponents / head_dim)
     if scaling is None:
         return frequencies
     if scaling.type == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+    context = scaling.original_max_position_embeddings
+    assert low is not None and high is not None and context is not None, "llama3 has all three"
+    # 1 for pairs that turn at least `high` times over the context, 0 below `low`, linear between
+    turns = context * frequencies / (2 * math.pi)
+    unscaled = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (unscaled + (1 - unscaled) / scaling.factor)
 
 
 def rotary_angles(
@@ -43,7 +47,7 @@ def rotary_angles(
 ) -> Tensor:
     """Angles in radians, float32 [T, D/2].
 
-    Channels i and i + D/2 turn by position * base^(-2i/D) (Su et al. 2021, arXiv 2104.09864,
+    Channels i and i + D/2 rotate by position * base^(-2i/D) (Su et al. 2021, arXiv 2104.09864,
     in the half-split order of Llama), or by scaled frequencies; see attention/rotary.py.
     """
     frequencies = rotary_frequencies(head_dim, base, scaling, position_ids_T.device)

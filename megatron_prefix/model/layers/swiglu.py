@@ -1,4 +1,4 @@
-"""The gate of a gated feed-forward layer, as one operation that keeps its input alone.
+"""The gate of a gated feed-forward layer, as one operation that saves only its input.
 
 y = silu(gate) * up (Shazeer 2020, arXiv 2002.05202) on the two halves of the first linear layer's
 output; for layers without Transformer Engine and without experts.
@@ -21,7 +21,10 @@ class SwiGLU(MegatronModule):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         if not config.gated_linear_unit or config.activation_func is not F.silu:
-            raise ValueError("SwiGLU is a gated layer's silu: set gated_linear_unit and F.silu")
+            raise ValueError(
+                f"gated_linear_unit = {config.gated_linear_unit}, activation_func = "
+                f"{config.activation_func}: SwiGLU needs True and F.silu"
+            )
 
     def forward(self, gate_up: Tensor) -> Tensor:
         return _SwiGLU.apply(gate_up)
@@ -38,6 +41,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
+        # both halves are written into one tensor, so that they need no concatenation:
+        # d/d gate = silu'(gate) up, d/d up = silu(gate)
         grads = torch.empty_like(gate_up)
         grad_gate, grad_up = grads.chunk(2, dim=-1)
         torch.mul(F.silu(gate), grad, out=grad_up)

@@ -2,12 +2,14 @@
 
 import threading
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_prefix.attention.backends import flex
 from megatron_prefix.data.steps.collate import RowItem, collate_packed
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import build_tree
@@ -77,7 +79,8 @@ def test_a_failure_is_raised_at_its_own_step():
 @pytest.mark.parametrize(("backend", "planned"), [("auto", "path"), ("flex", "block_mask")])
 def test_attention_is_planned_on_the_thread(backend, planned, monkeypatch):
     """So that the first layer finds its plan there."""
-    monkeypatch.setattr("megatron_prefix.attention.backends.flex.why_not_flex", lambda *_: None)
+    runs = replace(flex.BACKEND, why_not=lambda *_: None)
+    monkeypatch.setattr(flex, "BACKEND", runs)
     tree = build_tree(*random_group(np.random.default_rng(0)))
     seen = view(tree, "tree", 0)
     row = collate_packed([RowItem(group=0, view=seen, pair_weights=np.ones(len(seen.pairs)))])
@@ -95,7 +98,7 @@ def test_offsets_on_the_host_are_those_of_the_targets_rows():
     seen = view(tree, "tree", 0)
     row = collate_packed([RowItem(group=0, view=seen, pair_weights=np.ones(len(seen.pairs)))])
     params = to_device(row, torch.device("cpu")).params
-    counts = torch.bincount(params.target_rows, minlength=len(params.projected_rows))
+    counts = torch.bincount(params.logit_of_target, minlength=len(params.logit_tokens))
     assert (
         params.target_offsets[0] == 0 and np.diff(params.target_offsets).tolist() == counts.tolist()
     )

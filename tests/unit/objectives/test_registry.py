@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_prefix.config.schema import LossConfig
+from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import LossInputs, LossOutputs, check
 from megatron_prefix.objectives.record import ObjectiveRecord, Option

@@ -1,28 +1,48 @@
-"""ms-swift: a whole conversation in `messages`, and what stands against its last answer."""
+"""ms-swift: a whole conversation in `messages`, and the answer or conversation rejected for it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_prefix.data.read.fields import column, messages
-from megatron_prefix.data.read.formats.base import Example, assistant, checked_prompt, pair_example
-from megatron_prefix.data.read.formats.trl import whole_dialogues
+from megatron_prefix.data.read.formats.base import (
+    PAIR_COLUMNS,
+    Example,
+    Format,
+    assistant,
+    checked_prompt,
+    has,
+    pair_example,
+)
+from megatron_prefix.data.read.formats.trl import cut_pair, split_messages
 from megatron_prefix.errors import InputError
 
 
 def read_swift(record: dict[str, Any]) -> Example:
-    """`messages` end with the chosen answer.
+    """`messages`, which end with the chosen answer.
 
-    `rejected_response` is the text of the answer it was preferred to; `rejected_messages` is the
-    whole other conversation.
+    `rejected_response` is the text of the rejected answer, or `rejected_messages` is the whole
+    other conversation.
     """
     turns = messages(column(record, "messages", list), "messages")
-    if record.get("rejected_messages") is not None:
-        if record.get("rejected_response") is not None:
-            raise InputError("columns 'rejected_messages' and 'rejected_response': keep one")
-        others = column(record, "rejected_messages", list)
-        return whole_dialogues(record, turns, messages(others, "rejected_messages"))
+    if has(record, "rejected_messages"):
+        if has(record, "rejected_response"):
+            raise InputError(
+                "columns 'rejected_messages' and 'rejected_response' are both given: keep one"
+            )
+        others = messages(column(record, "rejected_messages", list), "rejected_messages")
+        return cut_pair(record, turns, others, *split_messages(turns, others))
     if not turns or turns[-1].role != "assistant":
         raise InputError("column 'messages' must end with the assistant's turn, the chosen answer")
     rejected = assistant(column(record, "rejected_response", str))
     return pair_example(record, checked_prompt(turns[:-1], "messages"), turns[-1:], rejected)
+
+
+SWIFT = Format(
+    read=read_swift,
+    fits=lambda record: (
+        has(record, "messages")
+        and (has(record, "rejected_response") or has(record, "rejected_messages"))
+    ),
+    columns=("messages", "rejected_response", "rejected_messages", *PAIR_COLUMNS),
+)

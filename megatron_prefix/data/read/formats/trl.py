@@ -1,72 +1,69 @@
 """TRL's columns, HH-RLHF's whole dialogues, and unpaired responses.
 
-hh        chosen, rejected: whole dialogues           what both share, see `split_dialogues`
-trl       prompt, chosen, rejected: text or messages  as given
-unpaired  prompt, completion, label                   as given; no pair
+format    columns                                    prompt
+hh        chosen, rejected: whole dialogues          what both share, see `split_dialogues`
+trl       prompt, chosen, rejected: text or messages as given
+unpaired  prompt, completion, label                  as given; no pair
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.data.read.fields import Message, Text, column, messages, tools
+from megatron_prefix.data.read.fields import column, json_type, messages, tools
 from megatron_prefix.data.read.formats.base import (
-    EQUAL,
-    NO_COMMON_PROMPT,
+    PAIR_COLUMNS,
     DegenerateRecord,
     Example,
     ExampleResponse,
+    Format,
+    Reason,
     blank_notes,
     checked_prompt,
     checked_response,
+    has_sides,
     pair_example,
 )
-from megatron_prefix.data.read.records import json_type
+from megatron_prefix.data.read.texts import Message, Text, common_prefix
 from megatron_prefix.errors import InputError
 
 NOTE_EARLY = "pairs that part before the last turn (the responses hold the later turns)"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-def common_prefix(a: str, b: str) -> int:
-    """Number of leading characters two texts share."""
-    if a == b:
-        return len(a)
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def split_dialogues(chosen: str, rejected: str) -> tuple[int, bool]:
     """Where the shared prompt ends, and whether that is before either text's last turn.
 
-    With `Assistant:` turns the prompt ends behind the last one both share. Texts without turns
-    are cut where they part, back to the last white space, which stays with the response.
+    With `Assistant:` turns, the prompt ends after the last such marker that both share. Texts
+    without turns are cut at the last white space before they differ; it goes to the response.
+
+        "…Human: Hi\\n\\nAssistant: Yes." and "…Human: Hi\\n\\nAssistant: No."   cut before " Yes."
+        "The sky is blue" and "The sky is black"                          cut before " blue"
     """
     if chosen == rejected:
-        raise DegenerateRecord(EQUAL)
+        raise DegenerateRecord(Reason.EQUAL)
     shared = common_prefix(chosen, rejected)
     if all(marker not in text for marker in (HUMAN, ASSISTANT) for text in (chosen, rejected)):
         cut = max(chosen.rfind(space, 0, shared) for space in (" ", "\n", "\t"))
         if not chosen[: max(cut, 0)].strip():
-            raise DegenerateRecord(NO_COMMON_PROMPT)
+            raise DegenerateRecord(Reason.NO_COMMON_PROMPT)
         return cut, False
     last = chosen.rfind(ASSISTANT, 0, shared)
     if last < 0:
-        raise DegenerateRecord(NO_COMMON_PROMPT)
-    early = last != chosen.rfind(ASSISTANT) or last != rejected.rfind(ASSISTANT)
-    return last + len(ASSISTANT), early
+        raise DegenerateRecord(Reason.NO_COMMON_PROMPT)
+    is_early = last != chosen.rfind(ASSISTANT) or last != rejected.rfind(ASSISTANT)
+    return last + len(ASSISTANT), is_early
 
 
 def split_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[int, bool]:
-    """Number of shared messages before the last place where both go on with the assistant."""
+    """Length of the shared prompt in messages, and whether it ends before the last turn.
+
+    Both dialogues must go on with the assistant after it.
+    """
     if chosen == rejected:
-        raise DegenerateRecord(EQUAL)
+        raise DegenerateRecord(Reason.EQUAL)
+    # [u, a, u, a1] and [u, a, u, a2, u, a3] share three messages and go on with the assistant: 3.
+    # [u, a] and [u, a, u, a2] share two, but the first needs a response: 1.
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -74,15 +71,15 @@ def split_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -
     while shared > 0 and not chosen[shared].role == rejected[shared].role == "assistant":
         shared -= 1
     if shared <= 0:
-        raise DegenerateRecord(NO_COMMON_PROMPT)
+        raise DegenerateRecord(Reason.NO_COMMON_PROMPT)
     return shared, max(len(chosen), len(rejected)) > shared + 1
 
 
-def whole_dialogues(record: dict[str, Any], chosen: Text, rejected: Text) -> Example:
-    """Two whole dialogues of one kind, cut where their prompt ends."""
-    split = split_dialogues if isinstance(chosen, str) else split_messages
-    cut, early = split(chosen, rejected)
-    notes = (NOTE_EARLY,) if early else ()
+def cut_pair(
+    record: dict[str, Any], chosen: Text, rejected: Text, cut: int, is_early: bool
+) -> Example:
+    """The Example of two whole dialogues whose prompt ends at `cut`."""
+    notes = (NOTE_EARLY,) if is_early else ()
     return pair_example(record, chosen[:cut], chosen[cut:], rejected[cut:], notes=notes)
 
 
@@ -90,15 +87,16 @@ def read_hh(record: dict[str, Any]) -> Example:
     """Whole dialogues in `chosen` and `rejected`: two texts, or two lists of messages."""
     chosen = column(record, "chosen", str, list)
     rejected = column(record, "rejected", type(chosen))
-    if isinstance(chosen, list):
-        chosen, rejected = messages(chosen, "chosen"), messages(rejected, "rejected")
-    return whole_dialogues(record, chosen, rejected)
+    if isinstance(chosen, str):
+        return cut_pair(record, chosen, rejected, *split_dialogues(chosen, rejected))
+    turns, others = messages(chosen, "chosen"), messages(rejected, "rejected")
+    return cut_pair(record, turns, others, *split_messages(turns, others))
 
 
 def read_trl(record: dict[str, Any]) -> Example:
     """TRL's explicit prompt: three texts, or three lists of messages.
 
-    A prompt that repeats as text what both dialogues hold as messages is passed over.
+    A prompt as text is ignored if both dialogues, as messages, contain it as a user's turn.
     """
     prompt = column(record, "prompt", str, list)
     chosen = column(record, "chosen", str, list)
@@ -106,8 +104,9 @@ def read_trl(record: dict[str, Any]) -> Example:
         return read_hh(record)
     if type(prompt) is not type(chosen):
         raise InputError(
-            f"column 'prompt' is {json_type(prompt)}, but 'chosen' is {json_type(chosen)}: make "
-            "them alike, or give --format hh where chosen and rejected hold whole dialogues"
+            f"column 'prompt' is {json_type(prompt)}, but 'chosen' is {json_type(chosen)}: both "
+            "must be text, or both lists of messages; give --format hh if chosen and rejected "
+            "hold whole dialogues"
         )
     rejected = column(record, "rejected", type(chosen))
     if isinstance(prompt, str):
@@ -120,7 +119,7 @@ def read_trl(record: dict[str, Any]) -> Example:
 
 
 def _repeats(prompt: str, record: dict[str, Any]) -> bool:
-    """Whether `prompt` is a user's turn of both dialogues, as in UltraFeedback's binarized form."""
+    """Whether `prompt` is a user's turn of both dialogues, as in binarized UltraFeedback."""
     sides = (record.get("chosen"), record.get("rejected"))
     return all(
         isinstance(side, list)
@@ -133,7 +132,7 @@ def _repeats(prompt: str, record: dict[str, Any]) -> bool:
 
 
 def read_unpaired(record: dict[str, Any]) -> Example:
-    """One response, judged alone: `label` true is a score of 1, false of 0."""
+    """One response, judged alone: `label` true becomes the score 1, false the score 0."""
     prompt = column(record, "prompt", str, list)
     completion = column(record, "completion", str, list)
     label = record.get("label")
@@ -142,7 +141,7 @@ def read_unpaired(record: dict[str, Any]) -> Example:
     if type(prompt) is not type(completion):
         raise InputError(
             f"column 'prompt' is {json_type(prompt)}, but 'completion' is "
-            f"{json_type(completion)}: make them alike"
+            f"{json_type(completion)}: both must be text, or both lists of messages"
         )
     if isinstance(prompt, list):
         prompt = checked_prompt(messages(prompt, "prompt"), "prompt")
@@ -151,3 +150,16 @@ def read_unpaired(record: dict[str, Any]) -> Example:
     return Example(
         responses=(response,), pairs=(), notes=blank_notes([completion]), tools=tools(record)
     )
+
+
+HH = Format(read=read_hh, fits=has_sides, columns=("chosen", "rejected", *PAIR_COLUMNS))
+TRL = Format(
+    read=read_trl,
+    fits=lambda record: has_sides(record) and "prompt" in record,
+    columns=("prompt", "chosen", "rejected", *PAIR_COLUMNS),
+)
+UNPAIRED = Format(
+    read=read_unpaired,
+    fits=lambda record: {"completion", "label"} <= record.keys() and not has_sides(record),
+    columns=("prompt", "completion", "label", "tools"),
+)

@@ -5,32 +5,47 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_prefix.data.read.fields import column, number
-from megatron_prefix.data.read.formats.base import Example, assistant, ranked_example, user
-from megatron_prefix.data.read.records import json_type
+from megatron_prefix.data.read.fields import column, json_type, number
+from megatron_prefix.data.read.formats.base import (
+    RANKED_COLUMNS,
+    Example,
+    Format,
+    assistant,
+    has,
+    ranked_example,
+    user,
+)
 from megatron_prefix.errors import InputError
 
 SCORES = ("score", "fine-grained_score", "overall_score")
-"""Columns of a completion that hold its score: the first that is there counts."""
+"""Columns of a completion that may hold its score; the first that it has is used."""
 
 
 def read_ultrafeedback(record: dict[str, Any]) -> Example:
     """`instruction` and `completions`, each with a `response` and one of SCORES, higher is better.
 
-    Completions without a score, or with the score of all others, label nothing. Ranks are those
-    of the scores: scores [4.0, 2.5, 4.0] have the ranks [0, 1, 0].
+    Completions without a score form no pair, nor do two with the same score. Ranks follow from
+    the scores: scores [4.0, 2.5, 4.0] have the ranks [0, 1, 0].
     """
     prompt = (user(column(record, "instruction", str)),)
     responses, scores = [], []
     for i, item in enumerate(column(record, "completions", list)):
+        place = f"completions, entry {i + 1}"
         if not isinstance(item, dict):
-            raise InputError(f"completions, entry {i + 1} is {json_type(item)}, not an object")
+            raise InputError(f"{place} is {json_type(item)}, it must be an object")
         try:
             responses.append(assistant(column(item, "response", str)))
             name = next((name for name in SCORES if item.get(name) is not None), SCORES[0])
             scores.append(number(item, name))
         except InputError as error:
-            raise InputError(f"completions, entry {i + 1}: {error}") from None
+            raise InputError(f"{place}: {error}") from None
     best_first = sorted({score for score in scores if not math.isnan(score)}, reverse=True)
     rank_of = {score: rank for rank, score in enumerate(best_first)}
     return ranked_example(record, prompt, responses, [rank_of.get(s) for s in scores], scores)
+
+
+ULTRAFEEDBACK = Format(
+    read=read_ultrafeedback,
+    fits=lambda record: has(record, "instruction", "completions"),
+    columns=("instruction", "completions", *RANKED_COLUMNS),
+)

@@ -1,0 +1,94 @@
+"""The optimizer's part of a checkpoint: how it is saved, and restored in another layout."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def sharded_optimizer_state(
+    optimizer: MegatronOptimizer, model_state: dict, is_loading: bool
+) -> dict:
+    """The optimizer's sharded tensors, to save or to request. `model_state` is the models'."""
+    if is_loading:
+        for part in _distributed_parts(optimizer):
+            part._init_optimizer_states_with_dummy_values()
+    return optimizer.sharded_state_dict(dict(model_state), is_loading=is_loading, metadata=METADATA)
+
+
+def restore_optimizer(optimizer: MegatronOptimizer, state: dict, saved: dict, step: int) -> None:
+    """Restore the state after `step` steps; the settings of the parameter groups stay the same.
+
+    `state` was loaded as `sharded_optimizer_state` requests it. `saved` is what the checkpoint
+    has beside the tensors, which shows how many parts the saved optimizer had.
+    """
+    if len(_by_part(saved)) != len(optimizer.chained_optimizers):
+        state = _with_own_groups(optimizer, state, step)
+    settings = [_settings(group) for group in optimizer.param_groups]
+    _load(optimizer, state)
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)
+
+
+def _settings(group: dict) -> dict:
+    """A parameter group's hyperparameters: everything except its parameters and their step."""
+    return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
+def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """Distributed optimizers on torch's Adam, which has one step count per parameter.
+
+    Megatron-Core 0.16 expects one per group, as in the fused optimizers of Apex and Transformer
+    Engine (distrib_optimizer.py:640, 818, 940).
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [p for p in parts if isinstance(p, DistributedOptimizer) and not HAVE_APEX_OR_TE]
+
+
+def _by_part(state: dict) -> list[dict]:
+    """Optimizer state by part: one part, or a second one if ranks share experts."""
+    return [state[i] for i in range(len(state))] if 0 in state else [state]
+
+
+def _with_own_groups(optimizer: MegatronOptimizer, state: dict, step: int) -> dict:
+    """`state` with the parameter groups of this run's optimizer, if only one of the saved run and
+    this run shares experts over ranks.
+
+    Tensors are found by name, whichever part they were saved in. Beside them a part has its
+    groups, whose settings come from the configuration anyway, and the number of steps, which is
+    the same for every parameter.
+    """
+    parts = optimizer.chained_optimizers
+    # Keys are part numbers if there are several parts, else names. `state` may have both kinds.
+    own_kind = {k: x for k, x in state.items() if isinstance(k, int) == (len(parts) > 1)}
+    for part, own in zip(parts, _by_part(own_kind), strict=True):
+        groups = part.state_dict()
+        if isinstance(part, DistributedOptimizer):
+            for group in groups["optimizer"]["param_groups"]:
+                group["step"] = step
+            own["optimizer"] = groups["optimizer"]
+            continue
+        inner = own["optimizer"] if "optimizer" in groups else own
+        inner["param_groups"] = groups.get("optimizer", groups)["param_groups"]
+        inner["state"]["common_step"] = torch.tensor(float(step))
+    return own_kind
+
+
+@torch.no_grad()
+def _load(optimizer: MegatronOptimizer, state: dict) -> None:
+    parts = _distributed_parts(optimizer)
+    if not parts:
+        optimizer.load_state_dict(state)
+        return
+    for part, own_state in zip(parts, _by_part(state), strict=True):
+        parameters = own_state.pop("param_state")
+        part.load_state_dict(own_state)
+        steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
+        part.load_parameter_state_from_fully_reshardable(parameters)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = (
+                step.clone()
+            )  # loading made all share one tensor

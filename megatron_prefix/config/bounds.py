@@ -1,0 +1,46 @@
+"""Types of settings: a number with the bounds outside of which it is certainly a mistake.
+
+Upper bounds are generous. They keep a slip of the keyboard from becoming an overflow in a library
+below: token positions are 32-bit integers, weights are float32, a checkpoint's folder has room
+for a step of nine digits, a network timeout is counted in milliseconds of 31 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
+
+KNOWN_KEYS = ConfigDict(extra="forbid")
+"""A section refuses keys that it does not have."""
+
+LARGEST_FLOAT = 3e38
+"""Just below the largest float32."""
+LEAST_FLOAT = 1.2e-38
+"""Just above the least float32 of full precision: a smaller number may become 0."""
+
+Switch = Annotated[bool, Field(strict=True)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+"""Groups, rows, sequences or tokens."""
+Steps = Annotated[int, Field(strict=True, ge=1, lt=10**9)]
+WarmupSteps = Annotated[int, Field(strict=True, ge=0, lt=10**9)]
+Epochs = Annotated[int, Field(strict=True, ge=1, le=10**6)]
+Layers = Annotated[int, Field(strict=True, ge=1, le=10**4)]
+Heads = Annotated[int, Field(strict=True, ge=1, le=2**16)]
+"""Heads, their channels, or experts."""
+NoneOrHeads = Annotated[int, Field(strict=True, ge=0, le=2**16)]
+Width = Annotated[int, Field(strict=True, ge=1, le=2**24)]
+"""Channels of a layer."""
+NoneOrWidth = Annotated[int, Field(strict=True, ge=0, le=2**24)]
+Processes = Annotated[int, Field(strict=True, ge=1, le=2**20)]
+Minutes = Annotated[float, Field(strict=True, gt=0, le=35_000, allow_inf_nan=False)]
+
+Positive = Annotated[float, Field(strict=True, gt=0, le=LARGEST_FLOAT, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, le=LARGEST_FLOAT, allow_inf_nan=False)]
+Epsilon = Annotated[float, Field(strict=True, ge=LEAST_FLOAT, le=1, allow_inf_nan=False)]
+"""What is added to a divisor so that it is not 0."""
+Factor = Annotated[float, Field(strict=True, ge=1e-6, le=1e6, allow_inf_nan=False)]
+"""A ratio of two quantities of the same kind."""
+RotaryBase = Annotated[float, Field(strict=True, ge=1, le=1e15, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]

@@ -1,0 +1,192 @@
+"""The model: its sizes, and the settings of the model section.
+
+    ModelConfig    what a user writes; sizes are optional, `hf` or `checkpoint` may give them
+    ModelSizes     what the code works with; every size is known
+
+`ModelConfig.sizes` makes the second from the first, model/hf/config.py from a `config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from megatron_prefix.config.bounds import (
+    KNOWN_KEYS,
+    Count,
+    Epsilon,
+    Factor,
+    Heads,
+    Layers,
+    NoneOrHeads,
+    NoneOrWidth,
+    NonNegative,
+    Positive,
+    RotaryBase,
+    Switch,
+    Width,
+)
+from megatron_prefix.errors import InputError
+
+
+@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
+class RopeScaling:
+    """Rotary frequencies for longer contexts than the model was first trained on."""
+
+    type: Literal["linear", "llama3"]
+    """`linear`: all frequencies are divided by `factor`; `llama3`: the low ones are, and those
+    between `low_freq_factor` and `high_freq_factor` in part."""
+    factor: Factor
+    low_freq_factor: Factor | None = None
+    high_freq_factor: Factor | None = None
+    original_max_position_embeddings: Count | None = None
+    """Context length in tokens before scaling."""
+
+    def faults(self) -> Iterator[str]:
+        """Settings that `type` needs or has no use for."""
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if (getattr(self, key) is not None) != (self.type == "llama3"):
+                yield (
+                    f"model.rope_scaling.{key} = {getattr(self, key)}: needed with type "
+                    "llama3, and only there"
+                )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
+            yield (
+                f"model.rope_scaling.high_freq_factor = {high} must be above "
+                f"low_freq_factor = {low}"
+            )
+
+
+@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
+class ModelSizes:
+    """The sizes of a model, all of them known; names and meaning are those of `ModelConfig`."""
+
+    num_layers: Layers
+    hidden_size: Width
+    ffn_hidden_size: Width
+    num_attention_heads: Heads
+    num_query_groups: Heads
+    """Key-value heads."""
+    kv_channels: Heads
+    """Channels of a head."""
+    rotary_base: RotaryBase = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: Epsilon = 1e-5
+    add_qkv_bias: Switch = False
+    qk_layernorm: Switch = False
+    untie_embeddings_and_output_weights: Switch = True
+    num_moe_experts: NoneOrHeads = 0
+    """Experts of every layer; 0 for a model without experts."""
+    moe_router_topk: Heads = 2
+    moe_ffn_hidden_size: NoneOrWidth = 0
+    """Channels of an expert; 0 for a model without experts."""
+    moe_router_pre_softmax: Switch = False
+
+    def faults(self) -> Iterator[str]:
+        """Sizes that do not fit each other."""
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if heads % groups:
+            yield (
+                f"model.num_attention_heads = {heads} is not a multiple of "
+                f"model.num_query_groups = {groups}"
+            )
+        if self.kv_channels % 2:
+            yield (
+                f"a head of {self.kv_channels} channels is odd and rotary embedding rotates "
+                "pairs: change model.hidden_size or model.kv_channels"
+            )
+
+
+SIZES = tuple(field.name for field in fields(ModelSizes))
+"""Settings of the model section that `model.hf` or an imported `model.checkpoint` gives."""
+REQUIRED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+
+
+@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
+class ModelConfig:
+    """Where the model comes from or its sizes, precision, attention and recomputation."""
+
+    kind: Literal["lm", "reward"] = "lm"
+    """`lm`: a language model, trained as a policy; `reward`: a scalar head on each response's
+    last token. A reward model may start from a language model; its head is then drawn."""
+    hf: str | None = None
+    """Hugging Face model (directory or id) that gives sizes and weights to policy and
+    reference: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE. No size may be given with it."""
+    checkpoint: str | None = None
+    """Distributed checkpoint whose weights the policy and the reference start from. Sizes may
+    be left out if `convert import` wrote it. Without it and `hf`, both start from weights drawn
+    from `train.seed`."""
+    num_layers: Layers | None = None
+    hidden_size: Width | None = None
+    ffn_hidden_size: Width | None = None
+    num_attention_heads: Heads | None = None
+    num_query_groups: Heads | None = None
+    """Key-value heads; by default as many as `num_attention_heads`."""
+    kv_channels: Heads | None = None
+    """Channels of a head; by default `hidden_size / num_attention_heads`."""
+    rotary_base: RotaryBase = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: Epsilon = 1e-5
+    add_qkv_bias: Switch = False
+    qk_layernorm: Switch = False
+    """RMSNorm over each query and key head before rotation."""
+    untie_embeddings_and_output_weights: Switch = True
+    num_moe_experts: Heads | None = None
+    """Experts of every layer, in place of one feed-forward network."""
+    moe_router_topk: Heads = 2
+    """Experts that each token is sent to."""
+    moe_ffn_hidden_size: Width | None = None
+    """Channels of an expert; by default `ffn_hidden_size`."""
+    moe_router_pre_softmax: Switch = False
+    """Weigh the chosen experts by their probability among all experts; without it, among the
+    chosen ones."""
+    moe_aux_loss_coeff: NonNegative = 0.0
+    """Weight of the auxiliary loss that spreads tokens over experts; see docs/design.md."""
+    moe_count: Literal["tokens", "responses"] = "tokens"
+    """How often the auxiliary loss counts a token: once (`tokens`), or once for each of the
+    `responses` that share it, as if each ran alone."""
+    init_method_std: Positive = 0.02
+    """Standard deviation of drawn weights; output projections are scaled by 1/sqrt(2 layers)."""
+    make_vocab_size_divisible_by: Width = 64
+    """The embedding is padded with zero rows, never predicted, to a multiple of this."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention_backend: Literal["auto", "dense", "path", "flash", "te", "flex"] = "auto"
+    """`dense` and `path` run anywhere; `flash`, `te` (Transformer Engine) and `flex`
+    (FlexAttention) need CUDA; `auto` chooses by attention/auto_table.json."""
+    flash_version: Literal["auto", 2, 3, 4] = "auto"
+    """FlashAttention that `attention_backend: flash` calls: torch's own 2, or 3 or 4 if they are
+    installed; `auto` is 3 on Hopper if that is installed, else 2."""
+    lm_head_chunk_size: Count = 2048
+    """Tokens projected to logits at a time; if there are more, backward projects them again."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: Layers | None = None
+
+    def sizes(self) -> ModelSizes | None:
+        """The sizes that are given here, with the defaults of those that follow from others;
+        None if `hf` or an imported checkpoint has them. Raises InputError."""
+        if self.num_layers is None:
+            return None
+        for key in REQUIRED_SIZES:
+            if getattr(self, key) is None:
+                raise InputError(f"model.{key} is missing: give the model's sizes, or model.hf")
+        assert self.hidden_size is not None and self.num_attention_heads is not None
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"model.hidden_size = {self.hidden_size} is not a multiple of "
+                f"model.num_attention_heads = {self.num_attention_heads}: change one, or set "
+                "model.kv_channels"
+            )
+        # hidden_size 64, 4 heads -> 4 query groups, 16 channels per head
+        given: dict[str, Any] = {key: getattr(self, key) for key in SIZES}
+        given["num_query_groups"] = self.num_query_groups or self.num_attention_heads
+        given["kv_channels"] = self.kv_channels or self.hidden_size // self.num_attention_heads
+        given["num_moe_experts"] = self.num_moe_experts or 0
+        given["moe_ffn_hidden_size"] = (
+            (self.moe_ffn_hidden_size or self.ffn_hidden_size) if self.num_moe_experts else 0
+        )
+        return ModelSizes(**given)

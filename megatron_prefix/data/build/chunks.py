@@ -1,0 +1,179 @@
+"""Chunks of records and what becomes of them: the part of a build that worker processes share.
+
+    Record -> Example -> token paths -> those that fit and differ -> MergedPaths
+
+There are two kinds of bad records. A wrong one (not JSON, a column missing) stops the build, or is
+counted and skipped with `on_error="skip"`. A degenerate one (nothing to compare) is dropped and
+counted by reason, or stops the build with `strict`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_prefix.data.build.duplicates import Digests
+from megatron_prefix.data.build.options import BuildOptions
+from megatron_prefix.data.build.report import BuildReport
+from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
+from megatron_prefix.data.read.formats import DegenerateRecord, Example, Reason
+from megatron_prefix.data.store import Block
+from megatron_prefix.data.tokenize import PathEncoder, Selection, TooLong, select
+from megatron_prefix.data.tree import MergedPaths, merge_paths
+from megatron_prefix.errors import InputError
+
+CHUNK, CHUNK_BYTES, FIRST_CHUNK = 2048, 1 << 21, 32
+"""Records, or bytes of them, that are read, built and written together. The first chunk is small,
+because it is built before any worker starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Records that are built together.
+
+    `position` is how many bytes of the input were read after them, `reader` the state of the
+    ExampleReader before them.
+    """
+
+    records: list[Record]
+    position: int
+    reader: ReaderState
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkResult:
+    """What a chunk became.
+
+    `block` has its groups (None if no group is left), `digests` one entry per group, and `reader`
+    is the state of the ExampleReader after it. `error` stops the build; but a chunk that was built
+    with a stale reader state is built again first.
+    """
+
+    block: Block | None
+    digests: list[Digests]
+    report: BuildReport
+    reader: ReaderState
+    error: InputError | None = None
+
+
+def read_chunks(inputs: Inputs) -> Iterator[tuple[list[Record], int]]:
+    """The `records` and the `position` of every Chunk."""
+    position = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal position
+        position = count
+
+    records: list[Record] = []
+    size, most = 0, FIRST_CHUNK
+    for record in inputs.scan(on_bytes):
+        records.append(record)
+        size += record.size
+        if len(records) == most or size >= CHUNK_BYTES:
+            yield records, position
+            records, size, most = [], 0, CHUNK
+    if records:
+        yield records, position
+
+
+class ChunkBuilder:
+    """Chunk -> ChunkResult; the result depends on the chunk only, not on the process."""
+
+    def __init__(self, reader: ExampleReader, encoder: PathEncoder, options: BuildOptions) -> None:
+        self._reader, self._encoder, self._options = reader, encoder, options
+
+    def __call__(self, chunk: Chunk) -> ChunkResult:
+        reader, encoder, report = self._reader, self._encoder, BuildReport()
+        reader.state = chunk.reader
+        encoder.num_tokens = 0
+        error = None
+        groups: list[MergedPaths] = []
+        digests: list[Digests] = []
+        try:
+            with _collector_paused():
+                for record in chunk.records:
+                    report.num_records += 1
+                    if built := self._build(record, report):
+                        example, group = built
+                        groups.append(group)
+                        digests.append(Digests.of(record.number, example))
+        except InputError as stopping:
+            error = stopping
+        report.format, report.num_tokens_made = reader.format, encoder.num_tokens
+        block = Block.of_paths(groups, [digest.record for digest in digests]) if groups else None
+        return ChunkResult(
+            block=block, digests=digests, report=report, reader=reader.state, error=error
+        )
+
+    def _build(self, record: Record, report: BuildReport) -> tuple[Example, MergedPaths] | None:
+        """A record's Example and tree, or None if it is dropped; `report` counts everything."""
+        record, options = record.decoded(), self._options
+        place = f"{record.path.name}:{record.line}"
+        try:
+            if record.value is None:
+                raise InputError(record.error)
+            example = self._reader.read(record.value)
+            paths, notes = self._encoder.encode(example)
+            selection = select(
+                example,
+                paths,
+                encoder=self._encoder,
+                max_length=options.max_length,
+                overflow=options.overflow,
+            )
+            _count_dropped(selection, place, options, report)
+        except DegenerateRecord as degenerate:
+            if options.strict:
+                raise InputError(
+                    f"{record.place}: {degenerate}. Remove the record, or build without --strict, "
+                    "which drops and counts such records"
+                ) from None
+            report.drop(str(degenerate), place, groups=1)
+            return None
+        except TooLong as error:
+            raise InputError(f"{record.place}: {error}") from None
+        except InputError as error:
+            if options.on_error == "stop":
+                raise InputError(
+                    f"{record.place}: {error}. Correct the record, or skip such records with "
+                    "--on-error skip"
+                ) from None
+            report.skip_wrong(place, str(error))
+            return None
+        if not selection.paths:
+            return None
+        for note in (*example.notes, *notes):
+            report.note(note)
+        report.num_cut_groups += selection.num_cut > 0
+        report.num_cut_responses += selection.num_cut
+        report.num_cut_tokens += selection.cut_tokens
+        return example, merge_paths(selection.paths, selection.pairs)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No search for cyclic garbage: records make none, and a search visits every loaded object."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _count_dropped(
+    selection: Selection, place: str, options: BuildOptions, report: BuildReport
+) -> None:
+    """Count what a group lost by reason; a lost group counts under its first reason only."""
+    if options.strict:
+        for reason in selection.dropped:
+            if reason in Reason.DEGENERATE:
+                raise DegenerateRecord(reason)
+    if not selection.paths:
+        report.drop(next(iter(selection.dropped)), place, groups=1)
+        return
+    for reason, (responses, pairs) in selection.dropped.items():
+        report.drop(reason, place, responses=responses, pairs=pairs)

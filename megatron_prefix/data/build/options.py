@@ -1,0 +1,55 @@
+"""The settings of a build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_prefix.data.tokenize import OVERFLOW_MODES
+from megatron_prefix.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How records become trees; the flags of `megatron-prefix build` have the same names."""
+
+    format: str = "auto"
+    """A name in FORMATS, or "auto": detected from the first record."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column -> the dotted path of its value in a record."""
+    split: str | None = None
+    """The part of a Hugging Face data set that is read."""
+    parse_special: bool = False
+    """The characters of a special token in a text become that token."""
+    merge_prompts: bool = False
+    """All records with the same prompt become one group."""
+    max_length: int | None = None
+    """Longest path from the root, in tokens, end-of-text included; None for no limit."""
+    overflow: str = "error"
+    """What happens to longer paths: "error", "truncate-prompt" or "drop"."""
+    append_eos: bool = True
+    """End-of-text follows every response."""
+    on_error: str = "stop"
+    """What happens to wrong records: "stop" or "skip"."""
+    strict: bool = False
+    """Degenerate records (with nothing to compare) are an error."""
+    workers: int = 1
+    """Processes that share the work; the files do not depend on it."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"--workers is {self.workers}: give at least 1")
+        if self.overflow not in OVERFLOW_MODES:
+            raise InputError(
+                f"overflow {self.overflow!r} is not one of {', '.join(OVERFLOW_MODES)}"
+            )
+        if self.on_error not in ("stop", "skip"):
+            raise InputError(f"on_error {self.on_error!r} is not one of stop, skip")
+        if self.max_length is not None and self.max_length < 2:
+            raise InputError(
+                f"--max-length is {self.max_length}: a path has at least 2 tokens, one of the "
+                "prompt and one of the response"
+            )
+        if self.max_length is None and self.overflow != "error":
+            raise InputError(
+                f"--overflow {self.overflow} has no effect without --max-length: give both"
+            )

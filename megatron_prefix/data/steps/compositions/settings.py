@@ -1,0 +1,55 @@
+"""Settings -> composition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_prefix.data.steps.compositions.batches import Composition, SortedBatches
+from megatron_prefix.data.steps.compositions.record_batches import group_batches
+from megatron_prefix.data.steps.compositions.row_batches import RowBatches
+from megatron_prefix.data.steps.sharing import group_lengths
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Everything but the data set that decides which groups share a step and a row.
+
+    The names are those of the data section, which has either `global_batch_size` or
+    `rows_per_step`. `epochs` is None if a run counts steps.
+    """
+
+    seed: int
+    sharing: str = "tree"
+    row_capacity: int | None = None
+    global_batch_size: int | None = None
+    rows_per_step: int | None = None
+    sort_by_length: bool = False
+    packing_method: str = "first-fit"
+    epochs: int | None = None
+
+    def composition(self, dataset: PreferenceDataset) -> Composition:
+        """The composition for these settings. Raises InputError if `dataset` does not fit them."""
+        if self.rows_per_step is not None:
+            assert self.row_capacity is not None, "rows_per_step needs row_capacity"
+            return RowBatches(
+                group_lengths(dataset, self.sharing),
+                self.row_capacity,
+                self.rows_per_step,
+                dataset.fingerprint,
+                self.seed,
+                sort_by_length=self.sort_by_length,
+                method=self.packing_method,
+            )
+        assert self.global_batch_size is not None, "global_batch_size or rows_per_step is needed"
+        if not self.sort_by_length:
+            return group_batches(dataset, self.global_batch_size, self.seed, self.epochs)
+        if (dataset.group_num_records[:] != 1).any():
+            raise InputError(
+                f"data.sort_by_length is true and {dataset.prefix} was built with --merge-prompts, "
+                "so its groups hold several records: set data.rows_per_step instead of "
+                "data.global_batch_size"
+            )
+        lengths = dataset.groups_num_tokens()
+        return SortedBatches(lengths, self.global_batch_size, dataset.fingerprint, self.seed)

@@ -1,0 +1,207 @@
+"""Packed steps, memory-mapped: which groups form which row of which step.
+
+    FOLDER/groups.npy       groups in the order of steps
+    FOLDER/step_groups.npy  step s has groups[step_groups[s] : step_groups[s + 1]]
+    FOLDER/items.npy        bundles of a step, row after row, as indices into the step's bundles
+    FOLDER/row_items.npy    row r has items[row_items[r] : row_items[r + 1]]
+    FOLDER/step_rows.npy    step s has the rows step_rows[s] to step_rows[s + 1]
+    FOLDER/plan.json        the manifest, written last: data set, settings, counts, checksums
+
+Two steps of three groups under `tree` sharing: step 0 has group 4 in one row and groups 0 and 2 in
+another, step 1 has group 1.
+
+    groups [4 0 2 1]     step_groups [0 3 4]
+    items  [0 1 2 0]     row_items [0 1 3 4]     step_rows [0 2 3]
+
+The bundles of a step are those of its groups in order, see sharing.py; under `tree` one per group.
+The rows are those that one rank packs. Several ranks take them, or spread the bundles again, as
+they do without packed steps.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prefix.data.files import manifest_digest, sha256
+from megatron_prefix.data.steps.compositions import StepSettings
+from megatron_prefix.data.steps.packing import as_lists
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.errors import InputError
+
+FORMAT = "megatron_prefix packed plan"
+VERSION = 1
+MANIFEST = "plan.json"
+COLUMNS: dict[str, np.dtype] = {
+    "groups": np.dtype("<i8"),
+    "step_groups": np.dtype("<i8"),
+    "items": np.dtype("<i4"),
+    "row_items": np.dtype("<i8"),
+    "step_rows": np.dtype("<i8"),
+}
+REMEDY = "pack again with megatron-prefix pack"
+
+
+class PackedSteps:
+    """What `write_packed_steps` wrote, memory-mapped: a composition that also has rows.
+
+    `manifest` has `settings`, `counts` and what `describe_packed_steps` prints. Opening checks
+    sizes and shapes, `verify` all bytes; both raise InputError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = _load(self.path)
+        counts = self.manifest["counts"]
+        self._columns: dict[str, np.ndarray] = {}
+        lengths = {
+            "groups": counts["groups"],
+            "step_groups": counts["steps"] + 1,
+            "items": counts["items"],
+            "row_items": counts["rows"] + 1,
+            "step_rows": counts["steps"] + 1,
+        }
+        for name, dtype in COLUMNS.items():
+            file = self.path / f"{name}.npy"
+            try:
+                column = np.load(file, mmap_mode="r", allow_pickle=False)
+            except Exception as error:  # a damaged header can raise anything
+                raise InputError(f"{file} cannot be read ({error}): {REMEDY}") from error
+            if column.dtype != dtype or column.shape != (lengths[name],):
+                raise InputError(f"{file} is not what its manifest describes: {REMEDY}")
+            self._columns[name] = column
+
+    @property
+    def has_fixed_rows(self) -> bool:
+        """Whether the run takes the rows as they are: packed by `rows_per_step`."""
+        return self.manifest["settings"]["rows_per_step"] is not None
+
+    def groups(self, step: int) -> np.ndarray:
+        start, stop = self._between("step_groups", step)
+        return np.array(self._columns["groups"][start:stop])
+
+    def rows(self, step: int, tokens: list[int]) -> list[list[int]]:
+        """The step's rows as indices of its bundles, whose lengths are `tokens`."""
+        items, offsets = self.packing(step)
+        if len(items) != len(tokens):
+            raise InputError(f"{self.path}: step {step} is not a packing of its groups: {REMEDY}")
+        return as_lists(items, offsets)
+
+    def packing(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(items, offsets) of the step: row r holds `items[offsets[r] : offsets[r + 1]]`.
+
+        Raises InputError unless each bundle is there once.
+        """
+        first, last = self._between("step_rows", step)
+        offsets = np.array(self._columns["row_items"][first : last + 1])
+        items = np.array(self._columns["items"][offsets[0] : offsets[-1]])
+        if not np.array_equal(np.sort(items), np.arange(len(items))):
+            raise InputError(f"{self.path}: step {step} is not a packing of its groups: {REMEDY}")
+        return items, offsets - offsets[0]
+
+    def column(self, name: str) -> np.ndarray:
+        """One of the files, memory-mapped."""
+        return self._columns[name]
+
+    def num_steps(self, epochs: int) -> int:
+        """Number of steps; `epochs` must be the number they were packed for."""
+        assert epochs == self.manifest["settings"]["epochs"], (epochs, self.manifest["settings"])
+        return self.manifest["counts"]["steps"]
+
+    def verify(self) -> None:
+        """Compare all bytes with the manifest. Raises InputError."""
+        for name, entry in self.manifest["files"].items():
+            if sha256(self.path / name) != entry["sha256"]:
+                raise InputError(f"{self.path / name} is damaged: its SHA-256 differs: {REMEDY}")
+
+    def is_of_these_files(self, dataset: PreferenceDataset) -> bool:
+        """Whether the data set's files are unchanged since `pack` verified their bytes."""
+        return self.manifest["data"].get("seen") == files_seen(dataset)
+
+    def check(self, dataset: PreferenceDataset, settings: StepSettings, steps: int | None) -> None:
+        """Refuse packed steps of other data or settings; the error has both values.
+
+        `settings.epochs` is None for a run of `steps` steps, which must end before a last step
+        that the end of the packed epochs cuts.
+        """
+        data, packed = self.manifest["data"], self.manifest["settings"]
+        differing = []
+        if data["fingerprint"] != dataset.fingerprint:
+            differing.append(
+                f"data.train is {dataset.fingerprint[:16]}… of {len(dataset)} groups and was "
+                f"{data['fingerprint'][:16]}… of {data['groups']} when packed"
+            )
+        for name, value in asdict(settings).items():
+            if value != packed[name] and not (name == "epochs" and steps):
+                section = "train" if name == "epochs" else "data"
+                differing.append(f"{section}.{name} is {value} and was {packed[name]} when packed")
+        if differing:
+            raise InputError(
+                f"data.plan = {self.path} does not match: {'; '.join(differing)}. Pack again with "
+                "the run's settings, or remove data.plan"
+            )
+        whole = self.manifest["counts"]["whole_steps"]
+        if steps and steps > whole:
+            raise InputError(
+                f"data.plan = {self.path} has {whole} whole steps, and train.steps is {steps}: "
+                "pack again with more --epochs"
+            )
+
+    def _between(self, name: str, index: int) -> tuple[int, int]:
+        column = self._columns[name]
+        if not 0 <= index < len(column) - 1:
+            raise IndexError(f"step {index} of {len(column) - 1} packed steps")
+        start, stop = column[index : index + 2].tolist()
+        return start, stop
+
+
+def is_packed_steps(path: str | Path) -> bool:
+    """Whether `path` is a folder that `write_packed_steps` wrote."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def describe_packed_steps(manifest: dict[str, Any]) -> str:
+    """One line: number of steps and rows, fill, and how even the rows are."""
+    counts, settings = manifest["counts"], manifest["settings"]
+    fill = 100 * manifest["fill"]
+    return (
+        f"packed: {counts['steps']:,} steps, {counts['rows']:,} rows of "
+        f"{settings['row_capacity']:,} tokens, {counts['groups']:,} groups, "
+        f"{manifest['tokens']:,} tokens; fill {fill:.2f} %, {100 - fill:.2f} % unused; "
+        f"longest row of a step over its mean "
+        f"{manifest['row_max_over_mean']:.3f}"
+    )
+
+
+def files_seen(dataset: PreferenceDataset) -> dict[str, list[int]]:
+    """[bytes, time of last change in ns] of every file of a data set, the manifest last."""
+    paths = {**dataset.files, ".json": dataset.manifest_path}
+    stats = {name: path.stat() for name, path in paths.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.is_file():
+        raise InputError(
+            f"there are no packed steps in {path}: {file} is missing. Make them with "
+            "megatron-prefix pack"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file} cannot be read ({error}): {REMEDY}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InputError(f"{file} is not a manifest that megatron-prefix pack wrote")
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{file} has version {manifest.get('version')}, and this program reads version "
+            f"{VERSION}: {REMEDY}"
+        )
+    if manifest_digest(manifest) != manifest.get("sha256"):
+        raise InputError(f"{file} is damaged or was changed: its SHA-256 differs: {REMEDY}")
+    return manifest

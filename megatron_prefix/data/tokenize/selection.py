@@ -1,0 +1,164 @@
+"""Which responses and pairs of an Example remain: those that fit --max-length and can be compared.
+
+max_length 6, prompt [1 2 3 4], responses [5] and [6 7 8]      paths of 5 and 7 tokens
+overflow "error"             TooLong
+overflow "drop"              the second response is dropped, so the first has no pair left
+overflow "truncate-prompt"   prompt [1 3 4] for both (1 is begin-of-text): 4 and 6 tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_prefix.data.read.formats import Example, Reason
+from megatron_prefix.data.tokenize.paths import PathEncoder
+from megatron_prefix.data.tree import Pair, ResponsePath
+from megatron_prefix.errors import InputError
+
+OVERFLOW_MODES = ("error", "truncate-prompt", "drop")
+
+
+class TooLong(InputError):
+    """A path is longer than --max-length, and --overflow is error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What remains of an Example, and why the rest was dropped.
+
+    `dropped` maps a Reason to the numbers of (responses, pairs) it took. Truncation removed
+    `cut_tokens` prompt tokens in all, from `num_cut` responses.
+    """
+
+    paths: list[ResponsePath]
+    pairs: list[Pair]
+    dropped: dict[str, tuple[int, int]]
+    num_cut: int = 0
+    cut_tokens: int = 0
+
+
+def select(
+    example: Example,
+    paths: Sequence[ResponsePath],
+    *,
+    encoder: PathEncoder,
+    max_length: int | None = None,
+    overflow: str = "error",
+) -> Selection:
+    """Drop what cannot be compared or does not fit; docs/data_format.md describes `--max-length`.
+
+    Responses that lose their last pair are dropped too, and the sets are renumbered. Raises
+    TooLong if a path is longer than `max_length` tokens and `overflow` is "error".
+    """
+    lost: dict[int, str] = {}
+    for i, path in enumerate(paths):
+        if path.loss_start == 0:
+            lost[i] = Reason.NO_PROMPT_TOKEN
+        elif path.loss_start == len(path.tokens):
+            lost[i] = Reason.NO_RESPONSE_TOKEN
+    fitted, num_cut, cut_tokens = list(paths), 0, 0
+    if max_length is not None:
+        if overflow == "truncate-prompt":
+            fitted, num_cut, cut_tokens = _truncate(example, fitted, lost, encoder, max_length)
+        _lose_too_long(fitted, lost, max_length, overflow)
+    dropped: dict[str, tuple[int, int]] = {}
+    for reason in lost.values():
+        _count(dropped, reason, num_responses=1)
+    pairs = []
+    for pair in example.pairs:
+        pair_reason = lost.get(pair.chosen) or lost.get(pair.rejected)
+        a, b = fitted[pair.chosen].tokens, fitted[pair.rejected].tokens
+        if not pair_reason and len(a) == len(b) and (a == b).all():
+            pair_reason = Reason.EQUAL
+        if pair_reason:
+            _count(dropped, pair_reason, num_pairs=1)
+        else:
+            pairs.append(pair)
+    if example.pairs:
+        remaining, pairs = _renumber(fitted, pairs)
+    else:  # responses that are judged alone
+        remaining = [path for i, path in enumerate(fitted) if i not in lost]
+    if num_unpaired := len(paths) - len(lost) - len(remaining):
+        dropped[Reason.UNPAIRED] = (num_unpaired, 0)
+    return Selection(
+        paths=remaining, pairs=pairs, dropped=dropped, num_cut=num_cut, cut_tokens=cut_tokens
+    )
+
+
+def _lose_too_long(
+    paths: Sequence[ResponsePath], lost: dict[int, str], max_length: int, overflow: str
+) -> None:
+    reason = Reason.TOO_LONG_CUT if overflow == "truncate-prompt" else Reason.TOO_LONG
+    for i, path in enumerate(paths):
+        if len(path.tokens) <= max_length or i in lost:
+            continue
+        if overflow == "error":
+            raise TooLong(
+                f"response {i} takes {len(path.tokens)} tokens with its prompt, and "
+                f"--max-length is {max_length}: raise it, or give --overflow drop or "
+                "--overflow truncate-prompt"
+            )
+        lost[i] = reason
+
+
+def _count(
+    dropped: dict[str, tuple[int, int]], reason: str, num_responses: int = 0, num_pairs: int = 0
+) -> None:
+    responses, pairs = dropped.get(reason, (0, 0))
+    dropped[reason] = responses + num_responses, pairs + num_pairs
+
+
+def _renumber(
+    paths: Sequence[ResponsePath], pairs: Sequence[Pair]
+) -> tuple[list[ResponsePath], list[Pair]]:
+    """The responses that have a pair, with new numbers for them and for their sets.
+
+    Four responses in sets [0, 0, 2, 2] with the pair (3, 2) -> two in sets [0, 0], pair (1, 0).
+    """
+    paired = sorted({side for pair in pairs for side in (pair.chosen, pair.rejected)})
+    if paired == list(range(len(paths))) and not any(path.set_id for path in paths):
+        return list(paths), list(pairs)
+    new = {old: i for i, old in enumerate(paired)}
+    sets: dict[int, int] = {}
+    for old in paired:
+        sets.setdefault(paths[old].set_id, len(sets))
+    return (
+        [replace(paths[old], set_id=sets[paths[old].set_id]) for old in paired],
+        [replace(p, chosen=new[p.chosen], rejected=new[p.rejected]) for p in pairs],
+    )
+
+
+def _truncate(
+    example: Example,
+    paths: Sequence[ResponsePath],
+    lost: dict[int, str],
+    encoder: PathEncoder,
+    max_length: int,
+) -> tuple[list[ResponsePath], int, int]:
+    """Cut the oldest prompt tokens, the same number for every response of a comparison set.
+
+    Protected tokens and one more prompt token stay, so the longest possible cut is `room`. A
+    response that is too long even then has no influence on the cut.
+    """
+    # Paths of 7 and 12 tokens, max_length 6, 1 protected token, loss from token 4: room = 2. The
+    # second does not fit even with that cut (10 tokens); the first decides: cut = 1.
+    fitted, num_cut, cut_tokens = list(paths), 0, 0
+    for set_id in dict.fromkeys(path.set_id for path in paths):
+        members = [i for i, p in enumerate(paths) if p.set_id == set_id and i not in lost]
+        if not members or max(len(paths[i].tokens) for i in members) <= max_length:
+            continue
+        protected = encoder.protected_tokens(example.responses[members[0]].prompt)
+        room = max(min(paths[i].loss_start for i in members) - protected - 1, 0)
+        members = [i for i in members if len(paths[i].tokens) - room <= max_length]
+        cut = max((len(paths[i].tokens) - max_length for i in members), default=0)
+        if cut <= 0:
+            continue
+        for i in members:
+            path = paths[i]
+            tokens = np.concatenate([path.tokens[:protected], path.tokens[protected + cut :]])
+            fitted[i] = replace(path, tokens=tokens, loss_start=path.loss_start - cut)
+            num_cut, cut_tokens = num_cut + 1, cut_tokens + cut
+    return fitted, num_cut, cut_tokens

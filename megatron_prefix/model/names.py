@@ -1,0 +1,51 @@
+"""Canonical names of parameters: those of the whole, unsharded model with local layers.
+
+A rank numbers the layers of its pipeline stage and the experts that it holds from 0, and
+Transformer Engine fuses norms into the linear layers after them. Seeds, checkpoints and files of
+Hugging Face go by the canonical name, which is the same in every layout.
+"""
+
+from __future__ import annotations
+
+import re
+
+EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
+VOCABULARY = (EMBEDDING, OUTPUT_LAYER)
+"""Matrices with one row per token of the vocabulary, which may be padded."""
+REWARD_HEAD = "score.weight"
+"""A reward model's head; Megatron-Core, checkpoints and Hugging Face name it the same."""
+TRANSFORMER_ENGINE_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Norms that Transformer Engine fuses, and their names in Megatron-Core's local layers."""
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.weight)(\d+))")
+"""An expert of this rank: a module each, or Transformer Engine's `linear_fc1.weight0`."""
+
+
+def is_expert(name: str) -> bool:
+    """Whether a canonical parameter belongs to one expert of a mixture."""
+    return ".mlp.experts." in name
+
+
+def layer_and_part(name: str) -> tuple[int, str]:
+    """`decoder.layers.2.mlp.linear_fc2.weight` -> (2, "mlp.linear_fc2.weight")."""
+    _, _, layer, part = name.split(".", 3)
+    return int(layer), part
+
+
+def canonical_name(name: str, layer_offset: int = 0, first_expert: int = 0) -> str:
+    """The name in the whole model with local layers of a rank's parameter.
+
+    In a stage after 2 layers, Transformer Engine's
+    `decoder.layers.0.self_attention.linear_qkv.layer_norm_weight` is
+    `decoder.layers.2.input_layernorm.weight`. On a rank whose first expert is 4, its expert 1,
+    `….mlp.experts.local_experts.1.linear_fc2.weight`, is `….mlp.experts.5.linear_fc2.weight`.
+    """
+    if not name.startswith("decoder.layers."):
+        return name
+    layer, part = layer_and_part(name)
+    if match := _LOCAL_EXPERT.fullmatch(part):
+        local, own, grouped_own, grouped = match.groups()
+        part = f"mlp.experts.{int(local or grouped) + first_expert}.{own or grouped_own}"
+    return f"decoder.layers.{layer + layer_offset}.{TRANSFORMER_ENGINE_NAMES.get(part, part)}"

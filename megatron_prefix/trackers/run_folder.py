@@ -1,0 +1,61 @@
+"""The folder of a run, `logging.output`: its config.yaml, and files of earlier runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_prefix.config import Config
+from megatron_prefix.errors import InputError, RunError
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def open_run_folder(config: Config, step: int) -> None:
+    """Make `logging.output` and write config.yaml. A new run (`step` 0) first renames the files
+    of an earlier one. Raises InputError."""
+    with starting(config):
+        folder = Path(config.logging.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not step and (folder / METRICS_FILE).exists():
+            _rename_earlier(folder)
+        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+
+
+def _rename_earlier(folder: Path) -> None:
+    """metrics.jsonl -> metrics-1.jsonl, or the next free number; the other files likewise."""
+    number = 1
+    while (folder / f"metrics-{number}.jsonl").exists():
+        number += 1
+    for name in (CONFIG_FILE, TENSORBOARD_FOLDER, METRICS_FILE):
+        path = folder / name
+        if path.exists():
+            os.replace(path, path.with_name(f"{path.stem}-{number}{path.suffix}"))
+
+
+@contextlib.contextmanager
+def starting(config: Config) -> Iterator[None]:
+    """Turns an OSError into the InputError that names `logging.output`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"logging.output = {config.logging.output}: {error}; name a directory that can be "
+            "written"
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(folder: Path, step: int) -> Iterator[None]:
+    """Turns an OSError into the RunError that names `logging.output` and the step."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"logging.output = {folder}: the metrics of step {step} could not be written "
+            f"({error}). Free some space, and resume with train.load"
+        ) from error

@@ -1,0 +1,112 @@
+"""The FlashAttention that torch's operators call: selected inside a context, restored after it."""
+
+import pytest
+import torch
+
+from megatron_prefix.attention.backends import flash_versions as module
+from megatron_prefix.attention.backends.flash_versions import (
+    active_version,
+    flash_version,
+    resolve_flash_version,
+    why_not_version,
+)
+from megatron_prefix.config import parse_config
+from megatron_prefix.distributed.session import open_session
+from megatron_prefix.errors import InputError
+
+
+class FakeKernels:
+    """Takes the place of what torch's registration of an implementation does."""
+
+    def __init__(self, monkeypatch, *names):
+        self.active = []
+        registry = torch.nn.attention._registry
+        for name in names:
+            register = lambda name=name: self.put(name)  # noqa: E731
+            monkeypatch.setitem(registry._FLASH_ATTENTION_IMPLS, name, register)
+
+    def put(self, name):
+        self.active.append(name)
+        return self
+
+    def remove(self):
+        self.active.pop()
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    kernels = FakeKernels(monkeypatch, "FA3", "FA4")
+    yield kernels
+    assert kernels.active == [] and active_version() == 2
+
+
+def test_a_version_is_there_inside_only_and_nests(fake):
+    with flash_version(3):
+        assert active_version() == 3 and fake.active == ["FA3"]
+        with flash_version(4):
+            assert active_version() == 4 and fake.active == ["FA4"]
+        with flash_version(2):
+            assert active_version() == 2 and fake.active == []
+        assert active_version() == 3 and fake.active == ["FA3"]
+    with pytest.raises(KeyError), flash_version(4):
+        raise KeyError("taken away on the way out, too")
+
+
+def test_what_is_not_there_is_refused_with_a_remedy(monkeypatch):
+    with pytest.raises(ValueError, match="3 cannot be used: .* hopper/ .* or use flash_version 2"):
+        resolve_flash_version(3, "cpu")
+    with pytest.raises(ValueError, match="4 cannot be used: .* `pip install flash-attn-4`"):
+        resolve_flash_version(4, "cpu")
+    with pytest.raises(ValueError, match="'5' is unknown"):
+        resolve_flash_version("5", "cpu")
+    monkeypatch.setattr(module, "_is_installed", lambda name: True)
+    assert "runs on CUDA, not on cpu" in why_not_version(3, "cpu")
+    monkeypatch.delattr(torch.nn.attention, "restore_flash_attention_impl")
+    assert "lacks torch.nn.attention.restore_" in why_not_version(3, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [((9, 0), True, 3), ((9, 0), False, 2), ((10, 0), True, 2), ((8, 0), True, 2)],
+)
+def test_auto_is_three_on_hopper_where_installed(monkeypatch, capability, installed, expected):
+    monkeypatch.setattr(module, "_is_installed", lambda name: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert resolve_flash_version("auto", "cuda") == expected
+
+
+def configured(**model):
+    return parse_config(
+        {
+            "data": {"train": "none", "row_capacity": 64, "global_batch_size": 1},
+            "model": {
+                "num_layers": 1,
+                "hidden_size": 32,
+                "ffn_hidden_size": 32,
+                "num_attention_heads": 2,
+                **model,
+            },
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1},
+            "logging": {"output": "none"},
+        }
+    )
+
+
+@pytest.mark.parametrize("backend", ["auto", "path", "te"])
+def test_a_version_without_its_backend_is_refused(backend):
+    with pytest.raises(InputError, match="flash_version = 3 counts only with .* leave it out"):
+        configured(attention_backend=backend, flash_version=3)
+
+
+def test_a_run_puts_the_version_in_place_and_takes_it_away(monkeypatch, fake):
+    config = configured(attention_backend="flash", flash_version=3)
+    with pytest.raises(InputError, match="model.flash_version 3 cannot be used: "):
+        with open_session(config):
+            raise AssertionError("entered")
+    monkeypatch.setattr(module, "why_not_version", lambda *_: None)
+    with open_session(config) as here:
+        assert here.device.type == "cpu" and fake.active == ["FA3"]
+    with open_session(configured(attention_backend="path")):
+        assert fake.active == []

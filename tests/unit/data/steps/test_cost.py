@@ -1,0 +1,76 @@
+"""The cost of bundles from columns, against the rows that are run."""
+
+import numpy as np
+import pytest
+from data_sets import random_group, write_groups
+
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.data.steps.collate import collate_packed
+from megatron_prefix.data.steps.compositions.batches import GroupBatches
+from megatron_prefix.data.steps.cost import CostModel, bundle_work
+from megatron_prefix.data.steps.rows import row_items
+from megatron_prefix.data.steps.sampler import Sampler
+from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of
+from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
+from megatron_prefix.estimate.flops import forward_flops
+
+MODEL = ModelConfig(num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4).sizes()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    groups = [random_group(np.random.default_rng([2, seed])) for seed in range(20)]
+    return write_groups(tmp_path_factory.mktemp("work") / "random", groups)
+
+
+def test_the_docstrings_example(tmp_path):
+    paths = [
+        ResponsePath(tokens=np.array([5, 6, 3, 4]), loss_start=2),
+        ResponsePath(tokens=np.array([5, 6, 2]), loss_start=2),
+    ]
+    assert build_tree(paths, [Pair(chosen=0, rejected=1)]).num_tokens == 5
+    dataset = write_groups(tmp_path / "one", [(paths, [Pair(chosen=0, rejected=1)])])
+    assert bundle_work(dataset, bundles_of(dataset, 0, "tree")[0], "tree") == (5, 13, 2)
+
+
+@pytest.mark.parametrize("sharing", SHARING_MODES)
+def test_columns_tell_what_a_row_costs(dataset, sharing):
+    cost = CostModel.of_model(MODEL, dataset.vocab_size)
+    for group in range(len(dataset)):
+        for bundle in bundles_of(dataset, group, sharing):
+            work = bundle_work(dataset, bundle, sharing)
+            row = collate_packed(row_items(dataset, [bundle], sharing, "pair"))
+            assert work == (row.num_tokens, row.layout.area(), row.num_projected)
+            flops = forward_flops(MODEL, dataset.vocab_size, row)
+            assert work.cost(cost) == pytest.approx(flops.total, rel=1e-12)
+            assert work.tokens == row.num_tokens
+
+
+def test_ranks_get_similar_cost_and_not_similar_tokens(tmp_path):
+    """One long answer costs as much attention as many short ones of as many tokens."""
+    rng = np.random.default_rng(0)
+
+    def pair(length):
+        sides = [rng.integers(0, 7, length) for _ in range(2)]
+        sides[1][0] = (sides[0][0] + 1) % 7
+        paths = [ResponsePath(tokens=np.array([1, *own]), loss_start=1) for own in sides]
+        return paths, [Pair(chosen=0, rejected=1)]
+
+    dataset = write_groups(tmp_path / "set", [pair(400) for _ in range(2)] + [pair(20)] * 60)
+    quadratic = CostModel(per_token=1.0, per_entry=1.0, per_logit_token=0.0)
+
+    def unevenness(cost):
+        order = GroupBatches(len(dataset), len(dataset), dataset.fingerprint, 0)
+        sampler = Sampler(
+            dataset=dataset, composition=order, row_capacity=1000, num_ranks=2, cost=cost
+        )
+        plan = sampler.step(0)
+        costs = [
+            sum(bundle_work(dataset, b, "tree").cost(quadratic) for row in share for b in row)
+            for share in plan.rows
+        ]
+        if cost is not None:
+            assert plan.costs == costs
+        return max(costs) / np.mean(costs)
+
+    assert unevenness(quadratic) < 1.02

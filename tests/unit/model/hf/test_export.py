@@ -1,0 +1,73 @@
+"""config.json of reward models: how they are recognised, and which token pads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf.config import HFModel
+from megatron_prefix.model.hf.export import reward_config
+
+LM = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 2}
+
+
+def kind_of(config: dict) -> str:
+    return HFModel(Path("here"), config).kind
+
+
+def test_kinds():
+    one = {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    assert kind_of(one) == "reward"
+    assert kind_of({**one, "id2label": None, "num_labels": 1}) == "reward"
+    assert kind_of(LM) == "lm" and kind_of({}) == "lm"
+
+
+def test_a_classifier_with_other_labels_is_refused():
+    two = {"architectures": ["LlamaForSequenceClassification"]}
+    with pytest.raises(InputError, match="here/config.json: a sequence classifier with 2 labels"):
+        kind_of(two)
+    with pytest.raises(InputError, match="with 3 labels"):
+        kind_of({**two, "id2label": {"0": "a", "1": "b", "2": "c"}})
+
+
+def test_the_result_is_a_reward_models(tmp_path):
+    found = reward_config({**LM, "hidden_size": 8, "pad_token_id": 5}, tmp_path)
+    assert kind_of(found) == "reward" and found["hidden_size"] == 8
+    assert found["architectures"] == ["LlamaForSequenceClassification"]
+    assert found["num_labels"] == 1 and found["pad_token_id"] == 5
+
+
+@pytest.mark.parametrize(
+    "tokenizer_config, tokenizer, pad",
+    [
+        (None, None, None),
+        ({"pad_token": None}, None, None),
+        ({"pad_token": "<pad>"}, None, None),
+        ({"pad_token": "<pad>"}, {"added_tokens": [{"id": 7, "content": "<pad>"}]}, 7),
+        ({"pad_token": {"content": "<pad>"}}, {"model": {"vocab": {"<pad>": 4}}}, 4),
+        ({"pad_token": "</s>"}, {"model": {"vocab": {"</s>": 2}}}, None),
+    ],
+    ids=["no tokenizer", "null", "no ids", "added", "vocabulary", "end of text"],
+)
+def test_the_tokenizers_padding(tokenizer_config, tokenizer, pad, tmp_path):
+    for name, value in (("tokenizer_config", tokenizer_config), ("tokenizer", tokenizer)):
+        if value is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    assert reward_config(LM, tmp_path)["pad_token_id"] == pad
+
+
+@pytest.mark.parametrize("ends", [5, [2, 5]])
+def test_padding_that_ends_texts_is_not_kept(ends, tmp_path):
+    """transformers would score the token in front of the end."""
+    found = reward_config({**LM, "pad_token_id": 5, "eos_token_id": ends}, tmp_path)
+    assert found["pad_token_id"] is None
+
+
+def test_a_reward_models_own_labels_stay(tmp_path):
+    one = {"model_type": "qwen3", "id2label": {"0": "good"}}
+    one["architectures"] = ["Qwen3ForSequenceClassification"]
+    found = reward_config({**one, "pad_token_id": 2, "eos_token_id": 2}, tmp_path)
+    assert found == {**one, "pad_token_id": None, "eos_token_id": 2}
