@@ -42,6 +42,7 @@ def saved_rows(path: Path) -> tuple[int, list[MicroBatch], list[np.ndarray]]:
         own = {k.removeprefix(f"row{i}_"): x for k, x in arrays.items() if k.startswith(f"row{i}_")}
         layout = TreeLayout.from_parents(own.pop("lengths").tolist(), own.pop("parents").tolist())
         ref_logps.append(own.pop("ref_logps"))
+        own["logit_token"] = own.pop("source_row")
         rows.append(MicroBatch(layout=layout, num_tokens=len(own["tokens"]), **own))
     return int(arrays["step"]), rows, ref_logps
 
