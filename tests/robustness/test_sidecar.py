@@ -134,7 +134,7 @@ def test_another_model_is_refused(sidecar, dataset, tmp_path, capsys, sections):
     message = refused(argv, capsys, sidecar, "reference model")
     theirs = json.loads(_header(sidecar)["__metadata__"]["megatron_prefix"])["model"][:16]
     assert theirs in message
-    ours = message.split("this run's has ")[1][:16]
+    ours = message.split("this run's model has ")[1][:16]
     assert len(ours) == 16 and ours != theirs and set(ours) <= set("0123456789abcdef")
 
 
