@@ -154,12 +154,14 @@ class PreferenceDataset:
                 raise InputError(f"{path} is cut off: build the data set again")
             setattr(self, name, np.memmap(path, kind, "r", offset=at, shape=(length,)))
             at += np.dtype(kind).itemsize * length
-        self.tokens = np.memmap(suffix_path(self.prefix, ".bin"), dtype, "r")
-        if len(self.tokens) != counts["tokens"]:
+        bin_path = suffix_path(self.prefix, ".bin")
+        num_bytes, expected_bytes = bin_path.stat().st_size, counts["tokens"] * dtype.itemsize
+        if num_bytes != expected_bytes:
             raise InputError(
-                f"{self.prefix}.bin holds {len(self.tokens)} tokens, and {counts['tokens']} in its "
-                "manifest: build the data set again"
+                f"{bin_path} has {num_bytes} bytes, but its manifest asks for {expected_bytes}: "
+                "build the data set again"
             )
+        self.tokens = np.memmap(bin_path, dtype, "r")
 
     def _map_columns(self) -> None:
         counts = self.manifest["counts"]
