@@ -210,7 +210,7 @@ def test_a_killed_score_ends_in_the_same_file(many, tmp_path, capsys, monkeypatc
     assert main(argv) == 0
     first = {"first save": 32, "inside a save": 32, "last save": 70, "at the end": 70}[moment]
     assert scored == list(range(first, 70))
-    assert ("going on after step" in capsys.readouterr().out) == (first > 0)
+    assert ("continuing after step" in capsys.readouterr().out) == (first > 0)
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "straight").read_bytes()
     assert sorted(p.name for p in tmp_path.glob("killed*")) == ["killed"]
 
