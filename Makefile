@@ -10,7 +10,7 @@ DATA := $${MEGATRON_PREFIX_DATA:-../shared/data}
 REAL := --data HH-RLHF=build/hh OpenAssistant=build/oasst
 # A row that holds every pair of OpenAssistant's longest tree unshared.
 LONGEST ?= 32768
-# Large tensors are kept for the next step, not given back to the system and cleared anew.
+# Large tensors are kept for the next step, not returned to the system and cleared again.
 BENCH := OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 $(BIN)/python
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The real preference sets; tests that want them are skipped where they are absent."""
+    """The real preference sets; tests that need them are skipped if they are absent."""
     path = Path(os.environ.get("MEGATRON_PREFIX_DATA", ROOT.parent / "shared" / "data"))
     if not (path / "hh_pairs.jsonl.gz").is_file():
         pytest.skip(f"no real preference data in {path}: set MEGATRON_PREFIX_DATA")

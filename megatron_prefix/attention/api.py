@@ -21,7 +21,7 @@ def resolve_backend(
     head_dim: int | None = None,
     gather_factor: float | None = None,
 ) -> str:
-    """The backend that `name` stands for: dense, path, flash, te or flex.
+    """The backend that `name` means: dense, path, flash, te or flex.
 
     `auto` is the first entry of auto_table.json that fits the arguments and can run on `device`.
     An entry with a condition on an argument that is not given does not fit. Raises ValueError,

@@ -1,10 +1,10 @@
 """Attention plans: the arrays that kernels read, built once per micro batch for all layers.
 
 The *leaf-path plan* cuts a row after every leaf. Each piece is an ordinary variable-length
-sequence: its queries are the tokens that this leaf is the first to cover (contiguous, in order),
-its keys are the leaf's whole root path, gathered by index. The last keys of a piece are its own
-queries. So a causal mask aligned bottom-right is exactly the tree's visibility, and the work is
-exactly the tree's area. An inner segment belongs to the piece of its first leaf:
+sequence: its queries are the tokens on this leaf's path that no earlier leaf's path contains
+(contiguous, in order), its keys are the leaf's whole root path, gathered by index. The last keys of
+a piece are its own queries. So a causal mask aligned bottom-right is exactly the tree's visibility,
+and the work is exactly the tree's area. An inner segment belongs to the piece of its first leaf:
 
     lengths [3, 2, 4], parents [-1, 0, 0]   (prompt, two responses)
     q_lengths   [5, 4]                      prompt + first response | second response
@@ -58,9 +58,9 @@ class PathPlan:
     max_seqlen_kv: int
     """Longest root-to-leaf path, in tokens; 0 in an empty row."""
     q_lengths: list[int]
-    """Queries of each piece, in tokens."""
+    """Number of queries of each piece."""
     kv_lengths: list[int]
-    """Keys of each piece, in tokens: at least as many as its queries."""
+    """Number of keys of each piece: at least as many as its queries."""
     own_starts: list[int]
     """Index among the keys of each piece's first own key. Own keys belong to its queries."""
     ancestor_starts: list[int]
@@ -174,7 +174,7 @@ def build_path_plan(
 
 
 def _pieces(layout: TreeLayout, q_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Queries of each piece, and its last token, int64 [pieces] each."""
+    """Number of queries of each piece, and its last token, int64 [pieces] each."""
     # lengths [3, 2, 4], parents [-1, 0, 0]:  leaf_ends [5, 9]
     # whole row: lengths [5, 4], last tokens [4, 8]
     # q_tokens [3, 4, 6, 8]:  leaf_of [0, 0, 1, 1];  a piece ends at a gap or with its leaf, so

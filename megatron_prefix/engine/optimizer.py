@@ -79,7 +79,8 @@ class Policy:
         return float(self.optimizer.get_grad_norm())
 
     def finish_param_gather(self) -> None:
-        """Make every weight current before it is read other than by a forward pass; collective."""
+        """Wait until all weights are gathered; collective. Call before weights are saved or
+        compared."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)

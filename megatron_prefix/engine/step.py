@@ -76,8 +76,7 @@ def preference_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """This row's share of the step's loss, its pair count, and its values for logging:
 
-    sums       name -> sum over the row's pairs: "loss" with the pairs' weights, the objective's
-               metrics without
+    sums       name -> sum over the row's pairs; "loss" is weighted, metrics are not
     logratios  |logp - ref_logp| of both sides of each pair [2P], if there is a reference
     ref_logps  |ref_logp| of the same
     """

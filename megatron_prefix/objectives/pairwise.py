@@ -37,12 +37,12 @@ def dpo_loss(
 ) -> LossOutputs:
     """Direct preference optimisation.
 
-    With the rewards beta u and beta v and their margin m = beta (u - v),
+    With the rewards beta u and beta v and their difference d = beta (u - v),
 
-        loss = -(1 - s) log sigmoid(m) - s log sigmoid(-m)
+        loss = -(1 - s) log sigmoid(d) - s log sigmoid(-d)
 
-    Rafailov et al. 2023 (arXiv 2305.18290), equation 7, for s = 0; the conservative form with
-    label noise s is Mitchell 2023. All tensors are [P].
+    Rafailov et al. 2023 (arXiv 2305.18290), equation 7, for s = 0; the conservative form, with
+    `label_smoothing` s, is Mitchell 2023. All tensors are [P].
     """
     chosen = beta * (chosen_logps - ref_chosen_logps)
     rejected = beta * (rejected_logps - ref_rejected_logps)
@@ -65,9 +65,9 @@ def ipo_loss(
 
         loss = (u / n_chosen - v / n_rejected - 1 / (2 beta))^2
 
-    Azar et al. 2023 (arXiv 2310.12036), equation 17, with tau = beta. The division by each
-    response's own tokens n is that of TRL 1.16, whose authors confirmed it with those of the paper.
-    Rewards are beta u and beta v. All tensors are [P].
+    Azar et al. 2023 (arXiv 2310.12036), equation 17, with tau = beta. The division by n, the
+    number of a response's own tokens, is that of TRL 1.16, whose authors confirmed it with those of
+    the paper. Rewards are beta u and beta v. All tensors are [P].
     """
     chosen = chosen_logps - ref_chosen_logps
     rejected = rejected_logps - ref_rejected_logps

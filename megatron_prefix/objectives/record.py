@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Unit = Literal["pair"]
-"""What a loss has one value for, and is averaged over."""
+"""The unit that has one loss value; the mean is over these units."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,8 +113,8 @@ class Option:
     allowed: str = ""
     """The values of `is_allowed` in words, for the error."""
     column: str | None = None
-    """A switch: if it is true, the function is called with this column of `LossInputs`. Other
-    options are passed to the function under their own name."""
+    """None: the option is passed to the function, under its own name. A column of `LossInputs`: the
+    option is a switch; if it is true, this column is passed to the function instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,8 @@ class FirstValue:
     value: Callable[..., float]
     """Of the options, by name."""
     steepness: Callable[..., float]
-    """Of the options: how far the loss moves at most if both rewards of a pair move by 1."""
+    """Of the options, by name. Largest slope at the first step: change of the loss per unit by
+    which both rewards move, in the same or opposite directions."""
 
 
 @dataclass(frozen=True, kw_only=True)

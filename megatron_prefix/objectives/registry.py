@@ -1,6 +1,7 @@
 """The objectives by name, and the one that a configuration asks for.
 
-A new objective is a function and its record in one file of this package; nothing else names it.
+A new objective is a function and its record in one file of this package; nothing else in the code
+needs a change. Only an option that no objective has yet is also a field of `LossConfig`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Objective:
 
     @property
     def rewards_per_nat(self) -> float:
-        """Change of a reward with its log-ratio."""
+        """Reward per nat of log-ratio: `beta`; 1 for an objective without this option."""
         return float(self.options.get("beta", 1.0))
 
     @property
@@ -85,7 +86,8 @@ class Objective:
 
     @property
     def first_steepness(self) -> float:
-        """How far that loss moves at most if both rewards of a pair move by 1."""
+        """Largest slope of that loss: its change per unit by which both rewards move, in the same
+        or opposite directions."""
         first = self.record.first
         return 0.0 if first is None else first.steepness(**self.parameters)
 

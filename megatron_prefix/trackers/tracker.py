@@ -1,7 +1,7 @@
 """The interface of a tracker: a class that receives the metrics of one run.
 
-To add a tracker, write one file with a class of these four methods and add one line to
-`configured_trackers` (several.py).
+To add a tracker, write one file with a class of these four methods, add the key that switches it on
+to `LoggingConfig` (config/schema.py), and one line to `configured_trackers` (several.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Status = Literal["done", "stopped", "failed"]
 class Tracker(Protocol):
     """Receives a run's metrics: `start`, then `log` and `figure` as often as needed, `finish`.
 
-    Only the main process has trackers. A tracker that cannot do what it is called for raises
-    InputError in `start` and RunError later. The message names the setting that switches it on.
+    Only the main process has trackers. Errors: raise InputError in `start`, RunError in the other
+    methods. The message names the setting that switches the tracker on.
     """
 
     def start(self, config: Config, step: int) -> None:

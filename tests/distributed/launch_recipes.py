@@ -91,7 +91,7 @@ GOES_WITH = {
     "pipeline_model_parallel_size": ("virtual_pipeline_model_parallel_size",),
     "context_parallel_size": ("cp_comm",),
 }
-"""Settings that mean nothing where a size is 1."""
+"""Settings that have no effect if a size is 1."""
 
 
 def raw_config(file: str) -> dict:
@@ -126,7 +126,7 @@ def alone(parallel: dict, size: str) -> dict:
 
 
 def scaled_down(file: str, layout: dict, folder: Path, train: str, valid: str, steps: int) -> dict:
-    """An example with tiny sizes on `layout`; all else that it says stays."""
+    """An example with tiny sizes on `layout`; all its other settings stay."""
     raw = raw_config(file)
     data, model, loss = raw["data"], raw["model"], raw.get("loss", {})
     data |= {"train": train, "row_capacity": 120, "global_batch_size": 4}

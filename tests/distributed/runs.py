@@ -79,7 +79,7 @@ class Runs:
         return ["train", "--config", self.config(name, **sections)]
 
     def cut(self, source: str, name: str, step: int = CUT) -> None:
-        """What `source` had left if it had been killed behind its checkpoint of `step`."""
+        """What `source` had left if it had been killed after its checkpoint of `step`."""
         shutil.copytree(self.output(source), self.output(name))
         saved = self.output(name) / "saved"
         for later in range(step + 1, NUM_STEPS + 1):

@@ -125,7 +125,7 @@ def test_layouts_that_share_rows_have_the_same_auxiliary_loss(runs, name):
     found, expected = runs.lines(name), runs.lines(BY_ROWS[name][2])
     assert_same_history(found, expected)
     balances = [row["moe/aux_loss"] for row in expected if "loss" in row]
-    assert min(balances) > 0.9 and max(balances) > 1.001, "the experts are chosen alike"
+    assert min(balances) > 0.9 and max(balances) > 1.001, "the experts are chosen equally often"
     theirs = [row["moe/aux_loss"] for row in found if "loss" in row]
     assert theirs == pytest.approx(balances, rel=1e-5)
     plain = [row["grad_norm"] for row in runs.lines("one") if "loss" in row]
@@ -135,8 +135,8 @@ def test_layouts_that_share_rows_have_the_same_auxiliary_loss(runs, name):
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_goes_on(resumed, name):
-    """Whatever ranks shared the experts before."""
+def test_a_checkpoint_is_resumed(resumed, name):
+    """On any ranks, however the experts were divided before."""
     follows = "one qwen" if RESUMED[name][2] else "one"
     assert CUT < NUM_STEPS
     assert_same_history(resumed.lines(name), resumed.lines(follows))

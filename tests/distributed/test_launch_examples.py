@@ -38,7 +38,7 @@ from megatron_prefix.estimate.planning import plan_run
 from megatron_prefix.testing import write_random_set
 
 USABLE_GIB = 70
-"""Of an H100's 80 GB, behind CUDA, NCCL and fragmentation."""
+"""Of an H100's 80 GB, without what CUDA, NCCL and fragmentation take."""
 SAMPLE = {
     "8b/dpo.yaml": "tensor_model_parallel_size",
     "70b/dpo.yaml": "pipeline_model_parallel_size",
@@ -99,7 +99,7 @@ class Scaled:
         self.valid = write_random_set(folder / "valid", 1, 5)
 
     def commands(self, name: str, file: str, layout: dict, steps: int = 2) -> list[list[str]]:
-        """Score where the example has a precomputed reference, and train."""
+        """Score if the example has a precomputed reference, and train."""
         folder = self.folder / name
         folder.mkdir()
         raw = scaled_down(file, layout, folder, self.data, self.valid, steps)
@@ -174,7 +174,7 @@ def dry_run(**env: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_one_node_meets_by_itself():
+def test_one_node_is_its_own_rendezvous():
     assert (
         dry_run().stdout.split()
         == (
@@ -184,7 +184,7 @@ def test_one_node_meets_by_itself():
     )
 
 
-def test_several_nodes_meet_at_one_of_them():
+def test_several_nodes_have_their_rendezvous_on_one_of_them():
     env = {"NNODES": "4", "RDZV_HOST": "node7", "RUN_ID": "11-0", "GPUS_PER_NODE": "4"}
     words = dry_run(**env).stdout
     assert "--rdzv-backend=c10d --rdzv-endpoint=node7:29500 --rdzv-id=11-0" in words
@@ -252,7 +252,7 @@ def test_a_container_gets_the_working_directory(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_at_its_limit_saves_queues_itself_and_goes_on(scaled, tmp_path):
+def test_a_job_at_its_time_limit_saves_requeues_itself_and_continues(scaled, tmp_path):
     """Two nodes of one process, which meet by c10d."""
     file, name = "8b/dpo.yaml", "requeued"
     layout = alone(raw_config(file)["parallel"], "tensor_model_parallel_size")

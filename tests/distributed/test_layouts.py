@@ -114,7 +114,7 @@ def test_four_processes_follow_one(runs, name):
     [("tp2sp", VPP2), ("vpp2", {}), ("pp2", TP2), ("tp2sp reward", PP2), ("pp2 reward full", {})],
     ids=["tp-vpp", "vpp-dp", "pp-tp", "tp-pp reward", "pp-dp reward"],
 )
-def test_a_checkpoint_goes_on_in_another_layout(runs, saved, resumed):
+def test_a_checkpoint_is_resumed_in_another_layout(runs, saved, resumed):
     name = f"{saved} then {'-'.join(resumed) or 'dp2'}"
     runs.cut(saved, name)
     _, sizes, follows = OF_TWO[saved]

@@ -48,7 +48,7 @@ def test_every_transport_is_exact(results, comm):
 
 @pytest.mark.parametrize("comm", COMMS)
 def test_bytes_are_those_predicted(results, comm):
-    """`dense` keeps copies of its own making and brings no keys again."""
+    """`dense` keeps its own copies and gathers no keys again."""
     found = [x for x in results if x["comm"] == comm and x["backend"] == "path"]
     assert [x["sent"] for x in found] == [x["predicted"] for x in found]
     assert any(x["sent"] for x in found)

@@ -31,7 +31,7 @@ BUDGET_FACTOR = 3.0
 """A backend's error over that of plain torch in the same precision: both round the same numbers,
 in another order. Holds for the largest and for the mean error."""
 BUDGET_FLOOR = 2.0
-"""Roundings of the largest (mean) value or term, where plain torch errs hardly at all."""
+"""Roundings of the largest (mean) value or term, if the error of plain torch is almost zero."""
 
 FORESTS = {
     "pairs": TreeLayout.from_parents([105, 36, 41, 230, 17, 64], [-1, 0, 0, -1, 3, 3]),
@@ -44,7 +44,7 @@ FORESTS = {
 
 
 def skip_without(backend, dtype, head_dim):
-    """Skip, with the reason and the remedy, where `backend` does not run here."""
+    """Skip, with the reason and the remedy, if `backend` does not run here."""
     if obstacle := load_backend(backend).why_not(torch.device(DEVICE), dtype, head_dim):
         pytest.skip(f"{backend}: {obstacle}")
 

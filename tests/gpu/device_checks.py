@@ -47,7 +47,7 @@ LEAST = {"float32": 0.1, "bfloat16": 1.0}
 """Largest differences over max(LEAST, |the other's value|): in float32 as in docs/design.md, in
 bfloat16 some four times what layouts on CPU have been seen to differ by."""
 HF_TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Of a response's log-probability, relative where it exceeds 1."""
+"""Of a response's log-probability, relative if it exceeds 1."""
 
 
 def write_decided_set(prefix: Path, num_groups: int = 24, seed: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""The budget itself, on CPU: what rounds passes every forest, what is wrong does not."""
+"""The budget itself, on CPU: rounding passes on every forest, wrong results fail."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("forest", [x for x in FORESTS if x != "long"])
-def test_what_is_wrong_does_not(forest, wrong):
+def test_wrong_results_fail(forest, wrong):
     low, mask, scale = case(forest)
     found = forward_backward(WRONG[wrong](mask, scale), *low)
     with pytest.raises(AssertionError, match=" > "):

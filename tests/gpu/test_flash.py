@@ -1,4 +1,4 @@
-"""What flash alone has: torch's operators, and versions of FlashAttention behind them."""
+"""Tests of flash alone: torch's operators, and the versions of FlashAttention that they call."""
 
 import numpy as np
 import pytest

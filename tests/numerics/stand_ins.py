@@ -1,5 +1,5 @@
-"""What CUDA's kernels are taken to compute, in plain torch, so that what stands around them can be
-tested on any device.
+"""Stand-ins for CUDA's kernels in plain torch, so that the code around them can be tested on any
+device. They compute what the kernels are documented to compute.
 
 Shapes: L queries, S keys of a piece, N query heads, G key/value heads, H head dim.
 """
@@ -12,7 +12,7 @@ from megatron_prefix.attention.plan import build_path_plan
 
 
 def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
-    """What the flash operator is taken to compute: bottom-right causal pieces, densely."""
+    """Stand-in for the flash operator: bottom-right causal pieces, densely."""
     assert causal and not debug and dropout == 0.0
     assert max_q >= cu_q.diff().max() and max_k == cu_k.diff().max()
     out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0))
@@ -89,7 +89,7 @@ class VarlenAttention(torch.autograd.Function):
 
 
 def te_module(num_heads, num_groups, head_dim, scale, is_deterministic):
-    """What Transformer Engine's module is taken to do with the arguments that te.py gives it."""
+    """Stand-in for Transformer Engine's module, with the arguments that te.py gives it."""
 
     def forward(*, query_layer, key_layer, value_layer, qkv_format, attn_mask_type, **rest):
         assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")

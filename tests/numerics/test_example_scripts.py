@@ -1,4 +1,4 @@
-"""The examples run as they stand, and stay as short as they promise."""
+"""The examples run as they are, and stay short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first loss is ln 2 with rewards of 0, or the run stops and says why."""
+"""The first loss is ln 2 with rewards of 0, or the run stops with the reason."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def redrawn(model: torch.nn.Module) -> None:
 
 
 def start_with_reference(config, here, change: Callable[[torch.nn.Module], None]) -> None:
-    """Run with a reference that was changed behind the run's back."""
+    """Run with a reference that was changed after the run was prepared."""
     run = prepare(config, here)
     model = run.reference.chunks[0]
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_the_message_is_that_of_the_objective(here, random_set, tmp_path):
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_reference_that_is_no_number_stops_the_run(here, random_set, tmp_path, factor):
+def test_a_reference_that_is_not_finite_stops_the_run(here, random_set, tmp_path, factor):
     """Comparisons with not-a-number are all false; this must not pass for equal."""
     with pytest.raises(RunError):
         change = scaled("output_layer.weight", factor)
@@ -119,13 +119,13 @@ def test_a_reference_that_is_no_number_stops_the_run(here, random_set, tmp_path,
     assert not (tmp_path / "metrics.jsonl").read_text(), "a step was written"
 
 
-def test_bfloat16_still_tells_other_weights_apart(here, random_set, tmp_path):
+def test_bfloat16_still_detects_other_weights(here, random_set, tmp_path):
     config = configure(tmp_path, random_set, model={"dtype": "bfloat16", "init_method_std": 0.2})
     with pytest.raises(RunError, match="first loss"):
         start_with_reference(config, here, redrawn)
 
 
-def test_rewards_are_looked_at_where_the_loss_alone_says_nothing(here, tmp_path):
+def test_rewards_are_checked_if_the_loss_alone_shows_nothing(here, tmp_path):
     """With responses of 3 tokens, each 0.001 less likely, all margins are 0 and the loss ln 2."""
     rng = np.random.default_rng(2)
     with DatasetWriter(tmp_path / "even", load_tokenizer("bytes").describe()) as writer:

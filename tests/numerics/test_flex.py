@@ -103,7 +103,7 @@ def long_forest(seed):
 
 @pytest.fixture
 def once():
-    """A fresh compiler, and one again behind the test."""
+    """A fresh compiler before the test and after it."""
     compiled.cache_clear()
     torch._dynamo.reset()
     yield

@@ -33,9 +33,9 @@ from megatron_prefix.train.evaluation import evaluate
 from megatron_prefix.train.run import train
 
 TOLERANCE = 1e-4
-"""Of a response's log-probability, relative where it exceeds 1."""
+"""Of a response's log-probability, relative if it exceeds 1."""
 SIZES = {
-    "vocab_size": 270,  # above the data's 258, so that the padding to 320 starts behind it
+    "vocab_size": 270,  # above the data's 258, so that the padding to 320 starts after it
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
@@ -208,7 +208,7 @@ def test_export_after_import_is_bit_equal(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3", "mixtral", "qwen3 moe, raw"])
-def test_a_trained_model_leaves_as_it_is(kind, hh, tmp_path):
+def test_a_trained_model_is_exported_unchanged(kind, hh, tmp_path):
     """Three steps, exported: transformers finds the log-probabilities that we find."""
     directory = make(kind, tmp_path / "hf")
     config = run_config(tmp_path, hh, hf=str(directory))
@@ -230,7 +230,7 @@ def test_a_trained_model_leaves_as_it_is(kind, hh, tmp_path):
     ],
     ids=["qwen2", "mixtral", "qwen3 moe"],
 )
-def test_a_model_from_sizes_leaves_too(parts, random_set, tmp_path):
+def test_a_model_from_sizes_is_exported_too(parts, random_set, tmp_path):
     sizes = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4}
     config = run_config(tmp_path, random_set, **sizes, **parts)
     train(config)
@@ -263,7 +263,7 @@ def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_ways_in_give_the_same_weights(here, dtype, random_set, tmp_path):
-    """bfloat16 tensors into either precision, and zero rows behind the vocabulary."""
+    """bfloat16 tensors into either precision, and zero rows after the vocabulary."""
     from megatron_prefix.engine.optimizer import build_model
 
     directory = make("qwen2", tmp_path / "hf", torch.bfloat16)
@@ -310,7 +310,7 @@ def test_sizes_beside_an_import_have_to_be_its_own(random_set, tmp_path):
     assert resolve_starting_model(right, [PreferenceDataset(random_set)]).vocab_size == 270
 
 
-def test_nothing_is_overwritten_and_nothing_half_done(tmp_path):
+def test_nothing_is_overwritten_and_nothing_is_left_incomplete(tmp_path):
     directory = make("qwen2", tmp_path / "hf")
     import_checkpoint(str(directory), tmp_path / "ck")
     with pytest.raises(InputError, match="exists already"):

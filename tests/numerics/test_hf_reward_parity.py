@@ -31,7 +31,7 @@ from megatron_prefix.train.evaluation import evaluate
 from megatron_prefix.train.run import train
 
 TOLERANCE = 1e-5
-"""Of a score, relative where it exceeds 1."""
+"""Of a score, relative if it exceeds 1."""
 PAD = 260  # beyond the data's 258 tokens
 
 
@@ -93,7 +93,7 @@ def worst(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reward_model_comes_in_trains_and_leaves(kind, hh, tmp_path):
+def test_a_reward_model_is_imported_trained_and_exported(kind, hh, tmp_path):
     """Scores in, straight and through a checkpoint; scores out, after three steps."""
     directory = make_reward(kind, tmp_path / "hf")
     import_checkpoint(str(directory), tmp_path / "ck")
@@ -132,7 +132,7 @@ def test_a_language_model_becomes_a_reward_model(kind, hh, tmp_path, capsys):
     assert worst(ours, judged(tmp_path / "out", hh, batch_size=8)) < TOLERANCE
 
 
-def test_bfloat16_leaves_in_bfloat16(hh, tmp_path):
+def test_bfloat16_is_exported_as_bfloat16(hh, tmp_path):
     directory = make_reward("llama 3", tmp_path / "hf", torch.bfloat16)
     config = run_config(tmp_path, hh, kind="reward", hf=str(directory), dtype="bfloat16")
     train(config)
@@ -144,7 +144,7 @@ def test_bfloat16_leaves_in_bfloat16(hh, tmp_path):
     assert np.abs(ours - judged(tmp_path / "out", hh)).max() < 0.05  # theirs in float32
 
 
-def test_a_model_from_sizes_leaves_as_a_classifier(random_set, tmp_path, capsys):
+def test_a_model_from_sizes_is_exported_as_a_classifier(random_set, tmp_path, capsys):
     sizes = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4}
     config = run_config(tmp_path, random_set, kind="reward", **sizes, init_method_std=0.2)
     train(config)
@@ -160,7 +160,7 @@ def test_a_model_from_sizes_leaves_as_a_classifier(random_set, tmp_path, capsys)
     assert worst(ours, judged(tmp_path / "out", random_set)) < TOLERANCE
 
 
-def test_what_cannot_be_is_refused(hh, tmp_path):
+def test_what_is_not_supported_is_refused(hh, tmp_path):
     reward = make_reward("qwen2", tmp_path / "reward")
     with pytest.raises(InputError, match="is a reward model, without a language-model head"):
         train(run_config(tmp_path, hh, hf=str(reward)))

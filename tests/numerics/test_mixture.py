@@ -63,7 +63,7 @@ def balance_by_hand(logits: torch.Tensor, counts: list[float], topk: int) -> tor
 
 
 def gradients(model, rows, step_count: float) -> dict[str, torch.Tensor]:
-    """Of the auxiliary loss alone: what the model says weighs nothing."""
+    """Gradients of the auxiliary loss alone: the model's output has weight 0."""
     model.train()
     model.zero_grad()
     for row in rows:

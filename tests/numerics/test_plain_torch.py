@@ -85,8 +85,8 @@ def plain_run(
         return torch.stack([logp(group.prompt, response) for response in group.responses])
 
     def logp(prompt: str, response: str) -> torch.Tensor:
-        before, behind = (tokenizer(text)["input_ids"] for text in (prompt, response))
-        tokens = torch.tensor([before + behind + [tokenizer.eos_token_id]])
+        before, after = (tokenizer(text)["input_ids"] for text in (prompt, response))
+        tokens = torch.tensor([before + after + [tokenizer.eos_token_id]])
         found = model(tokens[:, :-1]).logits.log_softmax(-1)
         return found[0].gather(1, tokens[0, 1:, None])[len(before) - 1 :].double().sum()
 
@@ -161,7 +161,7 @@ def made_text(rng: np.random.Generator, letters: str = "abcdefgh éß") -> str:
 
 
 def made_dialogue(rng: np.random.Generator) -> dict:
-    """Chosen and rejected have letters of their own, behind a word that both begin with."""
+    """Chosen and rejected have letters of their own, after a word that both begin with."""
     turns = [MARKERS[role] + " " + made_text(rng) for role in ("prompter", "assistant", "prompter")]
     prompt = "".join(turns) + MARKERS["assistant"] + " well "
     return {"chosen": prompt + made_text(rng, "abc"), "rejected": prompt + made_text(rng, "fgh")}

@@ -1,7 +1,7 @@
 """Saving and resuming continue a run bit for bit, or refuse.
 
 An interrupted run is made of a finished one: the checkpoint after step 3 becomes the newest
-again, and what was written behind it stays in the metrics file, as after a kill.
+again, and what was written after it stays in the metrics file, as after a kill.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Finished:
         return output
 
     def cut(self, variant: str, output: Path) -> Path:
-        """A copy of the run as it is when it was killed behind step 5."""
+        """A copy of the run as it is when it was killed after step 5."""
         shutil.copytree(self.run(variant), output)
         shutil.rmtree(iteration_dir(output / "saved", STEPS))
         (output / "saved" / TRACKER).write_text(str(CUT), encoding="utf-8")
@@ -138,14 +138,14 @@ def test_saving_changes_nothing(finished, tmp_path):
 
 
 def test_the_reference_stays_the_original_one(finished, tmp_path):
-    """Rewards go on from where they were; a reference loaded from `train.load` would be at 0."""
+    """Rewards continue from their values; a reference loaded from `train.load` would be at 0."""
     resumed = finished.resume(finished.cut(PLAIN, tmp_path / "run"))
     after = next(row for row in resumed if row["step"] == CUT + 1)
     assert abs(after["rewards/chosen"]) > 1e-3
     assert abs(resumed[-1]["eval_rewards/chosen"]) > 1e-3
 
 
-def test_the_schedule_goes_on_where_it_was(finished, tmp_path):
+def test_the_schedule_continues_where_it_was(finished, tmp_path):
     """Warm-up over 2 steps, then a cosine over the other 4, written out."""
     resumed = finished.resume(finished.cut(PLAIN, tmp_path / "run"))
     expected = [0.0, 5e-4] + [

@@ -1,4 +1,4 @@
-"""Runs of reward models: one trajectory whatever the layout, and what they read and leave."""
+"""Runs of reward models: one trajectory in every layout, and what they read and write."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def done(random_set, tmp_path_factory) -> Config:
     return config
 
 
-def test_evaluate_says_what_the_run_said(done, random_set, tmp_path):
+def test_evaluate_equals_the_evaluation_of_the_run(done, random_set, tmp_path):
     last = lines(Path(done.logging.output))[-1]
     file = tmp_path / "rewards.jsonl"
     found = evaluate(load_config(Path(done.logging.output) / "config.yaml"), done.train.save, file)
@@ -117,7 +117,7 @@ def test_evaluate_says_what_the_run_said(done, random_set, tmp_path):
     assert found["rewards/accuracies"] == pytest.approx((margins > 0).mean(), rel=1e-9)
 
 
-def test_a_resumed_run_goes_on_exactly(done, random_set, tmp_path):
+def test_a_resumed_run_continues_exactly(done, random_set, tmp_path):
     saved = tmp_path / "saved"
     shutil.copytree(done.train.save, saved)
     shutil.rmtree(saved / "iter_0000006")
@@ -153,7 +153,7 @@ def test_score_is_refused(done, tmp_path):
 
 
 def head(here, model: Config, dataset: str, seed: int = 1234) -> tuple[torch.Tensor, str | None]:
-    """The head that a model section begins with, and what is said of it."""
+    """The head that a model section begins with, and the note about it."""
     initial = resolve_starting_model(model, [PreferenceDataset(dataset)])
     chunks = build_model(initial.transformer_config(seed), here)
     initial.load(chunks)
@@ -255,7 +255,7 @@ def test_pairs_without_a_margin_are_counted(tmp_path):
     trained(configure(tmp_path / "plain", dataset, model=REWARD, train={"steps": 1}))
 
 
-def test_a_run_that_runs_away_keeps_its_rows(random_set, tmp_path):
+def test_a_run_that_diverges_saves_its_rows(random_set, tmp_path):
     config = configure(tmp_path / "run", random_set, model=REWARD, optimizer={"lr": 1e30})
     with pytest.raises(RunError, match="the loss of step 2 is not finite"):
         trained(config)

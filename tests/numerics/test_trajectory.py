@@ -3,10 +3,10 @@
 Twenty steps in float32 at a learning rate of 1e-3, on HH-RLHF pairs and on OpenAssistant trees,
 the same groups in the same steps: every way to lay them out has to follow one trajectory.
 
-One thing has to be kept out, because it is rounding and no more. A response that is chosen as
-often as it is rejected has a gradient of exactly 0 at the first step, where all pairs weigh the
-same. Run once (`tree`, `response`) it gets this 0; run once a pair, it gets what float32 leaves of
-x - x. For the embedding of a token that stands in such responses only, that is the whole gradient,
+One case is avoided, because it is only rounding. A response that is chosen as often as it is
+rejected has a gradient of exactly 0 at the first step, when all pairs weigh the same. If it is run
+once (`tree`, `response`), it gets this 0. If it is run once per pair, it gets the rounding error of
+x - x. For the embedding of a token that occurs in such responses only, this is the whole gradient,
 and Adam divides it by itself. `settled_seed` finds an order of the data without such tokens.
 """
 

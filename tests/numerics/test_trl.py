@@ -149,7 +149,7 @@ def _swapped(pairs: list[dict[str, str]], place: int) -> list[dict[str, str]]:
     ],
     ids=["beta", "smoothing", "clipping", "a pair swapped", "another order"],
 )
-def test_another_run_is_told_from_it(change, pairs_change, made_pairs, model, run, tmp_path):
+def test_a_different_run_is_detected(change, pairs_change, made_pairs, model, run, tmp_path):
     """So the comparison can fail."""
     ours, taken = run("made", made_pairs, SETTINGS["plain"])
     pairs = pairs_change(taken) if pairs_change else taken
@@ -190,7 +190,7 @@ def reward_run(reward_model, hh_pairs, tmp_path_factory):
 
 
 def without_margins(pairs: list[dict], setting: Setting) -> list[dict]:
-    """TRL takes margins wherever it sees them."""
+    """The pairs without margins, unless the setting uses them: TRL uses every margin it finds."""
     if setting.margin:
         return pairs
     return [{key: x for key, x in pair.items() if key != "margin"} for pair in pairs]
@@ -210,7 +210,7 @@ def test_a_reward_model_trains_as_in_trl(name, reward_model, hh_pairs, reward_ru
 
 
 @pytest.mark.parametrize("change", [{"center": 0.101}, {"margin": True}], ids=["c", "margin"])
-def test_another_reward_model_is_told_from_it(change, reward_model, reward_run, tmp_path):
+def test_a_different_reward_model_is_detected(change, reward_model, reward_run, tmp_path):
     """So the comparison can fail."""
     ours, taken = reward_run(REWARDS["centring"])
     setting = replace(REWARDS["centring"], steps=2, **change)

@@ -48,7 +48,7 @@ def write_config(path: Path, dataset: str, output: Path, **sections: dict) -> st
 
 
 def command(argv: list[str], capsys) -> tuple[int, str]:
-    """Run the program in this process. Returns its exit code and what it said as an error."""
+    """Run the program in this process. Returns its exit code and its error message."""
     capsys.readouterr()
     try:
         code = main(argv)

@@ -1,7 +1,7 @@
-"""A disk that takes no more: one message, exit code 1, and everything earlier is as it was.
+"""A full disk: one message, exit code 1, and everything earlier is as it was.
 
-A limit on the size of files (RLIMIT_FSIZE) stands in for the disk. It is set in this process just
-below what the thing to be written needs, and taken back behind it.
+A limit on the size of files (RLIMIT_FSIZE) replaces a full disk. It is set in this process just
+below the size of what is written, and removed afterwards.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def records(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("num_bytes", [10, 2000, 8000])
-def test_build_leaves_nothing_behind(records, tmp_path, capsys, num_bytes):
+def test_build_leaves_nothing_on_disk(records, tmp_path, capsys, num_bytes):
     """Output that cannot be written is wrong input for `build`, which has nothing to keep."""
     output = tmp_path / "made" / "set"
     argv = ["build", "--input", str(records), "--tokenizer", "bytes", "--output", str(output)]
@@ -109,7 +109,7 @@ def test_build_leaves_nothing_behind(records, tmp_path, capsys, num_bytes):
 
 
 @pytest.mark.parametrize("num_bytes", [10, 500])
-def test_score_goes_on_when_there_is_room(dataset, tmp_path, capsys, num_bytes):
+def test_score_continues_when_there_is_room(dataset, tmp_path, capsys, num_bytes):
     output = tmp_path / "ref"
     path = write_config(tmp_path / "c.yaml", dataset, tmp_path / "run")
     argv = ["score", "--config", path, "--output", str(output)]
@@ -126,7 +126,7 @@ def test_score_goes_on_when_there_is_room(dataset, tmp_path, capsys, num_bytes):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["tensors", "common.pt"])
 def test_two_processes_stop_together(dataset, tmp_path, what):
-    """None waits for another that has failed, and one speaks."""
+    """No process waits for one that has failed, and one of them prints the message."""
     argv = config(tmp_path, dataset, steps=2)
     with files_up_to(LIMITS[what]):
         run = launch(argv, tmp_path / "log")

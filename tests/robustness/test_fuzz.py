@@ -56,7 +56,7 @@ def limited(case: object) -> Iterator[None]:
 
 
 def refusal(action: Callable[[], object], name: object, case: object) -> object | None:
-    """What `action` returns, or None where it refuses with a message that has `name`."""
+    """What `action` returns, or None if it refuses with a message that has `name`."""
     with limited(case):
         try:
             return action()
@@ -283,7 +283,7 @@ def test_two_thousand_cases(fuzz, kind):
 
 
 def test_the_sound_inputs_are_accepted(fuzz, tmp_path):
-    """What is damaged above is sound before: else every case would be refused."""
+    """The undamaged inputs are accepted; otherwise every case above would be refused."""
     for number, text in enumerate(fuzz.texts):
         path = tmp_path / f"{number}.jsonl"
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""A kill at any moment loses nothing but time: the same command goes on, bit for bit.
+"""A kill at any moment loses nothing but time: the same command continues, bit for bit.
 
 Kills are SIGKILLs of torchrun's process group, on two processes with a distributed optimizer that
 save after every step. A moment is a time after a step's line of metrics was written, or after the
@@ -58,7 +58,7 @@ class Killed:
         return set((self.output / "saved").glob(".iter_*.partial-*"))
 
     def kill_at(self, moment: str, delay: float, steps: int) -> str:
-        """Start, and kill `delay` seconds behind the moment. Returns what was said."""
+        """Start, and kill `delay` seconds after the moment. Returns what was printed."""
         before, old = self.num_lines(), self.saves()
         run = launch(self.argv, self.log)
         deadline = time.monotonic() + TIMEOUT_S
@@ -149,7 +149,7 @@ def test_a_kill_within_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, 
 
 
 def _killed_in(argv: list[str], module: str, name: str) -> int:
-    """Train, and die within the second save, behind module.name."""
+    """Train, and die within the second save, after module.name."""
     owner = importlib.import_module(module)
     begin, saves = checkpoint._make_room, []
 
@@ -216,7 +216,7 @@ def test_a_killed_score_ends_in_the_same_file(many, tmp_path, capsys, monkeypatc
 
 
 def _score_killed(argv: list[str], moment: str) -> int:
-    """Score, and die behind a save of what is done, or before it is moved into place."""
+    """Score, and die after a save of what is done, or before it is moved into place."""
     save, replace = PartialScores.save, os.replace
 
     def saving(self, step: int) -> None:

@@ -101,7 +101,7 @@ def said(run: Launched) -> str:
 
 
 def only_message(text: str) -> str:
-    """The one message of the program, where there is no traceback of it."""
+    """The one message of the program, which printed no traceback."""
     assert "megatron_prefix/train" not in text, text[-4000:]
     (line,) = (x for x in text.splitlines() if x.startswith("megatron-prefix"))
     return line
@@ -114,7 +114,7 @@ def test_a_killed_rank_is_named(dataset, tmp_path):
 
 
 def test_a_stopped_rank_is_named_within_the_timeout(dataset, tmp_path):
-    """torchrun leaves a stopped process half a minute; the test kills it where we have spoken."""
+    """torchrun leaves a stopped process half a minute; the test kills it after our message."""
     timeout_s = 9
     parallel = {"distributed_timeout_minutes": timeout_s / 60}
     run = start(tmp_path, dataset, "SIGSTOP", parallel=parallel)
@@ -142,7 +142,7 @@ def _state(pid: int) -> str:
         return ""
 
 
-def test_an_error_of_one_rank_alone_is_said_once(dataset, tmp_path):
+def test_an_error_of_one_rank_alone_is_printed_once(dataset, tmp_path):
     text = said(start(tmp_path, dataset, "input"))
     assert only_message(text) == (
         "megatron-prefix train: error: rank 1: data.train: unreadable here"
@@ -151,7 +151,7 @@ def test_an_error_of_one_rank_alone_is_said_once(dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_wrong_number_of_processes_ends_all_with_numbers(dataset, tmp_path):
+def test_a_wrong_number_of_processes_stops_all_with_both_numbers(dataset, tmp_path):
     sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
     text = said(start(tmp_path, dataset, "none", parallel=sizes))
     message = only_message(text)
@@ -176,7 +176,7 @@ def test_a_defect_on_one_rank_shows_its_traceback_and_is_named(dataset, tmp_path
 
 
 @pytest.mark.slow
-def test_metrics_that_cannot_be_written_end_both(dataset, tmp_path):
+def test_metrics_that_cannot_be_written_stop_both_ranks(dataset, tmp_path):
     message = only_message(said(start(tmp_path, dataset, "disk")))
     assert message.startswith("megatron-prefix train: error: logging.output = ")
     assert "the metrics of step 3 could not be written" in message
@@ -199,7 +199,7 @@ def test_a_signal_to_one_rank_ends_scoring_on_both(dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_end_of_the_store_is_said(dataset, tmp_path):
+def test_a_store_that_ended_is_reported(dataset, tmp_path):
     message = only_message(said(start(tmp_path, dataset, "host")))
     assert "the process groups' store does not answer: rank 0, or its launcher, has" in message
     assert "(step 3)" in message
@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_ends_all_stages(dataset, tmp_path):
     assert text.count("exitcode  : 1") == 2
 
 
-def test_the_verdict_prefers_who_is_gone():
+def test_the_message_names_ended_ranks_first():
     waits = {"kind": "answers", "doing": "step 4", "idle": 60.0, "where": None}
     busy = {**waits, "where": "train/trainer.py:9"}
     failed = {"kind": "failed", "doing": "step 4", "text": "disk full"}
@@ -231,7 +231,7 @@ def test_the_verdict_prefers_who_is_gone():
     assert failure_message({}, {rank: "step 1" for rank in range(99)}, None).count("rank ") == 8
 
 
-def test_lost_connections_are_told_from_own_errors():
+def test_lost_connections_are_distinguished_from_own_errors():
     gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9")
     wrapped = InputError("not a checkpoint")
     wrapped.__cause__ = gloo

@@ -70,8 +70,8 @@ def replayed(path: Path, settings: Config, dataset: str) -> tuple[float, list[bo
     return loss / weight, finite_rows(logs)
 
 
-def test_a_run_that_runs_away_is_stopped_and_replayed(dataset, tmp_path, capsys):
-    """A learning rate of 1e30 makes every step behind the first overflow."""
+def test_a_run_that_diverges_is_stopped_and_replayed(dataset, tmp_path, capsys):
+    """A learning rate of 1e30 makes every step after the first overflow."""
     path = config(tmp_path, dataset, optimizer={"lr": 1e30})
     code, message = command(["train", "--config", path], capsys)
     assert code == 1 and "Traceback" not in message

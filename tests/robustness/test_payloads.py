@@ -1,7 +1,7 @@
 """Nothing that is loaded can execute code: a payload in any file is refused, and never runs.
 
 The payload makes a directory when it is unpickled. It is planted raw, and in every wrapping that
-a loader might open; checksums are left alone, taken away, or made anew over the planted file.
+a loader might open; checksums are left alone, removed, or computed again with the planted file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_the_payload_works(marker, wrap):
 
 
 def seal(prefix: Path, name: str) -> None:
-    """Make the manifest's checksums anew over a planted file."""
+    """Compute the manifest's checksums again, with a planted file."""
     path = suffix_path(prefix, ".json")
     manifest = json.loads(path.read_text())
     manifest["files"][name] = file_entry(suffix_path(prefix, name))
@@ -210,20 +210,20 @@ def planted(finished: Path, folder: Path, plant: Callable, payload: Payload) -> 
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-@pytest.mark.parametrize("checksums", ["made anew", "removed", "left"])
+@pytest.mark.parametrize("checksums", ["computed again", "removed", "left"])
 def test_a_checkpoint_executes_nothing(
     finished, dataset, tmp_path, marker, capsys, monkeypatch, plant, checksums
 ):
-    """Also where torch's environment variable asks for plain unpickling."""
+    """Even if torch's environment variable asks for plain unpickling."""
     saved = planted(finished, tmp_path, plant, Payload(marker))
     directory = saved / "iter_0000002"
-    if checksums == "made anew":
+    if checksums == "computed again":
         rehash(directory)
     elif checksums == "removed":
         (directory / "checksums.json").unlink()
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     ways = commands(tmp_path, dataset, saved)
-    for way in ways if checksums == "made anew" else ["train.load"]:
+    for way in ways if checksums == "computed again" else ["train.load"]:
         # export reads neither common.pt nor metadata.json
         if way == "export" and plant in (in_common, raw_in_common, in_complete):
             assert command(ways[way], capsys)[0] in (0, 2)

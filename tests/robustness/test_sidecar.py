@@ -1,4 +1,4 @@
-"""A sidecar is what the reference says of every response, or it is refused."""
+"""A sidecar has the reference's log-probability of every response, or it is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_training_is_that_with_a_reference_model(dataset, other, sidecar, tmp_pa
             assert abs(ours[key] - value) <= 1e-4 * max(abs(value), 1e-2), (key, ours["step"])
 
 
-def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
+def test_responses_are_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
     """Each response alone in a row, one after another: group by group, as in the record."""
     from megatron_prefix.checkpoint.starting_model import resolve_starting_model
     from megatron_prefix.config import load_config
@@ -87,7 +87,7 @@ def test_responses_stand_in_the_order_of_the_data_set(dataset, sidecar, tmp_path
     found = load_file(sidecar)[data.fingerprint]
     assert found.dtype == np.float64 and found.shape == expected.shape
     assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
-    assert np.abs(np.diff(expected)).min() > 1e-3, "responses too much alike to see their order"
+    assert np.abs(np.diff(expected)).min() > 1e-3, "responses too similar to see their order"
 
 
 def fingerprint(prefix: str) -> str:
@@ -101,7 +101,7 @@ def test_another_data_set_is_refused(sidecar, dataset, tmp_path, capsys):
 
 
 def test_another_tokenizer_is_refused(sidecar, dataset, tmp_path, capsys):
-    """The same tokens, said to be another tokenizer's."""
+    """The same tokens, described as those of another tokenizer."""
     told = {**load_tokenizer("bytes").describe(), "name": "others", "fingerprint": "ab" * 32}
     rng = np.random.default_rng(0)
     from megatron_prefix.data.tree import build_tree
@@ -166,10 +166,10 @@ def test_a_damaged_file_is_refused(sidecar, dataset, tmp_path, capsys, damage):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "another key", "nonsense"])
-def test_kept_scores_that_do_not_fit_are_begun_anew(
+def test_saved_scores_that_do_not_fit_are_computed_again(
     sidecar, dataset, other, tmp_path, capsys, monkeypatch, damage
 ):
-    """Never taken over: the file comes out as from nothing."""
+    """They are never used: the file is the one of a fresh start."""
     path = tmp_path / "ref"
     config = write_config(tmp_path / "c.yaml", dataset, tmp_path, data={"valid": other})
     argv = ["score", "--config", config, "--output", str(path)]

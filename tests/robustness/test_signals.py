@@ -53,7 +53,7 @@ def expected(dataset, tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_goes_on_later(
+def test_a_signal_finishes_the_step_and_saves_and_the_run_can_be_resumed(
     dataset, tmp_path, capsys, monkeypatch, expected, number
 ):
     argv = config(tmp_path, "run", dataset)
@@ -108,7 +108,7 @@ def test_a_second_signal_ends_the_run_at_once(dataset, tmp_path, expected):
     ids=["dp2", "tp2", "pp2"],
 )
 def test_a_signal_to_one_process_stops_all(dataset, tmp_path, capsys, layout):
-    """The run then goes on, on one process, to where an uninterrupted one ends."""
+    """The run then continues on one process and ends like an uninterrupted one."""
     steps = {"steps": 400, "save_interval": 20}
     run = launch(config(tmp_path, "run", dataset, layout, **steps), tmp_path / "log")
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S

@@ -68,7 +68,7 @@ def why_not_version(version: int, device: torch.device | str) -> str | None:
 
 
 def resolve_flash_version(version: int | str, device: torch.device | str) -> int:
-    """The version that `version` (auto, 2, 3 or 4) stands for on `device`: 2, 3 or 4.
+    """The version that `version` (auto, 2, 3 or 4) means on `device`: 2, 3 or 4.
 
     Raises ValueError, with the remedy, if a version given by number cannot be used.
     """

@@ -43,11 +43,13 @@ Targets = Callable[[PrefixTree], TreeTargets]
 class MicroBatch:
     """One row, ready for the model.
 
-    tokens_T int64 with padding; `layout` covers them all; logit_token_N, target_token_N,
-    response_N int64 as above. `response_ids_R2` are (group, response in the group);
-    pairs_P2 index this row's responses; pair_weights_P are what each pair adds to the
-    step's normaliser. `num_tokens` counts tokens without padding. served_T is how many of the
-    row's responses each token is part of, 0 for padding; only routers of experts use it.
+    tokens int64 [T], padding included; `layout` covers them all; logit_token, target_token and
+    response int64 [N] as above. response_ids int64 [R, 2] are (group, response in the group);
+    response_tokens int64 [R] counts each response's own tokens; pairs int64 [P, 2] index this row's
+    responses; pair_weights float64 [P] are what each pair adds to the step's divisor; pair_margins
+    float64 [P], NaN if the data has none. `num_tokens` counts tokens without padding. served
+    int64 [T] is how many of the row's responses each token is part of, 0 for padding; only routers
+    of experts use it.
     """
 
     tokens: np.ndarray
@@ -57,7 +59,6 @@ class MicroBatch:
     response: np.ndarray
     response_ids: np.ndarray
     response_tokens: np.ndarray
-    """Own tokens of each response, int64 [R]."""
     pairs: np.ndarray
     pair_weights: np.ndarray
     pair_margins: np.ndarray

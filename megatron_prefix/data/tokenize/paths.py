@@ -1,7 +1,8 @@
 """Examples -> token paths: one list of token ids per response, and where its loss starts.
 
 Prompt and response are tokenised together. The loss starts at the first token that differs from
-the tokens of the prompt alone. So a token merged across the boundary belongs to the response:
+the tokens of the prompt alone. If one token holds the end of the prompt and the start of the
+response, it counts as response:
 
     prompt "Say: ", response "yes"     encode(prompt)            [Say] [:] [_]
                                        encode(prompt + response) [Say] [:] [_yes]

@@ -60,7 +60,7 @@ def test_a_slow_first_step_does_not_count(tmp_path, capsys):
     assert cells(capsys.readouterr().out, "b")[-1] == "16.00 (1.00x)"
 
 
-def test_a_difference_that_is_no_number_is_shown(tmp_path, capsys):
+def test_a_difference_that_is_nan_is_shown(tmp_path, capsys):
     a = write_run(tmp_path / "a", [0.7, 0.6, 0.5])
     b = write_run(tmp_path / "b", [0.7, float("nan"), 0.5])
     assert main(["compare", a, b]) == 0
@@ -78,7 +78,7 @@ def test_three_runs_with_a_plot(tmp_path, capsys):
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, capsys):
+def test_runs_of_one_name_are_distinguished_by_their_paths(tmp_path, capsys):
     a = write_run(tmp_path / "x" / "same", [0.7])
     b = write_run(tmp_path / "y" / "same", [0.6])
     assert main(["compare", a, b]) == 0

@@ -191,7 +191,7 @@ class TestFiles:
         with pytest.raises(InputError, match=message):
             load_config(write(tmp_path, TEXT), [override])
 
-    def test_an_override_of_what_is_no_section(self, tmp_path):
+    def test_an_override_of_something_that_is_not_a_section(self, tmp_path):
         with pytest.raises(InputError, match="train is not a section in the file"):
             load_config(write(tmp_path, "train: [1]\n"), ["train.steps=3"])
 
@@ -209,17 +209,17 @@ class TestFiles:
             ("data:\n  train: a\n  seed: 1\n  train: b\n", "train.*twice"),
         ],
     )
-    def test_what_is_no_configuration(self, tmp_path, text, message):
+    def test_files_that_are_not_a_configuration(self, tmp_path, text, message):
         with pytest.raises(InputError, match=message):
             load_config(write(tmp_path, text))
 
-    def test_bytes_that_are_no_text(self, tmp_path):
+    def test_bytes_that_are_not_text(self, tmp_path):
         path = tmp_path / "run.yaml"
         path.write_bytes(b"\xff\xfe\x00data")
         with pytest.raises(InputError, match="not YAML"):
             load_config(path)
 
-    def test_a_file_that_is_not_there(self, tmp_path):
+    def test_a_missing_file(self, tmp_path):
         with pytest.raises(InputError, match="gone.yaml: No such file.*--config"):
             load_config(tmp_path / "gone.yaml")
         with pytest.raises(InputError, match="directory"):

@@ -128,7 +128,7 @@ def test_what_runs_use_is_within_the_bounds(path, value):
     parse_config(with_value(tuple(path.split(".")), value))
 
 
-def test_keys_that_are_no_text():
+def test_keys_that_are_not_text():
     for raw in ({1: {}}, {**GOOD, 1: {}}, {**GOOD, "model": {**GOOD["model"], 1: 2}}):
         with pytest.raises(InputError):
             parse_config(raw)

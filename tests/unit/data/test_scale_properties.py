@@ -1,4 +1,4 @@
-"""Properties of packing, plans, the store and resuming, for whatever hypothesis thinks of."""
+"""Properties of packing, plans, the store and resuming, for any input that hypothesis finds."""
 
 import tempfile
 from pathlib import Path
@@ -89,7 +89,7 @@ many = st.lists(groups(), min_size=1, max_size=12)
 
 @FEW
 @given(many, st.integers(1, 5))
-def test_the_store_gives_back_what_it_got_however_it_is_cut(found, block):
+def test_the_store_returns_the_same_trees_in_any_blocks(found, block):
     trees = [build_tree(*group) for group in found]
     with tempfile.TemporaryDirectory() as folder:
         with DatasetWriter(Path(folder) / "one", TOKENIZER) as writer:
@@ -127,7 +127,7 @@ def test_the_store_gives_back_what_it_got_however_it_is_cut(found, block):
     st.integers(1, 3),
     st.integers(1, 4),
 )
-def test_a_run_goes_on_anywhere_on_any_number_of_ranks_with_or_without_a_plan(
+def test_a_run_continues_at_any_step_on_any_number_of_ranks_with_or_without_a_plan(
     found, seed, size, by_rows, is_sorted, method, epochs, num_ranks
 ):
     """Every step from a sampler of its own, as after a resume, is the step of the whole run."""

@@ -68,7 +68,7 @@ def check_pre_order(tree: PrefixTree):
     for node in range(tree.num_nodes):
         assert tree.parents[node] < node
         if tree.parents[node] >= 0:
-            assert tree.parents[node] in tree.path(node - 1), "children stand right behind"
+            assert tree.parents[node] in tree.path(node - 1), "a parent is on the path before"
     starts = [(int(tree.parents[n]), int(tree.node_tokens(n)[0])) for n in range(tree.num_nodes)]
     assert len(set(starts)) == len(starts), "siblings begin with different tokens"
 

@@ -1,4 +1,4 @@
-"""Steps are prepared ahead, in order, once each, and failures come out where they are asked for."""
+"""Steps are prepared ahead, in order, once each, and failures are raised at their own step."""
 
 import threading
 from contextlib import closing
@@ -62,7 +62,7 @@ def test_another_step_than_the_next_one():
         assert feed.step(7).plan.step == 7
 
 
-def test_nothing_is_prepared_behind_the_last_step():
+def test_nothing_is_prepared_after_the_last_step():
     sampler = Steps()
     with closing(Feed(sampler, WORLD, CONFIG, 3)) as feed:
         feed.step(2)

@@ -1,4 +1,4 @@
-"""The command `plan`: what it says with and without model and data at hand."""
+"""The command `plan`: what it prints with and without the model and the data."""
 
 from __future__ import annotations
 

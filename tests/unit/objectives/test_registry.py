@@ -17,6 +17,11 @@ from megatron_prefix.objectives.registry import OBJECTIVES
 PAIRS = 3
 
 
+def users(option: str) -> str:
+    """The objectives that take an option, as an error lists them."""
+    return ", ".join(sorted(x.name for x in OBJECTIVES.values() if option in x.options))
+
+
 def inputs(ref_is_policy: bool = False) -> LossInputs:
     """Three pairs over five responses."""
     generator = torch.Generator().manual_seed(0)
@@ -98,18 +103,22 @@ def test_a_reference_that_is_missing():
     ("loss", "kind", "message"),
     [
         ({"loss_type": "sigmoyd"}, "lm", "loss_type = 'sigmoyd': unknown .did you mean sigmoid"),
-        ({"loss_type": "x"}, "lm", "known: bradley_terry, ipo, sigmoid"),
+        ({"loss_type": "x"}, "lm", f"known: {', '.join(sorted(OBJECTIVES))}.$"),
         (
             {"loss_type": "ipo", "label_smoothing": 0.1},
             "lm",
-            "loss.label_smoothing = 0.1: .*ipo does not use it, only sigmoid: remove it",
+            f"label_smoothing = 0.1: .*ipo does not use it, only {users('label_smoothing')}:",
         ),
-        ({"margin": True}, "lm", "loss.margin = True: .*does not use it, only bradley_terry"),
+        ({"margin": True}, "lm", f"loss.margin = True: .*does not use it, only {users('margin')}:"),
         ({"center_rewards_coefficient": 0.01}, "lm", "center_rewards_coefficient = 0.01: "),
         ({"reference": "none"}, "lm", "loss.reference = none: .*sigmoid compares with a reference"),
         ({"loss_type": "bradley_terry"}, "lm", "needs model.kind: reward, and model.kind is lm"),
-        ({"loss_type": "sigmoid"}, "reward", "needs model.kind: lm.*takes bradley_terry"),
-        ({"loss_type": "bradley_terry", "beta": 0.1}, "reward", "beta = 0.1: .*only ipo, sigmoid"),
+        ({"loss_type": "sigmoid"}, "reward", "needs model.kind: lm.*takes .*bradley_terry"),
+        (
+            {"loss_type": "bradley_terry", "beta": 0.1},
+            "reward",
+            f"beta = 0.1: .*does not use it, only {users('beta')}: remove",
+        ),
         ({"loss_type": "bradley_terry", "reference": "model"}, "reward", "has no reference"),
     ],
 )
@@ -124,7 +133,7 @@ def test_every_fault_is_named_at_once():
 
 
 def test_an_objective_is_a_record_and_nothing_else():
-    """One of its own, whose option is narrower than the schema's and which logs another name."""
+    """A new one, whose option is narrower than the schema's and which logs another name."""
 
     def squares(chosen_logps, rejected_logps, *, beta):
         losses = beta * (chosen_logps - rejected_logps - 1).square()

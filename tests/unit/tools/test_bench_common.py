@@ -1,4 +1,4 @@
-"""How benchmarks keep results: row by row, wherever they run, and through what does not fit."""
+"""How benchmarks keep results: row by row, in any folder, also if a case runs out of memory."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_files_are_whole_after_every_row(results):
     assert lines[2:4] == ["| a | 1.00 |  |", "| b |  | out of memory |"]
 
 
-def test_the_commit_where_there_is_no_git(monkeypatch):
+def test_the_commit_without_git(monkeypatch):
     def missing(*_, **__):
         raise FileNotFoundError("git")
 
@@ -43,7 +43,7 @@ def test_the_commit_where_there_is_no_git(monkeypatch):
     assert bench_common.environment()["commit"] == "abc1234"
 
 
-def test_only_want_of_memory_is_passed_over(capsys):
+def test_only_out_of_memory_is_skipped(capsys):
     def fails(error):
         raise error
 
@@ -55,7 +55,7 @@ def test_only_want_of_memory_is_passed_over(capsys):
         bench_common.unless_out_of_memory(lambda: fails(ValueError()))
 
 
-def test_a_backend_without_memory_leaves_the_others():
+def test_a_backend_that_runs_out_of_memory_does_not_stop_the_others():
     ran = []
 
     def step(name):

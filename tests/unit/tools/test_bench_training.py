@@ -1,4 +1,4 @@
-"""What the benchmark of whole steps counts, and what it says of modes that did not fit."""
+"""What the benchmark of whole steps counts, and what it prints of modes that did not fit."""
 
 import sys
 from dataclasses import replace
@@ -50,7 +50,7 @@ def measured(seconds):
     )
 
 
-def test_a_mode_without_memory_has_a_row_that_says_so():
+def test_a_mode_that_runs_out_of_memory_has_a_row_that_says_so():
     known = bench_training.COMPARED[1]
     modes = ["packed, unshared", "packed, shared", *known]
     found = {"packed, shared": measured([1.0]), **{mode: measured([2.0]) for mode in known}}

@@ -1,4 +1,4 @@
-"""Where the profile of a step puts time: by module, and each kernel once."""
+"""How the profile of a step divides time: by module, and each kernel once."""
 
 import sys
 from dataclasses import dataclass

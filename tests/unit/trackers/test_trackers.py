@@ -1,4 +1,4 @@
-"""Trackers: what a kill may leave in metrics.jsonl, what resuming cuts, what is shown meanwhile."""
+"""Trackers: what a kill may leave in metrics.jsonl, what resuming cuts, what a run shows."""
 
 import json
 from dataclasses import replace
@@ -235,7 +235,7 @@ class TestSeveral:
             trackers.log(1, {})
 
     @pytest.mark.parametrize("status", ["done", "stopped", "failed"])
-    def test_one_that_cannot_finish_does_not_keep_the_others_from_it(self, capsys, status):
+    def test_all_trackers_finish_even_if_one_fails(self, capsys, status):
         calls = []
         trackers = Trackers([Recorder(calls, "a"), Recorder(calls, "b", failing="finish")])
         if status == "done":

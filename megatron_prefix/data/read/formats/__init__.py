@@ -19,7 +19,7 @@ What a module needs is in base.py (Format, `has`, and `pair_example` or, for mor
 responses, `ranked_example`) and in ../fields.py (`column`, `number`, `messages`: they check types
 and raise the errors). To register it:
 
-1. Add it to FORMATS below, before every format that fits its records too.
+1. Add it to FORMATS below, before any other format whose `fits` also accepts its records.
 2. Add its name to FORMAT_NAMES in cli/build.py: `--help` lists the names without this package.
 3. Add a sample to tests/data/formats/ and what it holds to tests/numerics/test_format_samples.py;
    describe the columns in docs/data_format.md.

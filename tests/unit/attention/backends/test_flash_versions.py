@@ -69,7 +69,7 @@ def test_what_is_not_there_is_refused_with_a_remedy(monkeypatch):
     ("capability", "installed", "expected"),
     [((9, 0), True, 3), ((9, 0), False, 2), ((10, 0), True, 2), ((8, 0), True, 2)],
 )
-def test_auto_is_three_on_hopper_where_installed(monkeypatch, capability, installed, expected):
+def test_auto_is_three_on_hopper_if_installed(monkeypatch, capability, installed, expected):
     monkeypatch.setattr(module, "_is_installed", lambda name: installed)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -100,7 +100,7 @@ def test_a_version_without_its_backend_is_refused(backend):
         configured(attention_backend=backend, flash_version=3)
 
 
-def test_a_run_puts_the_version_in_place_and_takes_it_away(monkeypatch, fake):
+def test_a_run_sets_the_version_and_restores_it(monkeypatch, fake):
     config = configured(attention_backend="flash", flash_version=3)
     with pytest.raises(InputError, match="model.flash_version 3 cannot be used: "):
         with open_session(config):

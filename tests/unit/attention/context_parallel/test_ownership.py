@@ -1,4 +1,4 @@
-"""Who owns which tokens of a row: equal parts, every token once, balanced where that pays."""
+"""Who owns which tokens of a row: equal parts, every token once, balanced if that pays."""
 
 import numpy as np
 import pytest
@@ -96,7 +96,7 @@ def test_short_pairs_stay_contiguous():
     )
 
 
-def test_alike_on_every_rank():
+def test_the_same_on_every_rank():
     layout = padded(TreeLayout.concat([LONG]), 4)
     first, second = (ownership.tree_aware(layout, 4, COST) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))

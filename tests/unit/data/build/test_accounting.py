@@ -1,7 +1,7 @@
 """The build report of the real sets: all that was dropped, cut and noted is counted again.
 
 Nothing of the package reads the records here: the standard library counts bytes, and the byte
-tokenizer adds one token in front and one behind.
+tokenizer adds one token before them and one after them.
 """
 
 import gzip
@@ -180,7 +180,7 @@ def answers(node):
     return (node["role"] == "assistant") + sum(map(answers, below))
 
 
-def test_answers_that_are_no_responses_are_counted(data_dir, tmp_path):
+def test_answers_that_are_not_responses_are_counted(data_dir, tmp_path):
     path = data_dir / "oasst_trees.jsonl.gz"
     report, counts = build(tmp_path, path)
     left_out = sum(answers(row["prompt"]) for row in rows(path)) - counts["responses"]

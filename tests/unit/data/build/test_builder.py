@@ -177,13 +177,13 @@ def test_unknown_flags_and_missing_ones_are_bad_usage(tmp_path, capsys, flags):
 
 
 def test_only_the_first_rank_prints_errors(tmp_path, capsys, monkeypatch):
-    for rank, speaks in (("0", True), ("1", False)):
+    for rank, prints in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert command("--input", tmp_path / "absent", "--output", tmp_path / "out") == 2
-        assert bool(capsys.readouterr().err) is speaks
+        assert bool(capsys.readouterr().err) is prints
         with pytest.raises(SystemExit) as stop:
             main(["build"])
-        assert stop.value.code == 2 and bool(capsys.readouterr().err) is speaks
+        assert stop.value.code == 2 and bool(capsys.readouterr().err) is prints
 
 
 def test_internal_failures_are_not_hidden(tmp_path, monkeypatch):

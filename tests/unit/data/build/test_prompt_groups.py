@@ -82,7 +82,7 @@ def test_one_prompt_is_one_group_and_every_record_a_set(tmp_path):
     )
 
 
-def test_merging_is_deterministic_and_keeps_unlike_prompts_apart(tmp_path):
+def test_merging_is_deterministic_and_keeps_different_prompts_apart(tmp_path):
     fingerprints = {
         build(tmp_path, RECORDS, name, merge_prompts=True)[1].fingerprint for name in "ab"
     }
@@ -158,7 +158,7 @@ def test_digests_are_compared_over_the_whole_stream():
         assert list(table.by_prompt()) == []
 
 
-def test_no_room_for_digests_is_an_error_that_names_the_remedy():
+def test_a_full_disk_for_digests_is_an_error_that_names_the_remedy():
     with closing(DigestTable()) as table:
         table._run("PRAGMA max_page_count = 10")
         with pytest.raises(InputError, match="full.*TMPDIR"):

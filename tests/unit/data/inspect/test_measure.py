@@ -85,7 +85,7 @@ def test_bins_hold_every_value_once(values, most):
 
 @pytest.mark.parametrize("name", ["node_parents", "response_first", "pair_responses"])
 @pytest.mark.parametrize("value", [-5, 4, 10**8])
-def test_damage_is_told_though_no_checksum_is_asked_for(tmp_path, capsys, name, value):
+def test_damage_is_reported_without_a_check_of_checksums(tmp_path, capsys, name, value):
     """Entry 0: of a parent that comes later a tree would never end."""
     write(tmp_path / "set", [random_tree(np.random.default_rng(7)) for _ in range(3)])
     damage(tmp_path / "set", name, 0, value)
@@ -95,7 +95,7 @@ def test_damage_is_told_though_no_checksum_is_asked_for(tmp_path, capsys, name, 
         assert (code, out) == (2, "") and "group 0: " in err, flags
 
 
-def test_offsets_are_looked_at_before_they_are_used(tmp_path, capsys):
+def test_offsets_are_checked_before_they_are_used(tmp_path, capsys):
     write(tmp_path / "set", [random_tree(np.random.default_rng(7)) for _ in range(3)])
     damage(tmp_path / "set", "group_nodes", 1, 10**8)
     row = ["--row", 0, "--row-capacity", 1000]
@@ -112,7 +112,7 @@ def test_a_tree_and_its_picture(dataset, tmp_path, capsys):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_targets_are_marked_where_they_stand(dataset):
+def test_targets_are_marked_at_their_tokens(dataset):
     """Rows that predict, longer where several responses are; tokens that are predicted."""
     from megatron_prefix.data.inspect.describe import tree_row
     from megatron_prefix.data.inspect.picture import _segment_kinds, _target_marks

@@ -101,7 +101,7 @@ def test_messages_that_part_at_a_user_turn_go_back_to_the_assistant():
     assert len(example.notes) == 1
 
 
-def test_a_dialogue_that_goes_on_where_the_other_ends():
+def test_a_dialogue_that_continues_after_the_end_of_the_other():
     short = [user("q"), assistant("a")]
     example = read({"chosen": short, "rejected": [*short, user("r"), assistant("b")]})
     assert example.responses[0].prompt == turns("q")

@@ -44,7 +44,7 @@ def write_parquet(path, records=RECORDS):
     return path
 
 
-def test_lines_arrays_and_gzip_are_told_apart_by_content(tmp_path):
+def test_lines_arrays_and_gzip_are_distinguished_by_content(tmp_path):
     lines = '{"a": 1}\n\n  \n{"a": 2}'
     expected = [(1, {"a": 1}, None), (4, {"a": 2}, None)]
     assert items(write(tmp_path / "x.json", lines)) == expected
@@ -195,7 +195,7 @@ def test_a_hub_id_out_of_reach_is_bad_input(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "folder/absent.jsonl", "a/b/c", "x"])
-def test_missing_files_are_no_hub_ids(name):
+def test_missing_files_are_not_hub_ids(name):
     with pytest.raises(InputError, match="no such file"):
         Inputs([Path(name)]).check()
 

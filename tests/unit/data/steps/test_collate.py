@@ -84,7 +84,7 @@ def test_targets_of_a_response_inside_others_by_hand():
 @pytest.mark.parametrize("sharing", SHARING_MODES)
 @pytest.mark.parametrize("how", COLLATES)
 @pytest.mark.parametrize("seed", range(8))
-def test_rows_say_what_each_response_alone_says(seed, how, sharing):
+def test_a_row_has_the_targets_of_each_response_alone(seed, how, sharing):
     items, given = random_items(seed, sharing)
     multiple = 1 + seed % 5
     batch = COLLATES[how](items, multiple)
@@ -155,13 +155,13 @@ def test_padded_sequences_are_as_long_as_the_longest():
         [5, 6, 7, 0, 0, 0, 0, 0],
         [5, 6, 7, 8, 0, 0, 0, 0],
     ]
-    # Padding goes on with its sequence, so attention pays for it as in a padded batch.
+    # Padding continues its sequence, so attention pays for it as in a padded batch.
     assert batch.layout.position_ids().reshape(4, 8).tolist() == [list(range(8))] * 4
     assert batch.layout.area() == 4 * 36
     assert batch.logit_token.tolist() == [1, 2, 9, 10, 11, 17, 25, 26]
     assert batch.num_tokens == 4 + 5 + 3 + 4
     assert len(collate_padded([item(tree, "none", 0)]).tokens) == 2 * 5
-    # A tree is one sequence, padded behind its last leaf.
+    # A tree is one sequence, padded after its last leaf.
     small = build_tree([path([1, 2], 1), path([1, 3], 1)], [Pair(chosen=0, rejected=1)])
     batch = collate_padded([item(small), item(tree)])
     assert batch.tokens.reshape(2, 6).tolist() == [[1, 2, 3, 0, 0, 0], [5, 6, 7, 8, 9, 2]]

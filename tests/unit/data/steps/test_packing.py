@@ -67,7 +67,7 @@ def test_steps_by_hand():
     assert pack_step([], 8, 3) == [[], [], []]
 
 
-def test_where_spreading_does_not_fit_the_packed_rows_stay():
+def test_if_spreading_does_not_fit_the_packed_rows_stay():
     lengths = [8, 10, 7, 9, 11, 5, 18, 11, 7, 8, 17, 14, 8, 6, 8, 6, 4, 4, 5, 12, 4, 8, 10, 4, 8]
     packed = first_fit_decreasing(lengths, 18)
     assert len(packed) == 12 and spread(lengths, 18, 13) is None
@@ -76,7 +76,7 @@ def test_where_spreading_does_not_fit_the_packed_rows_stay():
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_get_equal_counts_and_like_costs(seed, num_ranks):
+def test_ranks_get_equal_counts_and_similar_costs(seed, num_ranks):
     rng = np.random.default_rng(seed)
     costs = rng.integers(1, 100, num_ranks * int(rng.integers(1, 12))).tolist()
     ranks = deal(costs, num_ranks)

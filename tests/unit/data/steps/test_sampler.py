@@ -61,7 +61,7 @@ class TestGroupBatches:
         assert groups_of_steps(other, 4) != here
 
     def test_the_order_stays_what_it_is(self):
-        """A resumed run of an earlier version goes on with the same groups."""
+        """A resumed run of an earlier version continues with the same groups."""
         assert GroupBatches(8, 8, "fingerprint", 1234).groups(0).tolist() == [
             0,
             7,
@@ -235,7 +235,7 @@ def test_all_modes_see_the_same_groups(dataset):
 
 
 def test_another_sharing_mode_on_the_same_row_plan(dataset):
-    """Rows planned for trees: unshared they overflow, and are packed anew with the same groups."""
+    """Rows planned for trees: unshared they overflow, and are packed again with the same groups."""
     order = row_batches(dataset, "tree")
     tree = Sampler(dataset=dataset, composition=order, row_capacity=order.capacity).step(1)
     for unshared in (

@@ -57,7 +57,7 @@ def test_rows_and_pairs_do_not_depend_on_the_targets():
     assert reward.num_projected <= reward.num_responses < lm.num_projected
 
 
-def test_the_sampler_asks_for_them(tmp_path):
+def test_the_sampler_uses_score_targets(tmp_path):
     dataset = PreferenceDataset(write_random_set(tmp_path / "set", 0, 5))
     order = GroupBatches(5, 5, dataset.fingerprint, 1)
     sampler = Sampler(dataset=dataset, composition=order, row_capacity=4096, targets=score_targets)
@@ -65,7 +65,7 @@ def test_the_sampler_asks_for_them(tmp_path):
     assert sum(len(row.logit_token) for row in rows) == len(dataset.response_lengths)
 
 
-def test_an_empty_row_asks_nothing():
+def test_an_empty_row_has_no_target():
     batch = COLLATES["packed"]([], 4, score_targets)
     assert len(batch.logit_token) == batch.num_projected == 0
 

@@ -217,7 +217,7 @@ def test_a_manifest_that_does_not_fit_is_seen_on_opening(prefix, change, message
         PreferenceDataset(prefix)
 
 
-def test_manifests_that_are_no_json_or_have_a_wrong_fingerprint(prefix):
+def test_manifests_that_are_not_json_or_have_a_wrong_fingerprint(prefix):
     edit_manifest(prefix, lambda m: m.update(fingerprint="0" * 64))
     with pytest.raises(InputError, match="fingerprint is wrong"):
         verify_dataset(PreferenceDataset(prefix))
@@ -292,7 +292,7 @@ def test_wrong_tokens_and_index_are_seen_though_checksums_fit(prefix):
         verify_dataset(PreferenceDataset(prefix))
 
 
-def test_siblings_that_begin_alike_are_seen(tmp_path):
+def test_siblings_that_begin_the_same_are_refused(tmp_path):
     tree = large_ids(7)
     object.__setattr__(tree, "tokens", np.array([1, 2, 2]))
     write(tmp_path / "a", [tree])

@@ -104,7 +104,7 @@ def test_tokens_cut_differently_before_the_response_have_no_loss(tmp_path):
         assert split_text(tokenizer, path) == (["x", "a"], own)
 
 
-def test_siblings_that_part_in_front_of_the_response_have_loss_from_there(tmp_path):
+def test_siblings_that_differ_before_the_response_have_loss_from_there(tmp_path):
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, ["b c", "a b"]))
     paths, _ = PathEncoder(tokenizer).encode(pair_example("xab", "c", "d"))
     assert split_text(tokenizer, paths[0]) == (["x"], ["a", "bc"])
@@ -187,7 +187,7 @@ def test_tools_and_calls_reach_the_template(tmp_path):
     assert "assistant\n[clock]<|im_end|>\n<|im_start|>tool\n14:05" in text
 
 
-def test_tools_that_nothing_can_write_are_told(folder):
+def test_tools_that_the_template_does_not_write_are_noted(folder):
     turns = (message("user", "q"),)
     encoder = PathEncoder(load_tokenizer(folder))
     assert encoder.encode(pair_example(turns, "a", "b", '[{"k":1}]'))[1] == [NOTE_TOOLS] * 2
@@ -208,7 +208,7 @@ def test_tools_that_nothing_can_write_are_told(folder):
         (CHATML.replace("m['content']", "m['content'] | upper"), NOTE_LOST),
     ],
 )
-def test_templates_that_change_messages_are_told(tmp_path, template, note):
+def test_templates_that_change_messages_are_noted(tmp_path, template, note):
     tokenizer = load_tokenizer(make_tokenizer(tmp_path, [], template))
     turns = (message("system", "first "), message("user", "second "))
     notes = PathEncoder(tokenizer).encode(pair_example(turns, "yes", "no"))[1]

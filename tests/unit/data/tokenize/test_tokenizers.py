@@ -197,7 +197,7 @@ def test_template_without_an_end_gets_end_of_text(hf_dir, tmp_path):
     assert tokenizer.fingerprint != load_tokenizer(hf_dir).fingerprint
 
 
-def test_template_that_opens_an_answer_otherwise_is_noted(hf_dir, tmp_path):
+def test_template_that_opens_an_answer_differently_is_noted(hf_dir, tmp_path):
     tokenizer = load_tokenizer(
         edit_template(hf_dir, tmp_path, CHATML.replace("assistant\n", "assistant\n<think>"))
     )

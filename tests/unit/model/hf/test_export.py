@@ -61,7 +61,7 @@ def test_the_tokenizers_padding(tokenizer_config, tokenizer, pad, tmp_path):
 
 @pytest.mark.parametrize("ends", [5, [2, 5]])
 def test_padding_that_ends_texts_is_not_kept(ends, tmp_path):
-    """transformers would score the token in front of the end."""
+    """transformers would score the token before the end."""
     found = reward_config({**LM, "pad_token_id": 5, "eos_token_id": ends}, tmp_path)
     assert found["pad_token_id"] is None
 

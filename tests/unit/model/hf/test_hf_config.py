@@ -91,7 +91,7 @@ def test_sizes_of_each_architecture():
 
 
 def test_what_transformers_fills_in_is_what_is_taken():
-    """Where a configuration says nothing, transformers' default and ours must be one."""
+    """For a key that is not given, transformers' default and ours must be the same."""
     for kind in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"):
         parts = MIXTURES.get(kind, {})
         raw = config(kind, **parts)

@@ -293,7 +293,7 @@ def test_pickles_are_not_opened(tmp_path):
     assert "pytorch_model.bin" in message and "save_pretrained" in message
 
 
-def test_neither_code_nor_weights_travel(tmp_path):
+def test_neither_code_nor_weights_are_copied(tmp_path):
     source, target = tmp_path / "from", tmp_path / "to"
     (source / "additional_chat_templates").mkdir(parents=True)
     kept = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "chat.jinja"]

@@ -33,7 +33,7 @@ def test_equals_a_complex_rotation(head_dim, base):
     assert torch.equal(ours[0], x[0])
 
 
-def test_megatron_core_rotates_alike():
+def test_megatron_core_rotates_the_same():
     from megatron.core.models.common.embeddings import rope_utils
 
     positions = torch.tensor([0, 4, 1, 1])
@@ -58,7 +58,7 @@ def test_gradients_turn_back(dtype):
 
 
 def test_siblings_repeat_their_angles():
-    """Prompt of 3, responses of 2 and 4: both go on at position 3, whatever their rows."""
+    """Prompt of 3, responses of 2 and 4: both continue at position 3, at any place in the row."""
     layout = TreeLayout.from_parents([3, 2, 4], [-1, 0, 0])
     angles = rotary_angles(torch.from_numpy(layout.position_ids()), 8, 10000.0)
     assert torch.equal(angles[3:5], angles[5:7])

@@ -73,7 +73,7 @@ def test_a_plan_has_the_steps_of_a_run_without_it(
     assert f"{manifest['counts']['rows']:,} rows" in describe_packed_steps(manifest)
 
 
-def test_sorted_steps_hold_groups_of_like_length(dataset):
+def test_sorted_steps_hold_groups_of_similar_length(dataset):
     lengths = dataset.groups_num_tokens()
     settings = replace(SETTINGS, sort_by_length=True, epochs=None)
     steps = settings.composition(dataset)
@@ -155,7 +155,7 @@ def test_damage_is_found(dataset, tmp_path):
         PackedSteps(path)
 
 
-def test_unchanged_files_are_told_from_changed_ones(dataset, tmp_path):
+def test_changed_files_are_distinguished_from_unchanged_ones(dataset, tmp_path):
     write_packed_steps(dataset, SETTINGS, tmp_path / "plan")
     plan = PackedSteps(tmp_path / "plan")
     assert plan.is_of_these_files(dataset)

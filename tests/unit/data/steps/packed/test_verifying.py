@@ -75,7 +75,7 @@ def test_wrong_entries_are_seen(folder, tmp_path, capsys, name, at, value, messa
     assert code == 2 and message in err
 
 
-def test_rows_that_do_not_fit_and_counts_that_lie_are_seen_beside_the_data(
+def test_rows_that_do_not_fit_and_wrong_counts_are_found_with_the_data_set(
     folder, tmp_path, capsys
 ):
     plan = tmp_path / "plan"
@@ -100,6 +100,6 @@ def test_rows_that_do_not_fit_and_counts_that_lie_are_seen_beside_the_data(
         (["--data", "x"], "--data needs --verify"),
     ],
 )
-def test_flags_that_say_nothing_about_a_plan(folder, capsys, flags, message):
+def test_flags_that_have_no_effect_on_a_plan(folder, capsys, flags, message):
     code, _, err = inspect(capsys, folder / "tree", *flags)
     assert code == 2 and message in err

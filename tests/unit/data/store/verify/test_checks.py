@@ -27,7 +27,7 @@ def prefix(tmp_path, trees):
 
 
 @pytest.mark.parametrize("name", ["counts", "tokens", "lengths"])
-def test_a_manifest_that_counts_otherwise_is_seen_though_it_is_sealed(prefix, name):
+def test_a_manifest_with_other_counts_is_found_despite_its_checksum(prefix, name):
     changed = "pair" if name == "tokens" else "prompt" if name == "lengths" else "extra"
     edit_manifest(prefix, lambda manifest: manifest[name].update({changed: 1}))
     with pytest.raises(InputError, match=rf"\.json: {name} are not those of the files"):
@@ -35,7 +35,7 @@ def test_a_manifest_that_counts_otherwise_is_seen_though_it_is_sealed(prefix, na
 
 
 def naive_preorder(parents):
-    """Whether each parent stands on the path to the node before."""
+    """Whether each parent is on the path to the node before."""
     above = []
     for node, parent in enumerate(parents):
         while above and above[-1] != parent:
@@ -46,7 +46,7 @@ def naive_preorder(parents):
     return True
 
 
-def test_pre_order_is_told_from_every_other_order():
+def test_pre_order_is_distinguished_from_every_other_order():
     """All parents of up to five nodes in the second of three groups; -2 to 4 each."""
     for parents in product(range(-1, 4), repeat=5):
         nodes = [-1, 0, *parents, -1]
