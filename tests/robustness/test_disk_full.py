@@ -1,7 +1,7 @@
 """A full disk: one message, exit code 1, and everything earlier is as it was.
 
-A limit on the size of files (RLIMIT_FSIZE) replaces a full disk. It is set in this process just below
-the size of what is written, and removed afterwards.
+A limit on the size of files (RLIMIT_FSIZE) replaces a full disk. It is set in this process just
+below the size of what is written, and removed afterwards.
 """
 
 from __future__ import annotations
