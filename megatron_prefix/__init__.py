@@ -46,6 +46,11 @@ else:
         reference__model=["with_reference"],
     )
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "GroupBatches",
     "LossConfig",

@@ -290,4 +290,25 @@ MUTANTS = (
         "is_full = before[layout.subtree_ends] > layout.num_tokens",
         "unit/attention/context_parallel/test_ownership.py",
     ),
+    Mutant(
+        "IPO's log-ratios not divided by the number of tokens",
+        "objectives/pairwise.py",
+        "gap = chosen / chosen_num_tokens - rejected / rejected_num_tokens",
+        "gap = chosen - rejected",
+        "unit/objectives/test_pairwise.py",
+    ),
+    Mutant(
+        "an option that the objective does not use accepted",
+        "objectives/registry.py",
+        "        if option is None:\n",
+        "        if False:\n",
+        "unit/objectives/test_registry.py",
+    ),
+    Mutant(
+        "a failing tracker hidden",
+        "trackers/several.py",
+        "            raise raised[0]",
+        "            pass",
+        "unit/trackers/test_trackers.py",
+    ),
 )

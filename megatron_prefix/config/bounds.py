@@ -27,7 +27,9 @@ Steps = Annotated[int, Field(strict=True, ge=1, lt=10**9)]
 WarmupSteps = Annotated[int, Field(strict=True, ge=0, lt=10**9)]
 Epochs = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 Layers = Annotated[int, Field(strict=True, ge=1, le=10**4)]
-Heads = Annotated[int, Field(strict=True, ge=1, le=2**16)]
+MOST_CHANNELS = 2**16
+"""Channels of a head."""
+Heads = Annotated[int, Field(strict=True, ge=1, le=MOST_CHANNELS)]
 """Heads, their channels, or experts."""
 NoneOrHeads = Annotated[int, Field(strict=True, ge=0, le=2**16)]
 Width = Annotated[int, Field(strict=True, ge=1, le=2**24)]

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_prefix.config.bounds import (
     KNOWN_KEYS,
+    MOST_CHANNELS,
     Count,
     Epsilon,
     Factor,
@@ -189,4 +190,10 @@ class ModelConfig:
         given["moe_ffn_hidden_size"] = (
             (self.moe_ffn_hidden_size or self.ffn_hidden_size) if self.num_moe_experts else 0
         )
+        if (channels := given["kv_channels"]) > MOST_CHANNELS:
+            raise InputError(
+                f"model.hidden_size = {self.hidden_size} and model.num_attention_heads = "
+                f"{self.num_attention_heads} give heads of {channels} channels, above "
+                f"{MOST_CHANNELS}: change one, or set model.kv_channels"
+            )
         return ModelSizes(**given)

@@ -160,8 +160,8 @@ class Config:
     logging: LoggingConfig
 
     def to_yaml(self) -> str:
-        """The resolved configuration as YAML, every default included; of the loss section what was
-        given, because an objective refuses options that it does not use."""
+        """The configuration as YAML, every default included; of the loss section only what is not
+        None, because an objective refuses options that it does not use."""
         tree = TypeAdapter(Config).dump_python(self, mode="json")
         tree["loss"] = {key: value for key, value in tree["loss"].items() if value is not None}
         if self.model.num_layers is None:  # hf or checkpoint gives them, also next time

@@ -79,6 +79,7 @@ def preference_loss(
     sums       name -> sum over the row's pairs; "loss" is weighted, metrics are not
     logratios  |logp - ref_logp| of both sides of each pair [2P], if there is a reference
     ref_logps  |ref_logp| of the same
+    tokens     their numbers of own tokens
     """
     scores = response_scores(token_logps, batch)
     inputs = LossInputs(
@@ -97,6 +98,7 @@ def preference_loss(
         sides = torch.cat(batch.pairs.unbind(1))
         logs["logratios"] = (scores.detach() - batch.ref_logps)[sides].abs()
         logs["ref_logps"] = batch.ref_logps[sides].abs()
+        logs["tokens"] = batch.response_tokens[sides]
     share = batch.params.share
     counts_pairs = share is None or share.group.rank() == 0  # one rank of those that share the row
     num_pairs = len(batch.pairs) if counts_pairs else 0

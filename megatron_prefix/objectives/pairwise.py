@@ -98,7 +98,8 @@ RECORDS = (
         first=FirstValue(
             formula="1 / (4 beta^2)",
             value=lambda beta: 1 / (4 * beta**2),
-            steepness=lambda beta: 2 / beta**2,  # of two responses of one token
+            steepness=lambda beta: 2 / beta**2,
+            per_token=True,
         ),
     ),
 )

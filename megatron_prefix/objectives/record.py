@@ -127,6 +127,8 @@ class FirstValue:
     steepness: Callable[..., float]
     """Of the options, by name. Largest slope at the first step: change of the loss per unit by
     which both rewards move, in the same or opposite directions."""
+    per_token: bool = False
+    """Whether the rewards enter per token: a reward of n tokens has an n-th of that slope."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,12 @@ class Objective:
         first = self.record.first
         return 0.0 if first is None else first.steepness(**self.parameters)
 
+    @property
+    def is_first_per_token(self) -> bool:
+        """Whether that slope is for rewards of one token, and an n-th of it for n tokens."""
+        first = self.record.first
+        return first is not None and first.per_token
+
 
 def check(
     loss: LossConfig,
@@ -159,7 +165,7 @@ def _option_faults(
             users = ", ".join(sorted(x.name for x in records.values() if name in x.options))
             yield (
                 f"loss.{name} = {value}: loss.loss_type: {record.name} does not use it, only "
-                f"{users}: remove it, or change loss.loss_type"
+                f"{users}: remove it or set it to null, or change loss.loss_type"
             )
         elif option.is_allowed is not None and not option.is_allowed(value):
             yield f"loss.{name} = {value}: with {record.name} it must be {option.allowed}"

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_prefix.config import Config
-from megatron_prefix.errors import RunError
 from megatron_prefix.trackers.jsonl import JsonlTracker
 from megatron_prefix.trackers.progress import ProgressTracker
 from megatron_prefix.trackers.run_folder import open_run_folder
@@ -51,16 +50,17 @@ class Trackers:
     def finish(self, status: Status) -> None:
         """Finish all, the last one first, even if one of them fails.
 
-        The first failure is raised afterwards. If the run failed anyway, its own error matters
-        more, so a tracker's is printed.
+        The first failure is raised afterwards, and the others are printed. If the run failed
+        anyway, its own error matters more, so all of them are printed.
         """
-        errors = []
+        errors: list[Exception] = []
         for tracker in reversed(self._trackers):
             try:
                 tracker.finish(status)
-            except RunError as error:
+            except Exception as error:  # the other trackers must finish too
                 errors.append(error)
-        if status == "done" and errors:
-            raise errors[0]
-        for text in map(str, errors):
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+        raised = errors[:1] if status == "done" else []
+        for error in errors[len(raised) :]:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+        if raised:
+            raise raised[0]

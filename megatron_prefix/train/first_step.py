@@ -19,28 +19,33 @@ def check_first_step(
     """Raise RunError unless all rewards are 0 and the loss is the objective's first value.
 
     A reward may be off by `TOLERANCE`, and by |ref_logp| times the reference's relative rounding,
-    in units of reward; the loss by that times its steepness, if that is above 1. Collective;
-    `logs` are those of this rank's rows.
+    in units of reward; the loss by that times its steepness, if that is above 1, and per token if
+    the objective divides by tokens. Collective; `logs` are those of this rank's rows.
     """
     scale = objective.rewards_per_nat
     rewards = scale * torch.cat([log["logratios"] for log in logs])
     ref_logps = torch.cat([log["ref_logps"] for log in logs])
     budgets = TOLERANCE + scale * reference.rounding * ref_logps
+    shares = budgets
+    if objective.is_first_per_token:
+        shares = budgets / torch.cat([log["tokens"] for log in logs])
     worst = [
-        x.max() if len(x) else rewards.new_zeros(()) for x in (rewards / budgets, rewards, budgets)
+        x.max() if len(x) else rewards.new_zeros(())
+        for x in (rewards / budgets, rewards, budgets, shares)
     ]
-    excess, reward, budget = world.max(torch.stack(worst)).tolist()
+    excess, reward, budget, share = world.max(torch.stack(worst)).tolist()
     expected = objective.first_value
-    tolerance = budget * max(1.0, objective.first_steepness)
+    tolerance = share * max(1.0, objective.first_steepness)
     is_expected = expected is None or abs(loss - expected) <= tolerance
     if excess <= 1 and is_expected:
         return
-    known = "rewards of 0"
+    known = f"rewards of 0 (within {budget:.1e})"
     if expected is not None:
-        known = f"a loss of {objective.first_formula} = {expected:.8f} and rewards of 0"
+        formula = objective.first_formula
+        known = f"a loss of {formula} = {expected:.8f} (within {tolerance:.1e}) and {known}"
     raise RunError(
         f"the first loss is {loss:.8f} and the largest reward {reward:.2e}, but loss.loss_type: "
-        f"{objective.name} must start with {known} (within {budget:.1e}), because policy and "
+        f"{objective.name} must start with {known}, because policy and "
         "reference are the same model at the first step. Their forward passes differ, so the run "
         "would learn from wrong rewards. Try model.attention_backend: dense to see whether "
         "attention is the cause"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_prefix.checkpoint import RunCheckpoints, StartingModel, resolve_starting_model
@@ -12,7 +13,7 @@ from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import build_model, build_policy
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives import check
+from megatron_prefix.objectives import Objective, check
 from megatron_prefix.reference import model_fingerprint, open_reference
 from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.samplers import check_columns, evaluation_sampler, training_sampler
@@ -69,7 +70,7 @@ def prepare_trainer(
             checkpoints.load(step, policy.chunks, policy.optimizer, policy.scheduler, identity)
     _print_start(config, initial, step, world)
     trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
-    world.once(lambda: trackers.start(config, step))
+    world.once(lambda: trackers.start(_resolved(config, objective), step))
     return Trainer(
         config=config,
         objective=objective,
@@ -84,6 +85,17 @@ def prepare_trainer(
         identity=identity,
         trackers=trackers,
     )
+
+
+def _resolved(config: Config, objective: Objective) -> Config:
+    """`config` with every setting that the objective uses written out."""
+    loss = replace(
+        config.loss,
+        **objective.options,
+        reference=objective.reference,
+        weighting=objective.weighting,
+    )
+    return replace(config, loss=loss)
 
 
 def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | None) -> dict:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from small_runs import configure, lines, prepare, trained
 
+from megatron_prefix.config import LossConfig, load_config
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.errors import RunError
+from megatron_prefix.objectives import check
+from megatron_prefix.train.first_step import check_first_step
 
 LAYOUTS = {
     "tree": {},
@@ -56,6 +61,21 @@ def test_the_first_loss_is_ln_2(random_set, tmp_path, layout, backend, dtype):
 def test_whatever_the_loss(random_set, tmp_path, loss, expected):
     first = trained(configure(tmp_path, random_set, loss=loss, train={"steps": 1}))[0]
     assert abs(first["loss"] - expected) <= 1e-5 * max(1, expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "written"),
+    [
+        ({}, {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}),
+        ({"loss_type": "ipo", "beta": 0.5}, {"loss_type": "ipo", "beta": 0.5}),
+    ],
+    ids=["sigmoid", "ipo"],
+)
+def test_config_yaml_has_every_setting_of_the_loss(random_set, tmp_path, loss, written):
+    trained(configure(tmp_path, random_set, loss=loss, train={"steps": 1}))
+    section = yaml.safe_load((tmp_path / "config.yaml").read_text())["loss"]
+    assert section == written | {"weighting": "pair", "reference": "model"}
+    load_config(tmp_path / "config.yaml")  # a run's own file can be read again
 
 
 def scaled(name: str, factor: float) -> Callable[[torch.nn.Module], None]:
@@ -123,6 +143,17 @@ def test_bfloat16_still_detects_other_weights(here, random_set, tmp_path):
     config = configure(tmp_path, random_set, model={"dtype": "bfloat16", "init_method_std": 0.2})
     with pytest.raises(RunError, match="first loss"):
         start_with_reference(config, here, redrawn)
+
+
+def test_the_tolerance_of_ipo_is_per_token(here):
+    """A loss of 24 instead of 25 must not pass in bfloat16 because responses are long."""
+    objective = check(LossConfig(loss_type="ipo"))
+    logs = {"logratios": [0.0, 0.0], "ref_logps": [400.0, 300.0], "tokens": [200, 150]}
+    log = {name: torch.tensor(x, dtype=torch.float64) for name, x in logs.items()}
+    reference = SimpleNamespace(rounding=2.0**-8)
+    check_first_step(25.1, [log], objective, reference, here)
+    with pytest.raises(RunError, match="= 25.00000000 .within"):
+        check_first_step(24.0, [log], objective, reference, here)
 
 
 def test_rewards_are_checked_if_the_loss_alone_shows_nothing(here, tmp_path):

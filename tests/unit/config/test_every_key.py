@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_config import GOOD
 
-from megatron_prefix.config import Config, load_config, parse_config
+from megatron_prefix.config import Config, ModelConfig, load_config, parse_config
 from megatron_prefix.errors import InputError
 
 LLAMA3 = {
@@ -156,3 +156,9 @@ def test_a_configuration_that_an_older_run_wrote():
     config = load_config(path)
     assert (config.model.num_layers, config.train.seed, config.optimizer.adam_beta2) == (4, 7, 0.95)
     assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_a_derived_size_out_of_bounds_is_refused():
+    sizes = {"num_layers": 2, "ffn_hidden_size": 64, "hidden_size": 2**20}
+    with pytest.raises(InputError, match="heads of 262144 channels, above 65536"):
+        ModelConfig(**sizes, num_attention_heads=4).sizes()
