@@ -163,7 +163,7 @@ def test_weights_are_read_by_other_ranks(resumed, name, source):
         ({}, {"moe_router_topk": 5}, "moe_router_topk = 5 is above model.num_moe_experts = 4"),
         ({}, {"moe_router_topk": 1}, "set moe_router_pre_softmax: true"),
         (TP2SP, {"moe_ffn_hidden_size": 25}, "model.moe_ffn_hidden_size = 25"),
-        ({}, {"moe_count": "responses"}, "set one, or leave both out"),
+        ({}, {"moe_count": "responses"}, "set the coefficient, or remove moe_count"),
         ({}, {"moe_expert_capacity_factor": 1.0}, "unknown key model.moe_expert_capacity_factor"),
     ],
 )

@@ -82,7 +82,7 @@ def test_sample(name, tokenizer, tmp_path, capsys):
     assert main(["build", *source, "--output", forced, "--format", found[0]]) == 0
     assert PreferenceDataset(forced).fingerprint == dataset.fingerprint
     if not counts["pairs"]:
-        with pytest.raises(InputError, match=r"data\.train: .* holds 2 responses and no pair"):
+        with pytest.raises(InputError, match=r"data\.train: .* has 2 responses and no pair"):
             first_step(prefix, tmp_path / "run")
         return
     row = first_step(prefix, tmp_path / "run")
