@@ -132,7 +132,7 @@ def _checked(
     for chosen, rejected in pairs_P2.tolist():
         if chosen == rejected or min(chosen, rejected) < 0 or max(chosen, rejected) >= len(paths):
             raise ValueError(
-                f"pair ({chosen}, {rejected}) needs two different indices of the {len(paths)} token "
-                "lists"
+                f"pair ({chosen}, {rejected}) needs two different indices of the {len(paths)} "
+                "token lists"
             )
     return paths, masks, pairs_P2
