@@ -32,7 +32,7 @@ CASES = {
     "reference model": {},
     "precomputed reference": {"precompute_ref_log_probs": True},
     "ipo, checkpointing": {"loss_type": ["ipo"], "gradient_checkpointing": True},
-    "several losses, weighting": {"loss_type": ["sigmoid_norm", "sft"], "use_weighting": True},
+    "several losses, weighting": {"loss_type": ["sigmoid_norm", "apo_zero"], "use_weighting": True},
     "cut at the end, ld_alpha": {"max_length": 96, "ld_alpha": 0.5},
     "cut at the start": {"max_length": 96, "truncation_mode": "keep_end"},
     "micro batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
@@ -88,7 +88,6 @@ def history(trainer) -> list[dict]:
 
 def assert_same_steps(ours: list[dict], theirs: list[dict]) -> None:
     assert len(ours) == len(theirs) == STEPS
-    print(*[(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(ours, theirs, strict=True)], sep="\n")
     for our, their in zip(ours, theirs, strict=True):
         for name in ("loss", "grad_norm"):
             assert math.isclose(our[name], their[name], rel_tol=TOLERANCE), (name, our, their)
@@ -174,5 +173,7 @@ def test_evaluation_with_logits_is_that_of_trl(hf, pairs, tmp_path):
 def test_unsupported_options_are_refused_by_name(change, hf, pairs, tmp_path):
     from trl_prefix_dpo import PrefixDPOTrainer
 
-    with pytest.raises(ValueError, match=f"{next(iter(change))}={next(iter(change.values()))} is not supported"):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(change))}={next(iter(change.values()))} is not supported"
+    ):
         make_trainer(PrefixDPOTrainer, hf, pairs, tmp_path, **change)
