@@ -2,9 +2,9 @@
 
     trainer = PrefixDPOTrainer(model=model, args=DPOConfig(...), train_dataset=pairs)
 
-TRL's code runs as it is: data, loss, metrics, optimizer. Only the two calls of a model change. Before
-the model, the padded batch [2B, L] becomes one tree row [1, T]; after it, the log-probabilities of
-the row go back to their places in [2B, L - 1]. One process; CPU or CUDA. See docs/trl.md.
+TRL's code runs as it is: data, loss, metrics, optimizer. Only the calls of a model change: before
+the model, the padded batch [2B, L] becomes one tree row [1, T]; after it, the row's
+log-probabilities go back to their places in [2B, L - 1]. One process. See docs/trl.md.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,10 @@ class Row:
 
 def to_row(batch) -> Row:
     real, trained = (batch[x].bool().cpu() for x in ("attention_mask", "completion_mask"))
-    token_lists = [tokens[mask] for tokens, mask in zip(batch["input_ids"].cpu(), real)]
-    masks = [row[mask] for row, mask in zip(trained, real)]
-    pairs = [(i, i + len(real) // 2) for i in range(len(real) // 2)]
+    ids, batch_size = batch["input_ids"].cpu(), len(real) // 2
+    token_lists = [tokens[mask] for tokens, mask in zip(ids, real, strict=True)]
+    masks = [tokens[mask] for tokens, mask in zip(trained, real, strict=True)]
+    pairs = [(i, i + batch_size) for i in range(batch_size)]  # TRL: chosen ones, then rejected
     row = mp.tree_rows(token_lists, pairs, completion_masks=masks)
     layout = mp.TreeLayout.from_parents(row["tree_cu_seqlens_q"].diff(), row["tree_parents"])
     is_trained = (trained & real)[:, 1:]

@@ -1,10 +1,10 @@
 """Steps of `PrefixDPOTrainer` (examples/trl_prefix_dpo.py) and of TRL's own `DPOTrainer`, in turn.
 
 Both have the same random Hugging Face Llama as policy and reference, and are given the same batches
-of TRL's collator. One step is forward, backward and the optimizer, for one batch of pairs. The pairs
-are those of a file that have the longest shared prompts, in tokens of a tokenizer of bytes. A
-step's time is the processor time of this process on CPU, and the wall clock on CUDA. Losses and
-gradient norms must agree.
+of TRL's collator. One step is forward, backward and the optimizer, for one batch of pairs. One row
+of the table is for the pairs with the longest prompts and short responses, one for the first pairs
+of the file; tokens are bytes. A step's time is the processor time of this process on CPU, and the
+wall clock on CUDA. Losses and gradient norms must agree.
 
     python tools/bench_trl_prefix_dpo.py
 
@@ -61,6 +61,7 @@ def make_trainer(kind: type, hf: Path, pairs: list[TextPair], args, folder: Path
         processing_class=AutoTokenizer.from_pretrained(hf),
     )
     trainer.create_optimizer()
+    trainer.model.train()
     return trainer
 
 
@@ -68,7 +69,8 @@ def step(trainer, batch: dict) -> tuple[float, float, float]:
     """One step: loss, gradient norm before clipping, and seconds."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     start = clock()
-    loss = trainer.training_step(trainer.model, dict(batch))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
