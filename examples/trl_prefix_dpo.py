@@ -92,6 +92,11 @@ def after(model, args, kwargs, output):
     return output
 
 
+def check_model(model):
+    if (kind := model.config.model_type) not in MODELS:
+        raise ValueError(f"model_type {kind} is not supported; use one of {', '.join(MODELS)}")
+
+
 class PrefixDPOTrainer(DPOTrainer):
     def __init__(self, model, ref_model=None, args=None, **kwargs):
         for name in REFUSED:
@@ -99,6 +104,8 @@ class PrefixDPOTrainer(DPOTrainer):
                 raise ValueError(f"{name}={getattr(args, name)!r} is not supported: leave it out")
         if kwargs.get("peft_config") is not None or hasattr(model, "peft_config"):
             raise ValueError("PEFT is not supported: pass a model without adapters")
+        if not isinstance(model, str):
+            check_model(model)
         AttentionInterface.register(TREE, attend)
         AttentionMaskInterface.register(TREE, sdpa_mask)
         self._on_rows = []
@@ -109,8 +116,7 @@ class PrefixDPOTrainer(DPOTrainer):
             self._on_tree_rows(own)
 
     def _on_tree_rows(self, model):
-        if model.config.model_type not in MODELS:
-            raise ValueError(f"model_type {model.config.model_type} is not one of {MODELS}")
+        check_model(model)
         if not any(model is other for other in self._on_rows):
             self._on_rows.append(model)
             model.set_attn_implementation(TREE)

@@ -65,13 +65,14 @@ def arguments(folder: Path, **change):
 
 
 def make_trainer(kind: type, hf: Path, pairs: list[dict], folder: Path, **change):
+    """Without a reference model if it is precomputed: then the policy is the reference."""
     from compare_trl import load
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback
 
     trainer = kind(
         model=load(hf, "lm"),
-        ref_model=load(hf, "lm"),
+        ref_model=None if change.get("precompute_ref_log_probs") else load(hf, "lm"),
         args=arguments(folder, **change),
         train_dataset=Dataset.from_list(pairs),
         processing_class=AutoTokenizer.from_pretrained(hf),
@@ -106,6 +107,47 @@ def test_every_step_is_that_of_trl(case, hf, pairs, tmp_path):
     assert_same_steps(history(trainer), theirs)
     losses = [row["loss"] for row in theirs]
     assert max(losses) - min(losses) > 0.01, "a run that goes nowhere would say nothing"
+
+
+def test_qwen2_trains_as_in_trl(hf, pairs, tmp_path):
+    """With biases and tied embeddings."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from trl import DPOTrainer
+    from trl_prefix_dpo import PrefixDPOTrainer
+
+    sizes = {"vocab_size": 258, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 3, "initializer_range": 0.12}
+    torch.manual_seed(1)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=True, eos_token_id=257))
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(hf).save_pretrained(tmp_path / "model")
+    theirs, ours = (
+        history(make_trainer(kind, tmp_path / "model", pairs, tmp_path / kind.__name__))
+        for kind in (DPOTrainer, PrefixDPOTrainer)
+    )
+    assert_same_steps(ours, theirs)
+
+
+def test_a_model_with_other_layers_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from trl_prefix_dpo import PrefixDPOTrainer
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8))
+    with pytest.raises(ValueError, match="model_type gpt2 is not supported; use one of llama"):
+        PrefixDPOTrainer(model, args=arguments(tmp_path))
+
+
+def test_a_window_shorter_than_a_path_is_refused():
+    import megatron_prefix as mp
+    from trl_prefix_dpo import Row, attend
+
+    plan = mp.TreePlan(mp.TreeLayout.from_parents([4], [-1]), "cpu")
+    q = torch.randn(1, 2, 4, 8)
+    row = Row({}, plan, q, q)
+    attend(None, q, q, q, None, tree_row=row, sliding_window=4)
+    for change in ({"sliding_window": 3}, {"dropout": 0.1}):
+        with pytest.raises(ValueError, match="paths of 4 tokens"):
+            attend(None, q, q, q, None, tree_row=row, **change)
 
 
 def test_a_broken_mask_is_told_from_it(hf, pairs, tmp_path):
