@@ -137,9 +137,18 @@ def test_a_model_with_other_layers_is_refused(tmp_path):
         PrefixDPOTrainer(model, args=arguments(tmp_path))
 
 
+def test_adapters_are_refused(hf, tmp_path):
+    from compare_trl import load
+    from trl_prefix_dpo import PrefixDPOTrainer
+
+    with pytest.raises(ValueError, match="PEFT is not supported"):
+        PrefixDPOTrainer(load(hf, "lm"), args=arguments(tmp_path), peft_config=object())
+
+
 def test_a_window_shorter_than_a_path_is_refused():
-    import megatron_prefix as mp
     from trl_prefix_dpo import Row, attend
+
+    import megatron_prefix as mp
 
     plan = mp.TreePlan(mp.TreeLayout.from_parents([4], [-1]), "cpu")
     q = torch.randn(1, 2, 4, 8)
