@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatron_prefix.data.steps import MicroBatch
     from megatron_prefix.data.steps.collate import score_targets, tree_targets
     from megatron_prefix.data.steps.compositions import GroupBatches, RowBatches
+    from megatron_prefix.data.steps.trl_rows import tree_rows
     from megatron_prefix.engine.batch import to_device
     from megatron_prefix.engine.step import forward_step, sum_gradients
     from megatron_prefix.layout import TreeLayout
@@ -36,6 +37,7 @@ else:
         data__steps=["MicroBatch"],
         data__steps__collate=["score_targets", "tree_targets"],
         data__steps__compositions=["GroupBatches", "RowBatches"],
+        data__steps__trl_rows=["tree_rows"],
         engine__batch=["to_device"],
         engine__step=["forward_step", "sum_gradients"],
         layout=["TreeLayout"],
@@ -77,6 +79,7 @@ __all__ = [
     "transformer_config",
     "tree_attention",
     "tree_layer_spec",
+    "tree_rows",
     "tree_targets",
     "with_reference",
 ]

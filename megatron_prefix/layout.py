@@ -134,6 +134,32 @@ class TreeLayout:
         shift = self.first_positions.astype(np.int64) - self.starts
         return np.arange(self.num_tokens, dtype=np.int64) + np.repeat(shift, self.lengths)
 
+    def root_paths(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The root path of each token, itself included: the paths' tokens from root to leaf, one
+        path after another, int64, and the length of each path, int64 [len(tokens)]."""
+        # Tokens [4, 8] of lengths [3, 2, 4], parents [-1, 0, 0]; one round per tree level:
+        #   own segments   path [0, 1]  segment [1, 2]  length [2, 4]   up to the token itself
+        #   parents        path [0, 1]  segment [0, 0]  length [3, 3]   whole segments
+        # Sorted by path, then segment:  segments [0, 1, 0, 2], lengths [3, 2, 3, 4], that is
+        #   index [0 1 2, 3 4 | 0 1 2, 5 6 7 8], path lengths [5, 7]
+        segment = np.searchsorted(self.starts, tokens, side="right") - 1
+        length = tokens - self.starts[segment] + 1
+        path = np.arange(len(tokens))
+        rounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        while len(segment):
+            rounds.append((path, segment, length))
+            parent = self.parents[segment]
+            path, segment = path[parent >= 0], parent[parent >= 0]
+            length = self.lengths[segment].astype(np.int64)
+        if not rounds:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        paths, segments, lengths = (np.concatenate(x) for x in zip(*rounds, strict=True))
+        order = np.lexsort((segments, paths))
+        segments, lengths = segments[order], lengths[order]
+        shift = self.starts[segments] - (np.cumsum(lengths) - lengths)
+        index = np.arange(lengths.sum(), dtype=np.int64) + np.repeat(shift, lengths)
+        return index, np.bincount(paths[order], lengths, len(tokens)).astype(np.int64)
+
     def area(self) -> int:
         """Number of visible (query, key) entries: a token at position p sees p + 1 keys."""
         # A segment of n tokens from position p: (p + 1) + … + (p + n) = n p + n (n + 1) / 2.

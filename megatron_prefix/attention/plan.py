@@ -144,7 +144,7 @@ def build_path_plan(
 ) -> PathPlan:
     """Cut `layout` after every leaf, and at gaps of `q_tokens`; see the module's example."""
     q_lengths, last_tokens = _pieces(layout, q_tokens)
-    kv_index, kv_lengths = _root_paths(layout, last_tokens)
+    kv_index, kv_lengths = layout.root_paths(last_tokens)
     num_keys = layout.num_tokens
     if kv_tokens is not None:
         # From token indices to indices among the held keys: kv_tokens [0, 1, 2, 5, 6, 7] has
@@ -186,33 +186,6 @@ def _pieces(layout: TreeLayout, q_tokens: np.ndarray | None) -> tuple[np.ndarray
     is_last = (np.diff(q_tokens, append=-2) != 1) | (np.diff(leaf_of, append=-1) != 0)
     lasts = np.flatnonzero(is_last)
     return np.diff(lasts, prepend=-1), np.asarray(q_tokens, np.int64)[lasts]
-
-
-def _root_paths(layout: TreeLayout, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The root path of each token, itself included: the paths' tokens from root to leaf, one path
-    after another, and the length of each path."""
-    # Tokens [4, 8] of lengths [3, 2, 4], parents [-1, 0, 0]; one round per tree level:
-    #   own segments   piece [0, 1]  segment [1, 2]  length [2, 4]   up to the token itself
-    #   parents        piece [0, 1]  segment [0, 0]  length [3, 3]   whole segments
-    # Sorted by piece, then segment:  segments [0, 1, 0, 2], lengths [3, 2, 3, 4], that is
-    #   index [0 1 2, 3 4 | 0 1 2, 5 6 7 8], path lengths [5, 7]
-    segment = np.searchsorted(layout.starts, tokens, side="right") - 1
-    length = tokens - layout.starts[segment] + 1
-    piece = np.arange(len(tokens))
-    rounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    while len(segment):
-        rounds.append((piece, segment, length))
-        parent = layout.parents[segment]
-        piece, segment = piece[parent >= 0], parent[parent >= 0]
-        length = layout.lengths[segment].astype(np.int64)
-    if not rounds:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    pieces, segments, lengths = (np.concatenate(x) for x in zip(*rounds, strict=True))
-    order = np.lexsort((segments, pieces))
-    segments, lengths = segments[order], lengths[order]
-    shift = layout.starts[segments] - (np.cumsum(lengths) - lengths)
-    index = np.arange(lengths.sum(), dtype=np.int64) + np.repeat(shift, lengths)
-    return index, np.bincount(pieces[order], lengths, len(tokens)).astype(np.int64)
 
 
 def _ancestor_starts(

@@ -241,6 +241,25 @@ def _flatten(root: _Node) -> tuple[list[_Node], list[int]]:
     return nodes, parents
 
 
+def share_prefixes(
+    paths: Sequence[np.ndarray],
+) -> tuple[list[np.ndarray], list[int], list[int]]:
+    """Merge paths by their first tokens alone: the tokens of each node in depth-first pre-order,
+    the nodes' parents (-1 at a root), and the last node of each path.
+
+    A node ends only at a branch or at a leaf, so no path may be the beginning of a longer one.
+
+        [5, 6, 7], [5, 8]  ->  nodes [5], [6, 7], [8]; parents [-1, 0, 0]; last nodes [1, 2]
+    """
+    root = _Node(np.zeros(0, np.int64))
+    for path in paths:
+        _insert(root, path)
+    nodes, parents = _flatten(root)
+    index = {id(node): i for i, node in enumerate(nodes)}
+    lasts = [_ends(root, index, path, 0)[1] for path in paths]
+    return [node.tokens for node in nodes], parents, lasts
+
+
 class MergedPaths(NamedTuple):
     """The paths of a group as one tree, before they become arrays.
 
