@@ -92,7 +92,8 @@ class PrefixProvider:
         """For the `run_config.yaml` of a checkpoint: Bridge's own provider, so that Bridge opens
         and exports the checkpoint without this package."""
         plain = type(self).__mro__[2]
-        values = {f.name: self.__dict__[f.name] for f in fields(self) if f.name[0] != "_"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name[0] != "_"}
+        values["rope_scaling"] = self.__dict__["rope_scaling"]
         values["transformer_layer_spec"] = field_defaults(plain)["transformer_layer_spec"]
         return {"_target_": f"{plain.__module__}.{plain.__qualname__}", **values}
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 
-FREE = frozenset(
+FOLLOWED = frozenset(
     """
     num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels
     layernorm_epsilon add_qkv_bias qk_layernorm softmax_scale vocab_size should_pad_vocab
     make_vocab_size_divisible_by share_embeddings_and_output_weights rotary_base rope_scaling
-    rope_scaling_factor seq_len_interpolation_factor seq_length hf_model_id hf_model_revision
+    rope_scaling_factor seq_len_interpolation_factor
     num_moe_experts moe_ffn_hidden_size moe_router_topk moe_router_pre_softmax moe_grouped_gemm
     moe_permute_fusion
     tensor_model_parallel_size sequence_parallel pipeline_model_parallel_size
@@ -35,14 +35,21 @@ FREE = frozenset(
     recompute_granularity recompute_method recompute_num_layers recompute_modules
     timers barrier_with_L1_time finalize_model_grads_func grad_scale_func no_sync_func
     grad_sync_func param_sync_func
-    attention_softmax_in_fp32 masked_softmax_fusion cross_entropy_loss_fusion
-    cross_entropy_fusion_impl cuda_graph_scope cuda_graph_modules cuda_graph_warmup_steps
-    cuda_graph_use_single_mempool offload_modules moe_router_load_balancing_type
     """.split()
 )
-"""Fields that may have any value: the model follows them, or they cannot change its result (the
-last four lines: parts of attention, loss, CUDA graphs, offloading and load balancing that are
-off). Every other field must have a value of `NEEDED`, or Bridge's default."""
+"""Fields that may have any value, because the model or Megatron-Core around it follows them."""
+
+IDLE = frozenset(
+    """
+    seq_length hf_model_id hf_model_revision attention_softmax_in_fp32 masked_softmax_fusion
+    cross_entropy_loss_fusion cross_entropy_fusion_impl cuda_graph_scope cuda_graph_modules
+    cuda_graph_warmup_steps cuda_graph_use_single_mempool inference_cuda_graph_scope
+    offload_modules
+    """.split()
+)
+"""Fields that may have any value, because they cannot change the result: names, and details of
+what tree attention and this loss do not use, or of CUDA graphs and offloading, which are off.
+Every field in neither list must have a value of `NEEDED`, or Bridge's default."""
 
 FORCED = {
     "calculate_per_token_loss": True,
@@ -50,8 +57,9 @@ FORCED = {
     "apply_rope_fusion": False,
     "gradient_accumulation_fusion": False,
 }
-"""What `prefix_preference` sets: see Division above; rows differ in length; the model turns heads
-itself; the head may project a row in several chunks."""
+"""What `prefix_preference` sets, in this order because: a row's loss is already divided by the
+step's weight; rows differ in length; the model itself turns heads; the head may project a row in
+several chunks."""
 
 NEEDED: dict[str, tuple] = {
     **{name: (value,) for name, value in FORCED.items()},
@@ -66,6 +74,7 @@ NEEDED: dict[str, tuple] = {
     "attention_backend": (AttnBackend.auto, "auto", None),
     "moe_router_dtype": (None, "fp32"),
     "moe_token_dispatcher_type": ("alltoall",),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
 }
 
 REMEDY = {
@@ -94,9 +103,17 @@ def faults(provider: Any, layer_spec: Any) -> Iterator[str]:
     for field in fields(provider):
         name = field.name
         is_idle = name.startswith("moe_") and provider.num_moe_experts is None
-        if name in FREE or name[0] == "_" or (is_idle and name != "moe_token_dispatcher_type"):
+        if name in FOLLOWED or name in IDLE or name[0] == "_":
+            continue
+        if is_idle and name != "moe_token_dispatcher_type":
             continue
         yield from fault_of(provider, name, defaults)
+    factor = provider.seq_len_interpolation_factor
+    if provider.__dict__["rope_scaling"] and factor is not None:
+        yield (
+            f"model.rope_scaling = True with model.seq_len_interpolation_factor = {factor}: the "
+            "model scales rotary positions in one way; set one of them back to its default"
+        )
 
 
 def fault_of(provider: Any, name: str, defaults: dict[str, Any]) -> Iterator[str]:

@@ -19,10 +19,11 @@ from typing import Any, Literal
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state_machine
-from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer import ModuleSpec, attention
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig as MCoreTransformerConfig
 from megatron.core.utils import get_model_config
@@ -191,6 +192,10 @@ def install(monkeypatch) -> None:
         module = ModuleType(f"megatron.bridge.{name}")
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    # Bridge does so when it is imported: Megatron-Core takes a field that is None for YaRN's.
+    for place in (yarn_rotary_pos_embedding, attention):
+        name = "_yarn_get_concentration_factor_from_config"
+        monkeypatch.setattr(place, name, lambda config: 1.0, raising=False)
 
 
 def prepare_forward_step_func(forward_step_func, state):

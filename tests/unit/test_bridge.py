@@ -30,7 +30,8 @@ with warnings.catch_warnings():
 
 import megatron_prefix as mp
 from megatron_prefix.bridge import preference_data, preference_forward_step, prefix_preference
-from megatron_prefix.bridge.settings import FORCED, FREE, NEEDED
+from megatron_prefix.bridge.provider import prefix_layer_spec
+from megatron_prefix.bridge.settings import FOLLOWED, FORCED, IDLE, NEEDED, faults
 from megatron_prefix.config.schema import ParallelConfig
 from megatron_prefix.data.steps.composition import PlanSettings
 from megatron_prefix.distributed.world import world
@@ -107,6 +108,8 @@ def test_rope_scaling_and_vocabulary_are_bridges():
     assert llama3.rope_scaling.original_max_position_embeddings == 8192
     linear = prefix_preference(llama(seq_len_interpolation_factor=2.0))
     assert linear.rope_scaling.type == "linear" and linear.rope_scaling.factor == 2.0
+    with pytest.raises(ValueError, match="seq_len_interpolation_factor = 2.0"):
+        prefix_preference(llama(rope_scaling=True, seq_len_interpolation_factor=2.0))
     padded = prefix_preference(llama(should_pad_vocab=True, tensor_model_parallel_size=2))
     assert padded.padded_vocab_size == 512
 
@@ -134,6 +137,7 @@ def test_rope_scaling_and_vocabulary_are_bridges():
         ("fp8_dot_product_attention", True),
         ("use_transformer_engine_full_layer_spec", True),
         ("cp_comm_type", "p2p"),
+        ("moe_token_dispatcher_type", "flex"),
         ("tp_comm_overlap", True),
         ("cuda_graph_impl", "local"),
         ("overlap_moe_expert_parallel_comm", True),
@@ -172,7 +176,30 @@ def test_providers_with_their_own_model_are_refused():
 
 
 def test_no_field_is_in_two_lists():
-    assert not FREE & set(NEEDED)
+    assert not (FOLLOWED & IDLE or (FOLLOWED | IDLE) & set(NEEDED))
+
+
+BF16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(**BF16, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=1),
+        dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
+        dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        dict(recompute_granularity="selective", recompute_modules=["core_attn", "mlp"]),
+        dict(num_moe_experts=4, moe_ffn_hidden_size=64, expert_model_parallel_size=2),
+        dict(**BF16, fp8="hybrid", fp8_recipe="tensorwise"),
+        dict(attention_backend=None, cuda_graph_scope="full", offload_modules=None),  # recipes
+    ],
+)
+def test_what_finalize_derives_is_not_taken_for_a_wish(changes):
+    """Megatron-Core fills fields in and checks them; which ones differs between its versions."""
+    wrapped = prefix_preference(llama(**changes))
+    wrapped.finalize()
+    assert list(faults(wrapped, prefix_layer_spec)) == []
 
 
 def test_the_saved_configuration_opens_without_this_package():
