@@ -11,7 +11,7 @@ divided again. Bridge gives Megatron-Core's `finalize_model_grads` the sum of `n
 micro batches and ranks, and gradients are divided by max(sum, 1). So every row returns 0 tokens,
 with `calculate_per_token_loss` on, which stops the divisions by micro batches and by ranks.
 
-Megatron-Bridge needs CUDA. On CPU this file is tested against a stub with Bridge's signatures.
+Megatron-Bridge needs CUDA. On CPU this package is tested against a stub with Bridge's signatures.
 """
 
 from megatron_prefix.bridge.data import preference_data

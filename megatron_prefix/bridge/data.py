@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from megatron_prefix import LossConfig, PreferenceDataset, Sampler, platform
+from megatron_prefix import with_reference
 from megatron_prefix.bridge.provider import PrefixProvider
 from megatron_prefix.bridge.settings import bridge_module
-from megatron_prefix.config.schema import ParallelConfig
-from megatron_prefix.data.steps.composition import PlanSettings
-from megatron_prefix.distributed.world import World
-from megatron_prefix.engine.batch import TrainBatch
-from megatron_prefix.engine.feed import Feed
-from megatron_prefix.reference.reference import (
-    ModelReference,
-    PrecomputedReference,
-    Reference,
-    freeze,
-)
-from megatron_prefix.reference.sidecars import read_sidecar
+from megatron_prefix.config import LossConfig, ParallelConfig
+from megatron_prefix.data.steps import MicroBatch, Sampler
+from megatron_prefix.data.steps.compositions import StepSettings
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.distributed import World
+from megatron_prefix.engine import Feed, TrainBatch
+from megatron_prefix.objectives import Objective, check
+from megatron_prefix.platform import device
+from megatron_prefix.reference import PrecomputedReference
+
+Attach = Callable[[list[MicroBatch], list[TrainBatch]], list[TrainBatch]]
+"""The same rows with reference log-probabilities; see `Reference.attach`."""
 
 FP8_ROWS = 128
 """Tokens of a rank's part of a row are a multiple of this under FP8: what the strictest of
@@ -43,8 +44,8 @@ class RowIterator:
     It has no position of its own to save: a resumed run asks for its step.
     """
 
-    def __init__(self, feed: Feed, reference: Reference, num_steps: int | None = None) -> None:
-        self._feed, self._reference, self._cycle = feed, reference, num_steps
+    def __init__(self, feed: Feed, attach: Attach, num_steps: int | None = None) -> None:
+        self._feed, self._attach, self._cycle = feed, attach, num_steps
         self._asked: tuple[int | None, int] | None = None
         self._step = -1
         self._rows: list[TrainBatch] = []
@@ -83,7 +84,7 @@ class RowIterator:
                 f"{num_rows}: rows_per_step of preference_data must be the global batch size, "
                 "train.micro_batch_size must be 1, and train.rampup_batch_size must be None"
             )
-        self._step, self._rows = step, self._reference.attach(found.rows, found.batches)
+        self._step, self._rows = step, self._attach(found.rows, found.batches)
 
     def close(self) -> None:
         self._feed.close()
@@ -95,7 +96,8 @@ class PreferenceData:
     model: Any
     prefix: str
     valid_prefix: str | None
-    loss: LossConfig
+    objective: Objective
+    ref_logps: str | None
     ref_fingerprint: str | None
     rows_per_step: int
     row_capacity: int
@@ -119,20 +121,20 @@ class PreferenceData:
         )
         sizes = {name: getattr(self.model, name) for name in names}
         parallel = ParallelConfig(**sizes, cp_comm=self.cp_comm)
-        self.world = World(parallel, context.pg_collection, platform.device())
+        self.world = World(parallel, context.pg_collection, device())
         if self.rows_per_step % self.world.data_size:
             raise ValueError(
                 f"rows_per_step = {self.rows_per_step} is not a multiple of the "
                 f"{self.world.data_size} data-parallel ranks: set it to one"
             )
-        reference = self._frozen_model() if self.loss.reference == "model" else None
-        self.train = self._rows(PreferenceDataset(self.prefix), reference)
+        attach = self._frozen_model() if self.objective.reference == "model" else None
+        self.train = self._rows(PreferenceDataset(self.prefix), attach)
         if self.valid_prefix is not None:
-            self.valid = self._rows(PreferenceDataset(self.valid_prefix), reference, repeats=True)
+            self.valid = self._rows(PreferenceDataset(self.valid_prefix), attach, repeats=True)
         return self.train, self.valid, None
 
     def _rows(
-        self, data: PreferenceDataset, reference: Reference | None, repeats: bool = False
+        self, data: PreferenceDataset, attach: Attach | None, repeats: bool = False
     ) -> RowIterator:
         model, world = self.model, self.world
         if data.vocab_size > model.vocab_size:
@@ -140,11 +142,11 @@ class PreferenceData:
                 f"{data.prefix} has a vocabulary of {data.vocab_size} and model.vocab_size is "
                 f"{model.vocab_size}: build the data set with the model's tokenizer"
             )
-        if reference is None:
-            name = self.ref_fingerprint
-            logps = {data.fingerprint: read_sidecar(self.loss.ref_logps, name, data)}
-            reference = PrecomputedReference(name, data, logps, rounding=0.0)
-        steps = PlanSettings(
+        if attach is None:
+            path, name = self.ref_logps, self.ref_fingerprint
+            assert path is not None and name is not None
+            attach = PrecomputedReference.read(path, name, [data], rounding=0.0).attach
+        steps = StepSettings(
             seed=self.seed,
             sharing=self.sharing,
             row_capacity=self.row_capacity,
@@ -154,7 +156,7 @@ class PreferenceData:
             dataset=data,
             composition=steps,
             sharing=self.sharing,
-            weighting=self.loss.weighting,
+            weighting=self.objective.weighting,
             row_capacity=self.row_capacity,
             num_ranks=world.data_size,
             row_multiple=world.parallel.row_multiple * (FP8_ROWS if model.fp8 else 1),
@@ -162,9 +164,9 @@ class PreferenceData:
         )
         num_steps = steps.num_steps(1) if repeats else None
         feed = Feed(sampler, world, model, num_steps or sys.maxsize)
-        return RowIterator(feed, reference, num_steps)
+        return RowIterator(feed, attach, num_steps)
 
-    def _frozen_model(self) -> Reference:
+    def _frozen_model(self) -> Attach:
         provider = copy.copy(self.model)
         if provider.pipeline_model_parallel_size > 1:
             raise ValueError(
@@ -183,7 +185,8 @@ class PreferenceData:
         chunks = provider.provide_distributed_model(
             wrap_with_ddp=False, pre_wrap_hook=self.hooks, pg_collection=self.world.groups
         )
-        return ModelReference("", freeze(chunks), self.loss, self.world, rounding=0.0)
+        frozen = [chunk.eval().requires_grad_(False) for chunk in chunks]
+        return lambda rows, batches: with_reference(frozen, batches)
 
     def to_cfg_dict(self) -> dict[str, Any]:
         """For a checkpoint's `run_config.yaml`: what to build the same rows with."""
@@ -219,12 +222,14 @@ def preference_data(
     `cfg.validation.eval_iters` steps of it are taken at each evaluation.
     """
     loss = loss or LossConfig()
-    if loss.loss_type != "sigmoid" or loss.reference == "none":
+    objective = check(loss)
+    if objective.record.model != "lm" or objective.reference == "none":
         raise ValueError(
-            f"loss.loss_type = {loss.loss_type} with loss.reference = {loss.reference}: Bridge "
-            "trains policies with a reference; use megatron-prefix train for reward models"
+            f"loss.loss_type = {objective.name} with loss.reference = {objective.reference}: in "
+            "Bridge only policies with a reference are trained; use megatron-prefix train for "
+            "reward models"
         )
-    if loss.reference == "precomputed" and not (loss.ref_logps and ref_fingerprint):
+    if objective.reference == "precomputed" and not (loss.ref_logps and ref_fingerprint):
         raise ValueError(
             f"loss.ref_logps = {loss.ref_logps} and ref_fingerprint = {ref_fingerprint}: "
             "loss.reference = precomputed needs both, the file and its model's fingerprint"
@@ -233,7 +238,8 @@ def preference_data(
         raise ValueError(f"model is a {type(model).__name__}: pass what prefix_preference returned")
     data = _data_class()(dataloader_type="external", num_workers=0)
     data.hooks = list(getattr(model, "_pre_wrap_hooks", []))
-    data.model, data.prefix, data.valid_prefix, data.loss = model, prefix, valid, loss
+    data.model, data.prefix, data.valid_prefix = model, prefix, valid
+    data.objective, data.ref_logps = objective, loss.ref_logps
     data.rows_per_step, data.row_capacity, data.sharing = rows_per_step, row_capacity, sharing
     data.ref_fingerprint, data.seed, data.cp_comm = ref_fingerprint, seed, cp_comm
     return data

@@ -24,7 +24,7 @@ from megatron_prefix.bridge.settings import (
     field_defaults,
     refuse,
 )
-from megatron_prefix.config.schema import RopeScaling
+from megatron_prefix.config import RopeScaling
 
 
 def prefix_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -110,8 +110,9 @@ def prefix_preference(
 
     `provider` comes from `AutoBridge.to_megatron_provider()` or a recipe's `cfg.model`; hooks,
     such as the one that loads weights, go with it. `attention_backend` is one of
-    attention.BACKENDS. Parallel sizes and precision may be set on the result, as on any provider.
-    Raises ValueError that names each setting this model does not follow; `provide` checks again.
+    attention.backends.BACKENDS, or `auto`. Parallel sizes and precision may be set on the result,
+    as on any provider. Raises ValueError that names each setting this model does not follow;
+    `provide` checks again.
     """
     base = bridge_module("models.gpt_provider").GPTModelProvider
     if not isinstance(provider, base) or type(provider).provide is not base.provide:

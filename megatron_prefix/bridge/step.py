@@ -11,11 +11,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from torch import Tensor
 
-from megatron_prefix import LossConfig
 from megatron_prefix.bridge.settings import refuse
-from megatron_prefix.engine.batch import TrainBatch
-from megatron_prefix.engine.step import preference_loss
-from megatron_prefix.objectives.objective import pair_metrics
+from megatron_prefix.engine import TrainBatch, preference_loss
+from megatron_prefix.objectives import Objective
 
 
 def preference_forward_step(data: Any) -> Callable[..., tuple[Tensor, Callable]]:
@@ -40,7 +38,9 @@ def preference_forward_step(data: Any) -> Callable[..., tuple[Tensor, Callable]]
         with state.straggler_timer:
             output = model(batch.tokens, None, None, packed_seq_params=batch.params)
         check = config.rerun_state_machine.check_for_nan_in_loss
-        return output, partial(row_loss, batch=batch, loss=data.loss, check_for_nan_in_loss=check)
+        return output, partial(
+            row_loss, batch=batch, objective=data.objective, check_for_nan_in_loss=check
+        )
 
     return forward_step
 
@@ -61,14 +61,14 @@ def _run_faults(config: Any, data: Any) -> Iterator[str]:
 
 
 def row_loss(
-    output: Tensor, *, batch: TrainBatch, loss: LossConfig, check_for_nan_in_loss: bool
+    output: Tensor, *, batch: TrainBatch, objective: Objective, check_for_nan_in_loss: bool
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(loss, num_tokens = 0, metrics) of one row; see Division in the module's docstring.
 
     Each metric is (sum, count), which Bridge sums over rows and ranks before it divides: the loss
     over weights, everything else over pairs.
     """
-    value, count, logs = preference_loss(output, batch=batch, loss=loss)
+    value, count, logs = preference_loss(output, batch=batch, objective=objective)
     if check_for_nan_in_loss:
         for test, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             get_rerun_state_machine().validate_result(
@@ -78,9 +78,10 @@ def row_loss(
                 tolerance=0.0,
                 fatal=True,
             )
-    sums = logs["sums"]
-    pairs = sums.new_tensor(len(batch.pairs))
-    counts = [batch.pair_weights.sum(), *[pairs] * (len(sums) - 1)]
-    names = pair_metrics(loss)
-    means = {n: torch.stack([s, c]) for n, s, c in zip(names, sums, counts, strict=True)}
-    return value, torch.zeros_like(count), means
+    weight = batch.pair_weights.sum()
+    pairs = weight.new_tensor(len(batch.pairs))
+    metrics = {
+        name: torch.stack([x, weight if name == "loss" else pairs])
+        for name, x in logs["sums"].items()
+    }
+    return value, torch.zeros_like(count), metrics

@@ -32,12 +32,12 @@ import megatron_prefix as mp
 from megatron_prefix.bridge import preference_data, preference_forward_step, prefix_preference
 from megatron_prefix.bridge.provider import prefix_layer_spec
 from megatron_prefix.bridge.settings import FOLLOWED, FORCED, IDLE, NEEDED, faults
-from megatron_prefix.config.schema import ParallelConfig
-from megatron_prefix.data.steps.composition import PlanSettings
-from megatron_prefix.distributed.world import world
+from megatron_prefix.config import ParallelConfig
+from megatron_prefix.data.steps.compositions import StepSettings
+from megatron_prefix.distributed import join_world
 from megatron_prefix.engine.step import run_schedule
-from megatron_prefix.reference.reference import score_dataset, with_reference
-from megatron_prefix.reference.sidecars import write_sidecar
+from megatron_prefix.objectives import check
+from megatron_prefix.reference import score_dataset, write_sidecar
 from megatron_prefix.testing import write_random_set
 
 SIZES = dict(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4)
@@ -51,7 +51,7 @@ def _stub(monkeypatch):
 
 @pytest.fixture(scope="module")
 def here():
-    with world(ParallelConfig(), seed=0) as here:
+    with join_world(ParallelConfig(), seed=0) as here:
         yield here
 
 
@@ -353,10 +353,10 @@ def bridge_run(here, weights, prefix):
         yield start
 
 
-def own_losses(here, weights, prefix) -> list[tuple[float, float]]:
+def own_losses(here, prefix, loss) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of this package's own loop on the same rows."""
     data = mp.PreferenceDataset(prefix)
-    steps = PlanSettings(seed=1234, row_capacity=CAPACITY, rows_per_step=ROWS).composition(data)
+    steps = StepSettings(seed=1234, row_capacity=CAPACITY, rows_per_step=ROWS).composition(data)
     sampler = mp.Sampler(
         dataset=data, composition=steps, row_capacity=CAPACITY, count_multiple=ROWS
     )
@@ -367,25 +367,27 @@ def own_losses(here, weights, prefix) -> list[tuple[float, float]]:
     reference, policy = build[0].requires_grad_(False), build[1]
     wrapping = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     policy = [DistributedDataParallel(config, wrapping, policy)]
-    optimizer, loss = adam(policy), mp.LossConfig()
+    optimizer, objective = adam(policy), check(loss)
     found = []
     for step in range(STEPS):
         plan = sampler.step(step)
         rows = [mp.to_device(r, here.device, plan.weight) for r in sampler.micro_batches(plan)]
-        rows = with_reference([reference], rows, loss)
+        rows = mp.with_reference([reference], rows)
         policy[0].zero_grad_buffer()
         optimizer.zero_grad()
-        logs = run_schedule(policy, rows, loss)
+        logs = run_schedule(policy, rows, objective)
         _, norm, _ = optimizer.step()
-        found.append((sum(float(log["sums"][0]) for log in logs) / plan.weight, float(norm)))
+        found.append((sum(float(log["sums"]["loss"]) for log in logs) / plan.weight, float(norm)))
     return found
 
 
-def test_steps_through_bridges_loop_equal_our_own(here, weights, prefix, bridge_run):
-    run = bridge_run()
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_steps_through_bridges_loop_equal_our_own(here, prefix, bridge_run, loss_type):
+    loss = mp.LossConfig(loss_type=loss_type, beta=0.1)
+    run = bridge_run(reference={"loss": loss})
     found = [run.step() for _ in range(STEPS)]
-    own = own_losses(here, weights, prefix)
-    assert own[0][0] == pytest.approx(0.693147, abs=1e-6)
+    own = own_losses(here, prefix, loss)
+    assert own[0][0] == pytest.approx(check(loss).first_value, rel=1e-6)
     for (metrics, norm), (loss, own_norm) in zip(found, own, strict=True):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
         assert float(norm) == pytest.approx(own_norm, rel=1e-4)
@@ -430,7 +432,7 @@ def test_scored_log_probabilities_are_a_reference_too(here, weights, prefix, bri
     data = mp.PreferenceDataset(prefix)
     in_order = mp.GroupBatches(len(data), 4, data.fingerprint, seed=1, limit=1)
     sampler = mp.Sampler(dataset=data, composition=in_order, row_capacity=CAPACITY)
-    scores = score_dataset(frozen, sampler, mp.LossConfig(), here)
+    scores = score_dataset(frozen, sampler, here)
     path = str(tmp_path / "ref.safetensors")
     write_sidecar(path, "f" * 64, [(data, scores)])
     loss = mp.LossConfig(reference="precomputed", ref_logps=path)
