@@ -66,7 +66,10 @@ class RowIterator:
             )
         step, num_rows = self._asked
         if not self._rows:
-            self._load((self._step + 1) % self._cycle if step is None else step, num_rows)
+            if step is None:
+                assert self._cycle is not None, "held-out rows have a number of steps"
+                step = (self._step + 1) % self._cycle
+            self._load(step, num_rows)
         elif step not in (None, self._step):
             raise RuntimeError(
                 f"step {step} begins with {len(self._rows)} rows of step {self._step} left: the "
@@ -119,8 +122,8 @@ class PreferenceData:
             "context_parallel_size",
             "expert_model_parallel_size",
         )
-        sizes = {name: getattr(self.model, name) for name in names}
-        parallel = ParallelConfig(**sizes, cp_comm=self.cp_comm)
+        layout: dict[str, Any] = {name: getattr(self.model, name) for name in names}
+        parallel = ParallelConfig(**layout | {"cp_comm": self.cp_comm})
         self.world = World(parallel, context.pg_collection, device())
         if self.rows_per_step % self.world.data_size:
             raise ValueError(

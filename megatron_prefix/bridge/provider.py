@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import fields
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.pipeline_parallel.utils import (
@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 
-from megatron_prefix import model_provider, tree_layer_spec
+from megatron_prefix import TreeTransformerConfig, model_provider, tree_layer_spec
 from megatron_prefix.bridge.settings import (
     FORCED,
     bridge_module,
@@ -41,6 +41,15 @@ class PrefixProvider:
     init_seed = head_seed = None
     tree_attention_backend = "auto"
     lm_head_chunk_size = 2048
+    # Fields of Bridge's provider that are read here.
+    rope_scaling_factor: float
+    seq_len_interpolation_factor: float | None
+    vocab_size: int
+    should_pad_vocab: bool
+    make_vocab_size_divisible_by: int
+    tensor_model_parallel_size: int
+    virtual_pipeline_model_parallel_size: int | None
+    _pg_collection: Any
 
     @property
     def rope_scaling(self) -> RopeScaling | None:
@@ -84,15 +93,18 @@ class PrefixProvider:
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, size) and is_pp_last_stage(groups.pp)
         self._vp_stage = vp_stage  # Transformer Engine's layers read it
+        config = cast(TreeTransformerConfig, self)  # it has every field that the model reads
         return model_provider(
-            pre_process, post_process, vp_stage, config=self, pg_collection=groups
+            pre_process, post_process, vp_stage, config=config, pg_collection=groups
         )
 
     def to_cfg_dict(self) -> dict[str, Any]:
         """For the `run_config.yaml` of a checkpoint: Bridge's own provider, so that Bridge opens
         and exports the checkpoint without this package."""
         plain = type(self).__mro__[2]
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name[0] != "_"}
+        values = {
+            f.name: getattr(self, f.name) for f in fields(cast(Any, self)) if f.name[0] != "_"
+        }
         values["rope_scaling"] = self.__dict__["rope_scaling"]
         values["transformer_layer_spec"] = field_defaults(plain)["transformer_layer_spec"]
         return {"_target_": f"{plain.__module__}.{plain.__qualname__}", **values}
@@ -122,7 +134,8 @@ def prefix_preference(
         )
     refuse(fault_of(provider, "transformer_layer_spec", field_defaults(base)))
     wrapped = copy.copy(provider)
-    wrapped.__class__ = _prefixed(type(provider))
+    own_class: Any = type(provider)
+    wrapped.__class__ = _prefixed(own_class)
     for hooks in ("_pre_wrap_hooks", "_post_wrap_hooks"):
         if hasattr(wrapped, hooks):
             setattr(wrapped, hooks, list(getattr(wrapped, hooks)))
