@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
@@ -31,10 +31,8 @@ class Objective:
     record: ObjectiveRecord
     options: Mapping[str, Any]
     """Every option of the record: the value given, or the default."""
-    reference: str
-    """`model`, `precomputed` or `none`."""
-    weighting: str
-    """`pair` or `group`."""
+    reference: Literal["model", "precomputed", "none"]
+    weighting: Literal["pair", "group"]
 
     @property
     def name(self) -> str:

@@ -60,7 +60,7 @@ class Trackers:
             except Exception as error:  # the other trackers must finish too
                 errors.append(error)
         raised = errors[:1] if status == "done" else []
-        for error in errors[len(raised) :]:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+        for other in errors[len(raised) :]:
+            print(f"warning: {other}", file=sys.stderr, flush=True)
         if raised:
             raise raised[0]

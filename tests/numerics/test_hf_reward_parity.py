@@ -162,7 +162,7 @@ def test_a_model_from_sizes_is_exported_as_a_classifier(random_set, tmp_path, ca
 
 def test_what_is_not_supported_is_refused(hh, tmp_path):
     reward = make_reward("qwen2", tmp_path / "reward")
-    with pytest.raises(InputError, match="is a reward model, without a language-model head"):
+    with pytest.raises(InputError, match="is a reward model without a language-model head"):
         train(run_config(tmp_path, hh, hf=str(reward)))
     two = make_reward("llama 3", tmp_path / "two", num_labels=2)
     for attempt in (

@@ -138,7 +138,8 @@ def test_keys_that_are_not_text():
 def test_values_as_yaml_reads_them(tmp_path, value):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(GOOD))
-    for key in map(".".join, KEYS):
+    step = 40 if value.startswith("[[") else 1  # PyYAML takes most of a second to refuse this one
+    for key in map(".".join, KEYS[::step]):
         try:
             load_config(path, [f"{key}={value}"])
         except InputError as error:

@@ -96,7 +96,7 @@ def configured(**model):
 
 @pytest.mark.parametrize("backend", ["auto", "path", "te"])
 def test_a_version_without_its_backend_is_refused(backend):
-    with pytest.raises(InputError, match="flash_version = 3 counts only with .* leave it out"):
+    with pytest.raises(InputError, match="flash_version = 3 has no effect with .* leave it out"):
         configured(attention_backend=backend, flash_version=3)
 
 
