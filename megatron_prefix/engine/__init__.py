@@ -3,7 +3,7 @@
 from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.engine.feed import Feed, StepRows
 from megatron_prefix.engine.optimizer import Policy, build_model, build_policy
-from megatron_prefix.engine.step import score_rows
+from megatron_prefix.engine.step import preference_loss, score_rows
 
 __all__ = [
     "Feed",
@@ -12,5 +12,6 @@ __all__ = [
     "TrainBatch",
     "build_model",
     "build_policy",
+    "preference_loss",
     "score_rows",
 ]

@@ -2,20 +2,21 @@
 
 from megatron_prefix.reference.fingerprint import model_fingerprint
 from megatron_prefix.reference.model import (
+    PrecomputedReference,
     Reference,
     frozen_model,
     open_reference,
     score_dataset,
 )
-from megatron_prefix.reference.sidecars import PartialScores, read_sidecar, write_sidecar
+from megatron_prefix.reference.sidecars import PartialScores, write_sidecar
 
 __all__ = [
     "PartialScores",
+    "PrecomputedReference",
     "Reference",
     "frozen_model",
     "model_fingerprint",
     "open_reference",
-    "read_sidecar",
     "score_dataset",
     "write_sidecar",
 ]

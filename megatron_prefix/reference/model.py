@@ -74,6 +74,17 @@ class PrecomputedReference:
     logps: dict[str, np.ndarray]
     rounding: float
 
+    @classmethod
+    def read(
+        cls, path: str, fingerprint: str, datasets: list[PreferenceDataset], rounding: float
+    ) -> PrecomputedReference:
+        """From a sidecar of the model with this fingerprint; rows are made of the first data set.
+
+        Raises InputError if the sidecar is of another model or data set.
+        """
+        logps = {data.fingerprint: read_sidecar(path, fingerprint, data) for data in datasets}
+        return cls(datasets[0], logps, rounding)
+
     def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
         logps = self.logps[self.dataset.fingerprint]
         return [
@@ -119,8 +130,7 @@ def open_reference(
     if objective.reference == "precomputed":
         path = config.loss.ref_logps
         assert path is not None and fingerprint is not None
-        logps = {data.fingerprint: read_sidecar(path, fingerprint, data) for data in datasets}
-        return PrecomputedReference(datasets[0], logps, rounding)
+        return PrecomputedReference.read(path, fingerprint, datasets, rounding)
     chunks = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
     initial.load(chunks)
     # Policy and reference run the same rows, and float32 gives both the same values.

@@ -27,9 +27,9 @@ from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import LossInputs, Objective, check
 from megatron_prefix.reference import (
+    PrecomputedReference,
     frozen_model,
     model_fingerprint,
-    read_sidecar,
     score_dataset,
 )
 from megatron_prefix.train.samplers import check_columns, evaluation_sampler, open_verified
@@ -99,7 +99,9 @@ def _logps(
     if objective.reference == "precomputed":
         path = config.loss.ref_logps
         assert path is not None
-        ref_logps = read_sidecar(path, model_fingerprint(model), sampler.dataset)
+        fingerprint, datasets = model_fingerprint(model), [sampler.dataset]
+        reference = PrecomputedReference.read(path, fingerprint, datasets, rounding=0.0)
+        ref_logps = reference.score(sampler)
     else:
         ref_logps = score_dataset(model, sampler, world)
         if weights is None:

@@ -27,7 +27,7 @@ LEVELS = (
     ("engine", "checkpoint", "distributed"),
     ("reference",),
     ("train", "trackers"),
-    ("estimate", "cli"),
+    ("estimate", "cli", "bridge"),
     ("__main__", "testing"),
 )
 """Each may import from the levels before its own, and from its own without a circle."""
