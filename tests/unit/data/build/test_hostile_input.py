@@ -124,7 +124,7 @@ def test_outputs_that_name_no_file_are_refused(tmp_path, capsys, monkeypatch, ou
     assert build(capsys, "set", tmp_path / "in.jsonl")[0] == 0
     pack = ["pack", "set", "--row-capacity", "99", "--global-batch-size", "2"]
     assert main([*pack, "--output", output]) == 2
-    assert "names no directory" in capsys.readouterr().err
+    assert "names no folder" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
 
 

@@ -202,7 +202,7 @@ def test_groups_of_one_record_make_the_batches_of_groups(limit):
 def test_batches_of_a_data_set(tmp_path):
     _, merged = build(tmp_path, RECORDS, merge_prompts=True)
     assert isinstance(group_batches(merged, 3, 1), RecordBatches)
-    with pytest.raises(InputError, match="group 0 holds 3 records .*global_batch_size is 2"):
+    with pytest.raises(InputError, match="global_batch_size is 2 and group 0 .* holds 3 records"):
         group_batches(merged, 2, 1)
     _, separate = build(tmp_path, RECORDS, "separate")
     assert isinstance(group_batches(separate, 2, 1), GroupBatches)
