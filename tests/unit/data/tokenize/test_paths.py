@@ -235,7 +235,7 @@ class Lying(type(load_tokenizer("bytes"))):
 def test_a_token_id_beyond_the_vocabulary_is_refused(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
-    with pytest.raises(InputError, match="token id 70000, and the vocabulary .* has 258"):
+    with pytest.raises(InputError, match="token id 70000, and tokenizer bytes has ids 0 to 257"):
         build_dataset([path], Lying(), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
