@@ -49,7 +49,8 @@ def tree_rows(
 
     `completion_masks` has a 1 for each token with loss, like TRL's `completion_mask`: where a
     prompt ends cannot be told from tokens, because responses may begin the same. `pairs` are
-    (chosen, rejected) indices of `token_lists`. Any common beginning is shared, also between prompts.
+    (chosen, rejected) indices of `token_lists`. Any common beginning is shared, also between
+    prompts.
 
     CPU tensors with TRL's names, dtypes and shapes: `input_ids`, `position_ids`, `shift_labels`
     int64 [T]; `tree_kv_index` int64 [K]; `tree_cu_seqlens_q`, `tree_cu_seqlens_k` int32 [S + 1];
