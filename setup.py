@@ -16,7 +16,7 @@ setup(
     package_data={"megatron_prefix.attention": ["auto_table.json"]},
     install_requires=[
         "torch>=2.8",
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16,<0.20",
         "numpy",
         "datasets",
         "pyarrow",

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import save_config
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import (
@@ -44,7 +44,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_prefix.checkpoint.save_load import resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
-from megatron_prefix.checkpoint.torch_dist import check_checksums, check_harmless, write_checksums
+from megatron_prefix.checkpoint.torch_dist import (
+    FORMAT,
+    check_checksums,
+    check_harmless,
+    write_checksums,
+)
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf import (
     HFModel,
@@ -88,7 +93,7 @@ def import_checkpoint(hf: str, output: str | Path) -> Converted:
         torch.save({}, partial / "common.pt")
         companions = copy_companions(model.directory, partial / HF_FOLDER)
         write_checksums(partial)
-        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        save_config(FORMAT, str(partial))
     return _summary(
         {name: tensors.dtypes[name] for name in weights.hf_shapes()}, weights, companions
     )

@@ -120,14 +120,14 @@ class RunCheckpoints:
         target = iteration_dir(self.root, step)
         partial = target.with_name(f".{target.name}.partial-{name[0]}")
         try:
-            _on_main(lambda: _make_room(partial))
+            torch_dist.on_main(lambda: _make_room(partial))
             state = _sharded_state(chunks, optimizer)
             state |= {"scheduler": scheduler.state_dict(), "step": step, "run": identity}
             state["model_sizes"] = model_sizes(chunks)
             torch_dist.save(state, partial)
-            _on_main(lambda: attach(partial))
+            torch_dist.on_main(lambda: attach(partial))
             torch_dist.write_checksums(partial)
-            _on_main(lambda: _publish(Path(self.root), partial, target, step))
+            torch_dist.on_main(lambda: _publish(Path(self.root), partial, target, step))
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
@@ -158,19 +158,6 @@ class RunCheckpoints:
         _load_model(chunks, state)
         restore_optimizer(optimizer, state["optimizer"], common["optimizer"], step)
         scheduler.load_state_dict(common["scheduler"])
-
-
-def _on_main(action: Callable[[], None]) -> None:
-    """Run `action` on the main process. Its OSError is raised on every process."""
-    outcome: list[OSError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            outcome[0] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
 
 
 def _make_room(partial: Path) -> None:

@@ -3,36 +3,48 @@
 The format is Megatron-Core's `torch_dist`: `common.pt`, `*.distcp`, `.metadata`, and
 `metadata.json`, which is written last and marks a checkpoint as complete.
 
-Writing: Megatron-Core's own writer forks processes that outlive a killed run. This one gives the
-same plan to torch's writer, in this process.
+Writing: Megatron-Core's own writer forks processes that outlive a killed run, and from 0.17 on its
+`save` ignores another one. So the same plan goes to torch's writer, in this process. What is not a
+tensor is in `common.pt`, which every version reads; from 0.19 on Megatron-Core's own saver puts it
+into a pickled object instead.
 
-Reading: torch unpickles `.metadata`, and every object in it that is not a tensor. A pickle can
-execute code. So `.metadata` is first read by an unpickler that knows a few harmless classes, and a
-checkpoint with such objects is refused. Checkpoints written here have tensors only.
+Reading: torch unpickles `.metadata`, and every object that is asked for and not a tensor. A pickle
+can execute code. So `.metadata` is first read by an unpickler that knows a few harmless classes,
+and only tensors are asked for: the objects of other programs' checkpoints are never read.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.core import (
+    CheckpointingConfig,
+    CheckpointingException,
+    save_config,
+)
+from megatron.core.dist_checkpointing.dict_utils import (
+    extract_matching_values,
+    merge,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
+    apply_factory_merges,
+    is_main_replica,
 )
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
+    TorchDistLoadShardedStrategy,
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,6 +55,9 @@ from megatron_prefix.model import REWARD_HEAD
 
 COMPLETE = "metadata.json"
 CHECKSUMS = "checksums.json"
+FORMAT = CheckpointingConfig("torch_dist", 1)
+COMMON_OBJECT = "common_state"
+"""Name of the object that replaces `common.pt` in checkpoints of Megatron-Core's own saver."""
 
 _HARMLESS = {
     "torch.distributed.checkpoint.metadata": {
@@ -53,8 +68,16 @@ _HARMLESS = {
         "ChunkStorageMetadata",
         "TensorProperties",
         "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    # Of Megatron-Core's own saver: plans of torch, plain data.
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+    },
     "torch.serialization": {"_get_layout"},
     "torch": {
         "Size",
@@ -92,13 +115,16 @@ def model_kind(path: Path) -> str:
 
 
 def check_harmless(path: Path) -> None:
-    """Raise InputError if loading the checkpoint `path` could execute code."""
+    """Raise InputError if reading the metadata of the checkpoint `path` could execute code.
+
+    Its entries may be tensors, and objects, which `load` never reads.
+    """
     metadata_path = path / ".metadata"
     for key, entry in _read_entries(path).items():
-        if type(entry).__name__ != "TensorStorageMetadata":
+        if type(entry).__name__ not in ("TensorStorageMetadata", "BytesStorageMetadata"):
             raise InputError(
-                f"{metadata_path}: refused, because {str(key)[:100]} is a pickled object, not a "
-                "tensor, and could execute code when loaded; use a checkpoint that has tensors only"
+                f"{metadata_path}: refused, because {str(key)[:100]} is neither a tensor nor a "
+                "stored object and could execute code when loaded; use a checkpoint that you trust"
             )
 
 
@@ -107,9 +133,16 @@ def _read_common(path: Path) -> dict:
     try:
         return torch.load(path / "common.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError:
+        if any(_is_of(key, COMMON_OBJECT) for key in _read_entries(path)):
+            return {}  # by Megatron-Core 0.19's own saver: a pickled object, which is not read
         raise InputError(f"{path}/common.pt: missing; the checkpoint is damaged") from None
     except Exception as error:  # whatever a damaged or hostile pickle raises
         raise InputError(_refusal(path / "common.pt", error)) from None
+
+
+def _is_of(key: object, name: str) -> bool:
+    """Whether an entry is the object `name`, whose key also has its part's number."""
+    return str(key).split("/")[0] == name
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -133,38 +166,14 @@ def check_same_tensors(request: dict, path: Path, unread: Sequence[str] = ()) ->
     }
     parts: list[set] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, own)
-    saved = set(_read_entries(path)) - set(unread)
+    entries = _read_entries(path).items()
+    tensors = {key for key, entry in entries if type(entry).__name__ == "TensorStorageMetadata"}
+    saved = tensors - set(unread)
     surplus = sorted(n for n in saved - set().union(*parts) if not n.startswith("optimizer."))
     if surplus:
         raise InputError(
             f"{path}: has tensors that this model does not have: {', '.join(surplus[:5])}; give "
             "the sizes it was trained with (untie_embeddings_and_output_weights, add_qkv_bias, …)"
-        )
-
-
-class InProcessSave(SaveShardedStrategy):
-    """Megatron-Core's save strategy with torch's own writer, without child processes."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-    def check_backend_compatibility(self, loaded_version: int) -> None:
-        """Nothing is loaded by this strategy."""
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        """Nothing is loaded by this strategy."""
-
-    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
-        """Write this rank's tensors. Collective."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
         )
 
 
@@ -240,8 +249,19 @@ def _files(path: Path) -> list[str]:
 
 def save(state: dict, path: Path) -> None:
     """Write `state` into the empty directory `path`. Collective. Raises OSError."""
+    tensors, common = save_preprocess(state)
+    by_key: dict[str, list[ShardedTensor]] = defaultdict(list)
+    for tensor in nested_values(tensors):
+        if is_main_replica(tensor.replica_id):
+            by_key[tensor.key].append(tensor)
     try:
-        dist_checkpointing.save(state, str(path), sharded_strategy=InProcessSave())
+        on_main(lambda: torch.save(common, path / "common.pt"))
+        dcp.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=dcp.FileSystemWriter(path, thread_count=1),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+        )
+        on_main(lambda: save_config(FORMAT, str(path)))
     except CheckpointException as error:  # a failure of any rank, on every rank
         causes = [failure[0] for failure in error.failures.values()]
         cause = next((c for c in causes if isinstance(c, OSError)), causes[0])
@@ -250,6 +270,20 @@ def save(state: dict, path: Path) -> None:
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
         raise OSError(None, f"torch could not write: {' '.join(str(error).split())}") from error
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Run `action` on the main process. Its OSError or RuntimeError is raised on every process."""
+    outcome: list[Exception | None] = [None]
+    if _rank() == 0:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            outcome[0] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
 
 
 def load(request: dict, path: Path, unread: Sequence[str] = ()) -> dict:
@@ -262,8 +296,16 @@ def load(request: dict, path: Path, unread: Sequence[str] = ()) -> dict:
     check_checksums(path)
     check_harmless(path)
     check_same_tensors(request, path, unread)
-    _read_common(path)
-    return _explained(lambda: dist_checkpointing.load(request, str(path)), path)
+    return _explained(lambda: _load_tensors(request, path), path)
+
+
+def _load_tensors(request: dict, path: Path) -> dict:
+    sharded, nonpersistent, factories = load_preprocess(request)
+    tensors, _ = extract_matching_values(sharded, lambda x: isinstance(x, ShardedTensor))
+    state = _read_common(path)
+    merge(state, nonpersistent)
+    merge(state, TorchDistLoadShardedStrategy().load(tensors, path))
+    return apply_factory_merges(state, factories)
 
 
 def load_common(path: Path) -> dict:

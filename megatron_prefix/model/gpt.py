@@ -13,10 +13,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.embeddings.language_model_embedding import (
+    LanguageModelEmbedding,
+)
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.quantization.utils import get_quant_config_or_none
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -69,8 +78,14 @@ class TreeTransformerConfig(TransformerConfig):
         return -(-self.vocab_size // multiple) * multiple
 
 
-class TreeGPTModel(GPTModel):
-    """GPT whose attention, positions and head follow `TreePackedSeqParams`."""
+class TreeGPTModel(LanguageModule):
+    """GPT whose attention, positions and head follow `TreePackedSeqParams`.
+
+    Its parts, their names and so its checkpoints are those of Megatron-Core's `GPTModel`, which
+    0.19 deprecates: embedding, decoder (the block of layers), output_layer.
+    """
+
+    config: TreeTransformerConfig
 
     def __init__(
         self,
@@ -80,25 +95,60 @@ class TreeGPTModel(GPTModel):
         vp_stage: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        super().__init__(
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
+        self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=config.padded_vocab_size,
+                max_sequence_length=0,
+                position_embedding_type="none",
+                tp_group=self.pg_collection.tp,
+            )
+        self.decoder = TransformerBlock(
             config=config,
-            transformer_layer_spec=tree_block_spec(
-                config, config.tree_attention_backend, vp_stage=vp_stage
-            ),
-            vocab_size=config.padded_vocab_size,
-            max_sequence_length=0,
+            spec=tree_block_spec(config, config.tree_attention_backend, vp_stage=vp_stage),
             pre_process=pre_process,
             post_process=post_process,
-            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
-            position_embedding_type="none",
-            pg_collection=pg_collection,
+            pg_collection=self.pg_collection,
             vp_stage=vp_stage,
         )
-        self._mark_partitions()
         if post_process:
-            # The head's input is selected from the whole sequence, which is gathered before it.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+            self._add_head()
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+        for name, module in self.named_modules():
+            if hasattr(module, "finish_init"):  # Transformer Engine's layers
+                module.finish_init(get_quant_config_or_none(name, config.quant_recipe))
+        self._mark_partitions()
+
+    def _add_head(self) -> None:
+        """Make the projection to logits. A shared weight is passed to it in the forward pass."""
+        config = self.config
+        self.output_layer = ColumnParallelLinear(
+            config.hidden_size,
+            config.padded_vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            skip_bias_add=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process
+            and self.share_embeddings_and_output_weights,
+            tp_group=self.pg_collection.tp,
+        )
+        # Its input is selected from the whole sequence, which is gathered before it.
+        self.output_layer.sequence_parallel = False
+        self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Give the stage its input, the hidden states of the stage before. Called by the
+        pipeline schedules."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self.decoder.set_input_tensor(input_tensor)
 
     def _mark_partitions(self) -> None:
         """Mark the parameters that are slices, with the dimension that is divided.
@@ -112,57 +162,40 @@ class TreeGPTModel(GPTModel):
                 set_tensor_model_parallel_attributes(parameter, True, PARTITION_DIMS[kind], 1)
 
     def forward(
-        self, *args: object, packed_seq_params: TreePackedSeqParams | None = None, **kwargs: object
-    ) -> Tensor:
-        """Megatron-Core's forward, with the rotation of every position along its root path."""
-        if isinstance(packed_seq_params, TreePackedSeqParams):
-            config = self.config
-            assert packed_seq_params.position_ids is not None
-            angles = rotary_angles(
-                packed_seq_params.position_ids,
-                config.kv_channels,
-                config.rotary_base,
-                config.rope_scaling,
-            )
-            rotation = rotation_of(angles)
-            if config.bf16:  # converted once for all layers
-                cos, sin = rotation
-                rotation = cos.bfloat16(), sin.bfloat16()
-            packed_seq_params = replace(packed_seq_params, rotation=rotation)
-        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)
-
-    def _preprocess(
         self,
         input_ids: Tensor,
-        position_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         decoder_input: Tensor | None = None,
-        inference_context: object | None = None,
+        labels: Tensor | None = None,
+        *,
         packed_seq_params: TreePackedSeqParams | None = None,
-        padding_mask: Tensor | None = None,
-    ) -> tuple:
-        """Embed [1, T] token ids to [T, 1, C]."""
-        if inference_context is not None or not isinstance(packed_seq_params, TreePackedSeqParams):
+    ) -> Tensor:
+        """Token ids [1, T] -> the output of `_head` for every target, float32 [N], or, before
+        the last pipeline stage, hidden states [T, 1, C].
+
+        Positions, mask and targets come from `packed_seq_params`; `position_ids`,
+        `attention_mask` and `labels` are None, as the arguments of Megatron-LM's loops are.
+        """
+        if not isinstance(packed_seq_params, TreePackedSeqParams):
             raise ValueError(
                 "TreeGPTModel trains and scores rows of prefix trees: call it with "
-                "packed_seq_params=TreePackedSeqParams(…) and without inference context"
+                "packed_seq_params=TreePackedSeqParams(…)"
             )
+        for name, value in (("attention_mask", attention_mask), ("labels", labels)):
+            if value is not None:
+                raise ValueError(f"{name} must be None: it comes from packed_seq_params")
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        return decoder_input, None, None, None, None, padding_mask
-
-    def _postprocess(
-        self,
-        hidden_states: Tensor,
-        *,
-        labels: Tensor | None = None,
-        packed_seq_params: TreePackedSeqParams,
-        **_: object,
-    ) -> Tensor:
-        """Hidden states [T, 1, C] -> the output of `_head` for every target, float32 [N]."""
+        hidden_states = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=None,
+            packed_seq_params=replace(
+                packed_seq_params, rotation=self._rotation(packed_seq_params)
+            ),
+        )
         if not self.post_process:
             return hidden_states
-        if labels is not None:
-            raise ValueError("labels must be None: targets come from packed_seq_params")
         if self.config.sequence_parallel:
             # Every rank computes the same targets, so gradients must not be summed again.
             hidden_states = gather_from_sequence_parallel_region(
@@ -171,6 +204,17 @@ class TreeGPTModel(GPTModel):
         assert packed_seq_params.logit_tokens is not None
         hidden_UC = hidden_states.squeeze(1).index_select(0, packed_seq_params.logit_tokens)
         return self._head(hidden_UC, packed_seq_params)
+
+    def _rotation(self, params: TreePackedSeqParams) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position along its root path, once for all layers."""
+        config = self.config
+        assert params.position_ids is not None
+        cos, sin = rotation_of(
+            rotary_angles(
+                params.position_ids, config.kv_channels, config.rotary_base, config.rope_scaling
+            )
+        )
+        return (cos.bfloat16(), sin.bfloat16()) if config.bf16 else (cos, sin)
 
     def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
         """Log-probability of every target, float32 [N]."""
@@ -188,6 +232,14 @@ class TreeGPTModel(GPTModel):
             chunk_size=self.config.lm_head_chunk_size,
             group=self.pg_collection.tp,
         )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """As `GPTModel` has it: the projection's weight and no other state of it."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state
 
 
 def unwrap(model: torch.nn.Module) -> TreeGPTModel:

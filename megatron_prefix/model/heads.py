@@ -11,12 +11,11 @@ Shapes: C hidden channels, U tokens that are scored, N targets (one per response
 from __future__ import annotations
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_prefix.attention import TreePackedSeqParams
-from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
+from megatron_prefix.model.gpt import TreeGPTModel
 
 
 class RewardHead(torch.nn.Module):
@@ -43,19 +42,15 @@ class TreeRewardModel(TreeGPTModel):
     head's parameter is `score.weight`, as in Hugging Face's `…ForSequenceClassification`.
     """
 
-    def __init__(
-        self,
-        config: TreeTransformerConfig,
-        pre_process: bool = True,
-        post_process: bool = True,
-        vp_stage: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
+    def _add_head(self) -> None:
+        config = self.config
         assert not config.share_embeddings_and_output_weights, "a reward model has no output layer"
-        super().__init__(config, pre_process, post_process, vp_stage, pg_collection)
-        if post_process:
-            del self.output_layer  # made by the stock constructor, never filled
-            self.score = RewardHead(config.hidden_size, config.params_dtype)
+        self.score = RewardHead(config.hidden_size, config.params_dtype)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Mark the embedding, as Megatron-Core does; there is no output layer to mark."""
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
 
     def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
         """Score of every target, float32 [N]."""
@@ -65,5 +60,5 @@ class TreeRewardModel(TreeGPTModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """The state of every part; GPTModel's method needs an output layer."""
+        """The state of every part; the language model's method needs an output layer."""
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_prefix.attention import TreeCoreAttention
 from megatron_prefix.model.layers import RMSNorm, SwiGLU, with_tree_router
+from megatron_prefix.platform import submodules_of
 
 
 def has_transformer_engine() -> bool:
@@ -48,7 +49,7 @@ def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleS
         spec.submodules.input_layernorm = RMSNorm
         spec.submodules.pre_mlp_layernorm = RMSNorm
         if config.use_te_activation_func:
-            spec.submodules.mlp.submodules.activation_func = SwiGLU
+            submodules_of(spec.submodules.mlp).activation_func = SwiGLU
         if config.qk_layernorm:
             spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
             spec.submodules.self_attention.submodules.k_layernorm = RMSNorm

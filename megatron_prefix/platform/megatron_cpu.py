@@ -1,19 +1,21 @@
-"""Megatron-Core 0.16 on a machine without CUDA.
+"""Megatron-Core on a machine without CUDA.
 
 `adapted()` is a context manager. Without CUDA it changes the calls below so that they run on CPU,
-and restores them on exit. With CUDA it does nothing. Paths are relative to megatron/core.
+and restores them on exit. With CUDA it does nothing. Paths are relative to megatron/core, lines
+those of 0.16.1, 0.18.2 and 0.19.2.
 
 | change | needed by |
 | --- | --- |
-| `device="cuda"` of tensor factories -> cpu | schedules.py:596, optimizer.py:481, 907 |
-| `Tensor.cuda()` returns the tensor | distrib_optimizer.py:1089 |
-| `Tensor.type()` gives CPU tensors CUDA names | clip_grads.py:167, optimizer.py:671, 690 |
+| `device="cuda"` of tensor factories -> cpu | schedules.py:596, 669, 749; optimizer.py |
+| `Tensor.cuda()` returns the tensor | distrib_optimizer.py:1089, 1318, 1374 |
+| `Tensor.type()` gives CPU tensors CUDA names | clip_grads.py:167, 178, 174; optimizer.py |
 | `torch.cuda.current_device()` -> cpu | rotary_pos_embedding.py:162, mappings.py:91 |
-| `torch.cuda.synchronize()` does nothing | p2p_communication.py:242, filesystem_async.py:230 |
-| the CUDA random state is empty | random.py:55 and 76, where recomputation saves it |
-| the token dispatcher has no side stream | moe/token_dispatcher.py:445, 871-895 |
-| its split sizes become lists, as gloo needs | moe/moe_utils.py:1093, mappings.py:444 |
-| parts of unequal length are gathered by all-to-all | mappings.py:150, which gloo refuses |
+| `torch.cuda.synchronize()` does nothing | p2p_communication.py:242, 263, 263 |
+| `torch.cuda.current_stream()` -> None | param_and_grad_buffer.py:-, -, 632 |
+| the CUDA random state is empty | random.py:55, 110, 118, where recomputation saves it |
+| the token dispatcher has no side stream | moe/token_dispatcher.py:444, 450, 468 |
+| its split sizes become lists, as gloo needs | moe/token_dispatcher.py:862, 893, 913 |
+| parts of unequal length are gathered by all-to-all | mappings.py:114, 114, 118, for gloo |
 """
 
 from __future__ import annotations
@@ -89,6 +91,7 @@ def adapted() -> Iterator[None]:
         _CudaNamesOnCpu(),
         mock.patch.object(torch.cuda, "current_device", lambda: CPU),
         mock.patch.object(torch.cuda, "synchronize", lambda device=None: None),
+        mock.patch.object(torch.cuda, "current_stream", lambda device=None: None),
         mock.patch.object(torch.cuda.random, "get_rng_state", lambda device="cuda": no_state),
         mock.patch.object(torch.cuda, "get_rng_state", lambda device="cuda": no_state),
         mock.patch.object(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None),

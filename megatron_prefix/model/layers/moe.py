@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_prefix.attention import TreePackedSeqParams
+from megatron_prefix.platform import submodules_of
 
 
 def row_balance(
@@ -152,7 +153,7 @@ class TreeMoELayer(TransformerLayer):
 def with_tree_router(layer: ModuleSpec) -> ModuleSpec:
     """Put this module's router into a layer spec with experts; changes and returns `layer`."""
     layer.module = TreeMoELayer
-    layer.submodules.mlp.submodules.router = TreeRouter
+    submodules_of(layer.submodules.mlp).router = TreeRouter
     return layer
 
 
