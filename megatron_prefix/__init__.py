@@ -15,8 +15,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from megatron_prefix import platform
     from megatron_prefix.attention import TreePackedSeqParams, TreePlan, tree_attention
+    from megatron_prefix.checkpoint import export_hf, import_hf
     from megatron_prefix.config import LossConfig, ModelConfig
-    from megatron_prefix.data import PreferenceDataset, PrefixTree, Sampler
+    from megatron_prefix.data import BuildOptions, PreferenceDataset, PrefixTree, Sampler
+    from megatron_prefix.data.build import from_hf_dataset
     from megatron_prefix.data.steps import MicroBatch
     from megatron_prefix.data.steps.collate import score_targets, tree_targets
     from megatron_prefix.data.steps.compositions import GroupBatches, RowBatches
@@ -24,16 +26,24 @@ if TYPE_CHECKING:
     from megatron_prefix.engine.batch import to_device
     from megatron_prefix.engine.step import forward_step, sum_gradients
     from megatron_prefix.layout import TreeLayout
-    from megatron_prefix.model import TreeTransformerConfig, model_provider, transformer_config
+    from megatron_prefix.model import (
+        TreeTransformerConfig,
+        load_hf_weights,
+        model_provider,
+        transformer_config,
+    )
     from megatron_prefix.model.spec import tree_layer_spec
     from megatron_prefix.objectives import bradley_terry_loss, dpo_loss, ipo_loss
+    from megatron_prefix.reference import PrecomputedReference, model_fingerprint
     from megatron_prefix.reference.model import with_reference
 else:
     __getattr__ = lazy_face(
         __name__,
         attention=["TreePackedSeqParams", "TreePlan", "tree_attention"],
+        checkpoint=["export_hf", "import_hf"],
         config=["LossConfig", "ModelConfig"],
-        data=["PreferenceDataset", "PrefixTree", "Sampler"],
+        data=["BuildOptions", "PreferenceDataset", "PrefixTree", "Sampler"],
+        data__build=["from_hf_dataset"],
         data__steps=["MicroBatch"],
         data__steps__collate=["score_targets", "tree_targets"],
         data__steps__compositions=["GroupBatches", "RowBatches"],
@@ -41,10 +51,16 @@ else:
         engine__batch=["to_device"],
         engine__step=["forward_step", "sum_gradients"],
         layout=["TreeLayout"],
-        model=["TreeTransformerConfig", "model_provider", "transformer_config"],
+        model=[
+            "TreeTransformerConfig",
+            "load_hf_weights",
+            "model_provider",
+            "transformer_config",
+        ],
         model__spec=["tree_layer_spec"],
         objectives=["bradley_terry_loss", "dpo_loss", "ipo_loss"],
         platform=[],
+        reference=["PrecomputedReference", "model_fingerprint"],
         reference__model=["with_reference"],
     )
 
@@ -54,10 +70,12 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "BuildOptions",
     "GroupBatches",
     "LossConfig",
     "MicroBatch",
     "ModelConfig",
+    "PrecomputedReference",
     "PreferenceDataset",
     "PrefixTree",
     "RowBatches",
@@ -69,8 +87,13 @@ __all__ = [
     "__version__",
     "bradley_terry_loss",
     "dpo_loss",
+    "export_hf",
     "forward_step",
+    "from_hf_dataset",
+    "import_hf",
     "ipo_loss",
+    "load_hf_weights",
+    "model_fingerprint",
     "model_provider",
     "platform",
     "score_targets",

@@ -79,7 +79,7 @@ def run_ours(
     pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path
 ) -> tuple[Outcome, list[TextPair]]:
     """Build, train, export. Returns the outcome, and the pairs in the order of training."""
-    from megatron_prefix.checkpoint import export_checkpoint
+    from megatron_prefix.checkpoint import export_hf
     from megatron_prefix.train import score_reference, train, training_sampler
 
     folder.mkdir(parents=True)
@@ -91,7 +91,7 @@ def run_ours(
         plain = our_config(folder, hf, replace(setting, precomputed=False))
         score_reference(plain, str(folder / "reference"))
     train(config)
-    export_checkpoint(folder / "checkpoints", folder / "aligned", 10**10)
+    export_hf(folder / "checkpoints", folder / "aligned", 10**10)
     aligned = load(folder / "aligned", setting.kind)
     text = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]

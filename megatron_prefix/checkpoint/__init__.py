@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_prefix.faces import lazy_face
 
 if TYPE_CHECKING:
-    from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
+    from megatron_prefix.checkpoint.convert import export_hf, import_hf
     from megatron_prefix.checkpoint.save_load import (
         RunCheckpoints,
         load_weights,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_face(
         __name__,
-        convert=["export_checkpoint", "import_checkpoint"],
+        convert=["export_hf", "import_hf"],
         save_load=["RunCheckpoints", "load_weights", "resolve_checkpoint"],
         starting_model=["StartingModel", "hf_folder", "resolve_starting_model"],
     )
@@ -29,9 +29,9 @@ else:
 __all__ = [
     "RunCheckpoints",
     "StartingModel",
-    "export_checkpoint",
+    "export_hf",
     "hf_folder",
-    "import_checkpoint",
+    "import_hf",
     "load_weights",
     "resolve_checkpoint",
     "resolve_starting_model",

@@ -72,7 +72,7 @@ class Converted:
     """What the user should know about the result."""
 
 
-def import_checkpoint(hf: str, output: str | Path) -> Converted:
+def import_hf(hf: str, output: str | Path) -> Converted:
     """Write the distributed checkpoint `output` from the Hugging Face model `hf`.
 
     Raises InputError if the model cannot be read or `output` exists; nothing is written then.
@@ -99,7 +99,7 @@ def import_checkpoint(hf: str, output: str | Path) -> Converted:
     )
 
 
-def export_checkpoint(load: str | Path, hf: str | Path, max_shard_bytes: int) -> Converted:
+def export_hf(load: str | Path, hf: str | Path, max_shard_bytes: int = 5 * 10**9) -> Converted:
     """Write the Hugging Face directory `hf` from a distributed checkpoint.
 
     `load` is an `iter_…` directory or the root above it. Raises InputError if the checkpoint

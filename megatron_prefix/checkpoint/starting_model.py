@@ -68,7 +68,7 @@ class StartingModel:
             for chunk in chunks:
                 model = unwrap(chunk)
                 keeps_head = self.draws_head and model.post_process
-                load_hf_weights(model, self.sizes, self.source.directory, keeps_head)
+                load_hf_weights(model, self.source.directory, self.sizes, keeps_head)
         elif self.config.checkpoint is not None:
             load_weights(self.config.checkpoint, chunks, self.draws_head)
 

@@ -56,18 +56,18 @@ def _bytes(text: str) -> int:
 def run_import(args: argparse.Namespace) -> None:
     """Import the model and print what was written."""
     quiet_megatron()
-    from megatron_prefix.checkpoint import import_checkpoint
+    from megatron_prefix.checkpoint import import_hf
 
-    done = import_checkpoint(args.hf, args.output)
+    done = import_hf(args.hf, args.output)
     print(f"wrote {args.output}: {_amount(done)}; config and tokenizer in {args.output}/hf")
 
 
 def run_export(args: argparse.Namespace) -> None:
     """Export the model and print what was written."""
     quiet_megatron()
-    from megatron_prefix.checkpoint import export_checkpoint
+    from megatron_prefix.checkpoint import export_hf
 
-    done = export_checkpoint(args.load, args.hf, args.max_shard_size)
+    done = export_hf(args.load, args.hf, args.max_shard_size)
     print(f"wrote {args.hf}: {_amount(done)}")
     if not any(name.startswith("tokenizer") for name in done.companions):
         print("the checkpoint has no tokenizer, so none was exported")

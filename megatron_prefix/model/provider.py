@@ -14,7 +14,7 @@ from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 from megatron_prefix.model.heads import TreeRewardModel
-from megatron_prefix.model.hf import HFTensors, WeightMap
+from megatron_prefix.model.hf import HFModel, HFTensors, WeightMap
 from megatron_prefix.model.init import initialize_weights
 from megatron_prefix.model.names import EMBEDDING, OUTPUT_LAYER, REWARD_HEAD
 from megatron_prefix.model.parameters import canonical_parameters, tensor_group
@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def transformer_config(
     model: ModelConfig,
     *,
-    vocab_size: int,
+    vocab_size: int | None = None,
     seed: int | None,
     head_seed: int | None = None,
     parallel: ParallelConfig | None = None,
@@ -34,15 +34,21 @@ def transformer_config(
 ) -> TreeTransformerConfig:
     """Megatron-Core's configuration of `model`, for CUDA if there is a device, else for CPU.
 
-    `sizes` are needed if `model` does not have them. `seed` draws the initial weights; None leaves
-    them undefined, for weights that are loaded next, except a reward model's head, which
-    `head_seed` draws. Raises InputError if the layout does not divide the model, or if the
-    attention backend cannot run here.
+    Sizes and vocabulary that are not given are read from the directory or Hub id `model.hf`.
+    `seed` draws the initial weights; None leaves them undefined, for weights that are loaded next,
+    except a reward model's head, which `head_seed` draws. Raises InputError if the layout does not
+    divide the model, or if the attention backend cannot run here.
     """
     parallel = parallel or ParallelConfig()
     sizes = sizes or model.sizes()
-    if sizes is None:
-        raise InputError("model.num_layers is missing: give the model's sizes")
+    if model.hf is not None and (sizes is None or vocab_size is None):
+        source = HFModel.open(model.hf)
+        sizes, vocab_size = sizes or source.sizes, vocab_size or source.vocab_size
+    if sizes is None or vocab_size is None:
+        missing = "model.num_layers" if sizes is None else "vocab_size"
+        raise InputError(
+            f"{missing} is missing: give the model's sizes and vocabulary, or model.hf"
+        )
     parallel.check_model(model, sizes)
     on_cuda = torch.cuda.is_available()
     own_gate = not (has_transformer_engine() or sizes.num_moe_experts)  # see swiglu.py
@@ -167,14 +173,21 @@ def model_provider(
 
 @torch.no_grad()
 def load_hf_weights(
-    model: TreeGPTModel, sizes: ModelSizes, directory: Path, keeps_head: bool = False
+    model: TreeGPTModel,
+    directory: str | Path,
+    sizes: ModelSizes | None = None,
+    keeps_head: bool = False,
 ) -> None:
     """Fill this rank's part of the model from safetensors, one tensor at a time.
 
     Reads only the rows and columns that the tensor-parallel rank owns, and casts them to the
-    model's precision. `sizes` are those that the model was made with; with `keeps_head` a reward
-    model keeps its own head, for a directory without one. Raises InputError.
+    model's precision. `sizes` are those that the model was made with, by default those of the
+    directory's `config.json`; with `keeps_head` a reward model keeps its own head, for a directory
+    without one. Raises InputError.
     """
+    directory = Path(directory)
+    if sizes is None:
+        sizes = HFModel.read(directory).sizes
     weights = WeightMap(sizes, model.config.vocab_size, model.config.kind)
     tensors = HFTensors(directory)
     shapes = weights.hf_shapes()

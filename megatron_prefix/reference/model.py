@@ -72,13 +72,15 @@ class PrecomputedReference:
 
     dataset: PreferenceDataset
     logps: dict[str, np.ndarray]
-    rounding: float
+    rounding: float = 0.0
 
     @classmethod
     def read(
-        cls, path: str, fingerprint: str, datasets: list[PreferenceDataset], rounding: float
+        cls, path: str, fingerprint: str, datasets: list[PreferenceDataset], rounding: float = 0.0
     ) -> PrecomputedReference:
-        """From a sidecar of the model with this fingerprint; rows are made of the first data set.
+        """From a file that `score` wrote with the model of this fingerprint (`model_fingerprint`).
+
+        Rows are made of the first data set.
 
         Raises InputError if the sidecar is of another model or data set.
         """

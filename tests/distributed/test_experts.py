@@ -19,7 +19,7 @@ from runs import (
     on_processes,
 )
 
-from megatron_prefix.checkpoint.convert import export_checkpoint
+from megatron_prefix.checkpoint.convert import export_hf
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
@@ -97,7 +97,7 @@ def resumed(runs) -> Runs:
     path = str(runs.output("ep2") / "saved" / f"iter_{CUT:07d}")
     commands[1].append(command(runs, "from ep2", {}, {"checkpoint": path}))
     exported = str(runs.folder / "hf")
-    export_checkpoint(runs.output("one") / "saved" / f"iter_{CUT:07d}", exported, 10**9)
+    export_hf(runs.output("one") / "saved" / f"iter_{CUT:07d}", exported, 10**9)
     commands[2].append(runs.train("from hf", parallel=EP2, model={"hf": exported}))
     for count, given in commands.items():
         on_processes(count, runs.folder, given, TIMEOUT_S)

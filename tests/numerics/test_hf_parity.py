@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_prefix.checkpoint import torch_dist
-from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_prefix.checkpoint.convert import export_hf, import_hf
 from megatron_prefix.checkpoint.save_load import model_state
 from megatron_prefix.checkpoint.starting_model import resolve_starting_model
 from megatron_prefix.config import Config, ModelConfig, load_config, parse_config
@@ -181,7 +181,7 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 def test_real_preferences_score_as_in_transformers(kind, hh, oasst, tmp_path):
     """HH through an imported checkpoint, OpenAssistant straight from safetensors."""
     directory = make(kind, tmp_path / "hf")
-    import_checkpoint(str(directory), tmp_path / "ck")
+    import_hf(str(directory), tmp_path / "ck")
     by_checkpoint = run_config(tmp_path, hh, checkpoint=str(tmp_path / "ck"))
     assert worst(scored(by_checkpoint, tmp_path), judged(directory, hh)) < TOLERANCE
     straight = run_config(tmp_path, oasst, hf=str(directory))
@@ -194,9 +194,9 @@ def test_real_preferences_score_as_in_transformers(kind, hh, oasst, tmp_path):
 def test_export_after_import_is_bit_equal(kind, tmp_path):
     dtype = torch.bfloat16 if kind in ("llama 2", "qwen2") else torch.float32
     directory = make(kind, tmp_path / "hf", dtype)
-    done = import_checkpoint(str(directory), tmp_path / "ck")
+    done = import_hf(str(directory), tmp_path / "ck")
     assert done.dtypes == (str(dtype).removeprefix("torch."),)
-    export_checkpoint(tmp_path / "ck", tmp_path / "back", 60_000)
+    export_hf(tmp_path / "ck", tmp_path / "back", 60_000)
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
     assert_same_tensors(directory, tmp_path / "back")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
@@ -214,7 +214,7 @@ def test_a_trained_model_is_exported_unchanged(kind, hh, tmp_path):
     config = run_config(tmp_path, hh, hf=str(directory))
     train(config)
     assert load_config(tmp_path / "run" / "config.yaml").model == config.model
-    export_checkpoint(tmp_path / "run" / "saved", tmp_path / "out", 10**9)
+    export_hf(tmp_path / "run" / "saved", tmp_path / "out", 10**9)
     theirs = judged(tmp_path / "out", hh)
     assert worst(scored(config, tmp_path, load=str(tmp_path / "run" / "saved")), theirs) < TOLERANCE
     assert worst(judged(directory, hh), theirs) > 30 * TOLERANCE, "training moved nothing"
@@ -234,7 +234,7 @@ def test_a_model_from_sizes_is_exported_too(parts, random_set, tmp_path):
     sizes = {"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 4}
     config = run_config(tmp_path, random_set, **sizes, **parts)
     train(config)
-    done = export_checkpoint(tmp_path / "run" / "saved" / "iter_0000003", tmp_path / "out", 10**9)
+    done = export_hf(tmp_path / "run" / "saved" / "iter_0000003", tmp_path / "out", 10**9)
     assert done.companions == ("config.json",)
     ours = scored(config, tmp_path, load=str(tmp_path / "run" / "saved"))
     assert worst(ours, judged(tmp_path / "out", random_set)) < TOLERANCE
@@ -251,7 +251,7 @@ def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_
     from megatron_prefix.engine.optimizer import build_model
 
     directory = make(kind, tmp_path / "hf")
-    import_checkpoint(str(directory), tmp_path / "ck")
+    import_hf(str(directory), tmp_path / "ck")
     model = ModelConfig(hf=str(directory), make_vocab_size_divisible_by=1)
     initial = resolve_starting_model(model, [PreferenceDataset(random_set)])
     chunks = build_model(initial.transformer_config(0), here)
@@ -267,7 +267,7 @@ def test_both_ways_in_give_the_same_weights(here, dtype, random_set, tmp_path):
     from megatron_prefix.engine.optimizer import build_model
 
     directory = make("qwen2", tmp_path / "hf", torch.bfloat16)
-    import_checkpoint(str(directory), tmp_path / "ck")
+    import_hf(str(directory), tmp_path / "ck")
     dataset, found = PreferenceDataset(random_set), []
     for origin in ({"hf": str(directory)}, {"checkpoint": str(tmp_path / "ck")}):
         initial = resolve_starting_model(ModelConfig(**origin, dtype=dtype), [dataset])
@@ -301,7 +301,7 @@ def test_data_that_the_model_cannot_take_is_refused(random_set, tmp_path):
 
 
 def test_sizes_beside_an_import_have_to_be_its_own(random_set, tmp_path):
-    import_checkpoint(str(make("llama 2", tmp_path / "hf")), tmp_path / "ck")
+    import_hf(str(make("llama 2", tmp_path / "hf")), tmp_path / "ck")
     given = {"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 6}
     given |= {"norm_epsilon": 1e-6, "checkpoint": str(tmp_path / "ck")}
     message = refusal(ModelConfig(**given), random_set)
@@ -312,21 +312,21 @@ def test_sizes_beside_an_import_have_to_be_its_own(random_set, tmp_path):
 
 def test_nothing_is_overwritten_and_nothing_is_left_incomplete(tmp_path):
     directory = make("qwen2", tmp_path / "hf")
-    import_checkpoint(str(directory), tmp_path / "ck")
+    import_hf(str(directory), tmp_path / "ck")
     with pytest.raises(InputError, match="exists already"):
-        import_checkpoint(str(directory), tmp_path / "ck")
+        import_hf(str(directory), tmp_path / "ck")
     with pytest.raises(InputError, match="exists already"):
-        export_checkpoint(tmp_path / "ck", directory, 10**9)
+        export_hf(tmp_path / "ck", directory, 10**9)
     broken = tmp_path / "ck" / "__0_3.distcp"
     broken.write_bytes(broken.read_bytes()[:-200])
     with pytest.raises(InputError, match="__0_3.distcp"):
-        export_checkpoint(tmp_path / "ck", tmp_path / "out", 10**9)
+        export_hf(tmp_path / "ck", tmp_path / "out", 10**9)
     (tmp_path / "ck" / "checksums.json").unlink()  # as one written elsewhere
     with pytest.raises(InputError, match="cannot be read"):
-        export_checkpoint(tmp_path / "ck", tmp_path / "out", 10**9)
+        export_hf(tmp_path / "ck", tmp_path / "out", 10**9)
     (tmp_path / "ck" / "hf" / "config.json").unlink()
     with pytest.raises(InputError, match="config.json is missing"):
-        export_checkpoint(tmp_path / "ck", tmp_path / "out", 10**9)
+        export_hf(tmp_path / "ck", tmp_path / "out", 10**9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ck", "hf"]
 
 
@@ -345,8 +345,8 @@ def peak_kib(action):
     return read("VmHWM") - before
 whole = []
 print(json.dumps([
-    peak_kib(lambda: import_checkpoint(str(folder / "hf"), folder / "ck")),
-    peak_kib(lambda: export_checkpoint(folder / "ck", folder / "out", 5 * 10**9)),
+    peak_kib(lambda: import_hf(str(folder / "hf"), folder / "ck")),
+    peak_kib(lambda: export_hf(folder / "ck", folder / "out", 5 * 10**9)),
     peak_kib(lambda: whole.append(load_file(folder / "hf" / "model.safetensors"))),
     peak_kib(lambda: [x.sum() for x in whole[0].values()]),
 ]))

@@ -25,7 +25,7 @@ from test_hf_parity import (
 )
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.checkpoint.convert import export_checkpoint, import_checkpoint
+from megatron_prefix.checkpoint.convert import export_hf, import_hf
 from megatron_prefix.errors import InputError
 from megatron_prefix.train.evaluation import evaluate
 from megatron_prefix.train.run import train
@@ -96,20 +96,20 @@ def worst(ours: np.ndarray, theirs: np.ndarray) -> float:
 def test_a_reward_model_is_imported_trained_and_exported(kind, hh, tmp_path):
     """Scores in, straight and through a checkpoint; scores out, after three steps."""
     directory = make_reward(kind, tmp_path / "hf")
-    import_checkpoint(str(directory), tmp_path / "ck")
+    import_hf(str(directory), tmp_path / "ck")
     theirs = judged(directory, hh)
     for origin in ({"checkpoint": str(tmp_path / "ck")}, {"hf": str(directory)}):
         config = run_config(tmp_path, hh, kind="reward", **origin)
         assert worst(scored(config, tmp_path), theirs) < TOLERANCE
     train(config)
-    export_checkpoint(tmp_path / "run" / "saved", tmp_path / "out", 10**9)
+    export_hf(tmp_path / "run" / "saved", tmp_path / "out", 10**9)
     trained = judged(tmp_path / "out", hh)
     saved = str(tmp_path / "run" / "saved")
     assert worst(scored(config, tmp_path, load=saved), trained) < TOLERANCE
     assert np.abs(trained - theirs).max() > 100 * TOLERANCE, "training moved nothing"
     assert worst(judged(tmp_path / "out", hh, batch_size=8), trained) < TOLERANCE
-    import_checkpoint(str(tmp_path / "out"), tmp_path / "again")
-    export_checkpoint(tmp_path / "again", tmp_path / "back", 10**9)
+    import_hf(str(tmp_path / "out"), tmp_path / "again")
+    export_hf(tmp_path / "again", tmp_path / "back", 10**9)
     assert_same_tensors(tmp_path / "out", tmp_path / "back")
     assert "score.weight" in tensors_of(tmp_path / "back")
 
@@ -123,7 +123,7 @@ def test_a_language_model_becomes_a_reward_model(kind, hh, tmp_path, capsys):
     assert "is a language model: the reward head is drawn from train.seed" in (
         capsys.readouterr().out
     )
-    export_checkpoint(tmp_path / "run" / "saved", tmp_path / "out", 10**9)
+    export_hf(tmp_path / "run" / "saved", tmp_path / "out", 10**9)
     given = json.loads((tmp_path / "out" / "config.json").read_text())
     name = KINDS[kind][0].capitalize()
     assert given["architectures"] == [f"{name}ForSequenceClassification"]
@@ -136,7 +136,7 @@ def test_bfloat16_is_exported_as_bfloat16(hh, tmp_path):
     directory = make_reward("llama 3", tmp_path / "hf", torch.bfloat16)
     config = run_config(tmp_path, hh, kind="reward", hf=str(directory), dtype="bfloat16")
     train(config)
-    done = export_checkpoint(tmp_path / "run" / "saved", tmp_path / "out", 10**9)
+    done = export_hf(tmp_path / "run" / "saved", tmp_path / "out", 10**9)
     assert done.dtypes == ("bfloat16",)
     before, after = (tensors_of(x)["score.weight"] for x in (directory, tmp_path / "out"))
     assert after.dtype == torch.bfloat16 and not torch.equal(before, after)
@@ -167,7 +167,7 @@ def test_what_is_not_supported_is_refused(hh, tmp_path):
     two = make_reward("llama 3", tmp_path / "two", num_labels=2)
     for attempt in (
         lambda: train(run_config(tmp_path, hh, kind="reward", hf=str(two))),
-        lambda: import_checkpoint(str(two), tmp_path / "ck"),
+        lambda: import_hf(str(two), tmp_path / "ck"),
     ):
         with pytest.raises(InputError, match="a sequence classifier with 2 labels"):
             attempt()
