@@ -1,6 +1,8 @@
-# `make quickstart` and `make test` need Python 3.10 or newer and nothing else.
-PYTHON ?= python3
-VENV := .venv
+# `make quickstart` and `make test` need a Python from 3.10 to 3.13 and nothing else. PYTHON chooses
+# one; else it is the newest on the path that runs. Python 3.12 or newer gets the newest Megatron-Core,
+# 3.10 and 3.11 get 0.16.
+PYTHON ?=
+VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Of `make bench`: a row of 8192 holds every tree of HH-RLHF in bytes (TOKENIZER=… changes them).
@@ -12,15 +14,19 @@ REAL := --data HH-RLHF=build/hh OpenAssistant=build/oasst
 LONGEST ?= 32768
 # Large tensors are kept for the next step, not returned to the system and cleared again.
 BENCH := OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 $(BIN)/python
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+# Test files that run at the same time.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
+    -q -n $(JOBS) --dist loadfile
 
-.PHONY: install quickstart test test-all test-gpu gpu-check lint mutants clean \
+.PHONY: install quickstart test test-sample test-all test-gpu gpu-check lint mutants clean \
     bench bench-sets bench-steps bench-data
 
 install: $(VENV)/.installed
+	@$(BIN)/python tools/versions.py $(VENV)
 
 $(VENV)/.installed: setup.py pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	python="$(PYTHON)" && "$${python:-$$(sh tools/find_python.sh)}" -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
@@ -30,21 +36,25 @@ quickstart: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 sh examples/quickstart/run.sh
 
 test: install
-	$(PYTEST) -q -m "not slow and not gpu" tests
+	$(PYTEST) -m "not slow and not gpu" tests
+
+# Each kind of layout once, checkpoints, Hugging Face and TRL parity: for one more pair of versions.
+test-sample: install
+	$(PYTEST) -m "sample and not slow and not gpu" tests
 
 test-all: install
-	$(PYTEST) -q -m "not gpu" tests
+	$(PYTEST) -m "not gpu" tests
 	$(MAKE) mutants
 
 mutants: install
 	$(BIN)/python tools/mutants.py
 
 test-gpu: install
-	$(PYTEST) -q -m gpu -rs tests/gpu
+	$(PYTEST) -n 0 -m gpu -rs tests/gpu
 
 # Without a network: WHEELS=directory, or - where everything is installed (docs/gpu.md).
 gpu-check:
-	PYTHON=$(PYTHON) sh tools/gpu_check.sh $${WHEELS:--}
+	PYTHON=$(or $(PYTHON),python3) sh tools/gpu_check.sh $${WHEELS:--}
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,17 +11,19 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_prefix", "megatron_prefix.*"]),
     package_data={"megatron_prefix.attention": ["auto_table.json"]},
     install_requires=[
         "torch>=2.8",
-        "megatron-core>=0.16,<0.20",
+        "megatron-core>=0.16,<0.20",  # from 0.17 on it needs Python 3.12
+        # From 0.18 on Megatron-Core imports it and does not require it.
+        'triton; sys_platform == "linux" and python_version >= "3.12"',
         "numpy",
         "datasets",
         "pyarrow",
         "sentencepiece",
-        "transformers",
+        "transformers>=5",
         "huggingface_hub",
         "safetensors",
         "pydantic>=2",
@@ -32,12 +34,14 @@ setup(
         "psutil",  # without it Megatron-Core's checkpoint writer hangs
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]"],
+        # From what Megatron-Core 0.16 names to the newest whose calls were read; none ran on a GPU yet.
+        "te": ["transformer-engine[pytorch]>=2.9,<2.21"],
         "test": [
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
-            "trl>=1.16",
+            "trl>=1.14",  # Python 3.10 gets 1.14, newer ones 1.16
             "hypothesis",
             "mypy",
             "types-PyYAML",

@@ -47,7 +47,8 @@ class _CudaNamesOnCpu(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.")
+            # Inside a nested context the name is already changed.
+            return "torch.cuda." + func(*args).removeprefix("torch.").removeprefix("cuda.")
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": CPU}
