@@ -34,7 +34,7 @@ setup(
         "psutil",  # without it Megatron-Core's checkpoint writer hangs
     ],
     extras_require={
-        # From what Megatron-Core 0.16 names to the newest whose calls were read; none ran on a GPU yet.
+        # From what Megatron-Core 0.16 names to the newest whose calls were read.
         "te": ["transformer-engine[pytorch]>=2.9,<2.21"],
         "test": [
             "pytest",

@@ -7,6 +7,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+GROUP_KINDS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+"""What distinguishes the parameter groups of one optimizer."""
+GROUP_SCHEDULES = ("max_lr", "min_lr", "start_wd", "end_wd")
+"""Settings of a group that follow from the configuration, which may differ from the saved run's."""
 
 
 def sharded_optimizer_state(
@@ -28,6 +32,7 @@ def restore_optimizer(optimizer: MegatronOptimizer, state: dict, saved: dict, st
     if len(_by_part(saved)) != len(optimizer.chained_optimizers):
         state = _with_own_groups(optimizer, state, step)
     settings = [_settings(group) for group in optimizer.param_groups]
+    _take_schedules(optimizer, state)
     _load(optimizer, state)
     for group, ours in zip(optimizer.param_groups, settings, strict=True):
         group.update(ours)
@@ -36,6 +41,16 @@ def restore_optimizer(optimizer: MegatronOptimizer, state: dict, saved: dict, st
 def _settings(group: dict) -> dict:
     """A parameter group's hyperparameters: everything except its parameters and their step."""
     return {key: value for key, value in group.items() if key not in ("params", "step")}
+
+
+def _take_schedules(optimizer: MegatronOptimizer, state: dict) -> None:
+    """Give the groups of `state` this run's schedules: Megatron-Core 0.19 pairs saved groups with
+    its own by them, too, and so refuses another learning rate."""
+    for part, saved in zip(optimizer.chained_optimizers, _by_part(state), strict=True):
+        for group in saved.get("optimizer", saved)["param_groups"]:
+            for own in part.param_groups:
+                if all(own.get(key) == group.get(key) for key in GROUP_KINDS):
+                    group.update({key: own[key] for key in GROUP_SCHEDULES if key in own})
 
 
 def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

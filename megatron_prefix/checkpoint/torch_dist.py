@@ -128,6 +128,20 @@ def check_harmless(path: Path) -> None:
             )
 
 
+def check_format(path: Path) -> None:
+    """Raise InputError if the checkpoint `path` is not of Megatron-Core's format `torch_dist`."""
+    file = path / COMPLETE
+    try:
+        backend = json.loads(file.read_text(encoding="utf-8"))["sharded_backend"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(_refusal(file, error)) from None
+    if backend != FORMAT.sharded_backend:
+        raise InputError(
+            f"{file}: the checkpoint has format {str(backend)[:100]}, and only "
+            f"{FORMAT.sharded_backend} is read: save it again as {FORMAT.sharded_backend}"
+        )
+
+
 def _read_common(path: Path) -> dict:
     """`common.pt`, never by a plain unpickler, whatever torch's environment variables ask for."""
     try:
@@ -294,6 +308,7 @@ def load(request: dict, path: Path, unread: Sequence[str] = ()) -> dict:
     damaged, could execute code, or belongs to another model.
     """
     check_checksums(path)
+    check_format(path)
     check_harmless(path)
     check_same_tensors(request, path, unread)
     return _explained(lambda: _load_tensors(request, path), path)
