@@ -91,11 +91,14 @@ def preference_loss(
         margins=batch.pair_margins,
     )
     outputs = objective.outputs(inputs)
+    # Weights [1, 3], losses [0.5, 0.1], a step weight of 8: this row adds (0.5 + 0.3) / 8 = 0.1 to
+    # the step's loss.
     weighted = (batch.pair_weights * outputs.losses).sum()
     metrics = outputs.metrics | objective.logp_metrics(inputs)
     sums = {"loss": weighted.detach()} | {name: x.sum() for name, x in metrics.items()}
     logs: dict[str, Any] = {"sums": sums}
     if batch.ref_logps is not None:
+        # Pairs [[0, 1], [0, 2]] -> sides [0, 0, 1, 2]: chosen responses, then rejected ones
         sides = torch.cat(batch.pairs.unbind(1))
         logs["logratios"] = (scores.detach() - batch.ref_logps)[sides].abs()
         logs["ref_logps"] = batch.ref_logps[sides].abs()
@@ -140,6 +143,7 @@ def _schedule(
     pipeline stage collects; nothing on the others."""
     return get_forward_backward_func()(
         forward_step_func=forward,
+        # Every chunk of this rank reads all rows, so each needs an iterator of its own.
         data_iterator=[iter(batches) for _ in model],
         model=list(model),
         num_microbatches=len(batches),
@@ -155,6 +159,8 @@ def from_last_stage(values: list, device: torch.device) -> list:
     if group.size() == 1:
         return values
     last = get_pipeline_model_parallel_last_rank()
+    # A pickled CUDA tensor would return on the sender's device number, so tensors travel on the
+    # CPU.
     shared = [_moved(values, torch.device("cpu")) if dist.get_rank() == last else None]
     dist.broadcast_object_list(shared, src=last, group=group)
     return _moved(shared[0], device)

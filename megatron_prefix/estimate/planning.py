@@ -51,6 +51,8 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
     stages = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
     if world_size is None:
+        # The context and the expert parallel size both divide the ranks that the stages leave, and
+        # may overlap: 2 and 4 need 4, not 8.
         world_size = stages * math.lcm(context, parallel.expert_model_parallel_size)
     if faults := list(world_faults(parallel, world_size)):
         raise InputError(f"--world-size: {faults[0]}")

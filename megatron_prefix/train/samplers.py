@@ -73,6 +73,7 @@ def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str
         return
     missing = np.flatnonzero(np.isnan(dataset.pair_margins))
     if len(missing):
+        # group_pairs [0 2 3]: pairs 0 and 1 are of group 0, pair 2 of group 1
         group = int(np.searchsorted(dataset.group_pairs, missing[0], side="right")) - 1
         raise InputError(
             f"{setting}: {len(missing)} of the {len(dataset.pair_margins)} pairs in "

@@ -24,6 +24,8 @@ def suffix_path(prefix: Path, suffix: str) -> Path:
 
 def fingerprint(files: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, Any]) -> str:
     """SHA-256 over the checksums of all files, in the order of their names, and the tokenizer."""
+    # Sorted, so that the order in which a manifest lists its files does not matter. No path is part
+    # of it: a data set that is moved keeps its fingerprint.
     lines = [f"{name} {files[name]['sha256']}\n" for name in sorted(files)]
     lines.append(f"tokenizer {tokenizer['fingerprint']}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()

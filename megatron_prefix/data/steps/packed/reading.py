@@ -95,6 +95,7 @@ class PackedSteps:
 
         Raises InputError unless each bundle is there once.
         """
+        # Step 1 of this module's head: row 2, row_items [3 4], items [0], offsets [0 1]
         first, last = self._between("step_rows", step)
         offsets = np.array(self._columns["row_items"][first : last + 1])
         items = np.array(self._columns["items"][offsets[0] : offsets[-1]])
