@@ -61,13 +61,13 @@ class Built:
         from megatron_prefix.train import training_sampler
         from megatron_prefix.train.trainer import Trainer
 
-        steps = config.train.steps
+        steps, objective = config.train.steps, check(config.loss, config.model.kind)
         return Trainer(
             config=config,
-            objective=check(config.loss, config.model.kind),
+            objective=objective,
             world=self.world,
             initial=self.initial,
-            sampler=training_sampler(config, dataset, self.world),
+            sampler=training_sampler(config, objective, dataset, self.world),
             valid=None,
             reference=reference or self.model_reference(config),
             policy=self.policy,
@@ -110,11 +110,13 @@ class Built:
         precomputed = [name for name, mode in modes.items() if mode.precomputed]
         known = None
         if precomputed:
+            from megatron_prefix.objectives import check
             from megatron_prefix.train import training_sampler
 
             cheapest = min(precomputed, key=lambda name: modes[name].sharing != "tree")
             config = configs[cheapest]
-            sampler = training_sampler(config, dataset, self.world)
+            objective = check(config.loss, config.model.kind)
+            sampler = training_sampler(config, objective, dataset, self.world)
             known = self.known_reference(config, dataset, sampler)
         by_mode = {}
         for name, mode in modes.items():

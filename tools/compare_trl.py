@@ -80,6 +80,7 @@ def run_ours(
 ) -> tuple[Outcome, list[TextPair]]:
     """Build, train, export. Returns the outcome, and the pairs in the order of training."""
     from megatron_prefix.checkpoint import export_hf
+    from megatron_prefix.objectives import check
     from megatron_prefix.train import score_reference, train, training_sampler
 
     folder.mkdir(parents=True)
@@ -96,7 +97,7 @@ def run_ours(
     text = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     dataset = PreferenceDataset(folder / "set")
-    sampler = training_sampler(config, dataset)
+    sampler = training_sampler(config, check(config.loss, config.model.kind), dataset)
     steps = [sampler.step(step).groups for step in range(setting.steps)]
     records = [record for groups in steps for record in dataset.group_records[groups].tolist()]
     outcome = Outcome(

@@ -35,6 +35,8 @@ def resolve_backend(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype {dtype} cannot be used: attention computes in floating point")
     if name == "auto":
+        # The last entry of the table has no condition, and its backend `path` runs everywhere:
+        # there is always one.
         fitting = candidates(read_table(), device, dtype, head_dim, gather_factor)
         return next(x for x in fitting if load_backend(x).why_not(device, dtype, head_dim) is None)
     if obstacle := load_backend(name).why_not(device, dtype, head_dim):
@@ -47,6 +49,8 @@ def prepare_plan(plan: TreePlan, backend: str, dtype: torch.dtype, head_dim: int
 
     Attention layers do this themselves. Done earlier, on another thread, it saves them the wait.
     """
+    # Only `auto` depends on the gather factor. For a backend given by name the leaf paths are not
+    # built here: `dense` and `flex` do not need them.
     factor = plan.path.gather_factor if backend == "auto" else None
     backend = resolve_backend(backend, plan.device, dtype, head_dim, factor)
     load_backend(backend).prepare(plan)
@@ -83,6 +87,7 @@ def _checked_plan(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout | TreePlan
         raise ValueError(f"q needs shape [T, N, H], k and v both need [T, G, H]; got {shapes}")
     if q.size(2) != k.size(2):
         raise ValueError(f"q, k and v need the same head dim H; got {shapes}")
+    # 8 query heads over 2 key/value heads: heads 0 to 3 use head 0, heads 4 to 7 use head 1.
     if k.size(1) == 0 or q.size(1) % k.size(1) or q.size(2) == 0:
         raise ValueError(f"query heads need to be a multiple of the key/value heads; got {shapes}")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
@@ -106,6 +111,7 @@ def _checked_plan(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout | TreePlan
 
 
 def _check_plan_device(plan: TreePlan, device: torch.device) -> None:
+    # torch.device("cuda") has no index and means the current device: it fits cuda:0 and cuda:1.
     same_index = None in (plan.device.index, device.index) or plan.device.index == device.index
     if plan.device.type != device.type or not same_index:
         raise ValueError(

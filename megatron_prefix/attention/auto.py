@@ -35,6 +35,9 @@ def candidates(
 
     An entry with a condition on head dim or gather factor does not fit if that is not known.
     """
+    # A condition that is null fits everything. With "dtypes" ["bfloat16"] and "head_dim"
+    # [null, 129] an entry fits bfloat16 with head dims up to 128; it does not fit if the head dim
+    # is unknown.
     facts = {
         "device_type": device.type,
         "device": _device_name(device) if any(entry["device"] for entry in entries) else None,

@@ -68,6 +68,7 @@ class TreePackedSeqParams(PackedSeqParams):
                 "TreePackedSeqParams.qkv_format = 'thd' would make attention layers cut rows at "
                 "cu_seqlens: leave it at 'sbhd'"
             )
+        # Megatron-Core takes the row for one sequence; only the plan knows that it holds several.
         self.max_seqlen_q = self.max_seqlen_kv = self.plan.layout.num_tokens
 
 
@@ -119,6 +120,7 @@ class TreeCoreAttention(MegatronModule):
             raise ValueError(
                 "tree attention takes its mask from the plan: pass no mask and no bias"
             )
+        # One row is one micro batch, so the batch dimension is always 1.
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         if packed_seq_params.rotation is not None:
             query, key = (rotate(x, packed_seq_params.rotation) for x in (query, key))

@@ -154,6 +154,8 @@ def build_path_plan(
         is_held = np.take(kv_tokens, kv_index, mode="clip") == tokens
         assert is_held.all(), "a query's path is missing"
 
+    # lengths [3, 2, 4], parents [-1, 0, 0]:  copies [2 2 2 1 1 1 1 1 1]; own keys come last in a
+    # piece, so they begin at gathered keys 0 and 8, which are the tokens own_starts [0, 5]
     copies = np.bincount(kv_index, minlength=num_keys)
     ends = np.cumsum(kv_lengths)
     return PathPlan(

@@ -41,6 +41,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    # An angle of 90 degrees turns (1, 0) into (0, 1); with sign -1 it turns (0, 1) back into
+    # (1, 0). The two halves of `out` are written in place, so that no third tensor of its size is
+    # made.
     out = torch.empty_like(x)
     (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)

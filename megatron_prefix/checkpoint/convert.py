@@ -167,6 +167,7 @@ def _new_directory(target: Path, flag: str) -> Iterator[Path]:
     """A temporary directory; it becomes `target` if the context ends without an exception."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{flag} {target} exists already: name a new directory, or remove it")
+    # Beside the target, so on the same disk: the rename at the end is one step.
     partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -254,10 +255,14 @@ class CheckpointTensors:
         """A canonical parameter, without the padding of the vocabulary."""
         key, index, _ = self._weights.checkpoint_key(name)
         shape = self._weights.shape(name)
+        # Layer 3 of [24, 8, 8] is read as the chunk of sizes (1, 8, 8) at offsets (3, 0, 0). A
+        # padded vocabulary is left out in the same way: the chunk of [12, 8] has sizes (10, 8).
         wanted = ChunkStorageMetadata(
             torch.Size((*index, *(0 for _ in shape))), torch.Size((*(1 for _ in index), *shape))
         )
         tensor = torch.empty(wanted.sizes, dtype=self.dtype(name))
+        # A tensor is saved in as many chunks as ranks had a part of it. Each that overlaps the
+        # wanted chunk gives one item; without a gap they cover it.
         items = create_read_items_for_chunk_list(key, self._entry(name), [wanted])
         if sum(item.lengths.numel() for item in items) != tensor.numel():
             raise InputError(
@@ -291,6 +296,8 @@ class _Into(DefaultLoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        # Two ranks have saved rows 0 to 4 and 4 to 8 of [8, 4]: the second item has the offsets
+        # (4, 0) and lengths (4, 4), so it fills target[4:8].
         part = self._target
         for dim, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)

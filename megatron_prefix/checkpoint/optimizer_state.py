@@ -31,6 +31,7 @@ def restore_optimizer(optimizer: MegatronOptimizer, state: dict, saved: dict, st
     """
     if len(_by_part(saved)) != len(optimizer.chained_optimizers):
         state = _with_own_groups(optimizer, state, step)
+    # Loading overwrites the groups' settings with the saved ones; the configuration's are put back.
     settings = [_settings(group) for group in optimizer.param_groups]
     _take_schedules(optimizer, state)
     _load(optimizer, state)
@@ -101,6 +102,8 @@ def _load(optimizer: MegatronOptimizer, state: dict) -> None:
     for part, own_state in zip(parts, _by_part(state), strict=True):
         parameters = own_state.pop("param_state")
         part.load_state_dict(own_state)
+        # One step count per parameter is not what the loader expects, see `_distributed_parts`:
+        # they are taken out and put back.
         steps = {p: own.pop("step") for p, own in part.optimizer.state.items()}
         part.load_parameter_state_from_fully_reshardable(parameters)
         for parameter, step in steps.items():

@@ -115,6 +115,7 @@ class RunCheckpoints:
         A resumed run must have the same `identity`. `attach` puts more files into the folder.
         Raises RunError if the disk cannot take it; the previous checkpoint is then unchanged.
         """
+        # All ranks write into one folder, so its random name comes from one of them.
         name = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(name, src=0)
         target = iteration_dir(self.root, step)
@@ -150,6 +151,7 @@ class RunCheckpoints:
         InputError if another run saved the checkpoint, or if it is damaged.
         """
         path = iteration_dir(self.root, step)
+        # Kind, run and sizes are compared before any weight is read.
         common = torch_dist.load_common(path)
         _check_kind(path, model_sizes(chunks)["kind"])
         _check_agreement(path, "run", common.get("run"), identity)
@@ -177,6 +179,7 @@ def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
     if target.exists():  # complete or not, the tracker file never named it
         shutil.rmtree(target)
     os.replace(partial, target)
+    # A kill before the last line leaves the old tracker file, which names the checkpoint before.
     pointer = root / f".{TRACKER}"
     with pointer.open("w", encoding="utf-8") as file:
         file.write(str(step))
@@ -292,5 +295,6 @@ def _sharded_state(
 
 def _load_model(chunks: list[torch.nn.Module], state: dict) -> None:
     for i, chunk in enumerate(chunks):
+        # Two virtual chunks per stage are saved as `model0` and `model1`, one chunk as `model`.
         weights = state["model" if len(chunks) == 1 else f"model{i}"]
         unwrap(chunk).load_state_dict(weights, strict=False)

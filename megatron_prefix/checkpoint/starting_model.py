@@ -156,6 +156,7 @@ def _check_vocabulary(dataset: PreferenceDataset, vocab_size: int, source: Path)
     """
     if dataset.vocab_size <= vocab_size:
         return
+    # A model of 100 tokens and a tokenizer of 102: a data set whose highest token is 99 is taken.
     highest = int(dataset.tokens.max())
     if highest >= vocab_size:
         raise InputError(

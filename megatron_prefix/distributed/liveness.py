@@ -66,6 +66,7 @@ class FailureDetection:
         self._store = PrefixStore("alive", own_connection)
         self._store.set_timeout(timedelta(seconds=ANSWER_S))
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
+        # A timeout of 10 minutes is watched every 2 seconds, one of 5 seconds every 0.5.
         self._interval = min(2.0, timeout_s / 10)
         self._main_thread = threading.get_ident()
         self._doing, self._num_beats = "starting", 0
@@ -165,6 +166,8 @@ class FailureDetection:
         beats, idle, ending, before = -1, 0.0, 0.0, time.monotonic()
         while not self._is_closed.wait(self._interval):
             now = time.monotonic()
+            # A process that was stopped for an hour returns with one long round: it counts as two
+            # rounds.
             passed, before = min(now - before, 2 * self._interval), now
             idle = idle + passed if beats == self._num_beats else 0.0
             beats = self._num_beats
@@ -223,6 +226,7 @@ class FailureDetection:
         deadline = time.monotonic() + after_s
         while not self._store.check(["told"]) and time.monotonic() < deadline:
             time.sleep(0.05)
+        # `add` is atomic: of several ranks only the first gets 1.
         return self._store.add("told", 1) == 1
 
 

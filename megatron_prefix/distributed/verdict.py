@@ -34,6 +34,7 @@ def is_connection_loss(error: BaseException | None) -> bool:
         is_runtime = type(error) is RuntimeError
         if isinstance(error, DistError) or (is_runtime and CONNECTION_LOSS.search(text)):
             return True
+        # An error on this rank often hides the lost connection before it.
         error = error.__cause__ or error.__context__
     return False
 

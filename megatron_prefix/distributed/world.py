@@ -90,6 +90,7 @@ class World:
             num_heads=config.num_attention_heads,
             num_groups=config.num_query_groups,
             head_dim=config.kv_channels,
+            # bfloat16: 2 + 2 + 4 = 8 bytes
             key_bytes=size + size + max(size, 4),  # in forward, again in backward, gradients
         )
         return ContextParallel(self.groups.cp, comm, cost)

@@ -45,6 +45,7 @@ class Feed:
 
     def step(self, step: int) -> StepRows:
         """Step `step`, counted from 0. Raises what its preparation raised."""
+        # After step 4, step 5 is prepared. A request for any other step drops it.
         if self._next is None or self._next[0] != step:
             self._next = (step, self._thread.submit(self._prepare, step))
         _, rows = self._next
@@ -58,6 +59,7 @@ class Feed:
 
     def _prepare(self, step: int) -> StepRows:
         device = self._world.device
+        # Each thread has its own current CUDA device, and a new thread begins with device 0.
         if device.type == "cuda":
             torch.cuda.set_device(device)
         plan = self._sampler.step(step)

@@ -62,6 +62,8 @@ class Policy:
         norm = self.gradient_norm()
         if not math.isfinite(norm):
             return None
+        # All parts are clipped by the norm over the whole model: parts of norm 3 and 4 have norm 5,
+        # and with clip_grad 1 both are scaled by 1 / 5.
         if self.optimizer.config.clip_grad > 0:
             for part in self.optimizer.chained_optimizers:
                 clip_grad_by_total_norm_fp32(
@@ -105,6 +107,8 @@ def build_policy(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     wrapped = [
+        # Later chunks finish backward first. Their gradients are sent while earlier chunks compute,
+        # so they need no buckets.
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]

@@ -37,30 +37,31 @@ def forward_step(
 ) -> tuple[Tensor, Callable]:
     """Megatron-Core's forward step for a loop of your own, with the objective of `loss`.
 
-    The loss function that comes with the output returns what `preference_loss` does. Raises
-    InputError if `loss` is not a valid loss section.
+    The loss function that comes with the output returns what `preference_loss` does; called with
+    `non_loss_data=True`, as a schedule with `collect_non_loss_data=True` does, it returns the row's
+    `response_scores` [R], without gradient. Raises InputError if `loss` is not a valid loss
+    section.
     """
-    return _training_forward(data_iterator, model, objective=check(loss))
+    return _forward(data_iterator, model, objective=check(loss))
 
 
-def _training_forward(
-    data_iterator: Iterator[TrainBatch], model: torch.nn.Module, *, objective: Objective
+def _forward(
+    data_iterator: Iterator[TrainBatch],
+    model: torch.nn.Module,
+    *,
+    objective: Objective | None = None,
 ) -> tuple[Tensor, Callable]:
-    batch = next(data_iterator)
-    output = model(batch.tokens, None, None, packed_seq_params=batch.params)
-    return output, partial(preference_loss, batch=batch, objective=objective)
-
-
-def _scoring_forward(
-    data_iterator: Iterator[TrainBatch], model: torch.nn.Module
-) -> tuple[Tensor, Callable]:
+    """`forward_step` with a checked objective; without one, rows can only be scored."""
     batch = next(data_iterator)
     output = model(batch.tokens, None, None, packed_seq_params=batch.params)
 
-    def scores(token_logps: Tensor, *, non_loss_data: bool) -> Tensor:
-        return response_scores(token_logps, batch).detach()
+    def loss_function(token_logps: Tensor, non_loss_data: bool = False) -> Any:
+        if non_loss_data:
+            return response_scores(token_logps, batch).detach()
+        assert objective is not None, "a loss needs an objective"
+        return preference_loss(token_logps, batch=batch, objective=objective)
 
-    return output, scores
+    return output, loss_function
 
 
 def response_scores(token_logps: Tensor, batch: TrainBatch) -> Tensor:
@@ -90,11 +91,14 @@ def preference_loss(
         margins=batch.pair_margins,
     )
     outputs = objective.outputs(inputs)
+    # Weights [1, 3], losses [0.5, 0.1], a step weight of 8: this row adds (0.5 + 0.3) / 8 = 0.1 to
+    # the step's loss.
     weighted = (batch.pair_weights * outputs.losses).sum()
     metrics = outputs.metrics | objective.logp_metrics(inputs)
     sums = {"loss": weighted.detach()} | {name: x.sum() for name, x in metrics.items()}
     logs: dict[str, Any] = {"sums": sums}
     if batch.ref_logps is not None:
+        # Pairs [[0, 1], [0, 2]] -> sides [0, 0, 1, 2]: chosen responses, then rejected ones
         sides = torch.cat(batch.pairs.unbind(1))
         logs["logratios"] = (scores.detach() - batch.ref_logps)[sides].abs()
         logs["ref_logps"] = batch.ref_logps[sides].abs()
@@ -117,7 +121,7 @@ def run_schedule(
     """Forward and backward over rows; `preference_loss`'s values of every row, in their order and
     on every pipeline stage."""
     with torch.enable_grad():
-        logs = _schedule(partial(_training_forward, objective=objective), model, batches)
+        logs = _schedule(partial(_forward, objective=objective), model, batches)
     return from_last_stage(logs, batches[0].tokens.device)
 
 
@@ -125,9 +129,7 @@ def score_rows(model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]) 
     """Forward over rows without gradients; `response_scores` of every row, in their order and on
     every pipeline stage."""
     with torch.no_grad():
-        scores = _schedule(
-            _scoring_forward, model, batches, forward_only=True, collect_non_loss_data=True
-        )
+        scores = _schedule(_forward, model, batches, forward_only=True, collect_non_loss_data=True)
     return from_last_stage(scores, batches[0].tokens.device)
 
 
@@ -141,6 +143,7 @@ def _schedule(
     pipeline stage collects; nothing on the others."""
     return get_forward_backward_func()(
         forward_step_func=forward,
+        # Every chunk of this rank reads all rows, so each needs an iterator of its own.
         data_iterator=[iter(batches) for _ in model],
         model=list(model),
         num_microbatches=len(batches),
@@ -156,6 +159,8 @@ def from_last_stage(values: list, device: torch.device) -> list:
     if group.size() == 1:
         return values
     last = get_pipeline_model_parallel_last_rank()
+    # A pickled CUDA tensor would return on the sender's device number, so tensors travel on the
+    # CPU.
     shared = [_moved(values, torch.device("cpu")) if dist.get_rank() == last else None]
     dist.broadcast_object_list(shared, src=last, group=group)
     return _moved(shared[0], device)

@@ -44,6 +44,9 @@ def parameter_counts(sizes: ModelSizes, vocab_size: int, kind: str = "lm") -> di
     """
     width, head_dim, layers = sizes.hidden_size, sizes.kv_channels, sizes.num_layers
     heads, groups = sizes.num_attention_heads, sizes.num_query_groups
+    # One layer of width 4, 2 heads of 2, 1 group, feed-forward size 8: attention 4 * 8 + 4 * 4 =
+    # 48, feed-forward 3 * 4 * 8 = 96, norms 2 * 4 and 4 after the last layer; a vocabulary of 10:
+    # 40.
     qkv = (heads + 2 * groups) * head_dim
     attention = width * qkv + heads * head_dim * width + (qkv if sizes.add_qkv_bias else 0)
     norms = 2 * width + (2 * head_dim if sizes.qk_layernorm else 0)
@@ -109,6 +112,7 @@ def rank_parameters(
 
 def padded_vocabulary(model: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> int:
     """Tokens of the embedding, padding included."""
+    # 10 tokens on 2 tensor-parallel ranks, divisible by 4: a multiple of 8, so 16
     multiple = model.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
@@ -127,6 +131,8 @@ def layer_activations(
         feed_forward = sizes.moe_router_topk * expert
     else:
         feed_forward = 3 * sizes.ffn_hidden_size / tensor
+    # The layer of the example in `parameter_counts`, in float32 on one rank: 4 * 4 + (4 + 2) * 2 +
+    # 3 * 8 = 52 values and 2 heads' log-sum-exp per token, 52 * 4 + 2 * 4 = 216 bytes.
     values = 4 * width / slices + attention + feed_forward
     return round(num_tokens * (values * size + 4 * heads / tensor))
 
@@ -140,6 +146,7 @@ def chunks_in_flight(stage: int, parallel: ParallelConfig, rows: int | None = No
     """
     stages = parallel.pipeline_model_parallel_size
     chunks = parallel.virtual_pipeline_model_parallel_size
+    # 4 stages hold [4, 3, 2, 1] rows; with 2 chunks per stage [11, 9, 7, 5] passes through a chunk.
     if chunks is None:
         held = stages - stage
     else:

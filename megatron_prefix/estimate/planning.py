@@ -25,7 +25,7 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf import HFModel
-from megatron_prefix.objectives import check
+from megatron_prefix.objectives import Objective, check
 from megatron_prefix.train import training_sampler
 
 STEPS_READ = 8
@@ -46,10 +46,13 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
     """Everything that `plan` prints, ready for JSON; `world_size` is by default the smallest number
     of processes that the layout takes. Raises InputError if the layout divides neither the model
     nor `world_size`."""
+    objective = check(config.loss, config.model.kind)
     parallel = config.parallel
     stages = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
     if world_size is None:
+        # The context and the expert parallel size both divide the ranks that the stages leave, and
+        # may overlap: 2 and 4 need 4, not 8.
         world_size = stages * math.lcm(context, parallel.expert_model_parallel_size)
     if faults := list(world_faults(parallel, world_size)):
         raise InputError(f"--world-size: {faults[0]}")
@@ -71,10 +74,10 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
     }
     rows, row_tokens = None, _row_bound(config)
     if dataset is not None:
-        plan["data"] = _data(config, _sampler(config, dataset, ranks), model)
+        plan["data"] = _data(config, _sampler(config, objective, dataset, ranks), model)
         rows = plan["data"]["rows_per_rank"]
         row_tokens = row_tokens or plan["data"]["longest_row"]
-        plan["verdict"] = verdict(config.data.sharing, plan["data"]["sharing"])
+        plan["verdict"] = sharing_advice(config.data.sharing, plan["data"]["sharing"])
         plan["pipeline"] = {"rows_per_rank": rows, "bubble": pipeline_bubble(parallel, rows)}
     if row_tokens is None:
         missing.append("data.row_capacity is not set: only the data tells the longest row")
@@ -82,7 +85,7 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
         plan["parameters"] = parameter_counts(model.sizes, model.vocab_size, config.model.kind)
         if row_tokens is not None:
             plan["memory"] = _memory(
-                config, model.sizes, model.vocab_size, world_size, row_tokens, rows
+                config, objective, model.sizes, model.vocab_size, world_size, row_tokens, rows
             )
     return plan
 
@@ -148,11 +151,13 @@ def _config_folder(model: ModelConfig) -> Path | None:
     return None
 
 
-def _sampler(config: Config, dataset: PreferenceDataset, ranks: int) -> Sampler:
+def _sampler(
+    config: Config, objective: Objective, dataset: PreferenceDataset, ranks: int
+) -> Sampler:
     """The run's sampler, for `ranks` data-parallel ranks."""
     parallel = config.parallel
     return replace(
-        training_sampler(config, dataset),
+        training_sampler(config, objective, dataset),
         num_ranks=ranks,
         row_multiple=parallel.row_multiple,
         count_multiple=parallel.count_multiple,
@@ -206,7 +211,7 @@ def _cost(
     return {"tokens": tokens / steps, "forward_flops": known}
 
 
-def verdict(mode: str, sharing: dict[str, dict[str, float | None]]) -> str:
+def sharing_advice(mode: str, sharing: dict[str, dict[str, float | None]]) -> str:
     """One sentence on whether sharing pays on this data: in operations, or in tokens if the
     operations are not known."""
     chosen = "tree" if mode == "none" else mode
@@ -227,6 +232,7 @@ def verdict(mode: str, sharing: dict[str, dict[str, float | None]]) -> str:
 
 def _memory(
     config: Config,
+    objective: Objective,
     sizes: ModelSizes,
     vocab_size: int,
     world_size: int,
@@ -234,7 +240,6 @@ def _memory(
     rows: int | None,
 ) -> dict[str, Any]:
     """Every stage's memory by component, and the stage that has most."""
-    objective = check(config.loss, config.model.kind)
     stages = [
         rank_memory(
             config.model,

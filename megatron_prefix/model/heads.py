@@ -31,6 +31,7 @@ class RewardHead(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
 
     def forward(self, hidden_UC: Tensor) -> Tensor:
+        # bfloat16 has 8 bits: 2.01 and 2.013 both become 2.015625.
         dtype = torch.promote_types(hidden_UC.dtype, torch.float32)
         return torch.nn.functional.linear(hidden_UC.to(dtype), self.weight.to(dtype)).squeeze(1)
 

@@ -53,6 +53,7 @@ def _initial(
         shape[0] = config.vocab_size
     whole = _normal(name, shape, _standard_deviation(name, config), seed)
     if is_vocabulary:
+        # Padding is 0 and drawn from no stream, so its number of rows changes no other weight.
         padding = whole.new_zeros(config.padded_vocab_size - config.vocab_size, shape[1])
         whole = torch.cat([whole, padding])
     if dim is None:
@@ -72,6 +73,7 @@ def _standard_deviation(name: str, config: TreeTransformerConfig) -> float:
 
 
 def _normal(name: str, shape: list[int], std: float, seed: int) -> Tensor:
+    # 64 bits of the digest, shifted: a seed from 0 up to, not including, 2^63.
     digest = hashlib.sha256(f"weights/{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

@@ -34,6 +34,8 @@ class _VocabParallelLogps(torch.autograd.Function):
         # 10 tokens padded to 12, 2 ranks: rank 0 starts at 0 and masks nothing, rank 1 starts at 6
         # and masks its columns from 4 on
         scores_UV[:, max(vocab_size - start, 0) :] = -torch.inf
+        # log p(t) = (s_t - top) - log sum exp(s - top), with the maximum of the whole vocabulary,
+        # not of this rank's columns, so that all ranks subtract the same number.
         top_U = scores_UV.amax(dim=1)
         if size > 1:
             torch.distributed.all_reduce(top_U, torch.distributed.ReduceOp.MAX, group)

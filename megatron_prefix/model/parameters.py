@@ -25,6 +25,7 @@ def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Pa
     rank's expert 1 is expert 5.
     """
     layers = {i: layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    # 8 experts over 2 ranks: the second rank's first expert is 4.
     experts, group = model.config.num_moe_experts or 0, model.pg_collection.ep
     first_expert = experts // group.size() * group.rank()
     for name, parameter in model.named_parameters():

@@ -83,6 +83,7 @@ RECORDS = (
         columns=LOGPS,
         options={"beta": Option(default=0.1), "label_smoothing": Option(default=0.0)},
         model="lm",
+        rewards_per_nat=lambda beta, label_smoothing: beta,
         first=FirstValue(
             formula="ln 2",
             value=lambda beta, label_smoothing: math.log(2),
@@ -95,6 +96,7 @@ RECORDS = (
         columns=(*LOGPS, *NUM_TOKENS),
         options={"beta": Option(default=0.1)},
         model="lm",
+        rewards_per_nat=lambda beta: beta,
         first=FirstValue(
             formula="1 / (4 beta^2)",
             value=lambda beta: 1 / (4 * beta**2),

@@ -145,5 +145,7 @@ class ObjectiveRecord:
     model: Literal["lm", "reward"]
     """The `model.kind` that it trains."""
     unit: Unit = "pair"
+    rewards_per_nat: Callable[..., float] | None = None
+    """Of the options, by name: reward per nat of log-ratio. None: 1."""
     first: FirstValue | None = None
     """None if the first value depends on the data, or there is no reference."""

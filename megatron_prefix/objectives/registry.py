@@ -66,8 +66,9 @@ class Objective:
 
     @property
     def rewards_per_nat(self) -> float:
-        """Reward per nat of log-ratio: `beta`; 1 for an objective without this option."""
-        return float(self.options.get("beta", 1.0))
+        """Reward per nat of log-ratio, as the record declares it."""
+        rewards_per_nat = self.record.rewards_per_nat
+        return 1.0 if rewards_per_nat is None else float(rewards_per_nat(**self.parameters))
 
     @property
     def first_value(self) -> float | None:

@@ -24,6 +24,8 @@ def model_fingerprint(chunks: list[torch.nn.Module]) -> str:
             digest = hashlib.sha256(head.encode())
             digest.update(whole.cpu().view(torch.uint8).numpy().data.cast("B"))
             own[name] = digest.hexdigest()
+    # Several ranks have the same parameter, with the same digest. Sorted by name, the digests are
+    # in an order that no layout changes.
     parts: list[dict] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, own)
     digests = {name: digest for part in parts for name, digest in part.items()}

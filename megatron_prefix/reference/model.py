@@ -185,6 +185,8 @@ def score_dataset(
     with closing(Feed(sampler, world, unwrap(chunks[0]).config, num_steps)) as feed:
         for start in range(first, num_steps, SAVE_STEPS):
             stop = min(start + SAVE_STEPS, num_steps)
+            # Summed over ranks once per SAVE_STEPS steps. `sums` is then the same on every rank, so
+            # it does not matter which one saves it.
             local_sums = np.zeros_like(sums)
             for step in range(start, stop):
                 world.beat(f"scoring, step {step + 1} of {num_steps}")
@@ -196,6 +198,7 @@ def score_dataset(
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
     with np.errstate(invalid="ignore"):
+        # Sums [-3, -8, 0] over times [1, 2, 0]: -3, -4 and NaN
         return sums[0] / sums[1]
 
 
@@ -208,5 +211,7 @@ def _add_scores(
     """Add this rank's rows of a step to `sums` [2, responses]: scores, and times each ran."""
     for row, scores in zip(step.rows, score_rows(chunks, step.batches), strict=True):
         index = response_index(dataset, row)
+        # A response may be several times in a row, so `sums[0][index] += scores` would count it
+        # once.
         np.add.at(sums[0], index, scores.cpu().numpy())
         np.add.at(sums[1], index, 1)

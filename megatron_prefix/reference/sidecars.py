@@ -57,6 +57,7 @@ def write_sidecar(
 
 def _digest(header: dict, arrays: dict[str, np.ndarray]) -> str:
     """SHA-256 over header and arrays."""
+    # The header's own checksum is left out, so that a reader can compute it again.
     rest = {key: value for key, value in header.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(arrays):

@@ -2,6 +2,6 @@
 
 from megatron_prefix.trackers.jsonl import read_metrics
 from megatron_prefix.trackers.several import Trackers, configured_trackers
-from megatron_prefix.trackers.tracker import Status, Tracker
+from megatron_prefix.trackers.tracker import Status
 
-__all__ = ["Status", "Tracker", "Trackers", "configured_trackers", "read_metrics"]
+__all__ = ["Status", "Trackers", "configured_trackers", "read_metrics"]

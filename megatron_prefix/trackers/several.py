@@ -34,10 +34,15 @@ class Trackers:
         self._trackers = tuple(trackers)
 
     def start(self, config: Config, step: int) -> None:
-        """Make the run's folder ready, then start the trackers."""
+        """Make the run's folder ready, then start the trackers. If one fails to start, those
+        before it are finished as of a failed run."""
         open_run_folder(config, step)
-        for tracker in self._trackers:
-            tracker.start(config, step)
+        for number, tracker in enumerate(self._trackers):
+            try:
+                tracker.start(config, step)
+            except BaseException:
+                Trackers(self._trackers[:number]).finish("failed")
+                raise
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self._trackers:

@@ -53,7 +53,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     with open_session(config) as world:
         dataset = open_verified(config.data.valid, "data.valid", world)
         initial = resolve_starting_model(config.model, [dataset])
-        sampler = evaluation_sampler(config, dataset, world, initial.sizes)
+        sampler = evaluation_sampler(config, objective, dataset, world, initial.sizes)
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         check_columns(objective, dataset, "data.valid")
         if objective.reference == "none":

@@ -13,7 +13,7 @@ from megatron_prefix.data.steps.packed import PackedSteps
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives import Objective, check
+from megatron_prefix.objectives import Objective
 
 if TYPE_CHECKING:
     from megatron_prefix.distributed import World
@@ -73,6 +73,7 @@ def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str
         return
     missing = np.flatnonzero(np.isnan(dataset.pair_margins))
     if len(missing):
+        # group_pairs [0 2 3]: pairs 0 and 1 are of group 0, pair 2 of group 1
         group = int(np.searchsorted(dataset.group_pairs, missing[0], side="right")) - 1
         raise InputError(
             f"{setting}: {len(missing)} of the {len(dataset.pair_margins)} pairs in "
@@ -99,6 +100,7 @@ def plan_settings(config: Config) -> StepSettings:
 
 def training_sampler(
     config: Config,
+    objective: Objective,
     dataset: PreferenceDataset,
     world: World | None = None,
     plan: PackedSteps | None = None,
@@ -106,29 +108,32 @@ def training_sampler(
 ) -> Sampler:
     """The training sampler of the data section; it follows `plan` if there is one.
 
-    `sizes` are the model's if `config` only names it; they give the work per row, which is
-    balanced over the ranks. Raises InputError if the plan is for other data or settings.
+    `objective` is that of `config.loss`. `sizes` are the model's if `config` only names it; they
+    give the work per row, which is balanced over the ranks. Raises InputError if the plan is for
+    other data or settings.
     """
     settings = plan_settings(config)
     if plan is not None:
         plan.check(dataset, settings, config.train.steps)
     composition = settings.composition(dataset) if plan is None else plan
-    return _sampler(config, dataset, composition, world, sizes)
+    return _sampler(config, objective, dataset, composition, world, sizes)
 
 
 def evaluation_sampler(
     config: Config,
+    objective: Objective,
     dataset: PreferenceDataset,
     world: World | None = None,
     sizes: ModelSizes | None = None,
 ) -> Sampler:
     """All groups once, in the data set's order, in the configuration's rows."""
     batch_size = config.data.global_batch_size or EVALUATION_GROUPS
-    return _sampler(config, dataset, InOrder(len(dataset), batch_size), world, sizes)
+    return _sampler(config, objective, dataset, InOrder(len(dataset), batch_size), world, sizes)
 
 
 def _sampler(
     config: Config,
+    objective: Objective,
     dataset: PreferenceDataset,
     composition: Composition,
     world: World | None,
@@ -140,7 +145,7 @@ def _sampler(
         dataset=dataset,
         composition=composition,
         sharing=data.sharing,
-        weighting=check(config.loss, config.model.kind).weighting,
+        weighting=objective.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,
         targets=TARGETS[kind],

@@ -47,7 +47,7 @@ def score_reference(config: Config, output: str) -> None:
         fingerprint = model_fingerprint(model)
         scores = []
         for dataset in datasets.values():
-            sampler = evaluation_sampler(config, dataset, world, initial.sizes)
+            sampler = evaluation_sampler(config, objective, dataset, world, initial.sizes)
             key = {"model": fingerprint, "data": dataset.fingerprint} | _rows(config, world)
             partial = PartialScores(
                 output, dataset.fingerprint[:16], key, len(dataset.response_lengths)

@@ -41,7 +41,10 @@ def prepare_trainer(
         check_columns(objective, valid, "data.valid")
     datasets = [dataset] if valid is None else [dataset, valid]
     initial = resolve_starting_model(config.model, datasets)
-    sampler = training_sampler(config, dataset, world, plan, initial.sizes)
+    sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
+    valid_sampler = None
+    if valid is not None:
+        valid_sampler = evaluation_sampler(config, objective, valid, world, initial.sizes)
     num_steps = config.train.steps
     if num_steps is None:
         assert config.train.epochs is not None  # one of them is given
@@ -77,7 +80,7 @@ def prepare_trainer(
         world=world,
         initial=initial,
         sampler=sampler,
-        valid=None if valid is None else evaluation_sampler(config, valid, world, initial.sizes),
+        valid=valid_sampler,
         reference=reference,
         policy=policy,
         num_steps=num_steps,

@@ -5,13 +5,12 @@ A backend's module has one record, `BACKEND`, and is imported by `load_backend` 
 `flash_versions.py` selects the FlashAttention that torch's operators call.
 """
 
-from megatron_prefix.attention.backends.backend import BACKENDS, Backend, load_backend
+from megatron_prefix.attention.backends.backend import BACKENDS, load_backend
 from megatron_prefix.attention.backends.flash_versions import flash_version, resolve_flash_version
 from megatron_prefix.attention.backends.regather import KeyGather, KeysAndValues, attend_gathered
 
 __all__ = [
     "BACKENDS",
-    "Backend",
     "KeyGather",
     "KeysAndValues",
     "attend_gathered",

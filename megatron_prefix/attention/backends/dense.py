@@ -17,6 +17,8 @@ from megatron_prefix.layout import TreeLayout
 
 def visibility(layout: TreeLayout, device: torch.device | str) -> torch.Tensor:
     """bool [T, T]: whether query token q sees key token k: `k <= q < subtree_end[k]`."""
+    # lengths [1, 1, 1], parents [-1, 0, 0]: rows [1 0 0], [1 1 0], [1 0 1]; siblings do not see
+    # each other
     q = torch.arange(layout.num_tokens, device=device).unsqueeze(1)
     k = torch.arange(layout.num_tokens, device=device).unsqueeze(0)
     subtree_ends = torch.from_numpy(layout.token_subtree_ends()).to(device)

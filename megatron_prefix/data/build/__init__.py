@@ -6,6 +6,5 @@ from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.data.build.from_hf import from_hf_dataset
 from megatron_prefix.data.build.merge_parts import merge_datasets
 from megatron_prefix.data.build.options import BuildOptions
-from megatron_prefix.data.build.report import BuildReport
 
-__all__ = ["BuildOptions", "BuildReport", "build_dataset", "from_hf_dataset", "merge_datasets"]
+__all__ = ["BuildOptions", "build_dataset", "from_hf_dataset", "merge_datasets"]

@@ -93,6 +93,8 @@ def _build(
             combine(report, result.report)
             if result.block is not None:
                 writer.add_block(result.block)
+                # Digests are numbered by their place in the table, so they follow the order of
+                # groups.
                 digests.extend(result.digests)
             if progress is not None:
                 progress(chunk.position, total, writer.statistics.counts["groups"])

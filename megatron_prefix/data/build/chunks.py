@@ -71,6 +71,7 @@ def read_chunks(inputs: Inputs) -> Iterator[tuple[list[Record], int]]:
     for record in inputs.scan(on_bytes):
         records.append(record)
         size += record.size
+        # A few huge records must not fill the memory, so their bytes end a chunk too.
         if len(records) == most or size >= CHUNK_BYTES:
             yield records, position
             records, size, most = [], 0, CHUNK

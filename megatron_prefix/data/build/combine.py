@@ -29,6 +29,7 @@ def combine(total: Any, part: Any) -> Any:
         return total
     if isinstance(total, list):
         return (total + part)[: report.MAX_LISTED]
+    # A bool is an int for Python, so it is handled before numbers are added.
     if isinstance(total, str | bool):
         return part
     return total + part

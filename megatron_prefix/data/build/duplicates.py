@@ -61,6 +61,7 @@ def _digest(parts: list[str]) -> int:
     # With their lengths first, ["ab", "c"] and ["a", "bc"] are different texts.
     lengths = " ".join([str(len(part)) for part in parts])
     text = "".join([lengths, "\n", *parts])
+    # SQLite's integers have 64 bits and a sign.
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

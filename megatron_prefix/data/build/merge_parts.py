@@ -50,6 +50,7 @@ def _shifted_report(part: PreferenceDataset, before: int) -> dict[str, Any]:
     """A part's report after `before` records of other parts; only duplicates have numbers."""
     report = copy.deepcopy(part.manifest["report"])
     if "duplicates" in report:
+        # After 10 records, [2, 0] becomes [12, 10]: record 12 repeats record 10.
         pairs = report["duplicates"]["records"]
         report["duplicates"]["records"] = [[before + a, before + b] for a, b in pairs]
     return report

@@ -82,6 +82,7 @@ def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:
     pairs: list[Pair] = []
     num_sets = 0
     for tree in trees:
+        # Trees of 2 and 3 responses: the second tree's pair (0, 2) becomes (2, 4), its set 0 set 1.
         first = len(paths)  # responses of this tree are numbered from here on
         for response in range(tree.num_responses):
             tokens, loss_start = tree.response_tokens(response)

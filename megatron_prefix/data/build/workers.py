@@ -45,6 +45,8 @@ def ordered(
     number of workers. Raises RunError if a worker dies. Closing the generator ends the workers.
     """
     items = iter(items)
+    # With several workers the first item is done here: processes that are forked after it share
+    # what it has loaded.
     for item in islice(items, 1 if workers > 1 else None):
         yield item, function(item)
     if workers > 1:

@@ -113,6 +113,7 @@ class _Survey:
         parts = (prompts, paths - prompts, paths, trees)
         for histogram, values in zip(self._lengths.values(), parts, strict=True):
             histogram.add(values)
+        # A prompt of 6 tokens and a response of 2: ratio 3, bin 5, which is from 2 up to 4
         ratios = np.searchsorted(RATIOS, prompts / np.maximum(paths - prompts, 1), "right")
         self._ratios += np.bincount(ratios, minlength=len(self._ratios))
         self._sums += (prompts.sum(), (paths - prompts).sum())
@@ -176,6 +177,8 @@ def span_work(span: Span) -> tuple[np.ndarray, np.ndarray]:
     """
     lengths, above = span.lengths, span.ends - span.lengths
     area = span.per_group(lengths * above + lengths * (lengths + 1) // 2)
+    # Nodes with loss, and their parents, whose last token predicts the first token of such nodes:
+    # once, however many children have loss.
     carries, predicts = np.zeros((2, len(lengths)), bool)
     for node in span.walk():
         carries[node] = True

@@ -62,6 +62,7 @@ def _visible_areas(
         start, end = starts[segment], ends[segment]
         polygons.append(np.array([(start, start), (start, end), (end, end)]))
         colours.append(own)
+        # Every ancestor is seen in full by the whole segment, so one rectangle each.
         above = parents[segment]
         while above >= 0:
             left, right = starts[above], ends[above]
@@ -101,6 +102,7 @@ def _target_marks(
     size, marks = layout.num_tokens, []
     tokens, counts = np.unique(logit_token, return_counts=True)
     for several, reach in ((False, 0.75), (True, 1.35)):
+        # A branch point predicts several first tokens; its mark is wider.
         left, right = size + 0.35 * width, size + reach * width
         for start, stop in _runs(tokens[(counts > 1) == several]):
             marks.append(np.array([(left, start), (right, start), (right, stop), (left, stop)]))

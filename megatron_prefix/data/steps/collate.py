@@ -98,6 +98,8 @@ def tree_targets(tree: PrefixTree) -> TreeTargets:
     for response in range(tree.num_responses):
         for node in tree.response_nodes(response):
             start, end = tree.node_offsets[node], tree.node_offsets[node + 1]
+            # Node [4, 6) whose parent ends with token 1: sources [3 4], then [1 4]. Token 3 is the
+            # last of a sibling, so it must not predict token 4.
             source = np.arange(start - 1, end - 1)
             source[0] = ends[tree.parents[node]] - 1
             logit_tokens.append(source)
@@ -126,6 +128,8 @@ def responses_served(tree: PrefixTree) -> np.ndarray:
     The counts of children add to their parent's: prompt [5 6] with responses [7 8] and [9] has
     [2 2 1 1 1].
     """
+    # A response ends in each leaf, and may end in an inner node: prompt [5 6], responses [7] and
+    # [7 8] have the nodes [5 6], [7], [8] with the counts [0 1 1], summed [2 2 1].
     counts = np.bincount(tree.response_last, minlength=tree.num_nodes)
     for node in range(tree.num_nodes - 1, -1, -1):  # children come after their parents
         if tree.parents[node] >= 0:
@@ -141,6 +145,7 @@ def collate_packed(
     Without items the row is empty: `multiple` tokens of padding.
     """
     length = sum(item.view.tree.num_tokens for item in items)
+    # To a multiple of 4: 5 tokens get 3 of padding, 8 get none, an empty row gets 4.
     padding = max(-(-length // multiple), 1) * multiple - length
     parts = [_Part.whole(item.view.tree) for item in items]
     if padding:
@@ -181,6 +186,7 @@ class _Part:
     @classmethod
     def roots(cls, tree: PrefixTree) -> list[_Part]:
         """One part for every root of the tree, with its descendants."""
+        # parents [-1 0 -1 2] -> the parts [-1 0] and [-1 0]
         starts = np.flatnonzero(tree.parents < 0).tolist()
         parts = []
         for start, end in zip(starts, [*starts[1:], tree.num_nodes], strict=True):
@@ -228,6 +234,8 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         num_tokens += tree.num_tokens
         num_responses += tree.num_responses
     logit_token = _concatenate(logit_tokens, np.int64)
+    # Targets come response by response: logit tokens [1 2 | 1 4 5] of the example above. The head
+    # needs them ascending: order [0 2 1 3 4], logit tokens [1 1 2 4 5].
     order = np.argsort(logit_token, kind="stable")
     served_T = np.zeros(len(is_real), np.int64)
     served_T[place] = _concatenate(served, np.int64)

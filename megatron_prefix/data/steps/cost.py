@@ -44,6 +44,8 @@ class CostModel:
         """The constants of a language model, or of a reward model with `kind="reward"`."""
         heads, groups = sizes.num_attention_heads, sizes.num_query_groups
         width, head_dim = sizes.hidden_size, sizes.kv_channels
+        # width 4, 2 heads of 2, 1 group, feed-forward size 8: 64 for queries, keys and values, 32
+        # for the output, 192 for the feed-forward layer
         layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
         if sizes.num_moe_experts:
             expert = 6 * width * sizes.moe_ffn_hidden_size
@@ -86,6 +88,9 @@ def bundle_work(dataset: PreferenceDataset, bundle: Bundle, sharing: str) -> Wor
     else:
         chosen = dataset.pair_responses[int(dataset.group_pairs[bundle.group]) + bundle.item]
     lengths, prompts = lengths[chosen], prompts[chosen]
+    # A pair of 5 and 4 tokens with a prompt of 3: apart 9 tokens, an area of 15 + 10 and 2 + 1
+    # logit tokens. With the prompt once 6 tokens, an area of 25 - 6, and one logit token less,
+    # because token 2 predicts the first token of both responses.
     tokens, area = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
     logit_tokens = int((lengths - prompts).sum())
     if sharing == "pair":
@@ -105,6 +110,8 @@ def _tree_work(dataset: PreferenceDataset, group: int) -> Work:
         above = ends[parent] if parent >= 0 else 0
         ends.append(above + length)
         area += length * above + length * (length + 1) // 2
+    # Own nodes of all responses, from the last node up to the first. Responses may share some:
+    # prompt [5] with [7 8] and [7 9] has the own nodes [7], [8] and [9], and [7] counts once.
     own: set[int] = set()
     first, last = dataset.response_first[r0:r1].tolist(), dataset.response_last[r0:r1].tolist()
     for top, node in zip(first, last, strict=True):

@@ -71,6 +71,7 @@ def _first_fit(
     rows, amounts = [], []
     for length, count in zip(values, counts, strict=True):
         while count:
+            # Down to the first row with room: left if the left child has enough, else right.
             node = 1
             while node < leaves:
                 node *= 2
@@ -81,6 +82,8 @@ def _first_fit(
             rows.append(node - leaves)
             amounts.append(fitting)
             room[node] -= fitting * length
+            # Up again: the rooms above are the maximum of their children. If one does not change,
+            # the rooms above it do not change either.
             while node > 1:
                 left, right = room[node & ~1], room[node | 1]
                 node >>= 1
@@ -107,6 +110,7 @@ def _best_fit(
         while count:
             above = open_rooms >> length
             if above:
+                # `x & -x` keeps the lowest bit: 1010 -> 10, whose bit_length - 1 is bit 1
                 left = length + (above & -above).bit_length() - 1
                 row = rows_with[left].pop()
                 if not rows_with[left]:
@@ -151,6 +155,8 @@ def spread(
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     heap = [(0.0, row, 0) for row in range(num_rows)]  # cost, row, tokens
     for item in np.argsort(-costs_n, kind="stable").tolist():
+        # Rows that are too full for this item are set aside and put back: they may take a shorter
+        # one.
         length, full = int(lengths[item]), []
         while heap and heap[0][2] + length > capacity:
             full.append(heapq.heappop(heap))
@@ -179,6 +185,7 @@ def pack_step(
     packed rows stay as they are. Rows are empty only then, or with fewer items than rows.
     """
     rows = as_lists(*pack(lengths, capacity, method)) if packed is None else packed
+    # 3 rows and a multiple of 2 make 4 rows: every rank must run the same number of rows.
     num_rows = -(-max(len(rows), 1) // multiple) * multiple
     if multiple > 1 and lengths:
         rows = spread(lengths, capacity, num_rows, costs) or rows
@@ -199,6 +206,7 @@ def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
     for row in np.argsort(-np.asarray(costs, np.float64), kind="stable").tolist():
         cost, rank = heapq.heappop(heap)
         ranks[rank].append(row)
+        # A rank that has its share of rows leaves the heap, whatever its cost.
         if len(ranks[rank]) < share:
             heapq.heappush(heap, (cost + float(costs[row]), rank))
     return [sorted(rows) for rows in ranks]

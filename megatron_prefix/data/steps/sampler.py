@@ -102,6 +102,8 @@ class Sampler:
     def _check_sequences(self, group: np.ndarray, micro_batch_size: int) -> None:
         """Refuse bundles of more sequences than a micro batch; `group` is each bundle's group."""
         if self.sharing == "response":  # a bundle has one sequence per response of its set
+            # Groups with the sets [0 0 1] and [0 0]: owner [0 0 0 1 1], most 2, keys [0 0 1 2 2],
+            # so counts [2 1 2], in the order of `group`.
             firsts = np.asarray(self.dataset.group_responses)
             owner = np.repeat(np.arange(len(self.dataset)), np.diff(firsts))
             sets = np.asarray(self.dataset.response_sets, np.int64)
@@ -123,6 +125,7 @@ class Sampler:
         rows = self._rows(step, groups)
         costs = [sum(map(self._cost, row)) for row in rows]
         dealt = deal(costs, self.num_ranks)
+        # The weights of all groups, not of one rank's: every rank divides by the same sum.
         weights = [loss_weights(self.dataset, int(g), self.weighting) for g in groups]
         return Step(
             step=step,
@@ -153,6 +156,8 @@ class Sampler:
             return _with_empty_rows(rows, multiple)
         assert self.row_capacity is not None
         composition = self.composition
+        # Rows that were packed under another sharing mode may be too long under this one. The step
+        # then keeps its groups, and they are packed again.
         if isinstance(composition, RowBatches):
             rows = [self._bundles(row) for row in composition.rows(step)]
             if all(sum(b.num_tokens for b in row) <= self.row_capacity for row in rows):
@@ -178,6 +183,8 @@ class Sampler:
 
     def _fixed_size(self, bundles: Row, micro_batch_size: int) -> list[Row]:
         """Whole bundles in their order, at most `micro_batch_size` sequences per row."""
+        # Bundles of 2, 2 and 3 sequences, 4 per micro batch: rows [2 2] and [3]. A bundle stays
+        # whole, because the loss needs both sides of a pair in one row.
         rows: list[Row] = []
         room = 0
         for bundle in bundles:

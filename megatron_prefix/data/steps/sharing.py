@@ -54,6 +54,8 @@ def bundles_of(dataset: PreferenceDataset, group: int, sharing: str) -> list[Bun
         sets = dataset.response_sets[r0:r1]
         return [Bundle(group, int(s), int(lengths[sets == s].sum())) for s in np.unique(sets)]
     p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
+    # Sides of 5 and 4 tokens with a prompt of 3: 9 tokens, and 6 under `pair`. If the loss of one
+    # side starts later, only the shorter prompt is shared.
     sides = dataset.pair_responses[p0:p1]
     tokens = lengths[sides].sum(axis=1)
     if sharing == "pair":
@@ -116,6 +118,7 @@ def _chains(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> Prefi
     for response in responses:
         tokens, loss_start = tree.response_tokens(int(response))
         nodes += [tokens[:loss_start], tokens[loss_start:]]
+    # Three responses: first [1 3 5], parents [-1 0 -1 2 -1 4]
     first = 2 * np.arange(len(responses)) + 1
     parents = np.full(len(nodes), -1)
     parents[first] = first - 1
@@ -156,6 +159,7 @@ def _assemble(
     ends: np.ndarray,
 ) -> PrefixTree:
     """A tree of `nodes` in which the own tokens of response i are the one node `ends[i]`."""
+    # Responses 0 and 2 of three: local [0 -1 1], so the pair (0, 2) becomes (0, 1)
     local = np.full(tree.num_responses, -1)
     local[responses] = np.arange(len(responses))
     return PrefixTree(

@@ -101,6 +101,7 @@ def _with_next(path: np.ndarray) -> np.ndarray:
 
     So no path is the beginning of another, and equal numbers have equal labels.
     """
+    # [7 8 2] -> [7 * 2^31 + 9, 8 * 2^31 + 3, 2 * 2^31]
     after = np.append(path[1:] + 1, 0)
     return path << TOKEN_BITS | after
 

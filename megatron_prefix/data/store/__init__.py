@@ -2,7 +2,15 @@
 
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.manifest import read_manifest
 from megatron_prefix.data.store.statistics import SHARING_TOKENS, Histogram
 from megatron_prefix.data.store.writer import DatasetWriter
 
-__all__ = ["SHARING_TOKENS", "Block", "DatasetWriter", "Histogram", "PreferenceDataset"]
+__all__ = [
+    "SHARING_TOKENS",
+    "Block",
+    "DatasetWriter",
+    "Histogram",
+    "PreferenceDataset",
+    "read_manifest",
+]

@@ -82,6 +82,9 @@ class Block:
             "pair_weights": arrays["pair_weights"],
             "pair_margins": arrays["pair_margins"],
         }
+        # Groups of 3 and 2 nodes with 2 and 1 responses: first_nodes [0 0 3]. The last nodes
+        # [1 2 | 1] of the responses, which count within their group, are the nodes [1 2 4] of the
+        # block.
         ends = node_ends(lengths, arrays["parents"], nodes)
         first_nodes = np.repeat(starts(nodes), responses)
         first, last = (first_nodes + columns[f"response_{end}"] for end in ("first", "last"))

@@ -83,6 +83,7 @@ class PreferenceDataset:
         p0, p1 = (int(x) for x in self.group_pairs[group : group + 2])
         offsets = np.zeros(m1 - m0 + 1, np.int64)
         np.cumsum(self.node_lengths[m0:m1], out=offsets[1:])
+        # Pointers count bytes: with 2 bytes per token, pointer 12 is token 6.
         start = int(self.node_pointers[m0]) // self.tokens.itemsize
         return PrefixTree(
             tokens=np.array(self.tokens[start : start + int(offsets[-1])], np.int64),
@@ -107,11 +108,14 @@ class PreferenceDataset:
 
     def groups_num_tokens(self) -> np.ndarray:
         """Tokens of every group as a tree, int64 [G]."""
+        # Pointers [0 6 10] of 18 bytes, 2 per token, group_nodes [0 2 3]: the groups begin at bytes
+        # [0 10] and the last ends at 18, so they have 5 and 4 tokens.
         ends = np.append(self.node_pointers, self.tokens.nbytes)
         return np.diff(ends[self.group_nodes]) // self.tokens.itemsize
 
     def block(self, start: int, stop: int) -> Block:
         """Groups `start` to `stop` as columns."""
+        # Groups 1 to 3 of group_nodes [0 3 5 9] have the nodes 3 to 9, [2 4] of them per group.
         spans = {"group": (start, stop)}
         for name in ("node", "response", "pair"):
             offsets = getattr(self, f"group_{name}s")
@@ -143,6 +147,7 @@ class PreferenceDataset:
         with path.open("rb") as file:
             head = file.read(HEADER)
         expected = (1, counts["nodes"], counts["groups"] + 1)
+        # version, number of nodes, and of group boundaries; byte 17 is the code of the tokens' type
         sizes = tuple(int.from_bytes(head[a:b], "little") for a, b in ((9, 17), (18, 26), (26, 34)))
         if head[:9] != MAGIC or sizes != expected or DTYPES.get(head[17]) != dtype:
             raise InputError(f"{path} is not the index that its manifest describes: build it again")

@@ -53,6 +53,7 @@ class IndexedWriter:
             end = 0
             with lengths.open("rb") as file:
                 while len(chunk := np.fromfile(file, "<i4", CHUNK)):
+                    # After 9 tokens of 2 bytes, lengths [3 2]: ends [12 14], pointers [18 24]
                     ends = end + np.cumsum(chunk, dtype=np.int64)
                     index.write(((ends - chunk) * self._dtype.itemsize).astype("<i8").data)
                     end = int(ends[-1])

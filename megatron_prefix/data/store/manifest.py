@@ -24,6 +24,8 @@ def suffix_path(prefix: Path, suffix: str) -> Path:
 
 def fingerprint(files: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, Any]) -> str:
     """SHA-256 over the checksums of all files, in the order of their names, and the tokenizer."""
+    # Sorted, so that the order in which a manifest lists its files does not matter. No path is part
+    # of it: a data set that is moved keeps its fingerprint.
     lines = [f"{name} {files[name]['sha256']}\n" for name in sorted(files)]
     lines.append(f"tokenizer {tokenizer['fingerprint']}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -37,20 +39,34 @@ def load_manifest(prefix: Path) -> dict[str, Any]:
             f"there is no data set {prefix}: {path} is missing. Make it with megatron-prefix "
             "build, and give the prefix without a file ending"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}): build the data set again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is not the manifest of a data set made by megatron-prefix build")
-    if manifest.get("version") != VERSION:
-        raise InputError(
-            f"{path} has version {manifest.get('version')}, and this program reads version "
-            f"{VERSION}: build the data set again"
-        )
+    manifest = read_manifest(
+        path, FORMAT, VERSION, command="build", remedy="build the data set again"
+    )
     _check_keys(manifest, path)
     for name in FILES:
         _check_file(suffix_path(prefix, name), manifest["files"][name]["bytes"])
+    return manifest
+
+
+def read_manifest(
+    path: Path, format: str, version: int, *, command: str, remedy: str
+) -> dict[str, Any]:
+    """The JSON object in `path`, which must be of this format and version.
+
+    Raises InputError if it is not; the message names the `command` that writes such files, or ends
+    with the `remedy`. The caller checks the other keys.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {remedy}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != format:
+        raise InputError(f"{path} is not a manifest that megatron-prefix {command} wrote")
+    if manifest.get("version") != version:
+        raise InputError(
+            f"{path} has version {manifest.get('version')}, and this program reads version "
+            f"{version}: {remedy}"
+        )
     return manifest
 
 

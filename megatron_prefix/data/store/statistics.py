@@ -31,6 +31,7 @@ def sharing_tokens(block: Block) -> dict[str, int]:
     25, `pair` and `tree` 10 + 2 + 3 = 15.
     """
     columns = block.columns
+    # Pairs name responses within their group; `sides` numbers them within the block.
     first = np.repeat(starts(columns["group_responses"]), columns["group_pairs"])
     sides = columns["pair_responses"] + first[:, None]
     lengths, prompts = columns["response_lengths"], columns["response_prompts"]
@@ -61,6 +62,8 @@ class Histogram:
         total = int(self._counts.sum())
         if not total:
             return {}
+        # Values 2, 2, 5, 9: below[2] is 2, below[5] is 3, below[9] is 4. The median is the first
+        # value with at least 0.5 * 4 = 2 values up to it, which is 2.
         below = np.cumsum(self._counts)
         wanted = [max(int(np.ceil(q * total)), 1) for q in QUANTILES.values()]
         values = np.searchsorted(below, wanted).tolist()

@@ -122,6 +122,7 @@ class DatasetWriter:
         vocab_size = self.tokenizer["vocab_size"]
         low, high = int(block.tokens.min()), int(block.tokens.max())
         if low < 0 or high >= vocab_size:
+            # Groups of 3 and 4 tokens: ends [3 7]. Token 2 is in group 0, token 3 in group 1.
             at = int(np.flatnonzero((block.tokens < 0) | (block.tokens >= vocab_size))[0])
             ends = np.cumsum(
                 np.add.reduceat(block.node_lengths, starts(block.columns["group_nodes"]))
@@ -140,6 +141,7 @@ class DatasetWriter:
         for name, column in self._columns.items():
             values = block.columns[name]
             if name in OFFSETS:
+                # After 5 nodes, groups of 3 and 2 nodes end at the offsets [8 10].
                 values = before[name.split("_")[1]] + np.cumsum(values)
             column.write(values)
 

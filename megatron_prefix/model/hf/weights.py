@@ -174,6 +174,8 @@ class WeightMap:
         parts = self.hf_names(name)
         if len(parts) == 1:
             return {parts[0]: parameter[: self._hf_shape(parts[0])[0]]}
+        # 4 query heads and 2 groups of one channel: rows [q0 q1 k0 v0 | q2 q3 k1 v1] are cut in
+        # each group after 2, 1 and 1 rows, which gives q [q0 q1 q2 q3], k [k0 k1], v [v0 v1].
         groups = 1 if name.endswith("linear_fc1.weight") else self.sizes.num_query_groups
         lengths = [self._hf_shape(part)[0] // groups for part in parts]
         grouped = parameter.reshape(groups, -1, *parameter.shape[1:])

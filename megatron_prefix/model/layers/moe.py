@@ -136,6 +136,8 @@ class TreeMoELayer(TransformerLayer):
         """TransformerLayer's forward, with the counts of `packed_seq_params` set in the router."""
         router, served = self.mlp.router, packed_seq_params.responses_served
         if served is not None:
+            # A prompt token of two answers, an answer's token, padding: served [2 1 0] counts as it
+            # is for `responses`, and as [1 1 0] for `tokens`.
             counts = served if self._counts_responses else served.clamp(max=1)
             if self.config.sequence_parallel:
                 tensor = self.pg_collection.tp

@@ -12,7 +12,7 @@ import pytest
 from megatron_prefix.__main__ import main
 from megatron_prefix.config import load_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.estimate.planning import plan_run, verdict
+from megatron_prefix.estimate.planning import plan_run, sharing_advice
 from megatron_prefix.testing import write_random_set
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
@@ -134,11 +134,11 @@ def test_a_plan_needs_neither_torch_nor_megatron(data, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_verdict():
+def test_the_advice_on_sharing():
     def costs(tree: float) -> dict:
         none = {"tokens": 10.0, "forward_flops": 100.0}
         return {"none": none, "tree": {"tokens": 1.0, "forward_flops": tree}}
 
-    assert verdict("tree", costs(50.0)).endswith("tree takes 0.50 of the operations of none")
-    assert verdict("tree", costs(96.0)).startswith("sharing hardly pays")
-    assert verdict("none", costs(50.0)).startswith("sharing would pay")
+    assert sharing_advice("tree", costs(50.0)).endswith("tree takes 0.50 of the operations of none")
+    assert sharing_advice("tree", costs(96.0)).startswith("sharing hardly pays")
+    assert sharing_advice("none", costs(50.0)).startswith("sharing would pay")

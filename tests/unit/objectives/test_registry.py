@@ -132,6 +132,24 @@ def test_every_fault_is_named_at_once():
         check(LossConfig(loss_type="ipo", margin=True, reference="none"))
 
 
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_rewards_are_what_the_record_declares_per_nat(name):
+    """A nat more of each log-ratio moves every reward by that much."""
+    options = {"beta": 0.3} if "beta" in OBJECTIVES[name].options else {}
+    objective, start = check(LossConfig(loss_type=name, **options)), inputs()
+    moved = replace(start, scores=start.scores + 1.0)
+    before, after = (objective.outputs(x).metrics["rewards/chosen"] for x in (start, moved))
+    assert (after - before).tolist() == pytest.approx([objective.rewards_per_nat] * PAIRS)
+
+
+def test_rewards_per_nat_do_not_depend_on_the_name_of_an_option():
+    record = replace(OBJECTIVES["sigmoid"], name="other", rewards_per_nat=None)
+    loss, records = LossConfig(loss_type="other", beta=0.3), {**OBJECTIVES, "other": record}
+    assert check(loss, "lm", records).rewards_per_nat == 1.0
+    declared = replace(record, rewards_per_nat=lambda beta, label_smoothing: 2 * beta)
+    assert check(loss, "lm", {**records, "other": declared}).rewards_per_nat == 0.6
+
+
 def test_an_objective_is_a_record_and_nothing_else():
     """A new one, whose option is narrower than the schema's and which logs another name."""
 

@@ -234,6 +234,19 @@ class TestSeveral:
         with pytest.raises(RunError, match="a is full"):
             trackers.log(1, {})
 
+    def test_a_tracker_that_fails_to_start_finishes_those_before_it(self, tmp_path, capsys):
+        calls, config = [], run_config(tmp_path)
+        first = Recorder(calls, "a", failing="finish")
+        others = [Recorder(calls, "b"), Recorder(calls, "c", failing="start"), Recorder(calls, "d")]
+        with pytest.raises(RunError, match="c is full"):
+            Trackers([first, *others]).start(config, 0)
+        assert capsys.readouterr().err == "warning: a is full\n"
+        assert calls == [
+            *((name, "start", config, 0) for name in "abc"),
+            ("b", "finish", "failed"),
+            ("a", "finish", "failed"),
+        ]
+
     @pytest.mark.parametrize("status", ["done", "stopped", "failed"])
     def test_all_trackers_finish_even_if_one_fails(self, capsys, status):
         calls = []

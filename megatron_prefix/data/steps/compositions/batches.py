@@ -41,6 +41,8 @@ class GroupBatches:
         if self.limit is not None:
             stop = min(stop, self.limit * self.num_groups)
         parts = []
+        # 5 groups, batches of 2, step 2: entries 4 and 5 of the endless order, which are the last
+        # of epoch 0 and the first of epoch 1
         while start < stop:
             epoch, offset = divmod(start, self.num_groups)
             order = epoch_order(self.num_groups, self.fingerprint, self.seed, epoch)
@@ -68,6 +70,8 @@ class SortedBatches:
     seed: int
 
     def groups(self, step: int) -> np.ndarray:
+        # 7 groups in batches of 3: the sorted steps have 3, 3 and 1 groups. With steps [2 0 1] the
+        # epoch begins with the longest group, alone.
         epoch, offset = divmod(step, self.num_steps(1))
         order, steps = self._epoch(epoch)
         start = int(steps[offset]) * self.batch_size

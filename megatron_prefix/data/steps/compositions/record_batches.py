@@ -60,6 +60,8 @@ class RecordBatches:
         total = int(self.sizes.sum())
         if self.limit is not None:
             stop = min(stop, self.limit * total)
+        # 8 records per epoch, batches of 3, step 2: records 6 to 8. With the groups of this
+        # module's head, groups 3 and 4 begin there in epoch 0, and the first group of epoch 1.
         parts = [np.zeros(0, np.int64)]
         for epoch in range(start // total, -(-stop // total)):
             order, begins = self._epoch(epoch)

@@ -73,6 +73,7 @@ class RowBatches:
 
     def rows(self, step: int) -> list[np.ndarray]:
         """The groups of each row of the step."""
+        # Epochs of 3 and 4 steps: step 5 is step 2 of epoch 1, and `first` is 3.
         epoch, first = 0, 0
         while step >= (last := first + self._steps_of(epoch)):
             epoch, first = epoch + 1, last
@@ -106,6 +107,7 @@ class RowBatches:
             order = epoch_order(len(self.lengths), *key)
         groups, sizes = [], []
         for start in range(0, len(order), self.window):
+            # Items are numbered within their window: window [2 1] and items [1 0] are groups [1 2].
             window = order[start : start + self.window]
             items, offsets = pack(self.lengths[window], self.capacity, self.method)
             groups.append(window[items])

@@ -20,7 +20,6 @@ they do without packed steps.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import numpy as np
 from megatron_prefix.data.files import manifest_digest, sha256
 from megatron_prefix.data.steps.compositions import StepSettings
 from megatron_prefix.data.steps.packing import as_lists
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset, read_manifest
 from megatron_prefix.errors import InputError
 
 FORMAT = "megatron_prefix packed plan"
@@ -96,6 +95,7 @@ class PackedSteps:
 
         Raises InputError unless each bundle is there once.
         """
+        # Step 1 of this module's head: row 2, row_items [3 4], items [0], offsets [0 1]
         first, last = self._between("step_rows", step)
         offsets = np.array(self._columns["row_items"][first : last + 1])
         items = np.array(self._columns["items"][offsets[0] : offsets[-1]])
@@ -191,17 +191,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"there are no packed steps in {path}: {file} is missing. Make them with "
             "megatron-prefix pack"
         )
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} cannot be read ({error}): {REMEDY}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{file} is not a manifest that megatron-prefix pack wrote")
-    if manifest.get("version") != VERSION:
-        raise InputError(
-            f"{file} has version {manifest.get('version')}, and this program reads version "
-            f"{VERSION}: {REMEDY}"
-        )
+    manifest = read_manifest(file, FORMAT, VERSION, command="pack", remedy=REMEDY)
     if manifest_digest(manifest) != manifest.get("sha256"):
         raise InputError(f"{file} is damaged or was changed: its SHA-256 differs: {REMEDY}")
     return manifest

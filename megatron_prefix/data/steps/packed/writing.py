@@ -150,6 +150,8 @@ def _whole_steps(
     of the epochs cuts."""
     if settings.global_batch_size is None or settings.sort_by_length:
         return num_steps
+    # 10 records of one group each in batches of 4: one epoch has steps of 4, 4 and 2 groups, but
+    # the third step of an endless run has 4, so 2 steps are whole.
     last = num_steps - 1
     records = epochs * int(dataset.group_num_records.sum())
     if records <= settings.global_batch_size:
@@ -174,6 +176,8 @@ class _StepWriter:
         self.counts = dict.fromkeys(("steps", "rows", "groups", "items"), 0)
 
     def add(self, groups: np.ndarray, items: np.ndarray, offsets: np.ndarray) -> None:
+        # Steps with offsets [0 1 3] and [0 2] have row_items [0 | 1 3 | 5] and step_rows
+        # [0 | 2 | 3]: all offsets count from the first step.
         counts, parts = self.counts, self._parts
         parts["row_items"].append(offsets[1:] + counts["items"])
         for name, more in zip(counts, (1, len(offsets) - 1, len(groups), len(items)), strict=True):
@@ -210,6 +214,7 @@ class Tally:
 
     def add(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
         """Add one step: the lengths of its bundles, row after row."""
+        # Bundles [6 | 1 1]: rows of 6 and 2 tokens; the longest over the mean is 6 * 2 / 8 = 1.5.
         rows = np.add.reduceat(tokens, offsets[:-1])
         total = int(rows.sum())
         self._tokens, self._rows = self._tokens + total, self._rows + len(rows)

@@ -133,6 +133,7 @@ def _verify_index(dataset: PreferenceDataset) -> None:
     prefix, at = dataset.prefix, 0
     for start in range(0, len(dataset.node_lengths), CHUNK):
         lengths = dataset.node_lengths[start : start + CHUNK].astype(np.int64)
+        # `at` carries the sum over chunks, so that no more than one chunk is in memory.
         ends = at + np.cumsum(lengths)
         if (lengths < 1).any():
             raise InputError(f"{prefix}.idx: node lengths do not add up to the tokens: {REMEDY}")

@@ -26,6 +26,7 @@ def column_problems(span: Span) -> Iterator[Problem]:
 
 def _first(bad: np.ndarray, groups: np.ndarray, text: str) -> Iterator[Problem]:
     """The first entry that is `bad`, and its group; {n} is its number within the group."""
+    # groups [0 0 1 1 1], entry 3 is bad: group 1 begins at entry 2, so it is its number 1.
     for at in np.flatnonzero(bad)[:1]:
         group = groups[at]
         yield int(group), text.format(n=at - np.searchsorted(groups, group))
@@ -77,6 +78,8 @@ def token_problems(span: Span) -> Iterator[Problem]:
     Roots get a parent of their own for each group, M + group. Sorted by (parent, first token),
     equal siblings are neighbours.
     """
+    # One group, parents [-1 0 0], first tokens [5 7 7]: parent_or_root [3 0 0], order [1 2 0].
+    # Nodes 1 and 2 are neighbours with the same parent and the same first token.
     group, parents, local = span.group_of_node, span.parents, span["node_parents"]
     first_token = span.block.tokens[starts(span.lengths)].astype(np.int64)
     parent_or_root = np.where(parents < 0, len(parents) + group, parents)

@@ -96,6 +96,7 @@ def spans(dataset: PreferenceDataset, nodes: int = NODES) -> Iterator[Span]:
     """All groups in order, in spans of about `nodes` nodes."""
     offsets, start = dataset.group_nodes, 0
     while start < len(dataset):
+        # group_nodes [0 3 5 9] in spans of 5 nodes: reach 2, so groups 0 and 1; then group 2 alone.
         reach = np.searchsorted(offsets, int(offsets[start]) + nodes, "right") - 1
         stop = min(max(int(reach), start + 1), len(dataset))
         yield Span(start, stop, dataset.block(start, stop))

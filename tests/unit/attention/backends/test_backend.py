@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_prefix.attention.backends import BACKENDS, Backend, load_backend
+from megatron_prefix.attention.backends.backend import BACKENDS, Backend, load_backend
 
 
 def test_every_backend_has_a_record():

@@ -202,7 +202,7 @@ def test_a_flipped_bit_is_seen_by_the_checksums(prefix, name):
     ("change", "message"),
     [
         (lambda m: m.update(version=9), "has version 9"),
-        (lambda m: m.update(format="other"), "not the manifest"),
+        (lambda m: m.update(format="other"), "not a manifest that megatron-prefix build wrote"),
         (lambda m: m.pop("counts"), "lacks 'counts'"),
         (lambda m: m["files"].pop(".bin"), "lacks '.bin'"),
         (lambda m: m["counts"].update(groups="7"), "damaged"),

@@ -155,6 +155,24 @@ def test_damage_is_found(dataset, tmp_path):
         PackedSteps(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "plan.json is not a manifest that megatron-prefix pack wrote"),
+        ({"version": 9}, "has version 9, and this program reads version 1: pack again"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(dataset, tmp_path, change, message):
+    write_packed_steps(dataset, SETTINGS, tmp_path / "plan")
+    file = tmp_path / "plan" / "plan.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        PackedSteps(tmp_path / "plan")
+    file.write_text("{")
+    with pytest.raises(InputError, match=r"plan.json cannot be read .*: pack again"):
+        PackedSteps(tmp_path / "plan")
+
+
 def test_changed_files_are_distinguished_from_unchanged_ones(dataset, tmp_path):
     write_packed_steps(dataset, SETTINGS, tmp_path / "plan")
     plan = PackedSteps(tmp_path / "plan")
