@@ -156,7 +156,8 @@ class RunCheckpoints:
         _check_kind(path, model_sizes(chunks)["kind"])
         _check_agreement(path, "run", common.get("run"), identity)
         _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
-        state = torch_dist.load(_sharded_state(chunks, optimizer, is_loading=True), path)
+        request = _sharded_state(chunks, optimizer, is_loading=True)
+        state = torch_dist.load(request, path, common=common)
         _load_model(chunks, state)
         restore_optimizer(optimizer, state["optimizer"], common["optimizer"], step)
         scheduler.load_state_dict(common["scheduler"])
@@ -192,10 +193,13 @@ def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bo
     """Load only the weights of a checkpoint. Collective.
 
     With `keeps_head`, a reward model loads a language model's checkpoint and keeps its own head.
-    Raises InputError.
+    Of another program's checkpoint only the tensors are read, so only their names and shapes are
+    compared with this model. Raises InputError.
     """
     path = resolve_checkpoint(path)
-    saved, ours = torch_dist.load_common(path).get("model_sizes"), model_sizes(chunks)
+    ours, saved = model_sizes(chunks), None
+    if not torch_dist.is_foreign(path):
+        saved = torch_dist.load_common(path).get("model_sizes")
     state = model_state(chunks)
     unread: tuple[str, ...] = ()
     if keeps_head:

@@ -15,6 +15,7 @@ and only tensors are asked for: the objects of other programs' checkpoints are n
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections import defaultdict
@@ -300,27 +301,38 @@ def on_main(action: Callable[[], None]) -> None:
         raise outcome[0]
 
 
-def load(request: dict, path: Path, unread: Sequence[str] = ()) -> dict:
+def load(request: dict, path: Path, unread: Sequence[str] = (), common: dict | None = None) -> dict:
     """Load the sharded tensors of `request` from the checkpoint `path`. Collective.
 
-    `unread` names tensors that the checkpoint may have in addition. Returns `request` with the
-    loaded tensors, and what was saved beside them. Raises InputError if the checkpoint is
-    damaged, could execute code, or belongs to another model.
+    `unread` names tensors that the checkpoint may have in addition. Returns `common`, which
+    `load_common` gave, with the loaded tensors. Raises InputError if the checkpoint is damaged,
+    could execute code, or belongs to another model.
     """
     check_checksums(path)
     check_format(path)
     check_harmless(path)
     check_same_tensors(request, path, unread)
-    return _explained(lambda: _load_tensors(request, path), path)
+    return _explained(lambda: _load_tensors(request, path, common or {}), path)
 
 
-def _load_tensors(request: dict, path: Path) -> dict:
+def _load_tensors(request: dict, path: Path, common: dict) -> dict:
     sharded, nonpersistent, factories = load_preprocess(request)
     tensors, _ = extract_matching_values(sharded, lambda x: isinstance(x, ShardedTensor))
-    state = _read_common(path)
+    state = copy.deepcopy(common)
     merge(state, nonpersistent)
     merge(state, TorchDistLoadShardedStrategy().load(tensors, path))
     return apply_factory_merges(state, factories)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether the checkpoint `path` was written by another program: ours have checksums, and
+    nothing in `common.pt` that needs code."""
+    if (path / CHECKSUMS).exists():
+        return False
+    try:
+        return not _read_common(path)
+    except InputError:
+        return True  # Megatron-LM's arguments, for example
 
 
 def load_common(path: Path) -> dict:

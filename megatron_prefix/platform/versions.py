@@ -11,8 +11,8 @@ function looks at what it is given. Paths are relative to megatron/core.
 0.19  `GPTModel` is deprecated (models/gpt/gpt_model.py): model/gpt.py extends `LanguageModule`.
 0.19  Gradients are added up on `torch.cuda.current_stream()`
       (distributed/param_and_grad_buffer.py): megatron_cpu.py replaces it.
-0.19  A saved parameter group is paired with its own by learning rates, too (optimizer/optimizer.py):
-      checkpoint/optimizer_state.py gives it this run's rates before it is loaded.
+0.19  Saved parameter groups are paired with this run's by learning rates, too
+      (optimizer/optimizer.py): checkpoint/optimizer_state.py gives them this run's rates first.
 0.19  What is not a tensor is saved as a pickled object (dist_checkpointing/serialization.py):
       checkpoint/torch_dist.py writes `common.pt`, which every version reads.
 
