@@ -26,8 +26,8 @@ echo; python - <<'END'
 import json
 
 rows = [json.loads(line) for line in open("quickstart/tree/metrics.jsonl")]
-found = [row["eval_rewards/accuracies"] for row in rows if "eval_loss" in row]
-print(f"held-out accuracy: {found[0]} before training, {found[-1]} after")
-assert found[0] == 0.5, "before training every pair is a tie"
-assert found[-1] >= 0.95, "the toy preference was not learned"
+accuracies = [row["eval_rewards/accuracies"] for row in rows if "eval_loss" in row]
+print(f"held-out accuracy: {accuracies[0]} before training, {accuracies[-1]} after")
+assert accuracies[0] == 0.5, "before training every pair is a tie"
+assert accuracies[-1] >= 0.95, "the toy preference was not learned"
 END
