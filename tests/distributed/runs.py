@@ -99,16 +99,16 @@ class Runs:
         path = self.output(name) / "saved" / f"iter_{step:07d}"
         with join_world(ParallelConfig(), seed=0):
             tensors = dist_checkpointing.load_plain_tensors(str(path))
-        found = {k: x for k, x in tensors.items() if isinstance(x, torch.Tensor)}
-        return {k: x for k, x in found.items() if not k.startswith("optimizer.")}
+        parameters = {k: x for k, x in tensors.items() if isinstance(x, torch.Tensor)}
+        return {k: x for k, x in parameters.items() if not k.startswith("optimizer.")}
 
 
-def assert_same_history(found: list[dict], expected: list[dict]) -> float:
+def assert_same_history(history: list[dict], expected: list[dict]) -> float:
     """Returns the largest difference as a share of its tolerance."""
-    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    assert [row["step"] for row in history] == [row["step"] for row in expected]
     assert sum("loss" in row for row in expected) == NUM_STEPS
     largest = 0.0
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(history, expected, strict=True):
         prefix = "" if "loss" in theirs else "eval_"
         for key, tolerance in TOLERANCES.items():
             if prefix + key in theirs:

@@ -48,10 +48,10 @@ NAMES = ["plain", "zero", "precomputed"]
 RESUMED = ["plain 1 to 2", "zero 1 to 2", "plain 2 to 1", "zero 2 to 1"]
 
 
-def assert_same_lines(found: list[dict], expected: list[dict]) -> None:
+def assert_same_lines(rows: list[dict], expected: list[dict]) -> None:
     """The same steps and keys, values within TOLERANCES, counts exactly."""
-    assert [(r["step"], *r) for r in found] == [(r["step"], *r) for r in expected]
-    for ours, theirs in zip(found, expected, strict=True):
+    assert [(r["step"], *r) for r in rows] == [(r["step"], *r) for r in expected]
+    for ours, theirs in zip(rows, expected, strict=True):
         for key, value in theirs.items():
             tolerance = TOLERANCES.get(key.removeprefix("eval_"))
             if tolerance is not None:
@@ -70,9 +70,9 @@ def test_two_processes_follow_one(runs, name):
 
 @pytest.mark.parametrize("name", NAMES + RESUMED)
 def test_two_processes_end_at_the_same_weights(runs, name):
-    found, expected = runs.weights(name), runs.weights("one")
-    assert found.keys() == expected.keys()
-    worst = max(float((found[k] - x).abs().max()) for k, x in expected.items())
+    weights, expected = runs.weights(name), runs.weights("one")
+    assert weights.keys() == expected.keys()
+    worst = max(float((weights[k] - x).abs().max()) for k, x in expected.items())
     assert worst <= 1e-4, worst
 
 

@@ -122,11 +122,11 @@ def test_four_processes_follow_one(runs, name):
 
 @pytest.mark.parametrize("name", BY_ROWS)
 def test_layouts_that_share_rows_have_the_same_auxiliary_loss(runs, name):
-    found, expected = runs.lines(name), runs.lines(BY_ROWS[name][2])
-    assert_same_history(found, expected)
+    history, expected = runs.lines(name), runs.lines(BY_ROWS[name][2])
+    assert_same_history(history, expected)
     balances = [row["moe/aux_loss"] for row in expected if "loss" in row]
     assert min(balances) > 0.9 and max(balances) > 1.001, "the experts are chosen equally often"
-    theirs = [row["moe/aux_loss"] for row in found if "loss" in row]
+    theirs = [row["moe/aux_loss"] for row in history if "loss" in row]
     assert theirs == pytest.approx(balances, rel=1e-5)
     plain = [row["grad_norm"] for row in runs.lines("one") if "loss" in row]
     balanced = [row["grad_norm"] for row in expected if "loss" in row]
@@ -146,10 +146,10 @@ def test_a_checkpoint_is_resumed(resumed, name):
 @pytest.mark.parametrize("name, source", [("from ep2", "ep2"), ("from hf", "one")])
 def test_weights_are_read_by_other_ranks(resumed, name, source):
     """What two ranks saved by one process; an exported model by two, each its own experts."""
-    found = resumed.lines(name)[0]
+    first = resumed.lines(name)[0]
     expected = next(r for r in resumed.lines(source) if "eval_loss" in r and r["step"] == CUT)
     chosen = "eval_logps/chosen"
-    assert found[chosen] == pytest.approx(expected[chosen], rel=1e-5)
+    assert first[chosen] == pytest.approx(expected[chosen], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,13 @@ def planned(recipe, folder: Path, nodes: int) -> dict:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.file} {r.nodes} {r.gib}")
 def test_the_real_model_fits_its_nodes(recipe, tmp_path):
-    found = planned(recipe, tmp_path, recipe.nodes)
-    counts = found["parameters"]
+    plan = planned(recipe, tmp_path, recipe.nodes)
+    counts = plan["parameters"]
     expected = NUM_PARAMETERS[recipe.model]
     if "reward" in recipe.file:
         expected -= counts["embedding"] - counts["head"]  # one score in place of logits
     assert sum(counts.values()) == expected
-    memory = found["memory"]
+    memory = plan["memory"]
     most = memory["stages"][memory["fullest_stage"]]["total"] / 2**30
     assert most < USABLE_GIB and round(most, 1) == recipe.gib
     row = rf"\| `{re.escape(recipe.file)}` \| {recipe.nodes} \|.*\| {recipe.gib} \|"
@@ -85,9 +85,9 @@ def test_nodes_that_the_layout_does_not_divide_are_refused(file, nodes, tmp_path
 def test_smaller_layouts_have_every_kind():
     for file in FILES:
         parallel = raw_config(file)["parallel"]
-        found = smaller_layouts(parallel)
-        assert set().union(*map(kinds_of, found)) == kinds_of(parallel), file
-        assert all(kinds_of(layout) >= kinds_of(alone(parallel, "")) for layout in found)
+        layouts = smaller_layouts(parallel)
+        assert set().union(*map(kinds_of, layouts)) == kinds_of(parallel), file
+        assert all(kinds_of(layout) >= kinds_of(alone(parallel, "")) for layout in layouts)
 
 
 class Scaled:

@@ -24,7 +24,7 @@ def results(request, tmp_path_factory) -> list[dict]:
         {"comm": comm, "backend": backend, "seed": seed}
         for comm, backend, seed in itertools.product(COMMS, ["dense", "path"], SEEDS)
     ]
-    output = tmp_path_factory.mktemp("transports") / "found.json"
+    output = tmp_path_factory.mktemp("transports") / "results.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={request.param}"]
     script = str(Path(__file__).with_name("transports.py"))
     done = subprocess.run(
@@ -35,9 +35,9 @@ def results(request, tmp_path_factory) -> list[dict]:
         timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(output.read_text())
-    assert len(found) == request.param * len(cases)
-    return found
+    measured = json.loads(output.read_text())
+    assert len(measured) == request.param * len(cases)
+    return measured
 
 
 @pytest.mark.parametrize("comm", COMMS)
@@ -49,9 +49,9 @@ def test_every_transport_is_exact(results, comm):
 @pytest.mark.parametrize("comm", COMMS)
 def test_bytes_are_those_predicted(results, comm):
     """`dense` keeps its own copies and gathers no keys again."""
-    found = [x for x in results if x["comm"] == comm and x["backend"] == "path"]
-    assert [x["sent"] for x in found] == [x["predicted"] for x in found]
-    assert any(x["sent"] for x in found)
+    exchanges = [x for x in results if x["comm"] == comm and x["backend"] == "path"]
+    assert [x["sent"] for x in exchanges] == [x["predicted"] for x in exchanges]
+    assert any(x["sent"] for x in exchanges)
 
 
 def test_needed_rows_sends_less_than_everything(results):

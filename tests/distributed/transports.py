@@ -33,10 +33,10 @@ def compare(comm: str, backend: str, seed: int) -> dict:
     own = torch.from_numpy(share.tokens)
     parts = [x.detach()[own].requires_grad_() for x in (q, k, v)]
     with BytesSent(dist.group.WORLD) as sent:
-        found = share.attend(*parts, backend, None)
-        found.backward(grad[own])
+        output = share.attend(*parts, backend, None)
+        output.backward(grad[own])
     pairs = [
-        (found, expected[own]),
+        (output, expected[own]),
         *((a.grad, b.grad[own]) for a, b in zip(parts, (q, k, v), strict=True)),
     ]
     count = torch.tensor(float(len(own)), requires_grad=True)
@@ -54,9 +54,9 @@ def compare(comm: str, backend: str, seed: int) -> dict:
 def main() -> None:
     dist.init_process_group("gloo")
     cases = json.loads(sys.argv[1])
-    found = [{**case, **compare(**case), "rank": dist.get_rank()} for case in cases]
+    compared = [{**case, **compare(**case), "rank": dist.get_rank()} for case in cases]
     everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
+    dist.all_gather_object(everyone, compared)
     if dist.get_rank() == 0:
         with open(sys.argv[2], "w") as file:
             json.dump([x for part in everyone for x in part], file)

@@ -71,7 +71,7 @@ def terms_of(mask, scale):
     return attention
 
 
-def assert_within_budget(found, low, mask, scale=0.125):
+def assert_within_budget(results, low, mask, scale=0.125):
     """(out, dq, dk, dv) of the inputs `low`, q, k, v and the output's gradient."""
     dtype, exact = low[0].dtype, in_float64(low)
 
@@ -81,7 +81,7 @@ def assert_within_budget(found, low, mask, scale=0.125):
     plain, expected = forward_backward(dense, *low), forward_backward(dense, *exact)
     terms = forward_backward(terms_of(mask, scale), *exact)
     names = ("out", "dq", "dk", "dv")
-    for name, f, p, e, t in zip(names, found, plain, expected, terms, strict=True):
+    for name, f, p, e, t in zip(names, results, plain, expected, terms, strict=True):
         assert f.dtype == dtype and f.isfinite().all(), name
         for measure in (torch.max, torch.mean):
             error = measure((f.double() - e).abs())
@@ -105,5 +105,5 @@ def check_backend(backend, layout, heads, dtype, q_tokens=None, kv_tokens=None, 
     _, low_k, low_v, _ = random_heads(plan.num_keys, *heads, seed=1, dtype=dtype, device=device)
     low = [low_q, low_k, low_v, grad]
     scale = heads[2] ** -0.5
-    found = forward_backward(lambda *x: tree_attention(*x, plan, backend, scale), *low)
-    assert_within_budget(found, low, mask_of(plan), scale)
+    results = forward_backward(lambda *x: tree_attention(*x, plan, backend, scale), *low)
+    assert_within_budget(results, low, mask_of(plan), scale)

@@ -96,10 +96,10 @@ def trained(output: Path, train_set: str, layout: str, **model) -> list[dict]:
     return [json.loads(x) for x in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def assert_follows(found: list[dict], expected: list[dict], dtype: str) -> None:
+def assert_follows(metrics: list[dict], expected: list[dict], dtype: str) -> None:
     """One trajectory, within the tolerances of `dtype`."""
-    assert len(found) == len(expected) == STEPS
-    for ours, theirs in zip(found, expected, strict=True):
+    assert len(metrics) == len(expected) == STEPS
+    for ours, theirs in zip(metrics, expected, strict=True):
         assert ours["num_pairs"] == theirs["num_pairs"]
         for key, tolerance in TOLERANCES[dtype].items():
             error = abs(ours[key] - theirs[key]) / max(LEAST[dtype], abs(theirs[key]))
@@ -110,16 +110,16 @@ def assert_learns(lines: list[dict]) -> None:
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"], "the run has to learn something"
 
 
-def check_alone(here, backend: str, **settings) -> None:
+def check_alone(world, backend: str, **settings) -> None:
     """In float64: packed trees have the log-probabilities and gradients of each response alone."""
     rng = np.random.default_rng(11)
     groups = [random_group(rng, vocab_size=VOCAB) for _ in range(3)]
     rows = [chain(path.tokens, path.loss_start) for paths, _ in groups for path in paths]
-    expected = outcome(random_model(here, attention_backend="dense"), rows)
-    model = random_model(here, attention_backend=backend, **settings)
-    assert next(model.parameters()).device.type == here.device.type
-    found = outcome(model, [pack([build_tree(*group) for group in groups])])
-    assert max(found.errors(expected)) < EXACT
+    expected = outcome(random_model(world, attention_backend="dense"), rows)
+    model = random_model(world, attention_backend=backend, **settings)
+    assert next(model.parameters()).device.type == world.device.type
+    packed = outcome(model, [pack([build_tree(*group) for group in groups])])
+    assert max(packed.errors(expected)) < EXACT
 
 
 def small_llama(directory: Path):

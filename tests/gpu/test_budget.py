@@ -65,6 +65,6 @@ WRONG = {
 @pytest.mark.parametrize("forest", [x for x in FORESTS if x != "long"])
 def test_wrong_results_fail(forest, wrong):
     low, mask, scale = case(forest)
-    found = forward_backward(WRONG[wrong](mask, scale), *low)
+    wrong_results = forward_backward(WRONG[wrong](mask, scale), *low)
     with pytest.raises(AssertionError, match=" > "):
-        assert_within_budget(found, low, mask, scale)
+        assert_within_budget(wrong_results, low, mask, scale)

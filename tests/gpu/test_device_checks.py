@@ -29,15 +29,15 @@ def test_layouts(decided, tmp_path, model):
     changed = {key: x for key, x in model.items() if key in ("kind", "dtype")}
     expected = trained(tmp_path / "none", decided, "none", **changed)
     assert_learns(expected)
-    found = trained(tmp_path / "tree", decided, "tree", **model)
-    assert_follows(found, expected, model.get("dtype", "float32"))
-    assert found[0]["tokens/executed"] < expected[0]["tokens/executed"]
+    metrics = trained(tmp_path / "tree", decided, "tree", **model)
+    assert_follows(metrics, expected, model.get("dtype", "float32"))
+    assert metrics[0]["tokens/executed"] < expected[0]["tokens/executed"]
     with pytest.raises(AssertionError):
-        assert_follows(found[::-1], expected, model.get("dtype", "float32"))
+        assert_follows(metrics[::-1], expected, model.get("dtype", "float32"))
 
 
-def test_alone(here):
-    check_alone(here, "path", **MODELS["chunked head"])
+def test_alone(world):
+    check_alone(world, "path", **MODELS["chunked head"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -29,17 +29,17 @@ def decided(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module", params=["lm", "reward"])
-def what(request) -> str:
+def kind(request) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def runs(request, what, decided, tmp_path_factory):
+def runs(request, kind, decided, tmp_path_factory):
     """(a function that trains a layout, the unpacked run, the dtype)."""
-    model = {**KINDS[request.param], "kind": what}
+    model = {**KINDS[request.param], "kind": kind}
     if "attention_backend" in model:
         skip_without(model["attention_backend"], bfloat16, 64)
-    folder = tmp_path_factory.mktemp(f"{what}_{request.param}")
+    folder = tmp_path_factory.mktemp(f"{kind}_{request.param}")
 
     def run(name, layout, **more):
         return trained(folder / name, decided, layout, **model, **more)
@@ -63,12 +63,12 @@ def test_memory_savers_follow_it_too(runs, name):
 
 @pytest.mark.parametrize("settings", [{}, *MODELS.values()], ids=["plain", *MODELS])
 @pytest.mark.parametrize("backend", ["dense", "path"])
-def test_packed_trees_equal_every_response_alone(here, backend, settings):
+def test_packed_trees_equal_every_response_alone(world, backend, settings):
     from megatron_prefix.model.spec import has_transformer_engine
 
     if has_transformer_engine():
         pytest.skip("Transformer Engine's layers have no float64: uninstall it for this test")
-    check_alone(here, backend, **settings)
+    check_alone(world, backend, **settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)

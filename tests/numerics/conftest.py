@@ -21,14 +21,14 @@ OPTIONS = BuildOptions(max_length=16384, overflow="drop")
 
 
 @pytest.fixture(scope="module")
-def here():
+def world():
     """Process groups for tests that hold a model; `train` makes its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron_prefix.config import ParallelConfig
         from megatron_prefix.distributed.world import join_world
-    with join_world(ParallelConfig(), seed=0) as here:
-        yield here
+    with join_world(ParallelConfig(), seed=0) as world:
+        yield world
 
 
 @pytest.fixture(scope="session")
@@ -82,13 +82,13 @@ def forest() -> tuple[list[PrefixTree], list[ResponsePath]]:
 
 
 @pytest.fixture(scope="module")
-def alone(here, forest):
+def alone(world, forest):
     """Outcome of every response of the forest alone, under a variant, by the dense backend."""
     from small_models import VARIANTS, chain, outcome, random_model
 
     @cache
     def compute(variant: str):
-        model = random_model(here, attention_backend="dense", **VARIANTS[variant])
+        model = random_model(world, attention_backend="dense", **VARIANTS[variant])
         return outcome(model, [chain(path.tokens, path.loss_start) for path in forest[1]])
 
     return compute

@@ -42,7 +42,7 @@ RECOMPUTE = {
 }
 
 
-def make_model(here, vocab_size: int = VOCAB, seed: int = 5, **settings) -> TreeGPTModel:
+def make_model(world, vocab_size: int = VOCAB, seed: int = 5, **settings) -> TreeGPTModel:
     """A small model of three layers, three query heads a key head, at its initial weights."""
     sizes = {
         "num_layers": 3,
@@ -55,12 +55,12 @@ def make_model(here, vocab_size: int = VOCAB, seed: int = 5, **settings) -> Tree
     config = transformer_config(
         ModelConfig(**{**sizes, **settings}), vocab_size=vocab_size, seed=seed
     )
-    return model_provider(config=config, pg_collection=here.groups).to(here.device)
+    return model_provider(config=config, pg_collection=world.groups).to(world.device)
 
 
-def random_model(here, **settings) -> TreeGPTModel:
+def random_model(world, **settings) -> TreeGPTModel:
     """The same in float64, with biases and norms moved off 0 and 1."""
-    model = make_model(here, **settings).double()
+    model = make_model(world, **settings).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -104,8 +104,8 @@ def logps_of(model: TreeGPTModel, batch: MicroBatch | TrainBatch) -> Tensor:
     """Log-probability of every response of a row, float64 [R]."""
     if isinstance(batch, MicroBatch):
         batch = to_device(batch, next(model.parameters()).device)
-    found = model(batch.tokens, None, None, packed_seq_params=batch.params)
-    return response_logps(found, batch.response_order, batch.response_offsets)
+    token_logps = model(batch.tokens, None, None, packed_seq_params=batch.params)
+    return response_logps(token_logps, batch.response_order, batch.response_offsets)
 
 
 @dataclass

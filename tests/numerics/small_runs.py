@@ -55,9 +55,9 @@ def trained(config: Config) -> list[dict]:
     return lines(Path(config.logging.output))
 
 
-def prepare(config: Config, here) -> Trainer:
+def prepare(config: Config, world) -> Trainer:
     """A run before its first step, for tests that change a part of it."""
-    return prepare_trainer(config, PreferenceDataset(config.data.train), None, here)
+    return prepare_trainer(config, PreferenceDataset(config.data.train), None, world)
 
 
 def saved_state(root: str | Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:

@@ -91,9 +91,9 @@ def redrawn(model: torch.nn.Module) -> None:
         parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-def start_with_reference(config, here, change: Callable[[torch.nn.Module], None]) -> None:
+def start_with_reference(config, world, change: Callable[[torch.nn.Module], None]) -> None:
     """Run with a reference that was changed after the run was prepared."""
-    run = prepare(config, here)
+    run = prepare(config, world)
     model = run.reference.chunks[0]
     with torch.no_grad():
         change(getattr(model, "module", model))
@@ -112,51 +112,51 @@ def start_with_reference(config, here, change: Callable[[torch.nn.Module], None]
     ],
     ids=["other weights", "norm 1 % off", "one matrix 10 % off"],
 )
-def test_a_differing_reference_stops_the_run(here, random_set, tmp_path, change):
+def test_a_differing_reference_stops_the_run(world, random_set, tmp_path, change):
     with pytest.raises(RunError) as stopped:
-        start_with_reference(configure(tmp_path, random_set), here, change)
+        start_with_reference(configure(tmp_path, random_set), world, change)
     message = str(stopped.value)
     assert "first loss" in message and "ln 2 = 0.6931" in message and "rewards of 0" in message
     assert "model.attention_backend: dense" in message
     assert not (tmp_path / "metrics.jsonl").read_text(), "a step was written"
 
 
-def test_the_message_is_that_of_the_objective(here, random_set, tmp_path):
+def test_the_message_is_that_of_the_objective(world, random_set, tmp_path):
     config = configure(tmp_path, random_set, loss={"loss_type": "ipo"})
     with pytest.raises(RunError) as stopped:
-        start_with_reference(config, here, redrawn)
+        start_with_reference(config, world, redrawn)
     message = str(stopped.value)
     assert "loss.loss_type: ipo must start with a loss of 1 / (4 beta^2) = 25.0000" in message
     assert "ln 2" not in message
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_a_reference_that_is_not_finite_stops_the_run(here, random_set, tmp_path, factor):
+def test_a_reference_that_is_not_finite_stops_the_run(world, random_set, tmp_path, factor):
     """Comparisons with not-a-number are all false; this must not pass for equal."""
     with pytest.raises(RunError):
         change = scaled("output_layer.weight", factor)
-        start_with_reference(configure(tmp_path, random_set), here, change)
+        start_with_reference(configure(tmp_path, random_set), world, change)
     assert not (tmp_path / "metrics.jsonl").read_text(), "a step was written"
 
 
-def test_bfloat16_still_detects_other_weights(here, random_set, tmp_path):
+def test_bfloat16_still_detects_other_weights(world, random_set, tmp_path):
     config = configure(tmp_path, random_set, model={"dtype": "bfloat16", "init_method_std": 0.2})
     with pytest.raises(RunError, match="first loss"):
-        start_with_reference(config, here, redrawn)
+        start_with_reference(config, world, redrawn)
 
 
-def test_the_tolerance_of_ipo_is_per_token(here):
+def test_the_tolerance_of_ipo_is_per_token(world):
     """A loss of 24 instead of 25 must not pass in bfloat16 because responses are long."""
     objective = check(LossConfig(loss_type="ipo"))
     logs = {"logratios": [0.0, 0.0], "ref_logps": [400.0, 300.0], "tokens": [200, 150]}
     log = {name: torch.tensor(x, dtype=torch.float64) for name, x in logs.items()}
     reference = SimpleNamespace(rounding=2.0**-8)
-    check_first_step(25.1, [log], objective, reference, here)
+    check_first_step(25.1, [log], objective, reference, world)
     with pytest.raises(RunError, match="= 25.00000000 .within"):
-        check_first_step(24.0, [log], objective, reference, here)
+        check_first_step(24.0, [log], objective, reference, world)
 
 
-def test_rewards_are_checked_if_the_loss_alone_shows_nothing(here, tmp_path):
+def test_rewards_are_checked_if_the_loss_alone_shows_nothing(world, tmp_path):
     """With responses of 3 tokens, each 0.001 less likely, all margins are 0 and the loss ln 2."""
     rng = np.random.default_rng(2)
     with DatasetWriter(tmp_path / "even", load_tokenizer("bytes").describe()) as writer:
@@ -168,13 +168,13 @@ def test_rewards_are_checked_if_the_loss_alone_shows_nothing(here, tmp_path):
             ]
             writer.add(build_tree(paths, [Pair(chosen=0, rejected=1)]), record)
         writer.finish()
-    run = prepare(configure(tmp_path / "run", str(tmp_path / "even")), here)
+    run = prepare(configure(tmp_path / "run", str(tmp_path / "even")), world)
     run.reference.chunks[0].register_forward_hook(lambda model, inputs, logps: logps - 1e-3)
     with pytest.raises(RunError, match=r"loss is 0\.69314718 and the largest reward 3\.00e-04"):
         run.run()
     run.close()
 
 
-def test_a_sound_run_is_not_stopped(here, random_set, tmp_path):
-    start_with_reference(configure(tmp_path, random_set), here, lambda model: None)
+def test_a_sound_run_is_not_stopped(world, random_set, tmp_path):
+    start_with_reference(configure(tmp_path, random_set), world, lambda model: None)
     assert [row["step"] for row in lines(Path(tmp_path))] == [1, 2, 3, 4, 5, 6]

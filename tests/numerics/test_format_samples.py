@@ -76,10 +76,13 @@ def test_sample(name, tokenizer, tmp_path, capsys):
     dataset = PreferenceDataset(prefix)
     report, counts = dataset.manifest["report"], dataset.manifest["counts"]
     assert (report["dropped"], report["wrong"]["num_records"]) == ({}, 0)
-    found = (report["format"], *(counts[key] for key in ("groups", "responses", "pairs")))
-    assert found == FOUND[name]
+    format_and_counts = (
+        report["format"],
+        *(counts[key] for key in ("groups", "responses", "pairs")),
+    )
+    assert format_and_counts == FOUND[name]
     forced = str(tmp_path / "forced")
-    assert main(["build", *source, "--output", forced, "--format", found[0]]) == 0
+    assert main(["build", *source, "--output", forced, "--format", format_and_counts[0]]) == 0
     assert PreferenceDataset(forced).fingerprint == dataset.fingerprint
     if not counts["pairs"]:
         with pytest.raises(InputError, match=r"data\.train: .* has 2 responses and no pair"):

@@ -112,7 +112,7 @@ def oasst(data_dir, tmp_path_factory) -> str:
 def responses(prefix: str) -> list[tuple[np.ndarray, int]]:
     """Every response's whole path and where its own part starts, walked up from its last node."""
     dataset = PreferenceDataset(prefix)
-    found = []
+    paths = []
     for group in range(len(dataset)):
         tree = dataset[group]
         ends = np.cumsum(tree.node_lengths)
@@ -123,20 +123,20 @@ def responses(prefix: str) -> list[tuple[np.ndarray, int]]:
                 parts.append(tree.tokens[ends[node] - tree.node_lengths[node] : ends[node]])
                 node = int(tree.parents[node])
             own = int(dataset.response_prompts[first + response])
-            found.append((np.concatenate(parts[::-1]), own))
-    return found
+            paths.append((np.concatenate(parts[::-1]), own))
+    return paths
 
 
 @torch.no_grad()
 def judged(directory: Path, prefix: str) -> np.ndarray:
     """Log-probability of every response by transformers, each alone, from files."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    found = []
+    sums = []
     for tokens, start in responses(prefix):
         ids = torch.from_numpy(tokens.astype(np.int64))[None]
         logps = model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
-        found.append(float(logps.gather(1, ids[0, start:, None]).sum()))
-    return np.array(found)
+        sums.append(float(logps.gather(1, ids[0, start:, None]).sum()))
+    return np.array(sums)
 
 
 def run_config(output: Path, prefix: str, **model) -> Config:
@@ -246,7 +246,7 @@ def entries_of(path: Path) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3", "mixtral", "qwen3 moe"])
-def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_path):
+def test_an_import_is_what_megatron_core_would_save(world, kind, random_set, tmp_path):
     """The same tensors under the same keys, but for the padding of the vocabulary."""
     from megatron_prefix.engine.optimizer import build_model
 
@@ -254,7 +254,7 @@ def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_
     import_hf(str(directory), tmp_path / "ck")
     model = ModelConfig(hf=str(directory), make_vocab_size_divisible_by=1)
     initial = resolve_starting_model(model, [PreferenceDataset(random_set)])
-    chunks = build_model(initial.transformer_config(0), here)
+    chunks = build_model(initial.transformer_config(0), world)
     initial.load(chunks)
     (tmp_path / "theirs").mkdir()
     torch_dist.save(model_state(chunks), tmp_path / "theirs")
@@ -262,19 +262,19 @@ def test_an_import_is_what_megatron_core_would_save(here, kind, random_set, tmp_
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_ways_in_give_the_same_weights(here, dtype, random_set, tmp_path):
+def test_both_ways_in_give_the_same_weights(world, dtype, random_set, tmp_path):
     """bfloat16 tensors into either precision, and zero rows after the vocabulary."""
     from megatron_prefix.engine.optimizer import build_model
 
     directory = make("qwen2", tmp_path / "hf", torch.bfloat16)
     import_hf(str(directory), tmp_path / "ck")
-    dataset, found = PreferenceDataset(random_set), []
+    dataset, parameters = PreferenceDataset(random_set), []
     for origin in ({"hf": str(directory)}, {"checkpoint": str(tmp_path / "ck")}):
         initial = resolve_starting_model(ModelConfig(**origin, dtype=dtype), [dataset])
-        chunks = build_model(initial.transformer_config(0), here)
+        chunks = build_model(initial.transformer_config(0), world)
         initial.load(chunks)
-        found.append(dict(chunks[0].named_parameters()))
-    straight, imported = found
+        parameters.append(dict(chunks[0].named_parameters()))
+    straight, imported = parameters
     for name, parameter in straight.items():
         assert str(parameter.dtype) == f"torch.{dtype}" and torch.equal(parameter, imported[name])
     embedding = next(x for name, x in straight.items() if "word_embeddings" in name)

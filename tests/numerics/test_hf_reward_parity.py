@@ -69,15 +69,15 @@ def load(directory: Path) -> torch.nn.Module:
 @torch.no_grad()
 def judged(directory: Path, prefix: str, batch_size: int = 1) -> np.ndarray:
     """Score of every response by transformers, in batches padded on the right."""
-    model, found = load(directory), []
+    model, scores = load(directory), []
     paths = [torch.from_numpy(tokens.astype(np.int64)) for tokens, _ in responses(prefix)]
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
         padded = torch.nn.utils.rnn.pad_sequence(batch, True, model.config.pad_token_id or 0)
         lengths = torch.tensor([len(path) for path in batch])[:, None]
         mask = torch.arange(padded.size(1))[None] < lengths
-        found += model(padded, attention_mask=mask.long()).logits.squeeze(1).tolist()
-    return np.array(found)
+        scores += model(padded, attention_mask=mask.long()).logits.squeeze(1).tolist()
+    return np.array(scores)
 
 
 def scored(config, output: Path, load: str | None = None) -> np.ndarray:

@@ -10,8 +10,8 @@ from small_models import VOCAB, make_model
 from megatron_prefix.model.parameters import canonical_parameters
 
 
-def test_padding_the_vocabulary_moves_no_weight(here):
-    models = {n: make_model(here, make_vocab_size_divisible_by=n) for n in (1, 64, 100)}
+def test_padding_the_vocabulary_moves_no_weight(world):
+    models = {n: make_model(world, make_vocab_size_divisible_by=n) for n in (1, 64, 100)}
     plain = dict(models[1].named_parameters())
     for padded in (models[64], models[100]):
         for name, parameter in padded.named_parameters():
@@ -22,10 +22,10 @@ def test_padding_the_vocabulary_moves_no_weight(here):
     assert {m.embedding.word_embeddings.weight.size(0) for m in models.values()} == {61, 64, 100}
 
 
-def test_more_layers_leave_the_others_as_they_are(here):
+def test_more_layers_leave_the_others_as_they_are(world):
     """But for the factor 1/sqrt(2 layers) that output projections have by definition."""
-    few = dict(canonical_parameters(make_model(here)))
-    many = dict(canonical_parameters(make_model(here, num_layers=5)))
+    few = dict(canonical_parameters(make_model(world)))
+    many = dict(canonical_parameters(make_model(world, num_layers=5)))
     assert len(many) > len(few)
     for name, parameter in few.items():
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
@@ -35,10 +35,10 @@ def test_more_layers_leave_the_others_as_they_are(here):
             assert torch.equal(many[name], parameter), name
 
 
-def test_weights_follow_seed_and_name(here):
+def test_weights_follow_seed_and_name(world):
     settings = {"add_qkv_bias": True, "qk_layernorm": True}
     first, again, other = (
-        dict(canonical_parameters(make_model(here, seed=seed, **settings))) for seed in (5, 5, 6)
+        dict(canonical_parameters(make_model(world, seed=seed, **settings))) for seed in (5, 5, 6)
     )
     drawn = [name for name, parameter in first.items() if parameter.dim() == 2]
     for name, parameter in first.items():

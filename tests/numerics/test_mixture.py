@@ -68,8 +68,8 @@ def gradients(model, rows, step_count: float) -> dict[str, torch.Tensor]:
     model.zero_grad()
     for row in rows:
         batch = to_device(row, CPU, step_count=step_count)
-        found = model(batch.tokens, None, None, packed_seq_params=batch.params)
-        (0 * found.sum()).backward()
+        token_logps = model(batch.tokens, None, None, packed_seq_params=batch.params)
+        (0 * token_logps.sum()).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -101,70 +101,70 @@ def gradients_by_hand(model, rows, counts: list[list[float]]) -> dict[str, torch
     }
 
 
-def worst(found: dict, expected: dict) -> float:
+def worst(ours: dict, expected: dict) -> float:
     scale = max(float(x.abs().max()) for x in expected.values())
-    return max(float((found[name] - x).abs().max()) for name, x in expected.items()) / scale
+    return max(float((ours[name] - x).abs().max()) for name, x in expected.items()) / scale
 
 
 @pytest.mark.parametrize("backend", ["dense", "path"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_shared_row_is_each_response_alone(here, forest, kind, backend):
+def test_a_shared_row_is_each_response_alone(world, forest, kind, backend):
     trees, paths = forest
-    model = random_model(here, attention_backend=backend, **KINDS[kind])
+    model = random_model(world, attention_backend=backend, **KINDS[kind])
     shared = outcome(model, [pack(trees, 32)])
     alone = outcome(model, [chain(path.tokens, path.loss_start) for path in paths])
-    logps, found = shared.errors(alone)
-    assert logps <= 1e-7 and found <= ROUNDING
+    logp_error, gradient_error = shared.errors(alone)
+    assert logp_error <= 1e-7 and gradient_error <= ROUNDING
 
 
 @pytest.mark.parametrize("kind", RECOMPUTE)
-def test_recomputation_changes_nothing(here, forest, kind):
+def test_recomputation_changes_nothing(world, forest, kind):
     settings = {**EXPERTS, "moe_aux_loss_coeff": COEFFICIENT}
     rows = [pack(forest[0][:2]), pack(forest[0][2:])]
-    plain = gradients(random_model(here, **settings), rows, 100.0)
-    again = gradients(random_model(here, **settings, **RECOMPUTE[kind]), rows, 100.0)
+    plain = gradients(random_model(world, **settings), rows, 100.0)
+    again = gradients(random_model(world, **settings, **RECOMPUTE[kind]), rows, 100.0)
     for name, expected in plain.items():
         assert torch.equal(again[name], expected), name
 
 
 @pytest.mark.parametrize("moe_count", ["tokens", "responses"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_auxiliary_gradient_is_that_of_a_hand_computation(here, forest, kind, moe_count):
+def test_the_auxiliary_gradient_is_that_of_a_hand_computation(world, forest, kind, moe_count):
     """Over a step of three rows, one of them nothing but padding."""
     trees, _ = forest
     parts = [trees[:2], trees[2:4], []]
     rows = [pack(part, 16) for part in parts]
     assert [len(row.tokens) > row.num_tokens for row in rows][-1]
     counts = [counts_by_hand(part, moe_count) for part in parts]
-    plain = random_model(here, **KINDS[kind])
+    plain = random_model(world, **KINDS[kind])
     expected = gradients_by_hand(plain, rows[:2], counts[:2])
     settings = {"moe_aux_loss_coeff": COEFFICIENT, "moe_count": moe_count}
-    model = random_model(here, **KINDS[kind], **settings)
+    model = random_model(world, **KINDS[kind], **settings)
     step = sum(sum(own) for own in counts)
     assert worst(gradients(model, rows, step), expected) <= ROUNDING
     assert max(float(x.abs().max()) for x in expected.values()) > 1e-3
     balance = step_auxiliary([model], CPU)
     assert 0.9 < balance < EXPERTS["num_moe_experts"] and step_auxiliary([model], CPU) == 0.0
     wrong = "responses" if moe_count == "tokens" else "tokens"
-    other = random_model(here, **KINDS[kind], **{**settings, "moe_count": wrong})
+    other = random_model(world, **KINDS[kind], **{**settings, "moe_count": wrong})
     assert worst(gradients(other, rows, step), expected) > 1e-2, "both counts are one"
 
 
-def test_responses_count_as_if_each_ran_alone(here, forest):
+def test_responses_count_as_if_each_ran_alone(world, forest):
     """One row of shared trees, and one row with a tree for every response."""
     trees, _ = forest
     apart = [tree.restrict([r]) for tree in trees for r in range(tree.num_responses)]
     shared, separate = collate_packed(items(trees)), collate_packed(items(apart))
     step = float(shared.served.sum())
     assert separate.num_tokens == step > shared.num_tokens
-    model = random_model(here, **EXPERTS, moe_aux_loss_coeff=COEFFICIENT, moe_count="responses")
+    model = random_model(world, **EXPERTS, moe_aux_loss_coeff=COEFFICIENT, moe_count="responses")
     assert worst(gradients(model, [shared], step), gradients(model, [separate], step)) <= ROUNDING
 
 
 @pytest.mark.parametrize("moe_count", ["tokens", "responses"])
-def test_padding_counts_nothing(here, forest, moe_count):
+def test_padding_counts_nothing(world, forest, moe_count):
     settings = {**EXPERTS, "moe_aux_loss_coeff": COEFFICIENT, "moe_count": moe_count}
-    model = random_model(here, **settings)
+    model = random_model(world, **settings)
     bare, padded = pack(forest[0]), pack(forest[0], 400)
     assert len(padded.tokens) > 1.5 * len(bare.tokens)
     expected = gradients(model, [bare], 100.0)
@@ -175,7 +175,7 @@ def test_padding_counts_nothing(here, forest, moe_count):
     assert first > 0
 
 
-def test_shares_of_a_row_add_up(here):
+def test_shares_of_a_row_add_up(world):
     """Two halves of a row, each with the counts of both, as sequence parallelism has them."""
     generator = torch.Generator().manual_seed(0)
     probs = torch.rand(12, 4, generator=generator).double().softmax(1)
@@ -198,8 +198,8 @@ def test_served_responses_of_random_trees(forest):
     assert (row.served > 0).sum() == row.num_tokens
 
 
-def test_a_row_without_counts_is_refused(here, forest):
-    model = random_model(here, **EXPERTS, moe_aux_loss_coeff=COEFFICIENT).train()
+def test_a_row_without_counts_is_refused(world, forest):
+    model = random_model(world, **EXPERTS, moe_aux_loss_coeff=COEFFICIENT).train()
     for row, step in ((pack(forest[0]), 0.0), (replace(pack(forest[0]), served=None), 100.0)):
         batch = to_device(row, CPU, step_count=step)
         with pytest.raises(ValueError, match="needs MicroBatch.served and to_device"):
@@ -208,10 +208,10 @@ def test_a_row_without_counts_is_refused(here, forest):
             model(batch.tokens, None, None, packed_seq_params=batch.params)
 
 
-def test_weights_follow_the_number_of_the_expert(here):
+def test_weights_follow_the_number_of_the_expert(world):
     """More experts, or other layers before them: the first ones are the same."""
-    few = dict(canonical_parameters(make_model(here, **EXPERTS)))
-    many = dict(canonical_parameters(make_model(here, **{**EXPERTS, "num_moe_experts": 7})))
+    few = dict(canonical_parameters(make_model(world, **EXPERTS)))
+    many = dict(canonical_parameters(make_model(world, **{**EXPERTS, "num_moe_experts": 7})))
     names = [name for name in few if ".mlp.experts." in name]
     assert len(names) == 3 * 5 * 2 and "decoder.layers.2.mlp.experts.4.linear_fc1.weight" in names
     for name in names:

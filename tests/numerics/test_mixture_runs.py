@@ -23,7 +23,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", ["none", "unpacked"])
 def test_packing_and_sharing_change_nothing(few_hh, tmp_path, name):
     """Without auxiliary loss, five steps."""
-    found = {}
+    runs = {}
     for layout in ("tree", name):
         saved = str(tmp_path / layout / "saved")
         config = configure(
@@ -33,8 +33,8 @@ def test_packing_and_sharing_change_nothing(few_hh, tmp_path, name):
             model=EXPERTS,
             train={"steps": 5, "save": saved},
         )
-        found[layout] = trained(config), saved_weights(saved, 5)
-    (ours, weights), (theirs, expected) = found[name], found["tree"]
+        runs[layout] = trained(config), saved_weights(saved, 5)
+    (ours, weights), (theirs, expected) = runs[name], runs["tree"]
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)

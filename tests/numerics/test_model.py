@@ -61,41 +61,41 @@ def test_the_forest_is_not_trivial(forest):
 @pytest.mark.parametrize("backend", ["dense", "path"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_trees_equal_every_response_alone(
-    here, forest, alone, variant, backend, recompute, chunk
+    world, forest, alone, variant, backend, recompute, chunk
 ):
     model = random_model(
-        here,
+        world,
         attention_backend=backend,
         lm_head_chunk_size=chunk,
         **VARIANTS[variant],
         **RECOMPUTE[recompute],
     )
-    found = outcome(model, [pack(forest[0])])
-    assert all(g.abs().max() > 1e-6 for g in found.gradients.values()), "a parameter is not used"
-    assert max(found.errors(alone(variant))) < EXACT
+    packed = outcome(model, [pack(forest[0])])
+    assert all(g.abs().max() > 1e-6 for g in packed.gradients.values()), "a parameter is not used"
+    assert max(packed.errors(alone(variant))) < EXACT
 
 
 @pytest.mark.parametrize("multiple", [1, 64])
-def test_rows_may_be_cut_and_padded(here, forest, alone, multiple):
+def test_rows_may_be_cut_and_padded(world, forest, alone, multiple):
     """Two rows of trees with a padding tree, and padded sequences, are still the same."""
-    model = random_model(here, **VARIANTS["untied"])
+    model = random_model(world, **VARIANTS["untied"])
     trees, _ = forest
     rows = [pack(trees[:2], multiple), pack(trees[2:], multiple)]
     assert max(outcome(model, rows).errors(alone("untied"))) < EXACT
 
 
-def test_padded_sequences_equal_every_response_alone(here):
+def test_padded_sequences_equal_every_response_alone(world):
     rng = np.random.default_rng(12)
     groups = [random_group(rng, vocab_size=VOCAB, max_turns=1) for _ in range(3)]
     padded = collate_padded(items([build_tree(*g) for g in groups], "response"), 8)
     rows = [chain(path.tokens, path.loss_start) for paths, _ in groups for path in paths]
     assert len(padded.tokens) % len(rows) == 0
-    model = random_model(here)
+    model = random_model(world)
     assert max(outcome(model, [padded]).errors(outcome(model, rows))) < EXACT
 
 
-def test_an_empty_row_adds_nothing(here, forest):
-    model = random_model(here)
+def test_an_empty_row_adds_nothing(world, forest):
+    model = random_model(world)
     once = outcome(model, [pack(forest[0])])
     twice = outcome(model, [pack(forest[0]), pack([], 8)])
     assert torch.equal(once.logps, twice.logps)
@@ -104,12 +104,12 @@ def test_an_empty_row_adds_nothing(here, forest):
 
 @pytest.mark.parametrize("backend", ["dense", "path"])
 @pytest.mark.parametrize("source", ["few_hh", "few_oasst"])
-def test_real_groups_equal_every_response_alone(here, request, source, backend):
+def test_real_groups_equal_every_response_alone(world, request, source, backend):
     dataset = PreferenceDataset(request.getfixturevalue(source))
     smallest = np.argsort(dataset.groups_num_tokens())[:2]
     trees = [dataset[int(group)] for group in smallest]
     rows = [chain(*tree.response_tokens(r)) for tree in trees for r in range(tree.num_responses)]
-    model = random_model(here, vocab_size=dataset.vocab_size, attention_backend=backend)
+    model = random_model(world, vocab_size=dataset.vocab_size, attention_backend=backend)
     assert max(outcome(model, [pack(trees)]).errors(outcome(model, rows))) < EXACT
 
 
@@ -168,8 +168,8 @@ def plain_logp(state: dict[str, Tensor], path: ResponsePath) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_model_is_the_one_written_out_in_plain_torch(here, forest, alone, variant):
-    state = dict(random_model(here, **VARIANTS[variant]).named_parameters())
+def test_the_model_is_the_one_written_out_in_plain_torch(world, forest, alone, variant):
+    state = dict(random_model(world, **VARIANTS[variant]).named_parameters())
     with torch.no_grad():
         expected = torch.stack([plain_logp(state, path) for path in forest[1]])
     error = (alone(variant).logps - expected).abs() / expected.abs()
@@ -189,14 +189,14 @@ def leaf_of_one_response(tree: PrefixTree) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_another_response_leaves_its_siblings_bit_identical(here, forest, double):
+def test_another_response_leaves_its_siblings_bit_identical(world, forest, double):
     trees, _ = forest
     response, node = leaf_of_one_response(trees[1])
     tokens = trees[1].tokens.copy()
     start, end = trees[1].node_offsets[node : node + 2]
     tokens[start:end] = (tokens[start:end] + 17) % VOCAB
     changed = [trees[0], replace(trees[1], tokens=tokens), *trees[2:]]
-    model = make_model(here, attention_backend="dense")
+    model = make_model(world, attention_backend="dense")
     model = model.double() if double else model
     with torch.no_grad():
         before, after = logps_of(model, pack(trees)), logps_of(model, pack(changed))
@@ -205,19 +205,21 @@ def test_another_response_leaves_its_siblings_bit_identical(here, forest, double
 
 
 @pytest.mark.parametrize("backend", ["dense", "path"])
-def test_the_order_of_siblings_changes_nothing(here, backend):
+def test_the_order_of_siblings_changes_nothing(world, backend):
     rng = np.random.default_rng(13)
     paths, _ = random_group(rng, vocab_size=VOCAB, max_turns=3, max_responses=6)
     order = rng.permutation(len(paths))
     tree, permuted = build_tree(paths, []), build_tree([paths[i] for i in order], [])
     assert not np.array_equal(tree.tokens, permuted.tokens)
-    model = random_model(here, attention_backend=backend)
+    model = random_model(world, attention_backend=backend)
     model.train()
     gradients = []
     logps = [logps_of(model, pack([tree])), logps_of(model, pack([permuted]))]
     weights = weights_of(len(paths))
-    for found, weight in zip(logps, (weights, weights[order]), strict=True):
-        gradients.append(torch.autograd.grad((found * weight).sum(), list(model.parameters())))
+    for response_sums, weight in zip(logps, (weights, weights[order]), strict=True):
+        gradients.append(
+            torch.autograd.grad((response_sums * weight).sum(), list(model.parameters()))
+        )
     first, second = (
         Outcome(x, {str(i): g for i, g in enumerate(gs)})
         for x, gs in zip((logps[0][order], logps[1]), gradients, strict=True)

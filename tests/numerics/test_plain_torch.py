@@ -54,7 +54,7 @@ def sets_of_dialogues(record: dict) -> list[ComparisonSet]:
 
 def sets_of_tree(record: dict) -> list[ComparisonSet]:
     """One set for every message with ranked answers; every two answers are a pair."""
-    found = []
+    sets = []
 
     def visit(node: dict, before: str) -> None:
         text = f"{before}{MARKERS[node['role']]} {node['text']}"
@@ -66,12 +66,12 @@ def sets_of_tree(record: dict) -> list[ComparisonSet]:
             responses = [f" {reply['text']}" for reply in ranked]
             pairs = list(itertools.combinations(range(len(ranked)), 2))
             if pairs:
-                found.append(ComparisonSet(text + MARKERS["assistant"], responses, pairs))
+                sets.append(ComparisonSet(text + MARKERS["assistant"], responses, pairs))
         for reply in replies:
             visit(reply, text)
 
     visit(record["prompt"], "")
-    return found
+    return sets
 
 
 def plain_run(
@@ -87,8 +87,8 @@ def plain_run(
     def logp(prompt: str, response: str) -> torch.Tensor:
         before, after = (tokenizer(text)["input_ids"] for text in (prompt, response))
         tokens = torch.tensor([before + after + [tokenizer.eos_token_id]])
-        found = model(tokens[:, :-1]).logits.log_softmax(-1)
-        return found[0].gather(1, tokens[0, 1:, None])[len(before) - 1 :].double().sum()
+        logps = model(tokens[:, :-1]).logits.log_softmax(-1)
+        return logps[0].gather(1, tokens[0, 1:, None])[len(before) - 1 :].double().sum()
 
     with torch.no_grad():
         reference = [logps(group) for group in sets]

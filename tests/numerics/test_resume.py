@@ -100,21 +100,21 @@ ALL_STEPS = [
 ]
 
 
-def assert_same_tree(found, expected, where: str) -> None:
+def assert_same_tree(tree, expected, where: str) -> None:
     """Nested dictionaries and lists, tensors bit for bit."""
-    assert type(found) is type(expected), where
+    assert type(tree) is type(expected), where
     if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
+        assert tree.keys() == expected.keys(), where
         for key, value in expected.items():
-            assert_same_tree(found[key], value, f"{where}.{key}")
+            assert_same_tree(tree[key], value, f"{where}.{key}")
     elif isinstance(expected, list | tuple):
-        assert len(found) == len(expected), where
+        assert len(tree) == len(expected), where
         for i, value in enumerate(expected):
-            assert_same_tree(found[i], value, f"{where}[{i}]")
+            assert_same_tree(tree[i], value, f"{where}[{i}]")
     elif isinstance(expected, torch.Tensor):
-        assert found.dtype == expected.dtype and torch.equal(found, expected), where
+        assert tree.dtype == expected.dtype and torch.equal(tree, expected), where
     else:
-        assert found == expected, where
+        assert tree == expected, where
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

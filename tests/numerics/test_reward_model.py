@@ -20,8 +20,8 @@ from megatron_prefix.model.parameters import canonical_parameters
 def scores_of(model, batch: MicroBatch) -> torch.Tensor:
     """Score of every response of a row, in the row's order."""
     row = to_device(batch, CPU)
-    found = model(row.tokens, None, None, packed_seq_params=row.params)
-    return found[row.response_order]
+    scores = model(row.tokens, None, None, packed_seq_params=row.params)
+    return scores[row.response_order]
 
 
 def gradients(model, batches: list[MicroBatch]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -29,11 +29,11 @@ def gradients(model, batches: list[MicroBatch]) -> tuple[torch.Tensor, dict[str,
     model.zero_grad()
     scores, start = [], 1
     for batch in batches:
-        found = scores_of(model, batch)
-        weights = torch.arange(start, start + len(found), dtype=torch.float64)
-        (found * weights).sum().backward()
-        scores.append(found.detach())
-        start += len(found)
+        row_scores = scores_of(model, batch)
+        weights = torch.arange(start, start + len(row_scores), dtype=torch.float64)
+        (row_scores * weights).sum().backward()
+        scores.append(row_scores.detach())
+        start += len(row_scores)
     return torch.cat(scores), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
@@ -49,9 +49,9 @@ def alone(tokens: np.ndarray) -> MicroBatch:
 
 @pytest.mark.parametrize("how", [collate_packed, collate_padded])
 @pytest.mark.parametrize("backend", ["dense", "path"])
-def test_scores_and_gradients_are_those_of_each_response_alone(here, forest, backend, how):
+def test_scores_and_gradients_are_those_of_each_response_alone(world, forest, backend, how):
     trees, paths = forest
-    model = random_model(here, kind="reward", attention_backend=backend)
+    model = random_model(world, kind="reward", attention_backend=backend)
     sharing = "tree" if how is collate_packed else "response"
     if sharing == "response":  # bundles of one comparison set hold its own responses
         trees = [tree for tree in trees if tree.response_sets.max() == 0]
@@ -75,24 +75,24 @@ def test_scores_and_gradients_are_those_of_each_response_alone(here, forest, bac
         assert (ours[1][name] - expected).abs().max() <= 1e-12 * expected.abs().max(), name
 
 
-def test_there_is_no_output_layer_and_nothing_is_tied(here):
-    model = make_model(here, kind="reward", untie_embeddings_and_output_weights=False)
+def test_there_is_no_output_layer_and_nothing_is_tied(world):
+    model = make_model(world, kind="reward", untie_embeddings_and_output_weights=False)
     assert model.share_embeddings_and_output_weights is False
     assert not hasattr(model, "output_layer") and model.score.weight.shape == (1, 48)
     assert not getattr(model.score.weight, "tensor_model_parallel", False)
 
 
-def test_initial_weights_are_the_language_models_but_for_the_head(here):
-    lm = dict(canonical_parameters(make_model(here)))
-    reward = dict(canonical_parameters(make_model(here, kind="reward")))
+def test_initial_weights_are_the_language_models_but_for_the_head(world):
+    lm = dict(canonical_parameters(make_model(world)))
+    reward = dict(canonical_parameters(make_model(world, kind="reward")))
     assert reward.keys() - lm.keys() == {"score.weight"}
     assert all(torch.equal(x, lm[name]) for name, x in reward.items() if name in lm)
     spread = float(reward["score.weight"].detach().std())
     assert 0.15 < spread < 0.25  # init_method_std is 0.2
 
 
-def test_bfloat16_scores_are_not_rounded_to_bfloat16(here, forest):
-    model = make_model(here, kind="reward", dtype="bfloat16")
+def test_bfloat16_scores_are_not_rounded_to_bfloat16(world, forest):
+    model = make_model(world, kind="reward", dtype="bfloat16")
     assert model.score.weight.dtype == torch.bfloat16
     scores = scores_of(model, collate_packed(items(forest[0]), 4, score_targets))
     assert scores.dtype == torch.float32

@@ -94,11 +94,13 @@ def done(random_set, tmp_path_factory) -> Config:
 def test_evaluate_equals_the_evaluation_of_the_run(done, random_set, tmp_path):
     last = lines(Path(done.logging.output))[-1]
     file = tmp_path / "rewards.jsonl"
-    found = evaluate(load_config(Path(done.logging.output) / "config.yaml"), done.train.save, file)
-    assert {f"eval_{key}": value for key, value in found.items()} == pytest.approx(
+    metrics = evaluate(
+        load_config(Path(done.logging.output) / "config.yaml"), done.train.save, file
+    )
+    assert {f"eval_{key}": value for key, value in metrics.items()} == pytest.approx(
         {key: value for key, value in last.items() if key != "step"}, rel=1e-6
     )
-    assert found.keys() == {
+    assert metrics.keys() == {
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
         *("rewards/accuracies", "num_pairs"),
     }
@@ -113,8 +115,8 @@ def test_evaluate_equals_the_evaluation_of_the_run(done, random_set, tmp_path):
         + np.repeat(np.asarray(data.group_responses[:-1]), np.diff(data.group_pairs))[:, None]
     )
     margins = rewards[pairs[:, 0]] - rewards[pairs[:, 1]]
-    assert found["rewards/margins"] == pytest.approx(margins.mean(), rel=1e-9)
-    assert found["rewards/accuracies"] == pytest.approx((margins > 0).mean(), rel=1e-9)
+    assert metrics["rewards/margins"] == pytest.approx(margins.mean(), rel=1e-9)
+    assert metrics["rewards/accuracies"] == pytest.approx((margins > 0).mean(), rel=1e-9)
 
 
 def test_a_resumed_run_continues_exactly(done, random_set, tmp_path):
@@ -140,8 +142,8 @@ def test_a_resumed_run_continues_exactly(done, random_set, tmp_path):
 
 def test_no_reference_is_held(random_set, tmp_path):
     config = configure(tmp_path / "run", random_set, model=REWARD)
-    with join_world(config.parallel, 0) as here:
-        run = prepare(config, here)
+    with join_world(config.parallel, 0) as world:
+        run = prepare(config, world)
         assert not hasattr(run.reference, "chunks")
         assert "reference model fingerprint" not in run.identity
         run.close()
@@ -152,10 +154,10 @@ def test_score_is_refused(done, tmp_path):
         score_reference(done, str(tmp_path / "sidecar"))
 
 
-def head(here, model: Config, dataset: str, seed: int = 1234) -> tuple[torch.Tensor, str | None]:
+def head(world, model: Config, dataset: str, seed: int = 1234) -> tuple[torch.Tensor, str | None]:
     """The head that a model section begins with, and the note about it."""
     initial = resolve_starting_model(model, [PreferenceDataset(dataset)])
-    chunks = build_model(initial.transformer_config(seed), here)
+    chunks = build_model(initial.transformer_config(seed), world)
     initial.load(chunks)
     return chunks[0].score.weight.detach().clone(), initial.note(seed)
 
@@ -177,10 +179,10 @@ def test_a_reward_model_may_start_from_a_language_models_checkpoint(
     assert "is a language model: the reward head is drawn from train.seed = 1234" in (
         capsys.readouterr().out
     )
-    with join_world(config.parallel, 0) as here:
-        drawn, _ = head(here, config.model, random_set)
-        scratch, note = head(here, configure(tmp_path, random_set, model=REWARD).model, random_set)
-        other, _ = head(here, config.model, random_set, seed=5)
+    with join_world(config.parallel, 0) as world:
+        drawn, _ = head(world, config.model, random_set)
+        scratch, note = head(world, configure(tmp_path, random_set, model=REWARD).model, random_set)
+        other, _ = head(world, config.model, random_set, seed=5)
         assert note is None and torch.equal(drawn, scratch) and not torch.equal(drawn, other)
     kept, ours = saved_weights(tmp_path / "ck", 1), saved_weights(tmp_path / "reward", 1)
     assert ours.keys() - kept.keys() == {"score.weight"}

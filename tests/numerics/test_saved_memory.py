@@ -37,10 +37,10 @@ CHUNK = 16
 """Rows of logits; every row below has more, so that none are kept for backward."""
 
 
-def make_model(here, **changes) -> TreeGPTModel:
+def make_model(world, **changes) -> TreeGPTModel:
     sizes = replace(SIZES, lm_head_chunk_size=CHUNK, **changes)
     config = transformer_config(sizes, vocab_size=VOCAB_SIZE, seed=1)
-    return model_provider(config=config, pg_collection=here.groups).train()
+    return model_provider(config=config, pg_collection=world.groups).train()
 
 
 def make_row(prompt: int, response: int, num_responses: int, sharing: str, copies: int = 1):
@@ -88,45 +88,45 @@ RECOMPUTED = {
 }
 
 
-def test_activations_follow_executed_tokens(here):
-    model = make_model(here)
+def test_activations_follow_executed_tokens(world):
+    model = make_model(world)
     a_token = {}
     for name, (row, num_tokens) in ROWS.items():
         assert len(row.tokens) == num_tokens
         a_token[name] = kept(model, row) / num_tokens
-    for name, found in a_token.items():
-        assert found == pytest.approx(a_token["a pair"], rel=0.05), (name, a_token)
+    for name, num_bytes in a_token.items():
+        assert num_bytes == pytest.approx(a_token["a pair"], rel=0.05), (name, a_token)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_recomputed_layers_keep_their_inputs_alone(here, name):
+def test_recomputed_layers_keep_their_inputs_alone(world, name):
     """What each layer more keeps of a token: one hidden row."""
     row, num_tokens = ROWS[name]
-    few, many = (kept(make_model(here, num_layers=n, **RECOMPUTED), row) for n in (2, 6))
+    few, many = (kept(make_model(world, num_layers=n, **RECOMPUTED), row) for n in (2, 6))
     assert (many - few) / 4 == pytest.approx(num_tokens * SIZES.hidden_size * 4, rel=0.05)
 
 
-def test_a_layer_keeps_what_memory_is_planned_for(here):
+def test_a_layer_keeps_what_memory_is_planned_for(world):
     """The table at the head of memory.py, in float32; queries and keys are not kept twice."""
     row, num_tokens = ROWS["a pair"]
-    few, many = (kept(make_model(here, num_layers=n), row) for n in (2, 6))
+    few, many = (kept(make_model(world, num_layers=n), row) for n in (2, 6))
     width, ffn, heads = SIZES.hidden_size, SIZES.ffn_hidden_size, SIZES.num_attention_heads
     groups, head_dim = SIZES.num_query_groups or heads, width // heads
     values = 4 * width + (2 * heads + 2 * groups) * head_dim + 3 * ffn + heads
     assert (many - few) / 4 / num_tokens == pytest.approx(4 * values, rel=0.02)
 
 
-def test_sharing_saves_activations_as_it_saves_tokens(here):
-    model = make_model(here)
+def test_sharing_saves_activations_as_it_saves_tokens(world):
+    model = make_model(world)
     shared, unshared = (make_row(400, 25, 8, sharing) for sharing in ("tree", "none"))
     tokens = len(unshared.tokens) / len(shared.tokens)
     assert tokens > 9, "every pair has its own copy of chosen and prompt"
     assert kept(model, unshared) / kept(model, shared) == pytest.approx(tokens, rel=0.05)
 
 
-def test_a_whole_table_of_logits_would_be_noticed(here):
+def test_a_whole_table_of_logits_would_be_noticed(world):
     """The count above sees what the head keeps where its chunk is larger than the row."""
-    model, (row, _) = make_model(here), ROWS["a short prompt"]
+    model, (row, _) = make_model(world), ROWS["a short prompt"]
     in_chunks = kept(model, row)
     model.config.lm_head_chunk_size = 4096
     extra = kept(model, row) - in_chunks
@@ -172,9 +172,9 @@ def logits_peak(model: TreeGPTModel, row) -> int:
     return wide.peak
 
 
-def test_logits_follow_a_chunk(here):
+def test_logits_follow_a_chunk(world):
     """Twice the rows take the same memory, twice the chunk takes twice as much."""
-    model = make_model(here)
+    model = make_model(world)
     short, long = (make_row(20, length, 4, "tree") for length in (100, 200))
     assert long.num_projected > 1.9 * short.num_projected > 10 * CHUNK
     one = logits_peak(model, short)

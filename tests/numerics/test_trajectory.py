@@ -48,10 +48,10 @@ MARGIN_FLOOR = 1e-2
 SAME = ("step", "num_pairs", "learning_rate", "tokens/logical")
 
 
-def assert_same_metrics(found: list[dict], expected: list[dict]) -> None:
+def assert_same_metrics(metrics: list[dict], expected: list[dict]) -> None:
     """Every step, within the tolerances of docs/design.md."""
-    assert [row["step"] for row in found] == [row["step"] for row in expected]
-    for a, b in zip(found, expected, strict=True):
+    assert [row["step"] for row in metrics] == [row["step"] for row in expected]
+    for a, b in zip(metrics, expected, strict=True):
         assert all(a[key] == b[key] for key in SAME), (a, b)
         errors = {key: abs(a[key] - b[key]) / abs(b[key]) / r for key, r in RELATIVE.items()}
         for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
@@ -62,10 +62,10 @@ def assert_same_metrics(found: list[dict], expected: list[dict]) -> None:
         assert errors[worst] <= 1, f"step {a['step']}: {worst} is {a[worst]}, was {b[worst]}"
 
 
-def assert_same_weights(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_weights(weights: dict, expected: dict) -> None:
+    assert weights.keys() == expected.keys()
     for name, weight in expected.items():
-        assert (found[name] - weight).abs().max() <= 1e-4, name
+        assert (weights[name] - weight).abs().max() <= 1e-4, name
 
 
 def assert_it_learns(rows: list[dict]) -> None:
@@ -75,9 +75,9 @@ def assert_it_learns(rows: list[dict]) -> None:
     assert max(row["rewards/margins"] for row in rows) > 1.0
 
 
-def assert_same_trajectory(found: tuple, expected: tuple) -> None:
-    assert_same_metrics(found[0], expected[0])
-    assert_same_weights(found[1], expected[1])
+def assert_same_trajectory(trajectory: tuple, expected: tuple) -> None:
+    assert_same_metrics(trajectory[0], expected[0])
+    assert_same_weights(trajectory[1], expected[1])
 
 
 def undecided_tokens(dataset: PreferenceDataset, groups: np.ndarray) -> set[int]:
@@ -147,8 +147,8 @@ def runs(request) -> Runs:
 def test_every_layout_follows_the_unpacked_run(runs, layout):
     expected = runs("unpacked", LAYOUTS["unpacked"])
     assert_it_learns(expected[0])
-    found = runs(layout, LAYOUTS[layout])
-    assert_same_trajectory(found, expected)
+    trajectory = runs(layout, LAYOUTS[layout])
+    assert_same_trajectory(trajectory, expected)
 
 
 def test_the_layouts_are_different_work(oasst_runs):
@@ -174,8 +174,8 @@ def test_other_losses_do_not_depend_on_sharing(runs, unshared, loss):
     name = ", ".join(loss)
     expected = runs(f"{name}, {unshared}", LAYOUTS[unshared], FEW_STEPS, loss=loss)
     assert abs(expected[0][2]["loss"] - plain[2]["loss"]) > 1e-3, "the setting changes nothing"
-    found = runs(f"{name}, tree", LAYOUTS["tree"], FEW_STEPS, loss=loss)
-    assert_same_trajectory(found, expected)
+    trajectory = runs(f"{name}, tree", LAYOUTS["tree"], FEW_STEPS, loss=loss)
+    assert_same_trajectory(trajectory, expected)
 
 
 @pytest.mark.parametrize("layout", ["tree", "pair"])
@@ -187,18 +187,18 @@ def test_dense_attention_and_recompute_follow_it_too(hh_runs, layout):
         "recompute_num_layers": 1,
         "lm_head_chunk_size": 100,
     }
-    found = hh_runs(f"dense, {layout}", LAYOUTS[layout], model=model)
-    assert_same_trajectory(found, hh_runs("unpacked", LAYOUTS["unpacked"]))
+    trajectory = hh_runs(f"dense, {layout}", LAYOUTS[layout], model=model)
+    assert_same_trajectory(trajectory, hh_runs("unpacked", LAYOUTS["unpacked"]))
 
 
 def test_another_order_of_the_data_does_not_follow_it(hh_runs):
     """So the comparison can fail."""
     expected = hh_runs("unpacked", LAYOUTS["unpacked"])
-    found = hh_runs("other order", {**LAYOUTS["tree"], "seed": 4321})
+    trajectory = hh_runs("other order", {**LAYOUTS["tree"], "seed": 4321})
     with pytest.raises(AssertionError):
-        assert_same_metrics(found[0], expected[0])
+        assert_same_metrics(trajectory[0], expected[0])
     with pytest.raises(AssertionError):
-        assert_same_weights(found[1], expected[1])
+        assert_same_weights(trajectory[1], expected[1])
 
 
 @pytest.mark.parametrize(
@@ -221,8 +221,8 @@ def test_rows_per_step_follows_the_unshared_run_on_its_own_plan(
             data={**layout, **rows, "sharing": sharing},
             train={"steps": steps},
         )
-        with join_world(config.parallel, config.train.seed) as here:
-            run = prepare(config, here)
+        with join_world(config.parallel, config.train.seed) as world:
+            run = prepare(config, world)
             composition = composition or run.sampler.composition
             run.sampler = replace(run.sampler, composition=composition)
             try:

@@ -114,7 +114,7 @@ def shared_token_counted_once(trees: Sequence[PrefixTree]) -> TrainBatch:
         shared_token_counted_once,
     ],
 )
-def test_wrong_inputs_are_seen(here, forest, alone, wrong, backend):
-    model = random_model(here, attention_backend=backend, **VARIANTS["untied"])
+def test_wrong_inputs_are_seen(world, forest, alone, wrong, backend):
+    model = random_model(world, attention_backend=backend, **VARIANTS["untied"])
     logps, gradients = outcome(model, [wrong(forest[0])]).errors(alone("untied"))
     assert logps > WRONG and gradients > WRONG, (logps, gradients)

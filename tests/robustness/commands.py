@@ -107,15 +107,15 @@ class Launched:
 
     def pids(self) -> list[int]:
         """Every process of the run that is alive, torchrun too."""
-        wanted, found = f"{MARK}={self.mark}".encode(), []
+        wanted, pids = f"{MARK}={self.mark}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 is_zombie = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
                 if wanted in (folder / "environ").read_bytes().split(b"\0") and not is_zombie:
-                    found.append(int(folder.name))
+                    pids.append(int(folder.name))
             except OSError:
                 continue
-        return found
+        return pids
 
     def ranks(self) -> list[int]:
         return [pid for pid in self.pids() if pid != self.process.pid]

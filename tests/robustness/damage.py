@@ -75,12 +75,12 @@ def change_json(rng: random.Random, data: bytearray) -> bytearray:
         lines, number, value = [b""], 0, json.loads(data)
     places = list(_places(value))
     owner, key = rng.choice(places)
-    what = rng.randrange(4)
-    if what == 0 and isinstance(owner, dict):
+    change = rng.randrange(4)
+    if change == 0 and isinstance(owner, dict):
         del owner[key]
-    elif what == 1 and isinstance(owner, dict):
+    elif change == 1 and isinstance(owner, dict):
         owner[f"{key}x"] = owner.pop(key)
-    elif what == 2:
+    elif change == 2:
         second, at = rng.choice(places)
         if not _inside(owner[key], second) and not _inside(second[at], owner):
             owner[key], second[at] = second[at], owner[key]

@@ -49,15 +49,15 @@ build_dataset([sys.argv[1]], "bytes", sys.argv[2], options, progress=slowly)
 
 def children(pid: int) -> list[int]:
     """Processes whose parent is `pid`."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             stat = (folder / "stat").read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
         if int(stat[1]) == pid and stat[0] != "Z":
-            found.append(int(folder.name))
-    return found
+            pids.append(int(folder.name))
+    return pids
 
 
 def started(
@@ -152,15 +152,15 @@ def test_a_run_on_a_plan_is_the_run_without_it(dataset, other, tmp_path, capsys)
         plans[name] = str(tmp_path / name)
         made = ["pack", source, "--output", plans[name], *argv, "--seed", str(seed)]
         assert command(made, capsys)[0] == 0
-    found = []
+    metrics = []
     for name, plan in (("alone", None), ("planned", plans["good"])):
         folder = tmp_path / f"run-{name}"
         path = write_config(
             tmp_path / f"{name}.json", dataset, folder, data={**data, "plan": plan}, train=train
         )
         assert command(["train", "--config", path], capsys)[0] == 0
-        found.append(lines(folder))
-    assert found[0] == found[1] and len(found[0]) == 6
+        metrics.append(lines(folder))
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 6
     start = ["train", "--config", path]
     refused([*start, f"data.plan={plans['seed']}"], capsys, "data.seed is 5 and was 6")
     refused([*start, f"data.plan={plans['data']}"], capsys, "of 8 groups", "of 5")

@@ -117,14 +117,14 @@ def test_another_vocabulary_is_refused(finished, dataset, tmp_path, capsys):
         for group in range(len(source)):
             writer.add(source[group], group)
         writer.finish()
-    found = ways(tmp_path, str(tmp_path / "larger"), finished / "saved")
-    refused(found["train.load"], capsys, finished / "saved" / STEP)
-    refused(found["evaluate"], capsys, finished / "saved" / STEP)
+    commands = ways(tmp_path, str(tmp_path / "larger"), finished / "saved")
+    refused(commands["train.load"], capsys, finished / "saved" / STEP)
+    refused(commands["evaluate"], capsys, finished / "saved" / STEP)
 
 
 def test_a_step_of_another_run_is_refused(finished, other, tmp_path, capsys):
-    found = ways(tmp_path, other, finished / "saved")
-    message = refused(found["train.load"], capsys, finished / "saved" / STEP)
+    commands = ways(tmp_path, other, finished / "saved")
+    message = refused(commands["train.load"], capsys, finished / "saved" / STEP)
     assert "data.train fingerprint" in message
 
 

@@ -56,15 +56,15 @@ def limited_from(monkeypatch, step: int, num_bytes: int) -> None:
     monkeypatch.setattr(RunCheckpoints, "save", saving)
 
 
-@pytest.mark.parametrize("what", LIMITS)
-def test_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, capsys, monkeypatch, what):
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, capsys, monkeypatch, limit):
     argv = config(tmp_path, dataset)
     assert command(argv, capsys)[0] == 0
     expected = lines(tmp_path / "run")
     os.rename(tmp_path / "run", tmp_path / "straight")
     saved = tmp_path / "run" / "saved"
     with monkeypatch.context() as patched:
-        limited_from(patched, 3, LIMITS[what])
+        limited_from(patched, 3, LIMITS[limit])
         code, message = command(argv, capsys)
     assert code == 1 and "Traceback" not in message
     assert f"train.save = {saved}: the checkpoint of step 3 could not be written" in message
@@ -124,15 +124,15 @@ def test_score_continues_when_there_is_room(dataset, tmp_path, capsys, num_bytes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["tensors", "common.pt"])
-def test_two_processes_stop_together(dataset, tmp_path, what):
+@pytest.mark.parametrize("limit", ["tensors", "common.pt"])
+def test_two_processes_stop_together(dataset, tmp_path, limit):
     """No process waits for one that has failed, and one of them prints the message."""
     argv = config(tmp_path, dataset, steps=2)
-    with files_up_to(LIMITS[what]):
+    with files_up_to(LIMITS[limit]):
         run = launch(argv, tmp_path / "log")
         assert run.wait() == 1
-    said = run.log.read_text()
+    log = run.log.read_text()
     assert not run.pids()
-    assert said.count("the checkpoint of step 1 could not be written") == 1, said
-    assert "megatron_prefix/train" not in said, "a traceback of ours"
+    assert log.count("the checkpoint of step 1 could not be written") == 1, log
+    assert "megatron_prefix/train" not in log, "a traceback of ours"
     assert not list((tmp_path / "run" / "saved").iterdir())

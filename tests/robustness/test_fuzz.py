@@ -98,7 +98,7 @@ class Fuzz:
         tree = {"prompt": {"role": "prompter", "text": "a", "replies": reply}}
         texts = [rows, [chat] * 3, [human] * 3, [dialogue] * 3, [tree] * 3]
         self.texts = [
-            *("".join(json.dumps(row) + "\n" for row in found) for found in texts),
+            *("".join(json.dumps(row) + "\n" for row in records) for records in texts),
             json.dumps(rows, indent=1),
         ]
         self.settings = Path(
@@ -108,14 +108,14 @@ class Fuzz:
         self.data = PreferenceDataset(sets[0])
         self.chunks = build_model(
             resolve_starting_model(config.model, [self.data]).transformer_config(config.train.seed),
-            self.here,
+            self.world,
         )
         self.model = model_fingerprint(self.chunks)
         self.logps = read_sidecar(str(sidecar), self.model, self.data)
         checkpoint.load_weights(finished / "saved", self.chunks)
         self.trained = model_fingerprint(self.chunks)
 
-    here = None
+    world = None
 
     def inputs(self, rng: random.Random, case: object) -> object | None:
         text = rng.choice(self.texts).encode()
@@ -126,21 +126,21 @@ class Fuzz:
         if zipped and rng.random() < 0.5:
             path.write_bytes(gzip.compress(text))
             path = path.rename(path.with_suffix(".gz"))
-        what = damaged(rng, path, [other])
+        damage = damaged(rng, path, [other])
         if zipped and path.suffix == ".jsonl" and path.exists():
             path.write_bytes(gzip.compress(path.read_bytes()))
         output = self.folder / "built" / "set"
         options = BuildOptions(on_error=rng.choice(["stop", "stop", "skip"]))
-        found = refusal(
-            lambda: build_dataset([path], "bytes", output, options), path.name, (case, what)
+        outcome = refusal(
+            lambda: build_dataset([path], "bytes", output, options), path.name, (case, damage)
         )
-        if found is None:
-            assert not output.parent.exists(), (case, what)
+        if outcome is None:
+            assert not output.parent.exists(), (case, damage)
         else:
             verify_dataset(PreferenceDataset(output))
             shutil.rmtree(output.parent)
         path.unlink(missing_ok=True)
-        return found
+        return outcome
 
     def _copied_set(self) -> Path:
         folder = self.folder / "copied"
@@ -155,13 +155,13 @@ class Fuzz:
         if rng.random() < 0.3:
             others = [suffix_path(Path(self.sets[1]), name)]
         before = suffix_path(prefix, name).read_bytes()
-        what = damaged(rng, suffix_path(prefix, name), others)
-        found = refusal(lambda: self._opened(prefix), prefix, (case, what))
-        if found is not None:
+        damage = damaged(rng, suffix_path(prefix, name), others)
+        outcome = refusal(lambda: self._opened(prefix), prefix, (case, damage))
+        if outcome is not None:
             after = suffix_path(prefix, name).read_bytes()
             same = after == before or name == ".json" and json.loads(after) == json.loads(before)
-            assert same, f"case {case}: {what} was not seen"
-        return found
+            assert same, f"case {case}: {damage} was not seen"
+        return outcome
 
     def _opened(self, prefix: Path) -> PreferenceDataset:
         dataset = PreferenceDataset(prefix)
@@ -189,22 +189,24 @@ class Fuzz:
             values.reshape(-1)[at] = rng.choice(odd)
         np.save(path, values)
         seal(prefix, f".tree/{name}.npy")
-        found = refusal(lambda: self._opened(prefix), prefix, (case, name, kind))
+        outcome = refusal(lambda: self._opened(prefix), prefix, (case, name, kind))
         if kind < 3:
             same = values.dtype == COLUMNS[name][0] and kind == 0
-            assert found is None or same, f"case {case}: {name} {kind} was not seen"
-        return found
+            assert outcome is None or same, f"case {case}: {name} {kind} was not seen"
+        return outcome
 
     def scores(self, rng: random.Random, case: object) -> object | None:
         path = self.folder / "ref"
         path.write_bytes(self.sidecar.read_bytes())
-        what = damaged(
+        damage = damaged(
             rng, path, [self.sidecar.parent / "c.yaml", suffix_path(Path(self.sets[0]), ".bin")]
         )
-        found = refusal(lambda: read_sidecar(str(path), self.model, self.data), path, (case, what))
-        if found is not None:
-            assert np.array_equal(found, self.logps), f"case {case}: {what} was not seen"
-        return found
+        logps = refusal(
+            lambda: read_sidecar(str(path), self.model, self.data), path, (case, damage)
+        )
+        if logps is not None:
+            assert np.array_equal(logps, self.logps), f"case {case}: {damage} was not seen"
+        return logps
 
     def saved(self, rng: random.Random, case: object) -> object | None:
         root = self.folder / "saved"
@@ -213,19 +215,20 @@ class Fuzz:
         shutil.rmtree(root / "iter_0000001")
         files = sorted(p for p in root.rglob("*") if p.is_file())
         path = rng.choice(files)
-        what = damaged(rng, path, [p for p in files if p != path])
+        damage = damaged(rng, path, [p for p in files if p != path])
 
         def load() -> str:
             checkpoint.RunCheckpoints(root).latest_step()
             checkpoint.load_weights(root, self.chunks)
             return model_fingerprint(self.chunks)
 
-        found = refusal(load, root, (case, what))
-        if found is not None:
-            assert found == self.trained, f"case {case}: {what} was not seen"
-            said = path.name in ("checksums.json", "metadata.json", checkpoint.TRACKER)
-            assert said or not path.exists() or _same(path, self.finished, root), (case, what)
-        return found
+        fingerprint = refusal(load, root, (case, damage))
+        if fingerprint is not None:
+            assert fingerprint == self.trained, f"case {case}: {damage} was not seen"
+            has_no_checksum = path.name in ("checksums.json", "metadata.json", checkpoint.TRACKER)
+            must_be_seen = not has_no_checksum and path.exists()
+            assert not must_be_seen or _same(path, self.finished, root), (case, damage)
+        return fingerprint
 
     def config(self, rng: random.Random, case: object) -> object | None:
         path, other = self.folder / "run.yaml", self.folder / "other.yaml"
@@ -235,10 +238,10 @@ class Fuzz:
         other.write_text("- a\n- {b: [c\n")
         if path.read_text() != self.settings:
             path.write_bytes(rng.choice(BYTES)(rng, bytearray(path.read_bytes())))
-            what = "yaml"
+            damage = "yaml"
         else:
-            what = damaged(rng, path, [other])
-        return refusal(lambda: load_config(path), path, (case, what))
+            damage = damaged(rng, path, [other])
+        return refusal(lambda: load_config(path), path, (case, damage))
 
 
 def _same(path: Path, finished: Path, root: Path) -> bool:
@@ -253,10 +256,10 @@ SHARES = {"inputs": 60, "data_set": 50, "column": 20, "scores": 20, "saved": 30,
 @pytest.fixture(scope="module")
 def fuzz(finished, sidecar, dataset, other, tmp_path_factory) -> Iterator[Fuzz]:
     settings = load_config(write_config(tmp_path_factory.mktemp("c") / "c.yaml", dataset, finished))
-    with join_world(settings.parallel, settings.train.seed) as here:
-        Fuzz.here = here
+    with join_world(settings.parallel, settings.train.seed) as world:
+        Fuzz.world = world
         yield Fuzz(tmp_path_factory.mktemp("fuzz"), finished, sidecar, (dataset, other))
-        Fuzz.here = None
+        Fuzz.world = None
 
 
 def run(fuzz: Fuzz, kind: str, num_cases: int, seed: int) -> None:

@@ -92,13 +92,13 @@ def test_a_run_killed_three_times_has_the_history_of_one_that_was_not(dataset, t
     rng = random.Random(3)
     run.kill_at("step", rng.uniform(0, 0.1), 3)
     for _ in range(2):
-        said = run.kill_at("save", rng.uniform(0, 0.02), 2)
-        assert "resumed from" in said
-    said = run.finish()
-    assert "resumed from" in said and "after step" in said
-    found = lines(run.output)
-    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
-    assert found == expected
+        log = run.kill_at("save", rng.uniform(0, 0.02), 2)
+        assert "resumed from" in log
+    log = run.finish()
+    assert "resumed from" in log and "after step" in log
+    history = lines(run.output)
+    assert [row["loss"] for row in history] == [row["loss"] for row in expected]
+    assert history == expected
     assert not run.saves(), "leftovers of killed saves"
 
 

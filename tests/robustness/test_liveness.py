@@ -87,7 +87,7 @@ def start(folder: Path, dataset: str, fault: str, command: str = "train", **sect
     return launch(argv, folder / "log", (str(script),))
 
 
-def said(run: Launched) -> str:
+def log_of(run: Launched) -> str:
     """What the run printed until torchrun ended; no process of it is left then."""
     deadline = time.monotonic() + LIMIT_S
     while run.process.poll() is None and time.monotonic() < deadline:
@@ -108,7 +108,7 @@ def only_message(text: str) -> str:
 
 
 def test_a_killed_rank_is_named(dataset, tmp_path):
-    message = only_message(said(start(tmp_path, dataset, "SIGKILL")))
+    message = only_message(log_of(start(tmp_path, dataset, "SIGKILL")))
     assert message.startswith("megatron-prefix train: error: rank 1 ended or hangs (no answer; ")
     assert "last in step 3" in message
 
@@ -118,16 +118,16 @@ def test_a_stopped_rank_is_named_within_the_timeout(dataset, tmp_path):
     timeout_s = 9
     parallel = {"distributed_timeout_minutes": timeout_s / 60}
     run = start(tmp_path, dataset, "SIGSTOP", parallel=parallel)
-    stopped, found, deadline = None, [], time.monotonic() + LIMIT_S
+    stopped, stopped_pids, deadline = None, [], time.monotonic() + LIMIT_S
     while "error: " not in run.log.read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
-        if not found:
-            found = [pid for pid in run.ranks() if _state(pid) == "T"]
+        if not stopped_pids:
+            stopped_pids = [pid for pid in run.ranks() if _state(pid) == "T"]
             stopped = time.monotonic()
     waited = time.monotonic() - stopped
-    for pid in found:
+    for pid in stopped_pids:
         os.kill(pid, signal.SIGKILL)
-    message = only_message(said(run))
+    message = only_message(log_of(run))
     assert "no progress for 0.15 minutes (parallel.distributed_timeout_minutes)" in message
     assert "rank 1 ended or hangs (no answer; last in step 3)" in message
     assert "rank 0" not in message
@@ -143,7 +143,7 @@ def _state(pid: int) -> str:
 
 
 def test_an_error_of_one_rank_alone_is_printed_once(dataset, tmp_path):
-    text = said(start(tmp_path, dataset, "input"))
+    text = log_of(start(tmp_path, dataset, "input"))
     assert only_message(text) == (
         "megatron-prefix train: error: rank 1: data.train: unreadable here"
     )
@@ -153,7 +153,7 @@ def test_an_error_of_one_rank_alone_is_printed_once(dataset, tmp_path):
 @pytest.mark.slow
 def test_a_wrong_number_of_processes_stops_all_with_both_numbers(dataset, tmp_path):
     sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-    text = said(start(tmp_path, dataset, "none", parallel=sizes))
+    text = log_of(start(tmp_path, dataset, "none", parallel=sizes))
     message = only_message(text)
     assert "2 processes were started" in message and "a multiple of 4" in message
     assert "exitcode  : 1" not in text and "exitcode  : 2" in text
@@ -162,14 +162,14 @@ def test_a_wrong_number_of_processes_stops_all_with_both_numbers(dataset, tmp_pa
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(dataset, tmp_path):
     parallel = {"distributed_timeout_minutes": 0.2}
-    message = only_message(said(start(tmp_path, dataset, "sleep", parallel=parallel)))
+    message = only_message(log_of(start(tmp_path, dataset, "sleep", parallel=parallel)))
     assert "rank 1 hangs in step 3 at " in message and "faulty.py:" in message
     assert "rank 0" not in message
 
 
 @pytest.mark.slow
 def test_a_defect_on_one_rank_shows_its_traceback_and_is_named(dataset, tmp_path):
-    text = said(start(tmp_path, dataset, "defect"))
+    text = log_of(start(tmp_path, dataset, "defect"))
     (message,) = (x for x in text.splitlines() if x.startswith("megatron-prefix"))
     assert "rank 1 failed in step 3: KeyError: 'a defect'" in message
     assert "[rank1]: KeyError" in text and "[rank0]:" not in text
@@ -177,7 +177,7 @@ def test_a_defect_on_one_rank_shows_its_traceback_and_is_named(dataset, tmp_path
 
 @pytest.mark.slow
 def test_metrics_that_cannot_be_written_stop_both_ranks(dataset, tmp_path):
-    message = only_message(said(start(tmp_path, dataset, "disk")))
+    message = only_message(log_of(start(tmp_path, dataset, "disk")))
     assert message.startswith("megatron-prefix train: error: logging.output = ")
     assert "the metrics of step 3 could not be written" in message
 
@@ -186,21 +186,21 @@ def test_metrics_that_cannot_be_written_stop_both_ranks(dataset, tmp_path):
 @pytest.mark.parametrize("command", ["score", "evaluate"])
 def test_a_rank_killed_in_scoring_is_named(dataset, tmp_path, command):
     run = start(tmp_path, dataset, "SIGKILL", command, data={"valid": dataset})
-    message = only_message(said(run))
+    message = only_message(log_of(run))
     assert message.startswith(f"megatron-prefix {command}: error: rank 1 ended or hangs (")
     assert "last in scoring, step 3 of 4" in message
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_rank_ends_scoring_on_both(dataset, tmp_path):
-    text = said(start(tmp_path, dataset, "SIGTERM", "score"))
+    text = log_of(start(tmp_path, dataset, "SIGTERM", "score"))
     assert only_message(text).endswith("error: ended by SIGTERM")
     assert text.count("exitcode  : 143") == 2
 
 
 @pytest.mark.slow
 def test_a_store_that_ended_is_reported(dataset, tmp_path):
-    message = only_message(said(start(tmp_path, dataset, "host")))
+    message = only_message(log_of(start(tmp_path, dataset, "host")))
     assert "the process groups' store does not answer: rank 0, or its launcher, has" in message
     assert "(step 3)" in message
 
@@ -208,7 +208,7 @@ def test_a_store_that_ended_is_reported(dataset, tmp_path):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_stages(dataset, tmp_path):
     sizes = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    text = said(start(tmp_path, dataset, "nan", parallel=sizes, model={"num_layers": 4}))
+    text = log_of(start(tmp_path, dataset, "nan", parallel=sizes, model={"num_layers": 4}))
     assert "the loss of step 1 is not finite: rank 0 row 0 (groups " in only_message(text)
     assert (tmp_path / "run" / "nonfinite-step0000001-rank0.npz").exists()
     assert text.count("exitcode  : 1") == 2

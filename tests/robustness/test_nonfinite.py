@@ -51,16 +51,16 @@ def replayed(path: Path, settings: Config, dataset: str) -> tuple[float, list[bo
     """Loss of the kept rows under the newest checkpoint, and whether each row's is finite."""
     _, rows, ref_logps = saved_rows(path)
     weight = sum(float(row.pair_weights.sum()) for row in rows)
-    with join_world(settings.parallel, settings.train.seed) as here:
-        run = prepare_trainer(settings, PreferenceDataset(dataset), None, here)
-        model = build_model(run.initial.transformer_config(settings.train.seed), here)
+    with join_world(settings.parallel, settings.train.seed) as world:
+        run = prepare_trainer(settings, PreferenceDataset(dataset), None, world)
+        model = build_model(run.initial.transformer_config(settings.train.seed), world)
         load_weights(settings.train.save, model)
         run.close()
         for chunk in model:
             for parameter in chunk.parameters():
                 assert torch.isfinite(parameter).all()
         batches = [
-            to_device(row, here.device, weight).with_reference(torch.from_numpy(ref))
+            to_device(row, world.device, weight).with_reference(torch.from_numpy(ref))
             for row, ref in zip(rows, ref_logps, strict=True)
         ]
         model[0].config.grad_scale_func = None
@@ -136,8 +136,8 @@ def test_weights_that_are_not_finite_stop_the_first_step(dataset, finished, tmp_
     """A checkpoint to start from may hold them."""
     source = tmp_path / "bad"
     settings = load_config(write_config(tmp_path / "a.yaml", dataset, finished))
-    with join_world(settings.parallel, 0) as here:
-        run = prepare_trainer(settings, PreferenceDataset(dataset), None, here)
+    with join_world(settings.parallel, 0) as world:
+        run = prepare_trainer(settings, PreferenceDataset(dataset), None, world)
         policy = run.policy
         parameters = policy.chunks[0].named_parameters()
         next(p for n, p in parameters if "final_layernorm" in n).data[0] = float("nan")

@@ -181,10 +181,10 @@ PLANTS = [
 
 def rehash(directory: Path) -> None:
     names = json.loads((directory / "checksums.json").read_text())
-    found = [p for p in directory.rglob("*") if p.is_file()]
+    files = [p for p in directory.rglob("*") if p.is_file()]
     names = {
         str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in found
+        for p in files
         if p.name not in ("checksums.json", "metadata.json")
     }
     (directory / "checksums.json").write_text(json.dumps(names))

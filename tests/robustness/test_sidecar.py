@@ -37,9 +37,9 @@ def test_training_is_that_with_a_reference_model(dataset, other, sidecar, tmp_pa
     assert command(train(tmp_path, dataset, "model", **settings), capsys)[0] == 0
     argv = train(tmp_path, dataset, "known", **settings, loss=known(sidecar))
     assert command(argv, capsys)[0] == 0
-    found, expected = lines(tmp_path / "known"), lines(tmp_path / "model")
-    assert [r["step"] for r in found] == [r["step"] for r in expected] == [0, 1, 2, 3, 4, 4]
-    for ours, theirs in zip(found, expected, strict=True):
+    history, expected = lines(tmp_path / "known"), lines(tmp_path / "model")
+    assert [r["step"] for r in history] == [r["step"] for r in expected] == [0, 1, 2, 3, 4, 4]
+    for ours, theirs in zip(history, expected, strict=True):
         for key, value in theirs.items():
             assert abs(ours[key] - value) <= 1e-4 * max(abs(value), 1e-2), (key, ours["step"])
 
@@ -79,14 +79,14 @@ def test_responses_are_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
                     num_tokens=len(tokens),
                 )
             )
-    with join_world(config.parallel, config.train.seed) as here:
+    with join_world(config.parallel, config.train.seed) as world:
         initial = resolve_starting_model(config.model, [data])
-        model = frozen_model(initial.transformer_config(config.train.seed), here)
-        logps = score_rows(model, [to_device(row, here.device) for row in alone])
+        model = frozen_model(initial.transformer_config(config.train.seed), world)
+        logps = score_rows(model, [to_device(row, world.device) for row in alone])
     expected = np.array([float(x[0]) for x in logps])
-    found = load_file(sidecar)[data.fingerprint]
-    assert found.dtype == np.float64 and found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+    scored = load_file(sidecar)[data.fingerprint]
+    assert scored.dtype == np.float64 and scored.shape == expected.shape
+    assert np.abs(scored - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
     assert np.abs(np.diff(expected)).min() > 1e-3, "responses too similar to see their order"
 
 

@@ -118,16 +118,16 @@ def test_a_signal_to_one_process_stops_all(dataset, tmp_path, capsys, layout):
     os.kill(run.ranks()[-1], signal.SIGTERM)
     assert run.wait() != 0
     assert not run.pids()
-    said = run.log.read_text()
-    assert "exitcode  : 143" in said
-    assert "megatron_prefix/train" not in said, "a traceback of ours"
+    log = run.log.read_text()
+    assert "exitcode  : 143" in log
+    assert "megatron_prefix/train" not in log, "a traceback of ours"
     stopped = int((tmp_path / "run" / "saved" / TRACKER).read_text())
     assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, stopped + 1))
     assert 0 < stopped < 400
     steps["steps"] = stopped + 4
     assert command(config(tmp_path, "run", dataset, **steps), capsys)[0] == 0
     assert command(config(tmp_path, "straight", dataset, **steps), capsys)[0] == 0
-    found, expected = lines(tmp_path / "run"), lines(tmp_path / "straight")
-    assert [row["step"] for row in found] == [row["step"] for row in expected]
-    for ours, theirs in zip(found, expected, strict=True):
+    history, expected = lines(tmp_path / "run"), lines(tmp_path / "straight")
+    assert [row["step"] for row in history] == [row["step"] for row in expected]
+    for ours, theirs in zip(history, expected, strict=True):
         assert abs(ours["loss"] - theirs["loss"]) <= 1e-4 * max(theirs["loss"], 1e-2)

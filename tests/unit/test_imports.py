@@ -136,12 +136,12 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
         if node in done:
             return []
         for target in sorted(edges.get(node, ())):
-            if found := walk(target, [*path, node]):
-                return found
+            if path_back := walk(target, [*path, node]):
+                return path_back
         done.add(node)
         return []
 
-    return next((found for node in sorted(edges) if (found := walk(node, []))), [])
+    return next((cycle for node in sorted(edges) if (cycle := walk(node, []))), [])
 
 
 def module_edges(package: Package) -> dict[str, set[str]]:

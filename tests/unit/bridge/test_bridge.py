@@ -50,9 +50,9 @@ def _stub(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def here():
-    with join_world(ParallelConfig(), seed=0) as here:
-        yield here
+def world():
+    with join_world(ParallelConfig(), seed=0) as world:
+        yield world
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +157,9 @@ def test_experts_without_a_balance_loss_pass_and_with_one_are_refused():
         prefix_preference(llama(**experts, moe_aux_loss_coeff=0.001))
 
 
-def test_settings_changed_later_are_checked_when_the_model_is_built(here):
+def test_settings_changed_later_are_checked_when_the_model_is_built(world):
     wrapped = prefix_preference(llama())
-    wrapped._pg_collection = here.groups
+    wrapped._pg_collection = world.groups
     wrapped.calculate_per_token_loss = False
     with pytest.raises(ValueError, match=r"model\.calculate_per_token_loss = False"):
         wrapped.provide(pre_process=True, post_process=True)
@@ -211,13 +211,13 @@ def test_the_saved_configuration_opens_without_this_package():
     stub.GPTModelProvider(**values)
 
 
-def test_parameter_names_are_those_of_bridges_model(here):
+def test_parameter_names_are_those_of_bridges_model(world):
     """Bridge's weight mappings and PEFT find parameters by name; names as in its LlamaBridge."""
     wrapped = prefix_preference(llama())
     wrapped.finalize()
-    wrapped._pg_collection = here.groups
+    wrapped._pg_collection = world.groups
     model = wrapped.provide()
-    assert model.config is wrapped and model.pg_collection is here.groups
+    assert model.config is wrapped and model.pg_collection is world.groups
     names = {name for name, _ in model.named_parameters() if ".layers.1." not in name}
     layer = "decoder.layers.0."
     assert names == {
@@ -236,16 +236,16 @@ def test_parameter_names_are_those_of_bridges_model(here):
 # --- training -------------------------------------------------------------------------------
 
 
-def initial_weights(here) -> dict[str, torch.Tensor]:
+def initial_weights(world) -> dict[str, torch.Tensor]:
     sizes = mp.ModelConfig(**SIZES, num_query_groups=2)
     config = mp.transformer_config(sizes, vocab_size=320, seed=7)
-    model = mp.model_provider(config=config, pg_collection=here.groups)
+    model = mp.model_provider(config=config, pg_collection=world.groups)
     return {name: x.detach().clone() for name, x in model.named_parameters()}
 
 
 @pytest.fixture(scope="module")
-def weights(here):
-    return initial_weights(here)
+def weights(world):
+    return initial_weights(world)
 
 
 def loading(weights):
@@ -299,7 +299,7 @@ def micro_batches(number: int):
 class BridgeRun:
     """setup and train of Bridge, cut down to what meets this package."""
 
-    def __init__(self, here, weights, prefix, first_step=0, reference=None, **changes):
+    def __init__(self, world, weights, prefix, first_step=0, reference=None, **changes):
         destroy_rerun_state_machine()  # of the run before, which may have stopped within a step
         provider = llama()
         provider.register_pre_wrap_hook(loading(weights))
@@ -312,14 +312,14 @@ class BridgeRun:
             **reference or {},
         )
         self.model_config.finalize()
-        self.groups = here.groups
+        self.groups = world.groups
         self.model = self.model_config.provide_distributed_model(
             ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True),
-            pg_collection=here.groups,
+            pg_collection=world.groups,
         )
         self.optimizer = adam(self.model)
-        stub.update_model_config_funcs(self.model_config, self.optimizer, here.groups)
-        self.iterator = stub.data_iterator_of(self.data, here.groups)
+        stub.update_model_config_funcs(self.model_config, self.optimizer, world.groups)
+        self.iterator = stub.data_iterator_of(self.data, world.groups)
         self.state = run_state(self.data, **changes)
         self.state.train_state.step = first_step
         step = preference_forward_step(self.data)
@@ -342,18 +342,18 @@ def adam(model: list):
 
 
 @pytest.fixture
-def bridge_run(here, weights, prefix):
+def bridge_run(world, weights, prefix):
     with micro_batches(ROWS), contextlib.ExitStack() as stack:
 
         def start(**changes):
-            run = BridgeRun(here, weights, prefix, **changes)
+            run = BridgeRun(world, weights, prefix, **changes)
             stack.callback(run.close)
             return run
 
         yield start
 
 
-def own_losses(here, prefix, loss) -> list[tuple[float, float]]:
+def own_losses(world, prefix, loss) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step of this package's own loop on the same rows."""
     data = mp.PreferenceDataset(prefix)
     steps = StepSettings(seed=1234, row_capacity=CAPACITY, rows_per_step=ROWS).composition(data)
@@ -363,42 +363,42 @@ def own_losses(here, prefix, loss) -> list[tuple[float, float]]:
     sizes = mp.ModelConfig(**SIZES, num_query_groups=2)
     config = mp.transformer_config(sizes, vocab_size=320, seed=7)
     config.finalize_model_grads_func = mp.sum_gradients
-    build = [mp.model_provider(config=config, pg_collection=here.groups) for _ in range(2)]
+    build = [mp.model_provider(config=config, pg_collection=world.groups) for _ in range(2)]
     reference, policy = build[0].requires_grad_(False), build[1]
     wrapping = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     policy = [DistributedDataParallel(config, wrapping, policy)]
     optimizer, objective = adam(policy), check(loss)
-    found = []
+    losses = []
     for step in range(STEPS):
         plan = sampler.step(step)
-        rows = [mp.to_device(r, here.device, plan.weight) for r in sampler.micro_batches(plan)]
+        rows = [mp.to_device(r, world.device, plan.weight) for r in sampler.micro_batches(plan)]
         rows = mp.with_reference([reference], rows)
         policy[0].zero_grad_buffer()
         optimizer.zero_grad()
         logs = run_schedule(policy, rows, objective)
         _, norm, _ = optimizer.step()
-        found.append((sum(float(log["sums"]["loss"]) for log in logs) / plan.weight, float(norm)))
-    return found
+        losses.append((sum(float(log["sums"]["loss"]) for log in logs) / plan.weight, float(norm)))
+    return losses
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_steps_through_bridges_loop_equal_our_own(here, prefix, bridge_run, loss_type):
+def test_steps_through_bridges_loop_equal_our_own(world, prefix, bridge_run, loss_type):
     loss = mp.LossConfig(loss_type=loss_type, beta=0.1)
     run = bridge_run(reference={"loss": loss})
-    found = [run.step() for _ in range(STEPS)]
-    own = own_losses(here, prefix, loss)
+    results = [run.step() for _ in range(STEPS)]
+    own = own_losses(world, prefix, loss)
     assert own[0][0] == pytest.approx(check(loss).first_value, rel=1e-6)
-    for (metrics, norm), (loss, own_norm) in zip(found, own, strict=True):
+    for (metrics, norm), (loss, own_norm) in zip(results, own, strict=True):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
         assert float(norm) == pytest.approx(own_norm, rel=1e-4)
     assert own[-1][0] < own[0][0] - 1e-3
-    assert set(found[0][0]) == {
+    assert set(results[0][0]) == {
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
         *("rewards/accuracies", "logps/chosen", "logps/rejected"),
     }
 
 
-def test_a_count_of_pairs_would_divide_twice(here, weights, prefix, bridge_run):
+def test_a_count_of_pairs_would_divide_twice(world, weights, prefix, bridge_run):
     """The control of the test above: with pairs as num_tokens the gradient is another."""
     run, honest = bridge_run(), bridge_run()
     zero_tokens = run.forward_step
@@ -425,14 +425,14 @@ def test_a_resumed_run_asks_for_its_step(bridge_run):
     assert seen[0] == seen[1]
 
 
-def test_scored_log_probabilities_are_a_reference_too(here, weights, prefix, bridge_run, tmp_path):
+def test_scored_log_probabilities_are_a_reference_too(world, weights, prefix, bridge_run, tmp_path):
     sizes = mp.ModelConfig(**SIZES, num_query_groups=2)
     config = mp.transformer_config(sizes, vocab_size=320, seed=7)
-    frozen = [mp.model_provider(config=config, pg_collection=here.groups)]
+    frozen = [mp.model_provider(config=config, pg_collection=world.groups)]
     data = mp.PreferenceDataset(prefix)
     in_order = mp.GroupBatches(len(data), 4, data.fingerprint, seed=1, limit=1)
     sampler = mp.Sampler(dataset=data, composition=in_order, row_capacity=CAPACITY)
-    scores = score_dataset(frozen, sampler, here)
+    scores = score_dataset(frozen, sampler, world)
     path = str(tmp_path / "ref.safetensors")
     write_sidecar(path, "f" * 64, [(data, scores)])
     loss = mp.LossConfig(reference="precomputed", ref_logps=path)
@@ -477,9 +477,9 @@ def test_wrong_settings_of_the_run_are_named(bridge_run):
             bridge_run(**changes).step()
 
 
-def test_another_number_of_micro_batches_is_refused(here, weights, prefix):
+def test_another_number_of_micro_batches_is_refused(world, weights, prefix):
     with micro_batches(ROWS + 1):
-        run = BridgeRun(here, weights, prefix)
+        run = BridgeRun(world, weights, prefix)
         with pytest.raises(ValueError, match="step 0 has 4 rows on this rank and the trainer"):
             run.step()
         run.close()
@@ -498,10 +498,10 @@ def test_a_nan_stops_the_run_as_bridge_asks(bridge_run):
         run.step()
 
 
-def test_a_reference_needs_weights_and_one_pipeline_stage(here, prefix):
+def test_a_reference_needs_weights_and_one_pipeline_stage(world, prefix):
     model = prefix_preference(llama())
     data = preference_data(model, prefix, rows_per_step=ROWS, row_capacity=CAPACITY)
-    context = stub.DatasetBuildContext(0, 0, 0, pg_collection=here.groups)
+    context = stub.DatasetBuildContext(0, 0, 0, pg_collection=world.groups)
     with pytest.raises(ValueError, match="no hook that loads weights"):
         data.build_datasets(context)
     model.pipeline_model_parallel_size = 2

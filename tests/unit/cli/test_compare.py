@@ -93,9 +93,9 @@ def two(tmp_path):
 
 def fails(capsys, *arguments):
     assert main(["compare", *arguments]) == 2
-    found = capsys.readouterr()
-    assert found.out == "" and found.err.startswith("megatron-prefix compare: error: ")
-    return found.err
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("megatron-prefix compare: error: ")
+    return captured.err
 
 
 def test_errors(tmp_path, capsys, two):

@@ -64,9 +64,9 @@ def test_a_data_set_is_read_with_numpy_alone(tmp_path):
 
     prefix = write_random_set(tmp_path / "set", 0, 9)
     dataset = PreferenceDataset(prefix)
-    found = list(read_groups(prefix))
-    assert len(found) == len(dataset) == 9
-    for (responses, pairs), tree in zip(found, (dataset[i] for i in range(9)), strict=True):
+    groups = list(read_groups(prefix))
+    assert len(groups) == len(dataset) == 9
+    for (responses, pairs), tree in zip(groups, (dataset[i] for i in range(9)), strict=True):
         assert pairs == tree.pairs.tolist()
         for i, (prompt, own) in enumerate(responses):
             tokens, loss_start = tree.response_tokens(i)

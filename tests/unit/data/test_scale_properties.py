@@ -57,9 +57,9 @@ def test_a_step_for_several_ranks_holds_every_item_once(given, multiple, data):
     check_rows(rows, lengths, capacity)
     needed = max(len(naive_first_fit_decreasing(lengths, capacity)), 1)
     assert len(rows) == -(-needed // multiple) * multiple
-    found = spread(lengths, capacity, len(rows), costs)
-    if found is not None:
-        check_rows(found, lengths, capacity)
+    spread_rows = spread(lengths, capacity, len(rows), costs)
+    if spread_rows is not None:
+        check_rows(spread_rows, lengths, capacity)
     totals = [sum(costs[i] for i in row) for row in rows]
     dealt = deal(totals, multiple)
     assert sorted(i for share in dealt for i in share) == list(range(len(rows)))
@@ -89,8 +89,8 @@ many = st.lists(groups(), min_size=1, max_size=12)
 
 @FEW
 @given(many, st.integers(1, 5))
-def test_the_store_returns_the_same_trees_in_any_blocks(found, block):
-    trees = [build_tree(*group) for group in found]
+def test_the_store_returns_the_same_trees_in_any_blocks(drawn, block):
+    trees = [build_tree(*group) for group in drawn]
     with tempfile.TemporaryDirectory() as folder:
         with DatasetWriter(Path(folder) / "one", TOKENIZER) as writer:
             for record, tree in enumerate(trees):
@@ -128,7 +128,7 @@ def test_the_store_returns_the_same_trees_in_any_blocks(found, block):
     st.integers(1, 4),
 )
 def test_a_run_continues_at_any_step_on_any_number_of_ranks_with_or_without_a_plan(
-    found, seed, size, by_rows, is_sorted, method, epochs, num_ranks
+    drawn, seed, size, by_rows, is_sorted, method, epochs, num_ranks
 ):
     """Every step from a sampler of its own, as after a resume, is the step of the whole run."""
     plan_settings = StepSettings(
@@ -141,12 +141,12 @@ def test_a_run_continues_at_any_step_on_any_number_of_ranks_with_or_without_a_pl
         epochs=epochs,
     )
     with tempfile.TemporaryDirectory() as folder:
-        dataset = write_groups(Path(folder) / "set", found)
+        dataset = write_groups(Path(folder) / "set", drawn)
         write_packed_steps(dataset, plan_settings, Path(folder) / "plan")
         plan = PackedSteps(Path(folder) / "plan")
         plan.check(dataset, plan_settings, None)
         whole = plan_settings.composition(dataset)
-        counts = np.zeros(len(found), int)
+        counts = np.zeros(len(drawn), int)
         for step in range(plan.num_steps(epochs)):
             compositions = [plan, plan_settings.composition(dataset), whole]
             steps = [
@@ -165,4 +165,4 @@ def test_a_run_continues_at_any_step_on_any_number_of_ranks_with_or_without_a_pl
             for row in (row for share in steps[0].rows for row in share):
                 assert sum(bundle.num_tokens for bundle in row) <= 64
             np.add.at(counts, steps[0].groups, 1)
-        assert counts.tolist() == [epochs] * len(found)
+        assert counts.tolist() == [epochs] * len(drawn)

@@ -21,8 +21,8 @@ def test_a_token_costs_its_experts_and_the_router():
     dense = forward_flops(ModelConfig(**SIZES, ffn_hidden_size=3 * 20).sizes(), 61, row)
     experts = {"num_moe_experts": 8, "moe_router_topk": 3}
     mixture = ModelConfig(**SIZES, ffn_hidden_size=7, **experts, moe_ffn_hidden_size=20)
-    found = forward_flops(mixture.sizes(), 61, row)
-    assert found.linear - dense.linear == 3 * 2 * 32 * 8 * len(row.tokens)
-    assert (found.attention, found.head) == (dense.attention, dense.head)
+    flops = forward_flops(mixture.sizes(), 61, row)
+    assert flops.linear - dense.linear == 3 * 2 * 32 * 8 * len(row.tokens)
+    assert (flops.attention, flops.head) == (dense.attention, dense.head)
     as_large = ModelConfig(**SIZES, ffn_hidden_size=20, **experts)
-    assert forward_flops(as_large.sizes(), 61, row) == found
+    assert forward_flops(as_large.sizes(), 61, row) == flops

@@ -98,13 +98,13 @@ def test_a_ranks_weights_are_those_that_are_built(tmp_path):
 
     mixture = {"num_moe_experts": 6, "moe_ffn_hidden_size": 5}
     qwen = {"add_qkv_bias": True, "qk_layernorm": True}
-    with join_world(ParallelConfig(), seed=0) as here:
+    with join_world(ParallelConfig(), seed=0) as world:
         for changes in ({}, qwen, mixture, {"kind": "reward"}, {"kind": "reward", **mixture}):
             model = replace(TINY, **changes)
             config = transformer_config(model, vocab_size=10, seed=1)
-            built = model_provider(config=config, pg_collection=here.groups)
-            found = sum(rank_parameters(model, model.sizes(), ParallelConfig(), 10, 0))
-            assert found == sum(p.numel() for p in built.parameters()), changes
+            built = model_provider(config=config, pg_collection=world.groups)
+            num_parameters = sum(rank_parameters(model, model.sizes(), ParallelConfig(), 10, 0))
+            assert num_parameters == sum(p.numel() for p in built.parameters()), changes
 
 
 def memory(model: ModelConfig, parallel: dict, world_size: int = 1, stage: int = 0, **given):
@@ -190,8 +190,8 @@ def test_rows_in_flight():
     assert pipeline_bubble(plain, 8) == 3 / 8 and pipeline_bubble(chunks, 8) == 3 / 40
     assert pipeline_bubble(ParallelConfig(), 3) == 0
     layer = layer_activations(TINY, TINY.sizes(), ParallelConfig(**PP2), 100)
-    found = [memory(TINY, PP2, world_size=2, stage=s).activations for s in (0, 1)]
-    assert found == [2 * 2 * layer, 2 * layer]
+    activations = [memory(TINY, PP2, world_size=2, stage=s).activations for s in (0, 1)]
+    assert activations == [2 * 2 * layer, 2 * layer]
 
 
 def test_the_head_is_on_the_last_stage_and_chunked():

@@ -46,33 +46,33 @@ def test_everything_is_known(data, tmp_path, capsys):
     parallel = {"pipeline_model_parallel_size": 2}
     path = config(tmp_path, data, parallel=parallel)
     code, out, _ = plan(capsys, path, "--world-size", 4, "--json")
-    found = json.loads(out)
-    assert code == 0 and found["missing"] == [] and found["data_parallel_size"] == 2
-    stages = found["memory"]["stages"]
+    report = json.loads(out)
+    assert code == 0 and report["missing"] == [] and report["data_parallel_size"] == 2
+    stages = report["memory"]["stages"]
     assert len(stages) == 2 and all(
         stage["total"] == sum(v for k, v in stage.items() if k != "total") for stage in stages
     )
     assert stages[0]["reference"] == stages[0]["weights"] > 0
-    rows = found["pipeline"]["rows_per_rank"]
-    assert found["pipeline"]["bubble"] == 1 / rows
+    rows = report["pipeline"]["rows_per_rank"]
+    assert report["pipeline"]["bubble"] == 1 / rows
     dataset = PreferenceDataset(data)
-    steps = found["data"]["steps_read"]
-    assert (steps, found["data"]["groups_per_step"]) == (3, 4)
-    for mode, cost in found["data"]["sharing"].items():  # the three steps are the whole data set
+    steps = report["data"]["steps_read"]
+    assert (steps, report["data"]["groups_per_step"]) == (3, 4)
+    for mode, cost in report["data"]["sharing"].items():  # the three steps are the whole data set
         assert cost["tokens"] * steps == pytest.approx(dataset.manifest["tokens"][mode])
-    assert found["data"]["pairs_per_step"] * steps == len(dataset.pair_weights)
-    assert found["verdict"].startswith("sharing pays on this data: data.sharing: tree takes 0.")
+    assert report["data"]["pairs_per_step"] * steps == len(dataset.pair_weights)
+    assert report["verdict"].startswith("sharing pays on this data: data.sharing: tree takes 0.")
     code, out, _ = plan(capsys, path, "--world-size", 4)
-    assert code == 0 and "stage 0" in out and "pipeline bubble" in out and found["verdict"] in out
+    assert code == 0 and "stage 0" in out and "pipeline bubble" in out and report["verdict"] in out
 
 
 def test_interleaved_stages_take_rows_in_multiples(data, tmp_path):
     interleaved = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    found = plan_run(load_config(config(tmp_path, data, parallel=interleaved)))
+    report = plan_run(load_config(config(tmp_path, data, parallel=interleaved)))
     plain = plan_run(load_config(config(tmp_path, data)))
     rows = plain["data"]["rows_per_rank"]
-    assert found["data"]["rows_per_rank"] == rows + rows % 2
-    assert found["pipeline"]["bubble"] == 1 / (2 * (rows + rows % 2))
+    assert report["data"]["rows_per_rank"] == rows + rows % 2
+    assert report["pipeline"]["bubble"] == 1 / (2 * (rows + rows % 2))
 
 
 def test_what_is_not_here_is_named(data, tmp_path, capsys):
@@ -81,11 +81,11 @@ def test_what_is_not_here_is_named(data, tmp_path, capsys):
     assert code == 0
     assert "data.train = " in out and "model.hf = " in out and out.count("not known here") == 2
     code, out, _ = plan(capsys, config(tmp_path, str(tmp_path / "nowhere")), "--json")
-    found = json.loads(out)
-    assert found["memory"] is None and "vocabulary" in found["missing"][1]
+    report = json.loads(out)
+    assert report["memory"] is None and "vocabulary" in report["missing"][1]
     code, out, _ = plan(capsys, config(tmp_path, data, model={"hf": "no/model"}), "--json")
-    found = json.loads(out)
-    assert found["verdict"].endswith("of the tokens of none") and found["parameters"] is None
+    report = json.loads(out)
+    assert report["verdict"].endswith("of the tokens of none") and report["parameters"] is None
 
 
 def test_sizes_of_a_hugging_face_directory(data, tmp_path):
@@ -96,17 +96,17 @@ def test_sizes_of_a_hugging_face_directory(data, tmp_path):
         )
     )
     path = config(tmp_path, data, model={"hf": str(tmp_path)})
-    found = plan_run(load_config(path))
-    assert found["parameters"]["embedding"] == 2400 and found["world_size"] == 1
+    report = plan_run(load_config(path))
+    assert report["parameters"]["embedding"] == 2400 and report["world_size"] == 1
 
 
 def test_padded_micro_batches_count_their_padding(data, tmp_path):
     unpacked = {"train": data, "packing": False, "micro_batch_size": 2, "global_batch_size": 4}
     path = config(tmp_path, data, data={**unpacked, "sharing": "none"})
-    found = plan_run(load_config(path))
+    report = plan_run(load_config(path))
     longest = int(PreferenceDataset(data).response_lengths.max())
-    assert found["memory"]["row_tokens"] == 2 * longest
-    assert found["verdict"].startswith("sharing would pay on this data, and is off")
+    assert report["memory"]["row_tokens"] == 2 * longest
+    assert report["verdict"].startswith("sharing would pay on this data, and is off")
 
 
 @pytest.mark.parametrize(

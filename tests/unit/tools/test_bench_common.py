@@ -24,9 +24,9 @@ def test_files_are_whole_after_every_row(results):
     table.append({"case": "a", "time": "1.00"})
     for case in ("b", "c"):
         table.append({"case": case, "note": bench_common.NOT_RUN})
-        found = json.loads((results / "some.json").read_text())
-        assert found["rows"][-1]["case"] == case and found["notes"] == "A note."
-        assert found["environment"] == table.environment
+        written = json.loads((results / "some.json").read_text())
+        assert written["rows"][-1]["case"] == case and written["notes"] == "A note."
+        assert written["environment"] == table.environment
     lines = (results / "some.md").read_text().splitlines()
     assert lines[0] == "| case | time | note |"
     assert lines[2:4] == ["| a | 1.00 |  |", "| b |  | out of memory |"]

@@ -53,11 +53,11 @@ def measured(seconds):
 def test_a_mode_that_runs_out_of_memory_has_a_row_that_says_so():
     known = bench_training.COMPARED[1]
     modes = ["packed, unshared", "packed, shared", *known]
-    found = {"packed, shared": measured([1.0]), **{mode: measured([2.0]) for mode in known}}
-    rows = bench_training.mode_rows("set", modes, found)
+    outcomes = {"packed, shared": measured([1.0]), **{mode: measured([2.0]) for mode in known}}
+    rows = bench_training.mode_rows("set", modes, outcomes)
     assert [row["mode"] for row in rows] == modes
     assert rows[0]["note"] == NOT_RUN and "reached" not in rows[0]
     assert rows[2]["pairs/s over the first"] == "0.500"
-    assert bench_training.summary("set", 8, found)["time none/tree"] == "1.000"
+    assert bench_training.summary("set", 8, outcomes)["time none/tree"] == "1.000"
     assert bench_training.summary("set", 8, {"packed, shared": measured([1.0])})["note"] == NOT_RUN
     assert all(row["note"] == NOT_RUN for row in bench_training.mode_rows("set", modes, {}))

@@ -106,7 +106,7 @@ def test_a_run_sets_the_version_and_restores_it(monkeypatch, fake):
         with open_session(config):
             raise AssertionError("entered")
     monkeypatch.setattr(module, "why_not_version", lambda *_: None)
-    with open_session(config) as here:
-        assert here.device.type == "cpu" and fake.active == ["FA3"]
+    with open_session(config) as world:
+        assert world.device.type == "cpu" and fake.active == ["FA3"]
     with open_session(configured(attention_backend="path")):
         assert fake.active == []

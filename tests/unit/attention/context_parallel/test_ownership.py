@@ -82,7 +82,7 @@ def test_long_trees_are_balanced_with_fewer_keys_than_by_area_alone(size):
     assert after.max() < before.max() or before.max() <= 1.01 * before.mean()
     by_area = ownership.greedy_by_area(layout, size)
     keys = [
-        sum(len(ownership.needed_tokens(layout, x)) for x in found) for found in (rows, by_area)
+        sum(len(ownership.needed_tokens(layout, x)) for x in ranks) for ranks in (rows, by_area)
     ]
     assert keys[0] < keys[1] or size == 2  # a tree each
 

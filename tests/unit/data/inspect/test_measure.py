@@ -30,8 +30,8 @@ def dataset(tmp_path):
 
 @pytest.mark.parametrize("nodes", [1, 40, 10**6])
 def test_the_work_of_a_span_is_that_of_its_groups(dataset, nodes):
-    found = [span_work(span) for span in spans(dataset, nodes)]
-    area, logit_tokens = (np.concatenate(part).tolist() for part in zip(*found, strict=True))
+    works = [span_work(span) for span in spans(dataset, nodes)]
+    area, logit_tokens = (np.concatenate(part).tolist() for part in zip(*works, strict=True))
     for group in range(len(dataset)):
         work = bundle_work(dataset, Bundle(group, 0, 0), "tree")
         assert (area[group], logit_tokens[group]) == (work.area, work.logit_tokens)
@@ -40,19 +40,19 @@ def test_the_work_of_a_span_is_that_of_its_groups(dataset, nodes):
 @pytest.mark.parametrize("nodes", [1, 10**6])
 def test_shapes_ratios_and_costs_against_trees(dataset, monkeypatch, nodes):
     monkeypatch.setattr(spans_module.spans, "__defaults__", (nodes,))
-    found = survey(dataset)
+    shapes = survey(dataset)
     trees = [dataset[group] for group in range(len(dataset))]
     depth = Counter(max(len(tree.path(n)) for n in range(tree.num_nodes)) for tree in trees)
-    assert found["nodes_on_longest_path"] == {str(d): n for d, n in sorted(depth.items())}
-    assert found["responses_per_set"] == {"2": 30, "3": 30}
-    assert found["sets_per_group"] == {"2": 30}
+    assert shapes["nodes_on_longest_path"] == {str(d): n for d, n in sorted(depth.items())}
+    assert shapes["responses_per_set"] == {"2": 30, "3": 30}
+    assert shapes["sets_per_group"] == {"2": 30}
     ratios = []
     for tree in trees:
         for response in range(tree.num_responses):
             tokens, start = tree.response_tokens(response)
             ratios.append((start, len(tokens) - start))
     prompts, own = np.array(ratios).T
-    ratio = found["prompt_over_response"]
+    ratio = shapes["prompt_over_response"]
     assert ratio["mean"] == round(prompts.sum() / own.sum(), 4)
     expected = np.histogram(prompts / own, [*ratio["edges"][:-1], np.inf])[0]
     assert ratio["counts"] == expected.tolist()
@@ -64,11 +64,11 @@ def test_shapes_ratios_and_costs_against_trees(dataset, monkeypatch, nodes):
         for group in range(len(dataset))
     ]
     order = sorted(range(len(dataset)), key=lambda group: (-costs[group], group))
-    listed = found["expensive"]["by_cost"]
+    listed = shapes["expensive"]["by_cost"]
     assert [entry["group"] for entry in listed] == order[:10]
     assert listed[0]["cost"] == costs[order[0]]
-    assert found["expensive"]["total_cost"] == pytest.approx(sum(costs))
-    assert max(map(len, survey_text(found).splitlines()[2:])) <= 100
+    assert shapes["expensive"]["total_cost"] == pytest.approx(sum(costs))
+    assert max(map(len, survey_text(shapes).splitlines()[2:])) <= 100
 
 
 @settings(max_examples=200, deadline=None)
@@ -139,7 +139,12 @@ def test_unpaired_responses(tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     build_dataset([tmp_path / "in.jsonl"], "bytes", tmp_path / "set")
     code, out, _ = inspect(capsys, tmp_path / "set", "--verify", "--json")
-    found = json.loads(out)["statistics"]
-    assert code == 0 and found["counts"]["pairs"] == 0
-    assert found["factors"]["response"] == {"none": None, "response": 1, "pair": None, "tree": 1}
+    statistics = json.loads(out)["statistics"]
+    assert code == 0 and statistics["counts"]["pairs"] == 0
+    assert statistics["factors"]["response"] == {
+        "none": None,
+        "response": 1,
+        "pair": None,
+        "tree": 1,
+    }
     assert inspect(capsys, tmp_path / "set")[0] == 0

@@ -55,10 +55,10 @@ class TestGroupBatches:
         assert [batches(dataset).groups(s).tolist() for s in reversed(range(20))] == forwards[::-1]
 
     def test_seed_and_fingerprint_change_the_order(self, dataset):
-        here = groups_of_steps(batches(dataset), 4)
-        assert groups_of_steps(batches(dataset, seed=4), 4) != here
+        groups = groups_of_steps(batches(dataset), 4)
+        assert groups_of_steps(batches(dataset, seed=4), 4) != groups
         other = GroupBatches(len(dataset), 7, "another data set", 3)
-        assert groups_of_steps(other, 4) != here
+        assert groups_of_steps(other, 4) != groups
 
     def test_the_order_stays_what_it_is(self):
         """A resumed run of an earlier version continues with the same groups."""
@@ -193,17 +193,17 @@ def test_every_pair_once_a_step_over_all_ranks(
     for step in (0, 3):
         plan = sampler.step(step)
         assert plan.step == step
-        found, weight = [], 0.0
+        pairs, weight = [], 0.0
         rows = [sampler.micro_batches(plan, rank) for rank in range(num_ranks)]
         for row in (row for rank in rows for row in rank):
             ids = row.response_ids[row.pairs].tolist()
-            found += [(c[0], c[1], r[0], r[1]) for c, r in ids]
+            pairs += [(c[0], c[1], r[0], r[1]) for c, r in ids]
             weight += row.pair_weights.sum()
             assert len(row.tokens) % 4 == 0
             if how == "packed":
                 assert row.num_tokens <= CAPACITY
         wanted = [(g, p.chosen, g, p.rejected) for g in plan.groups.tolist() for p in groups[g][1]]
-        assert sorted(found) == sorted(wanted)
+        assert sorted(pairs) == sorted(wanted)
         assert plan.num_pairs == len(wanted)
         assert weight == pytest.approx(plan.weight, rel=1e-12)
         by_hand = sum(loss_weights(dataset, g, weighting).sum() for g in plan.groups)

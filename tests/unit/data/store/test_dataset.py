@@ -315,9 +315,9 @@ def test_the_documented_columns_have_their_types():
     """A line "| `pair_responses` | int32 [P, 2] | …": int32, two numbers an entry."""
     text = (Path(__file__).resolve().parents[4] / "docs" / "data_format.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \[(.*?)\] \|", text, re.MULTILINE)
-    found = {name: (dtype, shape.endswith(", 2")) for name, dtype, shape in rows}
+    documented = {name: (dtype, shape.endswith(", 2")) for name, dtype, shape in rows}
     expected = {name: (dtype.name, tail == (2,)) for name, (dtype, tail) in COLUMNS.items()}
-    assert {name: found[name] for name in expected} == expected
+    assert {name: documented[name] for name in expected} == expected
 
 
 def test_the_documented_reader_reads_what_was_written(prefix, trees):

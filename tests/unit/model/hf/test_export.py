@@ -34,10 +34,10 @@ def test_a_classifier_with_other_labels_is_refused():
 
 
 def test_the_result_is_a_reward_models(tmp_path):
-    found = reward_config({**LM, "hidden_size": 8, "pad_token_id": 5}, tmp_path)
-    assert kind_of(found) == "reward" and found["hidden_size"] == 8
-    assert found["architectures"] == ["LlamaForSequenceClassification"]
-    assert found["num_labels"] == 1 and found["pad_token_id"] == 5
+    config = reward_config({**LM, "hidden_size": 8, "pad_token_id": 5}, tmp_path)
+    assert kind_of(config) == "reward" and config["hidden_size"] == 8
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert config["num_labels"] == 1 and config["pad_token_id"] == 5
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,12 @@ def test_the_tokenizers_padding(tokenizer_config, tokenizer, pad, tmp_path):
 @pytest.mark.parametrize("ends", [5, [2, 5]])
 def test_padding_that_ends_texts_is_not_kept(ends, tmp_path):
     """transformers would score the token before the end."""
-    found = reward_config({**LM, "pad_token_id": 5, "eos_token_id": ends}, tmp_path)
-    assert found["pad_token_id"] is None
+    config = reward_config({**LM, "pad_token_id": 5, "eos_token_id": ends}, tmp_path)
+    assert config["pad_token_id"] is None
 
 
 def test_a_reward_models_own_labels_stay(tmp_path):
     one = {"model_type": "qwen3", "id2label": {"0": "good"}}
     one["architectures"] = ["Qwen3ForSequenceClassification"]
-    found = reward_config({**one, "pad_token_id": 2, "eos_token_id": 2}, tmp_path)
-    assert found == {**one, "pad_token_id": None, "eos_token_id": 2}
+    config = reward_config({**one, "pad_token_id": 2, "eos_token_id": 2}, tmp_path)
+    assert config == {**one, "pad_token_id": None, "eos_token_id": 2}

@@ -153,8 +153,8 @@ def test_scaled_frequencies_are_those_of_transformers(kind, head_dim, base):
         **{**SIZES, "num_attention_heads": 4, "hidden_size": 4 * head_dim}, rope_parameters=rope
     )
     theirs, factor = ROPE_INIT_FUNCTIONS[kind](theirs_config, "cpu")
-    found = sizes_from_hf(theirs_config.to_dict(), "here")
-    ours = rotary_frequencies(head_dim, found.rotary_base, found.rope_scaling)
+    sizes = sizes_from_hf(theirs_config.to_dict(), "here")
+    ours = rotary_frequencies(head_dim, sizes.rotary_base, sizes.rope_scaling)
     assert factor == 1.0
     assert torch.allclose(ours, theirs, rtol=5e-7, atol=0)
     plain = rotary_frequencies(head_dim, base)

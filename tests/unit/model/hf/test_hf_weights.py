@@ -36,10 +36,10 @@ def random_tensors(weights: WeightMap, dtype=torch.float32) -> dict[str, torch.T
 
 def reader(tensors: dict[str, torch.Tensor], seen: list | None = None):
     def read(name, rows, columns):
-        found = tensors[name][rows] if tensors[name].dim() == 1 else tensors[name][rows, columns]
+        part = tensors[name][rows] if tensors[name].dim() == 1 else tensors[name][rows, columns]
         if seen is not None:
-            seen.append(found.numel())
-        return found
+            seen.append(part.numel())
+        return part
 
     return read
 
@@ -129,15 +129,15 @@ def test_heads_are_laid_group_after_group():
 def test_split_undoes_read(parts, dtype):
     weights = weight_map(**parts)
     tensors = random_tensors(weights, dtype)
-    found = {}
+    split = {}
     for name in weights.names():
         whole = weights.read(name, reader(tensors), padded_vocab_size=16)
         padded = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         assert tuple(whole.shape) == ((16, 8) if padded else weights.shape(name))
-        found |= weights.split(name, whole)
-    assert found.keys() == tensors.keys()
+        split |= weights.split(name, whole)
+    assert split.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == dtype and torch.equal(found[name], tensor), name
+        assert split[name].dtype == dtype and torch.equal(split[name], tensor), name
 
 
 @pytest.mark.parametrize("parts", [{"add_qkv_bias": True}, *MIXTURES])
@@ -206,8 +206,10 @@ def test_one_file_needs_no_index(tmp_path):
     tensors = {"a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3), "b": torch.ones(3)}
     entries = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     assert write_safetensors(tmp_path, entries, tensors.items(), 10**9) == ["model.safetensors"]
-    found = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(found[k], x) and found[k].dtype == x.dtype for k, x in tensors.items())
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(
+        torch.equal(written[k], x) and written[k].dtype == x.dtype for k, x in tensors.items()
+    )
 
 
 def refusal(directory: Path, weights: WeightMap) -> str:
@@ -302,5 +304,5 @@ def test_neither_code_nor_weights_are_copied(tmp_path):
         (source / name).write_text(name)
     copied = copy_companions(source, target)
     assert sorted(copied) == sorted([*kept, "additional_chat_templates/tool.jinja"])
-    found = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
-    assert found == set(copied)
+    files = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
+    assert files == set(copied)

@@ -15,14 +15,14 @@ def both(shape: tuple, dtype: torch.dtype, eps: float = 1e-5):
     ours, theirs = RMSNorm(CONFIG, shape[-1], eps), torch.nn.RMSNorm(shape[-1], eps=eps)
     weight = torch.randn(shape[-1], generator=generator, dtype=torch.float64)
     x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    found = []
+    results = []
     for norm in (ours.to(dtype), theirs.to(dtype)):
         with torch.no_grad():
             norm.weight.copy_(weight)
         own = x.to(dtype).requires_grad_()
         out = norm(own)
-        found.append((out, *torch.autograd.grad(out, (own, norm.weight), grad.to(dtype))))
-    return found
+        results.append((out, *torch.autograd.grad(out, (own, norm.weight), grad.to(dtype))))
+    return results
 
 
 @pytest.mark.parametrize("shape", [(7, 1, 16), (3, 5), (4, 1, 2, 6), (0, 1, 8)])

@@ -19,10 +19,10 @@ def test_equals_elementary_operations(dtype, tolerance, shape):
     grad = torch.randn(*shape[:-1], shape[-1] // 2, generator=generator).to(dtype)
     gate, up = x.chunk(2, dim=-1)
     expected = F.silu(gate) * up
-    found = SwiGLU(CONFIG)(x)
-    assert found.dtype == dtype
-    assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
-    ours, theirs = (torch.autograd.grad(y, x, grad)[0] for y in (found, expected))
+    output = SwiGLU(CONFIG)(x)
+    assert output.dtype == dtype
+    assert torch.allclose(output, expected, rtol=tolerance, atol=tolerance)
+    ours, theirs = (torch.autograd.grad(y, x, grad)[0] for y in (output, expected))
     assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 

@@ -79,9 +79,9 @@ def test_sorted_steps_hold_groups_of_similar_length(dataset):
     steps = settings.composition(dataset)
     assert steps.num_steps(2) == 2 * 5
     for epoch in (0, 1):
-        found = [steps.groups(step) for step in range(5 * epoch, 5 * epoch + 5)]
-        assert sorted(g for step in found for g in step.tolist()) == list(range(GROUPS))
-        spans = sorted((lengths[step].min(), lengths[step].max(), len(step)) for step in found)
+        groups = [steps.groups(step) for step in range(5 * epoch, 5 * epoch + 5)]
+        assert sorted(g for step in groups for g in step.tolist()) == list(range(GROUPS))
+        spans = sorted((lengths[step].min(), lengths[step].max(), len(step)) for step in groups)
         assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
         assert [size for *_, size in spans] == [7, 7, 7, 7, 2]
     orders = {tuple(len(steps.groups(5 * e + s)) for s in range(5)) for e in range(8)}
@@ -187,8 +187,8 @@ def test_the_command_packs_and_replaces_only_plans(dataset, tmp_path, capsys):
     argv = ["pack", str(dataset.prefix), "--output", str(output), "--row-capacity", "900"]
     for seed in ("3", "4"):
         assert main([*argv, "--global-batch-size", "7", "--epochs", "2", "--seed", seed]) == 0
-    said = capsys.readouterr().out
-    assert "packed: 9 steps" in said and "fill" in said
+    printed = capsys.readouterr().out
+    assert "packed: 9 steps" in printed and "fill" in printed
     assert PackedSteps(output).manifest["settings"]["seed"] == 4
     assert [p.name for p in tmp_path.iterdir()] == ["plan"]
     with pytest.raises(SystemExit):

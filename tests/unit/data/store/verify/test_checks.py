@@ -52,15 +52,15 @@ def test_pre_order_is_distinguished_from_every_other_order():
         nodes = [-1, 0, *parents, -1]
         columns = {"group_nodes": np.array([2, 5, 1]), "node_parents": np.array(nodes)}
         block = Block(tokens=np.arange(8), node_lengths=np.ones(8, np.int64), columns=columns)
-        found = next(shape_problems(Span(0, 3, block)), None)
-        assert (found is None) == naive_preorder(parents), (parents, found)
-        assert found is None or found[0] == 1
+        problem = next(shape_problems(Span(0, 3, block)), None)
+        assert (problem is None) == naive_preorder(parents), (parents, problem)
+        assert problem is None or problem[0] == 1
 
 
 @pytest.mark.parametrize("nodes", [1, 9, 10**6])
 def test_spans_hold_every_group_once(prefix, trees, nodes):
-    found = list(spans(PreferenceDataset(prefix), nodes))
-    assert [span.start for span in found] == [0, *(span.stop for span in found[:-1])]
-    assert found[-1].stop == len(trees) and (len(found) == 1) == (nodes == 10**6)
-    tokens = np.concatenate([span.block.tokens for span in found])
+    parts = list(spans(PreferenceDataset(prefix), nodes))
+    assert [span.start for span in parts] == [0, *(span.stop for span in parts[:-1])]
+    assert parts[-1].stop == len(trees) and (len(parts) == 1) == (nodes == 10**6)
+    tokens = np.concatenate([span.block.tokens for span in parts])
     assert tokens.tolist() == [t for tree in trees for t in tree.tokens.tolist()]
