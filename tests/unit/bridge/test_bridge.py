@@ -32,9 +32,7 @@ import megatron_prefix as mp
 from megatron_prefix.bridge import preference_data, preference_forward_step, prefix_preference
 from megatron_prefix.bridge.provider import prefix_layer_spec
 from megatron_prefix.bridge.settings import FOLLOWED, FORCED, IDLE, NEEDED, faults
-from megatron_prefix.config import ParallelConfig
 from megatron_prefix.data.steps.compositions import StepSettings
-from megatron_prefix.distributed import join_world
 from megatron_prefix.engine.step import run_schedule
 from megatron_prefix.objectives import check
 from megatron_prefix.reference import score_dataset, write_sidecar
@@ -47,12 +45,6 @@ ROWS, CAPACITY, STEPS = 4, 128, 3
 @pytest.fixture(autouse=True)
 def _stub(monkeypatch):
     stub.install(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def world():
-    with join_world(ParallelConfig(), seed=0) as world:
-        yield world
 
 
 @pytest.fixture(scope="module")

@@ -231,3 +231,9 @@ class TestFiles:
         again = load_config(write(tmp_path, config.to_yaml()))
         assert asdict(again) == asdict(config) and isinstance(again, Config)
         assert "seed: 1234" in config.to_yaml()  # defaults are written out
+
+
+def test_the_timeout_has_to_be_positive():
+    sections = {"parallel": {"distributed_timeout_minutes": 0}}
+    with pytest.raises(InputError, match="parallel.distributed_timeout_minutes = 0"):
+        parse_config(sections)

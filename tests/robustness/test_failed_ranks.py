@@ -14,10 +14,6 @@ from pathlib import Path
 import pytest
 from commands import Launched, launch, write_config
 
-from megatron_prefix.config import parse_config
-from megatron_prefix.distributed.verdict import failure_message, is_connection_loss
-from megatron_prefix.errors import InputError
-
 LIMIT_S = 100
 FAULTY = """
 import os, signal, sys, time
@@ -212,35 +208,3 @@ def test_a_loss_that_is_not_finite_ends_all_stages(dataset, tmp_path):
     assert "the loss of step 1 is not finite: rank 0 row 0 (groups " in only_message(text)
     assert (tmp_path / "run" / "nonfinite-step0000001-rank0.npz").exists()
     assert text.count("exitcode  : 1") == 2
-
-
-def test_the_message_names_ended_ranks_first():
-    waits = {"kind": "answers", "doing": "step 4", "idle": 60.0, "where": None}
-    busy = {**waits, "where": "train/trainer.py:9"}
-    failed = {"kind": "failed", "doing": "step 4", "text": "disk full"}
-    assert failure_message({0: waits, 1: waits}, {}, None) is None
-    gone = failure_message({0: waits}, {2: None}, None)
-    assert "rank 2 ended or hangs (no answer; never seen)" in gone
-    assert "rank 1 failed in step 4: disk full" in failure_message({0: waits, 1: failed}, {}, None)
-    assert "rank 1" not in (failure_message({0: waits, 1: busy}, {2: "step 3"}, None) or "")
-    late = failure_message({0: waits, 1: busy}, {}, 60.0)
-    assert "no progress for 1 minutes" in late and "rank 0" not in late
-    assert "rank 1 hangs in step 4 at train/trainer.py:9" in late
-    young = {**busy, "idle": 1.0}
-    assert "rank 0 waits in step 4; rank 1 waits" in failure_message({0: waits, 1: young}, {}, 60.0)
-    assert failure_message({}, {rank: "step 1" for rank in range(99)}, None).count("rank ") == 8
-
-
-def test_lost_connections_are_distinguished_from_own_errors():
-    gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9")
-    wrapped = InputError("not a checkpoint")
-    wrapped.__cause__ = gloo
-    assert is_connection_loss(gloo) and is_connection_loss(wrapped)
-    assert not is_connection_loss(RuntimeError("shape mismatch"))
-    assert not is_connection_loss(InputError("x"))
-
-
-def test_the_timeout_has_to_be_positive():
-    sections = {"parallel": {"distributed_timeout_minutes": 0}}
-    with pytest.raises(InputError, match="parallel.distributed_timeout_minutes = 0"):
-        parse_config(sections)

@@ -1,0 +1,83 @@
+"""A run is checked before it is built, and its identity has what decides data and rewards."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from tiny_models import tiny_config
+
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.writer import DatasetWriter
+from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
+from megatron_prefix.errors import InputError
+from megatron_prefix.testing import write_random_set
+from megatron_prefix.train.setup import prepare_trainer, run_identity
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    return write_random_set(tmp_path_factory.mktemp("setup") / "set", 0, 6)
+
+
+def test_the_identity_of_a_run(tmp_path):
+    dataset = SimpleNamespace(fingerprint="ab")
+
+    def identity(fingerprint: str | None = "cd", **data) -> dict:
+        return run_identity(tiny_config("set", tmp_path, data=data), dataset, fingerprint)
+
+    plain = identity()
+    assert plain["data.train fingerprint"] == "ab"
+    assert plain["reference model fingerprint"] == "cd"
+    assert "reference model fingerprint" not in identity(None)
+    assert identity(sharing="pair") == plain, "rows do not decide which groups share a step"
+    assert identity(seed=7) != plain and identity(sort_by_length=True) != plain
+    rows = {"global_batch_size": None, "rows_per_step": 2}
+    assert identity(**rows) != identity(**rows, sharing="pair"), "here they do"
+    assert identity(**rows) != identity(**rows, packing_method="best-fit")
+
+
+def refused(config, world, valid=None) -> str:
+    with pytest.raises(InputError) as error:
+        prepare_trainer(config, PreferenceDataset(config.data.train), valid, world)
+    return str(error.value)
+
+
+def test_data_sets_of_two_tokenizers_are_refused(world, prefix, tmp_path):
+    described = {**load_tokenizer("bytes").describe(), "name": "other", "fingerprint": "ab" * 32}
+    dataset = PreferenceDataset(prefix)
+    with DatasetWriter(tmp_path / "other", described) as writer:
+        writer.add(dataset[0], 0)
+        writer.finish()
+    other = PreferenceDataset(tmp_path / "other")
+    message = refused(tiny_config(prefix, tmp_path / "run"), world, other)
+    assert "data.valid was built with tokenizer other" in message and "build both" in message
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(world, prefix, tmp_path):
+    optimizer = {"lr": 1e-3, "lr_decay_style": "cosine", "lr_warmup_steps": 2}
+    train = {"steps": None, "epochs": 1}
+    data = {"global_batch_size": 3}
+    config = tiny_config(prefix, tmp_path, optimizer=optimizer, train=train, data=data)
+    assert "lr_warmup_steps = 2 does not end within the run's 2 steps" in refused(config, world)
+
+
+@pytest.mark.parametrize("setting", ["logging.output", "train.save"])
+def test_a_directory_that_cannot_be_written_is_refused(world, prefix, tmp_path, setting):
+    (tmp_path / "file").write_text("not a directory")
+    path = str(tmp_path / "file" / "run")
+    section, key = setting.split(".")
+    sections = {section: {key: path, **({"steps": 2} if section == "train" else {})}}
+    message = refused(tiny_config(prefix, tmp_path / "run", **sections), world)
+    assert message.startswith(f"{setting} = {path}: ") and "can be written" in message
+
+
+def test_a_trainer_is_ready_for_its_first_step(world, prefix, tmp_path, capsys):
+    train = {"steps": 2, "load": str(tmp_path / "absent")}
+    config = tiny_config(prefix, tmp_path / "run", train=train)
+    trainer = prepare_trainer(config, PreferenceDataset(prefix), None, world)
+    trainer.close()
+    assert (trainer.step, trainer.num_steps, trainer.valid) == (0, 2, None)
+    printed = capsys.readouterr().out
+    assert "steps: 2, " in printed and "starting from scratch" in printed
+    assert (tmp_path / "run" / "config.yaml").exists()
