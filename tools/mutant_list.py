@@ -148,7 +148,7 @@ MUTANTS = (
         "reference/sidecars.py",
         "if saved_model != model:",
         "if False:",
-        "robustness/test_sidecar.py",
+        "unit/reference/test_sidecars.py",
     ),
     Mutant(
         "run of other data resumed",
@@ -169,14 +169,14 @@ MUTANTS = (
         "checkpoint/torch_dist.py",
         "    if damaged:\n",
         "    if False:\n",
-        "robustness/test_checkpoint_damage.py",
+        "unit/checkpoint/test_torch_dist.py",
     ),
     Mutant(
         "metadata unpickled without restriction",
         "checkpoint/torch_dist.py",
         "if name not in _HARMLESS.get(module, ()):",
         "if False:",
-        "robustness/test_payloads.py",
+        "unit/checkpoint/test_torch_dist.py",
     ),
     Mutant(
         "clipping dropped",
@@ -211,7 +211,7 @@ MUTANTS = (
         "train/first_step.py",
         "if excess <= 1 and is_expected:",
         "if True:",
-        "numerics/test_first_loss.py",
+        "unit/train/test_first_step.py",
     ),
     Mutant(
         "centring of the difference of rewards",

@@ -1,4 +1,4 @@
-"""A model of one layer, and a run's configuration with it: for unit tests, where sizes are small."""
+"""A model of one layer, and a run's configuration with it, for unit tests."""
 
 from __future__ import annotations
 

@@ -1,0 +1,63 @@
+"""The optimizer's state comes back; its settings are those of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_config
+
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.testing import write_random_set
+from megatron_prefix.train.setup import prepare_trainer
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory) -> str:
+    return write_random_set(tmp_path_factory.mktemp("optimizer") / "set", 0, 8)
+
+
+def prepared(world, prefix: str, folder: Path, is_distributed: bool, lr: float):
+    """A run that resumes from `folder`, if a checkpoint is there."""
+    config = tiny_config(
+        prefix,
+        folder / "run",
+        parallel={"use_distributed_optimizer": is_distributed},
+        optimizer={"lr": lr, "weight_decay": 0.1},
+        train={"steps": 3, "save": str(folder), "load": str(folder)},
+    )
+    return prepare_trainer(config, PreferenceDataset(prefix), None, world)
+
+
+def moments(trainer) -> list[dict[str, torch.Tensor]]:
+    """The state of every parameter, in the order of the parameters."""
+    optimizer = trainer.policy.optimizer
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    states = []
+    for part in parts:
+        for group in part.optimizer.param_groups:
+            states += [part.optimizer.state[parameter] for parameter in group["params"]]
+    return states
+
+
+@pytest.mark.parametrize("is_distributed", [False, True])
+def test_the_state_comes_back_with_the_new_settings(world, prefix, tmp_path, is_distributed):
+    first = prepared(world, prefix, tmp_path, is_distributed, lr=1e-3)
+    first.train_step()
+    first.train_step()
+    first.save(str(tmp_path))
+    first.close()
+    second = prepared(world, prefix, tmp_path, is_distributed, lr=1e-4)
+    second.close()
+    assert second.step == 2
+    saved, loaded = moments(first), moments(second)
+    assert len(saved) == len(loaded) > 0
+    for ours, theirs in zip(loaded, saved, strict=True):
+        assert ours["exp_avg_sq"].any() and float(ours["step"]) == float(theirs["step"]) == 2
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(ours[name], theirs[name])
+    steps = [state["step"] for state in loaded]
+    assert len({id(step) for step in steps}) == len(steps), "one tensor would be counted up often"
+    rates = {group["lr"] for group in second.policy.optimizer.param_groups}
+    assert rates == {1e-4}

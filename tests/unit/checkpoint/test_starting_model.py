@@ -1,0 +1,128 @@
+"""The model that a run starts from: its sizes fit, or the setting to change is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import SIZES, tiny_config, tiny_model
+
+from megatron_prefix.checkpoint import hf_folder, resolve_starting_model
+from megatron_prefix.config import ModelConfig
+from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.errors import InputError
+from megatron_prefix.testing import write_random_set
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> PreferenceDataset:
+    return PreferenceDataset(write_random_set(tmp_path_factory.mktemp("start") / "set", 0, 5))
+
+
+def hf_directory(folder: Path, **changes) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+    return str(folder)
+
+
+def checkpoint(folder: Path, **changes) -> str:
+    """A checkpoint as far as its description goes."""
+    folder.mkdir()
+    (folder / "metadata.json").write_text("{}")
+    hf_directory(folder / "hf", **changes)
+    return str(folder)
+
+
+def test_a_model_from_sizes_has_the_data_sets_vocabulary(dataset):
+    initial = resolve_starting_model(ModelConfig(**SIZES), [dataset])
+    assert (initial.source, initial.draws_head, initial.note(1)) == (None, False, None)
+    assert initial.vocab_size == dataset.vocab_size
+    assert initial.longest == dataset.response_lengths.max()
+    assert initial.transformer_config(7).init_seed == 7
+
+
+def test_a_hugging_face_directory_gives_sizes_and_vocabulary(dataset, tmp_path):
+    hf = hf_directory(tmp_path / "hf")
+    initial = resolve_starting_model(ModelConfig(hf=hf), [dataset])
+    assert (initial.sizes.num_layers, initial.vocab_size) == (2, 300)
+    assert initial.transformer_config(7).init_seed is None, "nothing is drawn"
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(dataset, tmp_path):
+    highest = int(dataset.tokens.max())
+    enough = hf_directory(tmp_path / "enough", vocab_size=highest + 1)
+    assert resolve_starting_model(ModelConfig(hf=enough), [dataset]).vocab_size == highest + 1
+    few = hf_directory(tmp_path / "few", vocab_size=highest)
+    with pytest.raises(InputError, match=f"uses token {highest}; the model in .*{few} has a voc"):
+        resolve_starting_model(ModelConfig(hf=few), [dataset])
+
+
+def test_a_path_longer_than_the_window_is_refused(dataset, tmp_path):
+    longest = int(dataset.response_lengths.max())
+    window = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    wide = hf_directory(tmp_path / "wide", **window, sliding_window=longest)
+    resolve_starting_model(ModelConfig(hf=wide), [dataset])
+    narrow = hf_directory(tmp_path / "narrow", **window, sliding_window=longest - 1)
+    with pytest.raises(InputError, match=f"longest path has {longest}: build .* {longest - 1}"):
+        resolve_starting_model(ModelConfig(hf=narrow), [dataset])
+
+
+def test_a_reward_model_has_no_head_for_a_language_model(dataset, tmp_path):
+    architecture = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    hf = hf_directory(tmp_path / "hf", **architecture, pad_token_id=0)
+    with pytest.raises(InputError, match=r"model\.hf = .* set model\.kind: reward, or give a"):
+        resolve_starting_model(ModelConfig(hf=hf), [dataset])
+    initial = resolve_starting_model(ModelConfig(hf=hf, kind="reward"), [dataset])
+    assert not initial.draws_head
+
+
+def test_the_head_of_a_reward_model_is_drawn_for_a_language_models_weights(dataset, tmp_path):
+    hf = hf_directory(tmp_path / "hf")
+    initial = resolve_starting_model(ModelConfig(hf=hf, kind="reward"), [dataset])
+    assert initial.draws_head
+    assert initial.note(7) == (
+        f"model.hf = {hf} is a language model: the reward head is drawn from train.seed = 7"
+    )
+
+
+def test_a_checkpoint_without_sizes_asks_for_them(dataset, tmp_path):
+    path = tmp_path / "saved"
+    path.mkdir()
+    (path / "metadata.json").write_text("{}")
+    assert hf_folder(str(path)) is None
+    with pytest.raises(InputError, match="has no hf/config.json .* give them"):
+        resolve_starting_model(ModelConfig(checkpoint=str(path)), [dataset])
+
+
+def test_sizes_beside_a_checkpoint_have_to_agree(dataset, tmp_path):
+    path = checkpoint(tmp_path / "saved")
+    given = {**SIZES, "num_layers": 2, "num_query_groups": 2}
+    resolve_starting_model(ModelConfig(checkpoint=path, **given), [dataset])
+    with pytest.raises(InputError, match="model.norm_epsilon = 1e-06, but .* has 1e-05"):
+        resolve_starting_model(ModelConfig(checkpoint=path, **given, norm_epsilon=1e-6), [dataset])
+
+
+def test_what_is_attached_describes_the_model(world, dataset, tmp_path):
+    config = tiny_config(str(dataset.prefix), tmp_path)
+    initial = resolve_starting_model(config.model, [dataset])
+    initial.attach(tmp_path)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["hidden_size"] == 16 and written["vocab_size"] == dataset.vocab_size
+    model = tiny_model(world)
+    before = [parameter.clone() for parameter in model.parameters()]
+    initial.load([model])  # nothing to load: the weights are drawn
+    assert all(map(torch.equal, before, model.parameters()))

@@ -1,0 +1,43 @@
+"""A run tells its trackers how it ended. Whole runs: tests/numerics and tests/robustness."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import tiny_config
+
+from megatron_prefix.errors import RunError, Stopped
+from megatron_prefix.testing import write_random_set
+from megatron_prefix.train import run
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [(None, "done"), (Stopped("by a signal"), "stopped"), (RunError("x"), "failed")],
+)
+def test_the_trackers_get_the_status(tmp_path, monkeypatch, end, status):
+    statuses = []
+
+    class Run:
+        """In the place of a trainer."""
+
+        close = staticmethod(statuses.append)
+
+        def run(self, stop) -> None:
+            assert not stop.is_asked()
+            if end is not None:
+                raise end
+
+    valid = write_random_set(tmp_path / "valid", 1, 2)
+    config = tiny_config(write_random_set(tmp_path / "set", 0, 4), tmp_path, data={"valid": valid})
+
+    def prepare(given, dataset, valid, world, plan):
+        assert (given, len(dataset), len(valid), plan) == (config, 4, 2, None)
+        return Run()
+
+    monkeypatch.setattr(run, "prepare_trainer", prepare)
+    if end is None:
+        run.train(config)
+    else:
+        with pytest.raises(type(end)):
+            run.train(config)
+    assert statuses == [status]
