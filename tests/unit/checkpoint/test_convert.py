@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_prefix.checkpoint import export_checkpoint, import_checkpoint, resolve_checkpoint
+from megatron_prefix.checkpoint import export_hf, import_hf, resolve_checkpoint
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf import HFModel, WeightMap
 
@@ -46,9 +46,9 @@ def write_model(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> 
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_there_and_back(tmp_path, dtype, is_tied):
     source = write_model(tmp_path / "hf", dtype, tie_word_embeddings=is_tied)
-    imported = import_checkpoint(str(source), tmp_path / "saved")
+    imported = import_hf(str(source), tmp_path / "saved")
     assert resolve_checkpoint(tmp_path / "saved") == tmp_path / "saved", "it is complete"
-    exported = export_checkpoint(tmp_path / "saved", tmp_path / "back", ALL_BYTES)
+    exported = export_hf(tmp_path / "saved", tmp_path / "back", ALL_BYTES)
     before, after = (load_file(x / "model.safetensors") for x in (source, tmp_path / "back"))
     assert before.keys() == after.keys() and ("lm_head.weight" in after) != is_tied
     for name, tensor in before.items():
@@ -64,8 +64,8 @@ def test_there_and_back(tmp_path, dtype, is_tied):
 
 
 def test_shards_of_a_bounded_size(tmp_path):
-    import_checkpoint(str(write_model(tmp_path / "hf")), tmp_path / "saved")
-    export_checkpoint(tmp_path / "saved", tmp_path / "back", 4000)
+    import_hf(str(write_model(tmp_path / "hf")), tmp_path / "saved")
+    export_hf(tmp_path / "saved", tmp_path / "back", 4000)
     shards = sorted((tmp_path / "back").glob("model-*.safetensors"))
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert len(shards) > 1 and set(index["weight_map"].values()) == {x.name for x in shards}
@@ -80,11 +80,11 @@ def test_an_output_that_exists_is_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(InputError, match="--output .*full exists already"):
-        import_checkpoint(str(source), tmp_path / "full")
+        import_hf(str(source), tmp_path / "full")
     (tmp_path / "empty").mkdir()
-    import_checkpoint(str(source), tmp_path / "empty")
+    import_hf(str(source), tmp_path / "empty")
     with pytest.raises(InputError, match="--hf .*full exists already"):
-        export_checkpoint(tmp_path / "empty", tmp_path / "full", ALL_BYTES)
+        export_hf(tmp_path / "empty", tmp_path / "full", ALL_BYTES)
     assert nothing_new(tmp_path, "hf", "full", "empty")
 
 
@@ -95,20 +95,20 @@ def test_tensors_that_are_joined_have_one_precision(tmp_path):
     tensors[name] = tensors[name].bfloat16()
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(InputError, match="are joined with it in .* save the model in one precis"):
-        import_checkpoint(str(source), tmp_path / "saved")
+        import_hf(str(source), tmp_path / "saved")
     assert nothing_new(tmp_path, "hf")
 
 
 def test_a_missing_tensor_or_config_is_refused(tmp_path):
     source = write_model(tmp_path / "hf")
-    import_checkpoint(str(source), tmp_path / "saved")
+    import_hf(str(source), tmp_path / "saved")
     (tmp_path / "saved" / "checksums.json").unlink()
     config = tmp_path / "saved" / "hf" / "config.json"
     for changes in ({"num_hidden_layers": 3}, {"intermediate_size": 25}):
         config.write_text(json.dumps(CONFIG | changes))
         with pytest.raises(InputError, match="has shape .* put the config.json|there is no tensor"):
-            export_checkpoint(tmp_path / "saved", tmp_path / "back", ALL_BYTES)
+            export_hf(tmp_path / "saved", tmp_path / "back", ALL_BYTES)
     config.unlink()
     with pytest.raises(InputError, match="config.json is missing, so the model's architecture"):
-        export_checkpoint(tmp_path / "saved", tmp_path / "back", ALL_BYTES)
+        export_hf(tmp_path / "saved", tmp_path / "back", ALL_BYTES)
     assert nothing_new(tmp_path, "hf", "saved")
