@@ -1,48 +1,42 @@
-"""Runs of tests in one folder, on as many processes as torchrun starts, and their comparison."""
+"""Runs of tests in one folder, on one process or several, and their comparison."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from processes import on_ranks
 
+from megatron_prefix.__main__ import main
 from megatron_prefix.testing import free_port, write_random_set
 
 TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-5, "rewards/margins": 1e-3}
 """Relative, the denominator at least 1e-2; weights differ by at most 1e-4."""
 NUM_GROUPS, BATCH, NUM_STEPS, CUT = 17, 4, 5, 2
 TIMEOUT_S = 240
-SEVERAL = """
-import json, os, sys
-from megatron_prefix.__main__ import main
-for argv, port in json.loads(sys.argv[1]):
-    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-    code = main(argv)
-    if code:
-        sys.exit(code)
-"""
-"""Calls the program once for each list of arguments, each with a store of its own."""
+
+
+def called(commands: list[tuple[list[str], int]]) -> int:
+    """Call the program once for each list of arguments, each with a store at its own port."""
+    for argv, port in commands:
+        os.environ["MASTER_PORT"] = str(port)
+        if code := main(argv):
+            return code
+    return 0
 
 
 def on_processes(count: int, folder: Path, commands: list[list[str]], timeout_s: int) -> None:
-    """Run the commands one after another on `count` processes that torchrun starts."""
-    script = folder / f"several-{count}.py"
-    script.write_text(SEVERAL)
-    given = json.dumps([(argv, free_port()) for argv in commands])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    done = subprocess.run(
-        [*torchrun, f"--master-port={free_port()}", str(script), given],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Run the commands one after another on `count` processes; on one, in this process."""
+    if count == 1:
+        for argv in commands:
+            assert main(argv) == 0, argv
+        return
+    with_ports = [(argv, free_port()) for argv in commands]
+    on_ranks(count, partial(called, with_ports), folder, timeout_s)
 
 
 class Runs:

@@ -1,6 +1,6 @@
 """Two processes follow the trajectory of one: plain and distributed optimizer.
 
-All runs of two processes go through one `torchrun`, which calls the program once a run. The data
+All runs of two processes are made by the same two, which call the program once per run. The data
 are conversations of several turns; row capacity cuts a step into several rows, and the last step
 has a single group, so that one of the two processes has nothing but an empty row there.
 """
@@ -19,7 +19,7 @@ ZERO = {"parallel": {"use_distributed_optimizer": True}}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
-    """One-process runs here, then all two-process runs by one torchrun."""
+    """One-process runs here, then all two-process runs by the same two processes."""
     runs = Runs(tmp_path_factory.mktemp("data_parallel"))
     ref = str(runs.folder / "ref-1")
     known = {"loss": {"reference": "precomputed", "ref_logps": ref}}

@@ -1,7 +1,7 @@
 """Tensor, sequence, pipeline and virtual pipeline parallelism follow the trajectory of one process,
 for language models and for reward models.
 
-All runs of two processes go through one `torchrun`. Rows differ in length, and the last step has a
+All runs of two processes are made by the same two. Rows differ in length, and the last step has a
 single group, so that stages also pass empty rows.
 """
 

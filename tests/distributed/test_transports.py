@@ -2,15 +2,12 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
+from processes import on_ranks
 from runs import TIMEOUT_S
-
-from megatron_prefix.testing import free_port
+from transports import main
 
 COMMS = ["all_gather", "needed_rows", "all_to_all"]
 SIZES = [2, 3]
@@ -24,17 +21,9 @@ def results(request, tmp_path_factory) -> list[dict]:
         {"comm": comm, "backend": backend, "seed": seed}
         for comm, backend, seed in itertools.product(COMMS, ["dense", "path"], SEEDS)
     ]
-    output = tmp_path_factory.mktemp("transports") / "results.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={request.param}"]
-    script = str(Path(__file__).with_name("transports.py"))
-    done = subprocess.run(
-        [*torchrun, f"--master-port={free_port()}", script, json.dumps(cases), str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path_factory.mktemp("transports")
+    output = folder / "results.json"
+    on_ranks(request.param, partial(main, cases, str(output)), folder, TIMEOUT_S)
     measured = json.loads(output.read_text())
     assert len(measured) == request.param * len(cases)
     return measured

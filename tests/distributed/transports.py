@@ -1,7 +1,6 @@
 """What test_transports.py runs on several processes: each transport against the whole row."""
 
 import json
-import sys
 
 import numpy as np
 import torch
@@ -51,18 +50,14 @@ def compare(comm: str, backend: str, seed: int) -> dict:
     }
 
 
-def main() -> None:
+def main(cases: list[dict], output: str) -> None:
+    """Every rank's comparisons, written to `output` as JSON."""
     dist.init_process_group("gloo")
-    cases = json.loads(sys.argv[1])
     compared = [{**case, **compare(**case), "rank": dist.get_rank()} for case in cases]
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, compared)
     if dist.get_rank() == 0:
-        with open(sys.argv[2], "w") as file:
+        with open(output, "w") as file:
             json.dump([x for part in everyone for x in part], file)
     dist.barrier()  # nobody takes its connections down while another still uses them
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +12,8 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import processes
 
 from megatron_prefix.__main__ import main
 
@@ -73,28 +74,8 @@ def lines(output: Path) -> list[dict]:
 
 
 def forked(action: Callable[[], int | None], log: Path) -> int:
-    """Run `action` in another process. Returns its exit code, below 0 for a signal.
-
-    It is forked from a process that has imported the program and run nothing; `action` has to
-    pickle, so it is a function of a test's module, or a partial of one.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_prefix.train.run", "megatron_prefix.train.scoring"])
-    child = context.Process(target=_logged, args=(action, str(log)))
-    child.start()
-    child.join(TIMEOUT_S)
-    if child.is_alive():
-        child.kill()
-        child.join()
-        raise AssertionError(f"no end in {TIMEOUT_S} s: {log.read_text()[-2000:]}")
-    return child.exitcode
-
-
-def _logged(action: Callable[[], int | None], log: str) -> None:
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(out, stream)
-    sys.exit(action() or 0)
+    """Run `action` in another process. Returns its exit code, below 0 for a signal."""
+    return processes.forked(action, log, TIMEOUT_S)
 
 
 @dataclass
