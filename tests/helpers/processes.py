@@ -1,7 +1,8 @@
 """Other processes for tests: forked from one that has imported the program and run nothing.
 
 So a process costs no imports: the first of a test session takes some seconds, each later one a
-fraction of one. An action has to pickle: a function of a module, or a partial of one.
+fraction of one. An action has to pickle: a function of a module, or a partial of one. torchrun is
+tested in tests/robustness.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prefix.testing import free_port
@@ -50,25 +52,58 @@ def forked(action: Action, log: Path, timeout_s: float) -> int:
     return process.exitcode
 
 
-def on_ranks(count: int, action: Action, folder: Path, timeout_s: float) -> None:
-    """Run `action` on `count` ranks that meet as torchrun's do; all have to exit with 0.
+@dataclass
+class Ranks:
+    """Ranks of one run that meet as torchrun's do, without a launcher above them."""
 
-    torchrun itself is tested in tests/robustness.
-    """
+    processes: list[multiprocessing.Process]
+    logs: list[Path]
+
+    def is_running(self) -> bool:
+        return any(process.exitcode is None for process in self.processes)
+
+    def ranks(self) -> list[int]:
+        """Their process ids."""
+        return [process.pid for process in self.processes]
+
+    def text(self) -> str:
+        """What all of them printed, rank by rank."""
+        return "".join(log.read_text() for log in self.logs if log.exists())
+
+    def wait(self, timeout_s: float) -> list[int | None]:
+        """The exit codes; None for a rank that did not end, and is killed."""
+        deadline = time.monotonic() + timeout_s
+        while self.is_running() and time.monotonic() < deadline:
+            if any(process.exitcode for process in self.processes):
+                deadline = min(deadline, time.monotonic() + REST_S)
+            time.sleep(0.02)
+        codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return codes
+
+    def kill(self) -> None:
+        """SIGKILL to all."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def start_ranks(count: int, action: Action, folder: Path) -> Ranks:
+    """Start `action` on `count` ranks; `folder` gets a log of each."""
     world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [folder / f"rank{rank}-of-{count}.log" for rank in range(count)]
-    ranks = [
-        start(action, log, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", **world)
-        for rank, log in enumerate(logs)
-    ]
-    deadline = time.monotonic() + timeout_s
-    while any(rank.exitcode is None for rank in ranks) and time.monotonic() < deadline:
-        if any(rank.exitcode for rank in ranks):
-            deadline = min(deadline, time.monotonic() + REST_S)
-        time.sleep(0.02)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    texts = [f"{log.name}: {log.read_text()[-2000:]}" for log in logs]
-    assert codes == [0] * count, "\n".join([f"exit codes {codes} (None: no end)", *texts])
+    return Ranks(
+        [
+            start(action, log, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", **world)
+            for rank, log in enumerate(logs)
+        ],
+        logs,
+    )
+
+
+def on_ranks(count: int, action: Action, folder: Path, timeout_s: float) -> None:
+    """Run `action` on `count` ranks; all have to exit with 0."""
+    ranks = start_ranks(count, action, folder)
+    codes = ranks.wait(timeout_s)
+    assert codes == [0] * count, f"exit codes {codes} (None: no end)\n{ranks.text()[-4000:]}"

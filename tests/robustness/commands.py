@@ -98,6 +98,13 @@ class Launched:
                 continue
         return pids
 
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def text(self) -> str:
+        """What torchrun and the ranks printed."""
+        return self.log.read_text()
+
     def ranks(self) -> list[int]:
         return [pid for pid in self.pids() if pid != self.process.pid]
 

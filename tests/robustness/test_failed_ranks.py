@@ -1,18 +1,22 @@
 """A rank that crashes, hangs or fails alone ends the other one, and the message names it.
 
-Two processes run the program; the fault happens to one of them in its third step. torchrun prints
-its own text after that; no line of it comes from a traceback of the program.
+Two processes run the program; the fault happens to one of them in its third step. No line that they
+print comes from a traceback of the program. torchrun, which most tests use, prints its own text
+after theirs.
 """
 
 from __future__ import annotations
 
-import os
+import runpy
 import signal
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import Launched, launch, write_config
+from processes import Ranks, start_ranks
 
 from megatron_prefix.distributed.liveness import MARGIN_S
 
@@ -75,14 +79,32 @@ sys.exit(main())
 """The program, with a fault on rank 1; those of `disk` and `host` are on rank 0, `nan` on both."""
 
 
-def start(folder: Path, dataset: str, fault: str, command: str = "train", **sections) -> Launched:
+def arguments(
+    folder: Path, dataset: str, fault: str, command: str = "train", **sections
+) -> list[str]:
+    """The script of FAULTY and its arguments."""
     sections.setdefault("train", {"save": None, "load": None, "save_interval": None})
     config = write_config(folder / "run.yaml", dataset, folder / "run", **sections)
     script = folder / "faulty.py"
     script.write_text(FAULTY)
     output = ["--output", str(folder / "ref")] if command == "score" else []
-    argv = [fault, command, "--config", config, *output]
-    return launch(argv, folder / "log", (str(script),))
+    return [str(script), fault, command, "--config", config, *output]
+
+
+def start(folder: Path, *args, **sections) -> Launched:
+    """By torchrun."""
+    script, *argv = arguments(folder, *args, **sections)
+    return launch(argv, folder / "log", (script,))
+
+
+def faulty(argv: list[str]) -> None:
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def forked(folder: Path, *args, **sections) -> Ranks:
+    """Without torchrun, which neither waits for the ranks then, nor ends them."""
+    return start_ranks(2, partial(faulty, arguments(folder, *args, **sections)), folder)
 
 
 def log_of(run: Launched) -> str:
@@ -112,24 +134,22 @@ def test_a_killed_rank_is_named(dataset, tmp_path):
 
 
 def test_a_stopped_rank_is_named_within_the_timeout(dataset, tmp_path):
-    """torchrun leaves a stopped process half a minute; the test kills it after our message."""
     timeout_s = 9
     parallel = {"distributed_timeout_minutes": timeout_s / 60}
-    run = start(tmp_path, dataset, "SIGSTOP", parallel=parallel)
-    stopped, stopped_pids, deadline = None, [], time.monotonic() + LIMIT_S
-    while "error: " not in run.log.read_text() and time.monotonic() < deadline:
+    run = forked(tmp_path, dataset, "SIGSTOP", parallel=parallel)
+    stopped, deadline = None, time.monotonic() + LIMIT_S
+    while "error: " not in run.text() and time.monotonic() < deadline:
         time.sleep(0.1)
-        if not stopped_pids:
-            stopped_pids = [pid for pid in run.ranks() if _state(pid) == "T"]
+        if stopped is None and _state(run.ranks()[1]) == "T":
             stopped = time.monotonic()
-    waited = time.monotonic() - stopped
-    for pid in stopped_pids:
-        os.kill(pid, signal.SIGKILL)
-    message = only_message(log_of(run))
+    end = time.monotonic()
+    run.processes[1].kill()  # a stopped process takes no other signal
+    assert run.wait(LIMIT_S) == [1, -signal.SIGKILL]
+    message = only_message(run.text())
     assert "no progress for 0.15 minutes (parallel.distributed_timeout_minutes)" in message
     assert "rank 1 ended or hangs (no answer; last in step 3)" in message
     assert "rank 0" not in message
-    assert timeout_s - 2 < waited < timeout_s + MARGIN_S, "the process groups' own timeout"
+    assert timeout_s - 2 < end - stopped < timeout_s + MARGIN_S, "the process groups' own timeout"
 
 
 def _state(pid: int) -> str:
@@ -141,11 +161,11 @@ def _state(pid: int) -> str:
 
 
 def test_an_error_of_one_rank_alone_is_printed_once(dataset, tmp_path):
-    text = log_of(start(tmp_path, dataset, "input"))
-    assert only_message(text) == (
+    run = forked(tmp_path, dataset, "input")
+    assert run.wait(LIMIT_S) == [1, 2], run.text()
+    assert only_message(run.text()) == (
         "megatron-prefix train: error: rank 1: data.train: unreadable here"
     )
-    assert "exitcode  : 2" in text
 
 
 @pytest.mark.slow

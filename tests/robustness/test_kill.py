@@ -1,8 +1,8 @@
 """A kill at any moment loses nothing but time: the same command continues, bit for bit.
 
-Kills are SIGKILLs of torchrun's process group, on two processes with a distributed optimizer that
-save after every step. A moment is a time after a step's line of metrics was written, or after the
-directory of a save appeared, which is inside the save.
+Kills are SIGKILLs of both processes, with a distributed optimizer, that save after every step; in
+the slow test, of torchrun's process group. A moment is a time after a step's line of metrics was
+written, or after the directory of a save appeared, which is inside the save.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import TIMEOUT_S, command, forked, launch, lines, write_config
+from commands import TIMEOUT_S, Launched, command, forked, launch, lines, write_config
+from processes import Ranks, start_ranks
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.checkpoint import save_load as checkpoint
@@ -33,8 +34,8 @@ LEARNING = {"lr": 1e-3, "lr_decay_style": "cosine", "lr_warmup_steps": 2}
 class Killed:
     """A two-process run that is killed and started again by the same command."""
 
-    def __init__(self, folder: Path, dataset: str, steps: int) -> None:
-        self.output, self.log = folder / "run", folder / "log"
+    def __init__(self, folder: Path, dataset: str, steps: int, torchrun: bool = False) -> None:
+        self.folder, self.output, self.torchrun = folder, folder / "run", torchrun
         self.argv = [
             "train",
             "--config",
@@ -57,26 +58,31 @@ class Killed:
     def saves(self) -> set[Path]:
         return set((self.output / "saved").glob(".iter_*.partial-*"))
 
+    def start(self) -> Launched | Ranks:
+        if self.torchrun:
+            return launch(self.argv, self.folder / "log")
+        return start_ranks(2, partial(main, self.argv), self.folder)
+
     def kill_at(self, moment: str, delay: float, steps: int) -> str:
         """Start, and kill `delay` seconds after the moment. Returns what was printed."""
         before, old = self.num_lines(), self.saves()
-        run = launch(self.argv, self.log)
+        run = self.start()
         deadline = time.monotonic() + TIMEOUT_S
-        while run.process.poll() is None and time.monotonic() < deadline:
+        while run.is_running() and time.monotonic() < deadline:
             grown = self.num_lines() - before >= steps
             if moment == "start" or (grown and (moment == "step" or self.saves() - old)):
                 break
             time.sleep(0.001)
         time.sleep(delay)
-        assert run.process.poll() is None, f"the run ended before its kill: {self.log.read_text()}"
+        assert run.is_running(), f"the run ended before its kill: {run.text()}"
         run.kill()
-        return self.log.read_text()
+        return run.text()
 
     def finish(self) -> str:
-        run = launch(self.argv, self.log)
-        assert run.wait() == 0, self.log.read_text()[-3000:]
-        assert not run.pids()
-        return self.log.read_text()
+        run = self.start()
+        codes = run.wait() if self.torchrun else run.wait(TIMEOUT_S)
+        assert codes == (0 if self.torchrun else [0, 0]), run.text()[-3000:]
+        return run.text()
 
 
 def straight(folder: Path, dataset: str, steps: int) -> list[dict]:
@@ -105,7 +111,7 @@ def test_a_run_killed_three_times_has_the_history_of_one_that_was_not(dataset, t
 @pytest.mark.slow
 def test_twenty_random_kills(dataset, tmp_path):
     expected = straight(tmp_path / "straight", dataset, 150)
-    run = Killed(tmp_path, dataset, 150)
+    run = Killed(tmp_path, dataset, 150, torchrun=True)
     rng = random.Random(20)
     moments = ["start"] * 2 + ["step"] * 6 + ["save"] * 12
     rng.shuffle(moments)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import TIMEOUT_S, command, forked, launch, lines, write_config
+from processes import start_ranks
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.trackers.jsonl import JsonlTracker
@@ -99,28 +100,33 @@ def test_a_second_signal_ends_the_run_at_once(dataset, tmp_path, expected):
 
 
 @pytest.mark.parametrize(
-    "layout",
+    "layout, torchrun",
     [
-        {},
-        pytest.param({"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
-        pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+        ({}, False),
+        pytest.param({}, True, marks=pytest.mark.slow),
+        pytest.param({"tensor_model_parallel_size": 2}, True, marks=pytest.mark.slow),
+        pytest.param({"pipeline_model_parallel_size": 2}, True, marks=pytest.mark.slow),
     ],
-    ids=["dp2", "tp2", "pp2"],
+    ids=["dp2", "dp2 torchrun", "tp2", "pp2"],
 )
-def test_a_signal_to_one_process_stops_all(dataset, tmp_path, capsys, layout):
+def test_a_signal_to_one_process_stops_all(dataset, tmp_path, capsys, layout, torchrun):
     """The run then continues on one process and ends like an uninterrupted one."""
     steps = {"steps": 400, "save_interval": 20}
-    run = launch(config(tmp_path, "run", dataset, layout, **steps), tmp_path / "log")
+    argv = config(tmp_path, "run", dataset, layout, **steps)
+    if torchrun:
+        run = launch(argv, tmp_path / "log")
+    else:
+        run = start_ranks(2, partial(main, argv), tmp_path)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + TIMEOUT_S
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        assert run.process.poll() is None, run.log.read_text()
+        assert run.is_running(), run.text()
         time.sleep(0.01)
     os.kill(run.ranks()[-1], signal.SIGTERM)
-    assert run.wait() != 0
-    assert not run.pids()
-    log = run.log.read_text()
-    assert "exitcode  : 143" in log
-    assert "megatron_prefix/train" not in log, "a traceback of ours"
+    if torchrun:
+        assert run.wait() != 0 and "exitcode  : 143" in run.text() and not run.pids()
+    else:
+        assert run.wait(TIMEOUT_S) == [143, 143], run.text()
+    assert "megatron_prefix/train" not in run.text(), "a traceback of ours"
     stopped = int((tmp_path / "run" / "saved" / TRACKER).read_text())
     assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, stopped + 1))
     assert 0 < stopped < 400
