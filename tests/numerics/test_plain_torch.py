@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,9 +152,9 @@ def model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), **sizes, initializer_range=0.12)
 
 
-def read(path: Path) -> list[dict]:
+def read(path: Path) -> Iterator[dict]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        yield from map(json.loads, file)
 
 
 def made_text(rng: np.random.Generator, letters: str = "abcdefgh éß") -> str:

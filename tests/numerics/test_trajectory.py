@@ -1,8 +1,8 @@
 """Whole runs: packing and sharing do not change the optimisation.
 
 Twenty steps in float32 at a learning rate of 1e-3 on HH-RLHF pairs, ten on OpenAssistant trees
-(twenty in the slow test), the same groups in the same steps: every way to lay them out has to follow
-one trajectory.
+(twenty in the slow test), the same groups in the same steps: every way to lay them out has to
+follow one trajectory.
 
 One case is avoided, because it is only rounding. A response that is chosen as often as it is
 rejected has a gradient of exactly 0 at the first step, when all pairs weigh the same. If it is run
