@@ -37,8 +37,8 @@ PAD = 260  # beyond the data's 258 tokens
 
 @pytest.fixture(scope="session")
 def hh(data_dir, tmp_path_factory) -> str:
-    """PREFIX of 16 HH-RLHF pairs of at most 300 bytes a path."""
-    return few(data_dir / "hh_pairs.jsonl.gz", tmp_path_factory.mktemp("hh16"), 16, 300, 300)
+    """PREFIX of 8 HH-RLHF pairs of at most 300 bytes a path."""
+    return few(data_dir / "hh_pairs.jsonl.gz", tmp_path_factory.mktemp("hh8"), 8, 300, 300)
 
 
 def make_reward(kind: str, directory: Path, dtype=torch.float32, **more) -> Path:
