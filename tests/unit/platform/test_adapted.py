@@ -1,4 +1,7 @@
-"""Megatron-Core's CUDA calls run on CPU inside the context, and are restored after it."""
+"""`adapted`: CUDA calls run on CPU inside the context, and are restored after it.
+
+Where Megatron-Core makes these calls: test_megatron_cpu.py.
+"""
 
 from types import SimpleNamespace
 
