@@ -26,7 +26,8 @@ def dataset(tmp_path_factory) -> PreferenceDataset:
 
 def sampler_of(dataset: PreferenceDataset, folder, **data):
     data = {"row_capacity": 512, "global_batch_size": 2, **data}
-    return evaluation_sampler(tiny_config(str(dataset.prefix), folder, data=data), dataset)
+    config = tiny_config(str(dataset.prefix), folder, data=data)
+    return evaluation_sampler(config, check(config.loss), dataset)
 
 
 def rows_of(sampler):

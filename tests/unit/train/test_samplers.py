@@ -13,6 +13,7 @@ from tiny_models import tiny_config
 from megatron_prefix.data.build.builder import build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
+from megatron_prefix.objectives import check
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.samplers import (
     check_columns,
@@ -65,6 +66,7 @@ def test_an_objective_with_margins_needs_one_for_each_pair(prefix):
         pair_margins=margins,
         group_pairs=dataset.group_pairs,
         group_records=dataset.group_records,
+        group_num_records=dataset.group_num_records,
         prefix=dataset.prefix,
     )
     with pytest.raises(InputError, match=f"1 of the {len(margins)} pairs .* group 4, record 4"):
@@ -85,9 +87,11 @@ def test_samplers_follow_the_configuration(prefix, tmp_path):
     settings = plan_settings(config)
     assert (settings.seed, settings.global_batch_size, settings.row_capacity) == (9, 2, 512)
     ranks = {"num_ranks": 2, "row_multiple": 4, "count_multiple": 3}
-    sampler = training_sampler(config, dataset, SimpleNamespace(sampler_layout=ranks))
+    objective = check(config.loss)
+    sampler = training_sampler(config, objective, dataset, SimpleNamespace(sampler_layout=ranks))
     assert (sampler.sharing, sampler.weighting) == ("pair", "group")
     assert (sampler.packing_method, sampler.cost is None) == ("best-fit", False)
     assert {name: getattr(sampler, name) for name in ranks} == ranks
-    groups = [evaluation_sampler(config, dataset).step(i).groups.tolist() for i in range(3)]
+    held_out = evaluation_sampler(config, objective, dataset)
+    groups = [held_out.step(i).groups.tolist() for i in range(3)]
     assert groups == [[0, 1], [2, 3], [4, 5]], "the data set's own order"
