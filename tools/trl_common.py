@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -13,8 +14,19 @@ from megatron_prefix.data.read import ExampleReader, Inputs
 from megatron_prefix.data.read.formats import DegenerateRecord
 from megatron_prefix.errors import InputError
 
+OLDEST_TRL = (1, 16)
+
 TextPair = dict[str, str | float]
 """Keys prompt, chosen, rejected, and margin if margins are used."""
+
+
+def has_trl() -> bool:
+    """Whether a TRL is installed that has all settings of the comparisons."""
+    try:
+        installed = version("trl")
+    except PackageNotFoundError:
+        return False
+    return tuple(map(int, installed.split(".")[:2])) >= OLDEST_TRL
 
 
 @dataclass(frozen=True, kw_only=True)

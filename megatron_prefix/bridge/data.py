@@ -80,14 +80,14 @@ class RowIterator:
     def _load(self, step: int, num_rows: int) -> None:
         if step == self._step and self._cycle != 1:
             raise RuntimeError(f"step {step} has {num_rows} rows and the trainer asks for more")
-        found = self._feed.step(step)
-        if len(found.batches) != num_rows:
+        fed = self._feed.step(step)
+        if len(fed.batches) != num_rows:
             raise ValueError(
-                f"step {step} has {len(found.batches)} rows on this rank and the trainer takes "
+                f"step {step} has {len(fed.batches)} rows on this rank and the trainer takes "
                 f"{num_rows}: rows_per_step of preference_data must be the global batch size, "
                 "train.micro_batch_size must be 1, and train.rampup_batch_size must be None"
             )
-        self._step, self._rows = step, self._attach(found.rows, found.batches)
+        self._step, self._rows = step, self._attach(fed.rows, fed.batches)
 
     def close(self) -> None:
         self._feed.close()

@@ -130,8 +130,8 @@ def fault_of(provider: Any, name: str, defaults: dict[str, Any]) -> Iterator[str
 
 def refuse(messages: Iterable[str]) -> None:
     """Raise ValueError with all messages, if there are any."""
-    if found := list(messages):
-        raise ValueError("\n".join(found))
+    if faults := list(messages):
+        raise ValueError("\n".join(faults))
 
 
 def field_defaults(dataclass: type) -> dict[str, Any]:

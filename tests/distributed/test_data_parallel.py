@@ -14,6 +14,8 @@ from runs import BATCH, NUM_GROUPS, TIMEOUT_S, TOLERANCES, Runs, on_processes
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.store.dataset import PreferenceDataset
 
+pytestmark = pytest.mark.sample
+
 ZERO = {"parallel": {"use_distributed_optimizer": True}}
 
 

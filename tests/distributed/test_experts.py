@@ -21,6 +21,8 @@ from runs import (
 
 from megatron_prefix.checkpoint.convert import export_hf
 
+pytestmark = pytest.mark.sample
+
 SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
 SIZES |= {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}

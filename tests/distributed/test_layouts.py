@@ -18,6 +18,8 @@ from runs import (
     on_processes,
 )
 
+pytestmark = pytest.mark.sample
+
 SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

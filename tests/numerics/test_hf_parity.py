@@ -32,6 +32,8 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.train.evaluation import evaluate
 from megatron_prefix.train.run import train
 
+pytestmark = pytest.mark.sample
+
 TOLERANCE = 1e-4
 """Of a response's log-probability, relative if it exceeds 1."""
 SIZES = {

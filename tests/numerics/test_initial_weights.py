@@ -9,6 +9,8 @@ from small_models import VOCAB, make_model
 
 from megatron_prefix.model.parameters import canonical_parameters
 
+pytestmark = pytest.mark.sample
+
 
 def test_padding_the_vocabulary_moves_no_weight(world):
     models = {n: make_model(world, make_vocab_size_divisible_by=n) for n in (1, 64, 100)}

@@ -35,6 +35,8 @@ from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree, ResponsePath, build_tree
 from megatron_prefix.testing import random_group
 
+pytestmark = pytest.mark.sample
+
 
 def depth(tree: PrefixTree) -> int:
     return max(len(tree.path(node)) for node in range(tree.num_nodes))

@@ -22,6 +22,8 @@ from megatron_prefix.checkpoint.torch_dist import CHECKSUMS
 from megatron_prefix.errors import InputError
 from megatron_prefix.train.run import train
 
+pytestmark = pytest.mark.sample
+
 STEPS, CUT = 6, 3
 SCHEDULE = {
     "lr": 1e-3,

@@ -16,6 +16,8 @@ from megatron_prefix.data.steps.collate import (
 from megatron_prefix.engine.batch import to_device
 from megatron_prefix.model.parameters import canonical_parameters
 
+pytestmark = pytest.mark.sample
+
 
 def scores_of(model, batch: MicroBatch) -> torch.Tensor:
     """Score of every response of a row, in the row's order."""

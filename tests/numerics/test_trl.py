@@ -12,7 +12,6 @@ import math
 import sys
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from trl_common import (  # noqa: E402
     Outcome,
     Setting,
     farthest_weight,
+    has_trl,
     make_model,
     relative,
     text_pairs,
@@ -32,7 +32,8 @@ from trl_common import (  # noqa: E402
 )
 
 pytestmark = [
-    pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install trl"),
+    pytest.mark.sample,
+    pytest.mark.skipif(not has_trl(), reason="TRL 1.16 is not installed: pip install trl"),
     pytest.mark.filterwarnings("ignore"),
 ]
 NUM_PAIRS = 64

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tools"), str(ROOT / "examples")]
 
+from trl_common import has_trl  # noqa: E402
+
 pytestmark = [
-    pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install trl"),
+    pytest.mark.skipif(not has_trl(), reason="TRL 1.16 is not installed: pip install trl"),
     pytest.mark.filterwarnings("ignore"),
 ]
 TOLERANCE = 1e-4

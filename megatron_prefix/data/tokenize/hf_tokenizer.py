@@ -27,6 +27,8 @@ from megatron_prefix.data.tokenize.base import Rendered, Tokenizer
 from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
 from megatron_prefix.errors import InputError
 
+TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "tekken.json", "spiece*")
+
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Characters without a meaning in Unicode, to mark special tokens that messages contain."""
 
@@ -47,6 +49,13 @@ class HuggingFaceTokenizer(Tokenizer):
             raise InputError(
                 f"tokenizer {spec!r} needs the package transformers: pip install transformers"
             ) from error
+        path = Path(spec)
+        if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+            # Some versions of transformers return a tokenizer without any words here.
+            raise InputError(
+                f"tokenizer {spec!r} cannot be loaded: the directory has no file of a tokenizer, "
+                "such as tokenizer.json; give the directory that has it"
+            )
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -57,7 +66,6 @@ class HuggingFaceTokenizer(Tokenizer):
                 "downloaded"
             ) from error
         self._tokenizer.model_max_length = 1 << 40  # --max-length is the only limit
-        path = Path(spec)
         self.name = str(path.resolve()) if path.is_dir() else spec
         ids = self._tokenizer.get_vocab().values()
         self.vocab_size = max(len(self._tokenizer), max(ids, default=-1) + 1)
