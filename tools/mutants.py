@@ -21,7 +21,8 @@ from mutant_list import MUTANTS, Mutant
 from mutant_list_data import DATA_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = (".git", ".venv", ".venv-oldest", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache")
+CACHES = ("__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache")
+IGNORED = (".git", ".venv", ".venv-oldest", *CACHES)
 OUTPUTS = ("build", "quickstart")
 """Ignored in the repository's root only: `data/build` is a package."""
 TESTS_FAILED = 1  # pytest's exit code
