@@ -64,7 +64,9 @@ def _build(
 ) -> BuildReport:
     """Build one group per record; `digests` gets an entry for each."""
     inputs = Inputs(paths, options.split)
-    reader = ExampleReader(options.format, options.columns)
+    reader = ExampleReader(
+        options.format, options.columns, options.ignored, options.on_contradiction
+    )
     inputs.check()
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, options.parse_special)
@@ -98,6 +100,12 @@ def _build(
                 digests.extend(result.digests)
             if progress is not None:
                 progress(chunk.position, total, writer.statistics.counts["groups"])
+        for name in options.ignored:
+            if name not in report.unread:
+                raise InputError(
+                    f"--ignore-columns {name}: no record has it among the columns that are not "
+                    "read: remove the flag, or correct the name"
+                )
         if not writer.statistics.counts["groups"]:
             raise InputError(_nothing_left(inputs, report))
         report.duplicates = digests.duplicates(MAX_LISTED)

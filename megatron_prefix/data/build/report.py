@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_prefix.data.read import ExampleReader
 from megatron_prefix.data.tokenize import WARNINGS
 from megatron_prefix.text import align, format_counts
 
 MAX_LISTED = 1000
 """Records listed per reason; all are counted."""
+MAX_NAMES = 200
+"""Different names of unread columns that are counted one by one."""
+OTHER_NAMES = "(others)"
 
 
 @dataclass
@@ -40,7 +44,8 @@ class BuildReport:
     """Counts of one build. `wrong` are the wrong records that `--on-error skip` skipped.
 
     `duplicates` counts records that repeat an earlier one, and lists the first of them;
-    `merged` has the tokens that `--merge-prompts` saved.
+    `merged` has the tokens that `--merge-prompts` saved. `unread` has the columns that no format
+    reads, with the number of records that have them.
     """
 
     format: str = "auto"
@@ -54,6 +59,7 @@ class BuildReport:
     num_cut_responses: int = 0
     num_cut_tokens: int = 0
     notes: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, Any] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -69,6 +75,11 @@ class BuildReport:
     def note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
 
+    def count_unread(self, name: str) -> None:
+        if name not in self.unread and len(self.unread) >= MAX_NAMES:
+            name = OTHER_NAMES
+        self.unread[name] = self.unread.get(name, 0) + 1
+
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: everything except times, so that equal builds write equal bytes."""
         return {
@@ -82,6 +93,7 @@ class BuildReport:
                 "tokens": self.num_cut_tokens,
             },
             "notes": self.notes,
+            "unread": self.unread,
             "duplicates": self.duplicates,
             "merged": self.merged,
         }
@@ -91,7 +103,7 @@ class BuildReport:
         manifest = self.manifest
         lines = align([["records read", f"{self.num_records:,}"], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
-        lines += self._dropped_lines() + self._repeated_lines()
+        lines += self._dropped_lines() + self._unread_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
         lines += [
             "",
@@ -113,14 +125,25 @@ class BuildReport:
                 f"truncated  {self.num_cut_tokens:,} prompt tokens of {self.num_cut_responses:,} "
                 f"responses in {self.num_cut_groups:,} groups"
             ]
+        warnings = (*WARNINGS, *ExampleReader.WARNINGS)
         lines += [
-            f"{'warning' if text in WARNINGS else 'note'}  {count:,} {text}"
+            f"{'warning' if text in warnings else 'note'}  {count:,} {text}"
             for text, count in sorted(self.notes.items())
         ]
         lines += [f"wrong  {reason}" for reason in self.wrong_reasons[:10]]
         if self.wrong.num_records > 10:
             lines.append(f"wrong  and {self.wrong.num_records - 10:,} more, see the manifest")
         return lines
+
+    def _unread_lines(self) -> list[str]:
+        """The columns that were not read, with the number of records if it is not all."""
+        if not self.unread:
+            return []
+        names = [
+            name if count == self.num_records else f"{name} ({count:,} records)"
+            for name, count in sorted(self.unread.items())
+        ]
+        return [f"columns not read  {', '.join(names)}"]
 
     def _repeated_lines(self) -> list[str]:
         lines = []

@@ -16,6 +16,7 @@ from megatron_prefix.data.read.formats.base import (
     ranked_pairs,
 )
 from megatron_prefix.data.read.texts import Message
+from megatron_prefix.data.read.turns import is_message
 from megatron_prefix.data.tree import Pair
 from megatron_prefix.errors import InputError
 
@@ -78,7 +79,7 @@ def read_oasst(record: dict[str, Any]) -> Example:
                     prompt=turns,
                     response=(below[reply],),
                     set_id=num_sets,
-                    rank=replies[reply]["rank"],
+                    rank=int(replies[reply]["rank"]),
                 )
             )
         pairs += [Pair(chosen=index[c], rejected=index[r]) for c, r in labelled]
@@ -96,6 +97,8 @@ def read_oasst(record: dict[str, Any]) -> Example:
 
 OASST = Format(
     read=read_oasst,
-    fits=lambda record: isinstance(record.get("prompt"), dict),
+    needs=("prompt",),
     columns=("prompt",),
+    fits=lambda record: isinstance(record.get("prompt"), dict) and not is_message(record["prompt"]),
+    fields=("text", "role", "rank", "replies"),
 )

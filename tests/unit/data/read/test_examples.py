@@ -214,7 +214,7 @@ def test_oasst_without_a_label_is_degenerate():
         ({"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
         ({"chosen": "a"}, "'rejected' is missing"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "'prompt' is null"),
-        ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "both must be text"),
+        ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "message 1 is text"),
         ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "'rejected' is a list"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "1"}, "'margin' is text"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": True}, "a boolean"),

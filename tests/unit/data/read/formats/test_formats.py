@@ -148,8 +148,8 @@ def test_nemo_rl_ranks_make_all_pairs():
     for bad, shown in ((None, "missing"), (-1, "-1"), (True, "True"), (1 << 31, "2147483648")):
         with pytest.raises(InputError, match=f"entry 1: 'rank' is {shown}"):
             read({"context": "q", "completions": [{"rank": bad, "completion": "a"}]})
-    with pytest.raises(InputError, match="both must be text, or both lists of messages"):
-        read({"context": "q", "completions": [{"rank": 0, "completion": []}]})
+    with pytest.raises(InputError, match="entry 1: 'completion', message 1 is text"):
+        read({"context": "q", "completions": [{"rank": 0, "completion": ["a"]}]})
 
 
 def test_nemo_aligner_rewards_are_scores():
@@ -211,8 +211,9 @@ def test_unpaired_labels_are_scores_without_pairs():
     desirable, not_desirable = (read(record) for record in sample("unpaired"))
     assert (desirable.pairs, desirable.responses[0].score) == ((), 1.0)
     assert (not_desirable.pairs, not_desirable.responses[0].score) == ((), 0.0)
+    assert read({"prompt": "p", "completion": "c", "label": 1.0}).responses[0].score == 1.0
     with pytest.raises(InputError, match="'label' is a number"):
-        read({"prompt": "p", "completion": "c", "label": 1})
+        read({"prompt": "p", "completion": "c", "label": 2})
     with pytest.raises(InputError, match="'label' is null"):
         read({"prompt": "p", "completion": "c", "label": None})
 
