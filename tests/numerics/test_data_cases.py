@@ -200,7 +200,7 @@ CASES = {
     ),
     "F39_AA_pretty.json": Right(groups=(("a", ("b", "c")),)),
     "F39_AA_wrapped.json": Right(groups=(("a", ("b", "c")),)),
-    "F39_CC.arrow": Right(groups=((None, (None, None)),)),
+    "F39_CC.arrow": Right(groups=((None, (None, None)),) * 2),
     "F39_CC.csv": Right(refused=("CSV", "to_json")),
     "F41_G4_tools_list_of_json_texts.jsonl": Right(
         groups=((None, (None, None)),), says=("dropped  nothing",), tokenizer="qwen3"

@@ -78,7 +78,7 @@ def _build(
     build_chunk = ChunkBuilder(reader, encoder, options)
     chunks = (  # read as workers ask for them, with the state that is known by then
         Chunk(records=records, position=position, reader=state)
-        for records, position in read_chunks(inputs)
+        for records, position in read_chunks(inputs, reader)
     )
     with (
         DatasetWriter(output, tokenizer.describe(), recorded) as writer,
@@ -101,7 +101,7 @@ def _build(
             if progress is not None:
                 progress(chunk.position, total, writer.statistics.counts["groups"])
         for name in options.ignored:
-            if name not in report.unread:
+            if name not in report.unread and name not in reader.left_out:
                 raise InputError(
                     f"--ignore-columns {name}: no record has it among the columns that are not "
                     "read: remove the flag, or correct the name"

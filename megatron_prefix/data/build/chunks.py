@@ -61,8 +61,8 @@ class ChunkResult:
     error: InputError | None = None
 
 
-def read_chunks(inputs: Inputs) -> Iterator[tuple[list[Record], int]]:
-    """The `records` and the `position` of every Chunk."""
+def read_chunks(inputs: Inputs, reader: ExampleReader) -> Iterator[tuple[list[Record], int]]:
+    """The `records` and the `position` of every Chunk; `reader` joins rows to records."""
     position = 0
 
     def on_bytes(count: int) -> None:
@@ -71,7 +71,7 @@ def read_chunks(inputs: Inputs) -> Iterator[tuple[list[Record], int]]:
 
     records: list[Record] = []
     size, most = 0, FIRST_CHUNK
-    for record in inputs.scan(on_bytes):
+    for record in reader.joined(inputs.scan(on_bytes)):
         records.append(record)
         size += record.size
         # A few huge records must not fill the memory, so their bytes end a chunk too.
@@ -101,6 +101,7 @@ class ChunkBuilder:
             with _collector_paused():
                 for record in chunk.records:
                     report.num_records += 1
+                    report.num_rows += record.rows
                     if built := self._build(record, report):
                         example, group = built
                         groups.append(group)
@@ -120,7 +121,7 @@ class ChunkBuilder:
         try:
             if record.value is None:
                 raise InputError(record.error)
-            example = self._read(record.value, report)
+            example = self._read(record.value, record.is_joined, report)
             paths, notes = self._encoder.encode(example)
             selection = select(
                 example,
@@ -154,10 +155,10 @@ class ChunkBuilder:
         report.num_cut_tokens += selection.cut_tokens
         return example, merge_paths(selection.paths, selection.pairs)
 
-    def _read(self, value: dict[str, Any], report: BuildReport) -> Example:
+    def _read(self, value: dict[str, Any], is_joined: bool, report: BuildReport) -> Example:
         """The Example of a record; `report` counts the columns that were not read."""
         try:
-            return self._reader.read(value)
+            return self._reader.read(value, is_joined)
         finally:
             for name in self._reader.unread:
                 report.count_unread(name)
@@ -171,7 +172,7 @@ class ChunkBuilder:
                 if value is None or record is wrong:
                     continue
                 with contextlib.suppress(InputError, DegenerateRecord):
-                    reader.read(value)
+                    reader.read(value, record.is_joined)
                     break
             else:
                 return ""

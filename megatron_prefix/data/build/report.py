@@ -41,15 +41,17 @@ class DropCounts:
 
 @dataclass
 class BuildReport:
-    """Counts of one build. `wrong` are the wrong records that `--on-error skip` skipped.
+    """Counts of one build.
 
-    `duplicates` counts records that repeat an earlier one, and lists the first of them;
-    `merged` has the tokens that `--merge-prompts` saved. `unread` has the columns that no format
-    reads, with the number of records that have them.
+    `num_rows` is above `num_records` if rows were joined to records. `wrong` are the wrong records
+    that `--on-error skip` skipped. `duplicates` counts records that repeat an earlier one, and
+    lists the first of them; `merged` has the tokens that `--merge-prompts` saved. `unread` has the
+    columns that the format does not read, with the number of records that have them.
     """
 
     format: str = "auto"
     num_records: int = 0
+    num_rows: int = 0
     seconds: float = 0.0
     num_tokens_made: int = 0
     dropped: dict[str, DropCounts] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class BuildReport:
         return {
             "format": self.format,
             "num_records": self.num_records,
+            "num_rows": self.num_rows,
             "dropped": {reason: vars(counts) for reason, counts in self.dropped.items()},
             "wrong": {"num_records": self.wrong.num_records, "records": self.wrong_reasons},
             "truncated": {
@@ -101,7 +104,10 @@ class BuildReport:
     def summary(self) -> str:
         """The text that `build` prints at its end."""
         manifest = self.manifest
-        lines = align([["records read", f"{self.num_records:,}"], ["format", self.format]])
+        records = f"{self.num_records:,}"
+        if self.num_rows != self.num_records:
+            records += f", joined from {self.num_rows:,} rows"
+        lines = align([["records read", records], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
         lines += self._dropped_lines() + self._unread_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
@@ -143,7 +149,7 @@ class BuildReport:
             name if count == self.num_records else f"{name} ({count:,} records)"
             for name, count in sorted(self.unread.items())
         ]
-        return [f"columns not read  {', '.join(names)}"]
+        return [f"columns and fields not read  {', '.join(names)}"]
 
     def _repeated_lines(self) -> list[str]:
         lines = []

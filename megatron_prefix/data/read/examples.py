@@ -7,7 +7,7 @@ decodes JSON texts, reads, and refuses what would be lost (unread.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,7 +26,9 @@ from megatron_prefix.data.read.formats import (
     guess,
 )
 from megatron_prefix.data.read.mapping import mapped
+from megatron_prefix.data.read.records import Record
 from megatron_prefix.data.read.repeats import NOTE_REPEATED, repeat_notes
+from megatron_prefix.data.read.rows import joined_rows
 from megatron_prefix.data.read.turns import without_json_texts
 from megatron_prefix.data.read.unread import MESSAGE, unread_names
 from megatron_prefix.errors import InputError
@@ -83,20 +85,36 @@ class ExampleReader:
         """What the records so far have decided; a reader in another process can take it over."""
         self.unread: list[str] = []
         """Columns and fields of the last record that were not read."""
+        self.left_out: set[str] = set()
+        """Columns of `ignored` that this reader has met."""
 
     @property
     def format(self) -> str:
         return self.state.format
 
-    def read(self, record: dict[str, Any]) -> Example:
-        """One Example. Raises InputError (a wrong record) or DegenerateRecord."""
-        ignored = [name for name in record if name in self._ignored]
-        self.unread = list(ignored)
-        if ignored:
+    def joined(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records, joined from rows if each is only a part of one."""
+        return joined_rows(records, lambda value: self._prepared(value)[0])
+
+    def _prepared(self, record: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+        """The record as `--ignore-columns` and `--map` ask, and the columns that paths lead to."""
+        if not self._ignored.isdisjoint(record):
+            self.unread = [name for name in record if name in self._ignored]
+            self.left_out.update(self.unread)
             record = {name: value for name, value in record.items() if name not in self._ignored}
-        record, taken = mapped(record, self.columns)
+        return mapped(record, self.columns)
+
+    def read(self, record: dict[str, Any], is_joined: bool = False) -> Example:
+        """One Example; a joined record is prepared already.
+
+        Raises InputError (a wrong record) or DegenerateRecord.
+        """
+        self.unread, taken = [], frozenset[str]()
+        if not is_joined:
+            record, taken = self._prepared(record)
         record, is_json = without_json_texts(record)
-        format = detect_format(record, self.columns) if self._detects else self.format
+        needed = () if is_joined else self.columns
+        format = self.format if not self._detects else detect_format(record, needed)
         if self.format not in ("auto", format):
             raise InputError(
                 f"the columns are those of format {format!r}, but the records before have "

@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import re
 
+RESPONSE_TEXTS = ("response", "answer", "completion", "generation", "text")
+"""Fields of an entry that may hold a response; the first that it has counts."""
+RESPONSE_SCORES = ("score", "reward", "rating", "helpfulness")
+"""Fields of an entry that may hold its score; the first that it has counts."""
 TEXT = frozenset(
     """
     question questions query queries input inputs input_text instruction instructions prompt prompts

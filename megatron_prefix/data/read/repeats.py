@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from megatron_prefix.data.read.formats import Example, ExampleResponse
 
+FEWEST_WORDS = 3
+"""Words of a user's message; people answer "Good morning" with the same words."""
 NOTE_REPEATED = (
     "responses that begin with their whole prompt, which is there twice "
     "(--format hh reads whole texts)"
@@ -20,7 +22,11 @@ def repeat_notes(example: Example) -> list[str]:
 
 def _repeats(response: ExampleResponse) -> bool:
     prompt, answer = response.prompt, response.response
-    prompt = prompt if isinstance(prompt, str) else prompt[-1].content if prompt else ""
-    answer = answer if isinstance(answer, str) else answer[0].content if answer else ""
-    asked = prompt.strip()
-    return bool(asked) and len(answer.strip()) > len(asked) and answer.lstrip().startswith(asked)
+    if not isinstance(prompt, str):
+        asked = prompt[-1].content.strip() if prompt and prompt[-1].role == "user" else ""
+        if len(asked.split()) < FEWEST_WORDS:
+            return False
+    else:
+        asked = prompt.strip()
+    answer = (answer if isinstance(answer, str) else answer[0].content if answer else "").strip()
+    return bool(asked) and len(answer) > len(asked) and answer.startswith(asked)

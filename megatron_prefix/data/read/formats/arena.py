@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_prefix.data.read.fields import column, whole
 from megatron_prefix.data.read.formats.base import (
-    RANKED_COLUMNS,
+    PAIR_COLUMNS,
     SYSTEM,
     DegenerateRecord,
     Example,
@@ -83,11 +83,11 @@ def _texts(record: dict[str, Any], name: str) -> list[str]:
 ARENA = Format(
     read=read_arena,
     needs=(*DIALOGUES, "winner"),
-    columns=(*DIALOGUES, *LABELS, *SIGNED, *SYSTEM, "margin", *RANKED_COLUMNS),
+    columns=(*DIALOGUES, *LABELS, *SIGNED, *SYSTEM, *PAIR_COLUMNS),
     fits=lambda record: has(record, *DIALOGUES) and has_label(record),
 )
 ARENA_VOTES = Format(
     read=read_arena_votes,
     needs=("prompt", *SIDES, *OUTCOMES),
-    columns=("prompt", *SIDES, *OUTCOMES, "margin", *RANKED_COLUMNS),
+    columns=("prompt", *SIDES, *OUTCOMES, *PAIR_COLUMNS),
 )

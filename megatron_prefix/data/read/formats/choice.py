@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_prefix.data.read.fields import column, json_type, number, optional_text, whole
 from megatron_prefix.data.read.formats.base import (
-    RANKED_COLUMNS,
+    PAIR_COLUMNS,
     SYSTEM,
     DegenerateRecord,
     Example,
@@ -148,8 +148,7 @@ CHOICE = Format(
         *LABELS,
         *SIGNED,
         *SYSTEM,
-        "margin",
-        *RANKED_COLUMNS,
+        *PAIR_COLUMNS,
     ),
     fits=lambda record: (
         responses_of(record) is not None

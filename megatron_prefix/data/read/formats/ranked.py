@@ -26,19 +26,18 @@ from megatron_prefix.data.read.formats.base import (
 )
 from megatron_prefix.data.read.formats.entries import read_entries
 from megatron_prefix.data.read.formats.questions import asked
+from megatron_prefix.data.read.names import RESPONSE_SCORES, RESPONSE_TEXTS
 from megatron_prefix.data.read.turns import FIELDS
 from megatron_prefix.errors import InputError
 
 PROMPTS = ("prompt", "question", "instruction", "query", "input", "messages", "context")
 LISTS = ("answers", "responses", "completions", "generations", "candidates")
-TEXTS = ("answer", "response", "completion", "generation", "text")
-SCORES = ("score", "reward", "rating", "helpfulness")
 PARALLEL = ("scores", "rewards", "ratings", "rating", "ranks")
 """Lists with the score (or rank) of each response, if the responses are a list of texts."""
 
 
 def read_ranked(record: dict[str, Any]) -> Example:
-    """The first of PROMPTS, and the first of LISTS with its TEXTS and its ranks or SCORES."""
+    """The first of PROMPTS, and the first of LISTS with its texts and its ranks or scores."""
     name = first_of(record, *PROMPTS)
     question = record.get(name)
     if isinstance(question, str):
@@ -46,7 +45,9 @@ def read_ranked(record: dict[str, Any]) -> Example:
     else:
         prompt = read_turns(record, name)
     prompt = with_system_text(record, prompt)
-    entries = read_entries(*_with_objects(record, first_of(record, *LISTS)), TEXTS, SCORES)
+    entries = read_entries(
+        *_with_objects(record, first_of(record, *LISTS)), RESPONSE_TEXTS, RESPONSE_SCORES
+    )
     prompt, responses = as_messages(prompt, entries.responses)
     return ranked_example(record, prompt, responses, entries.ranks, entries.scores)
 
@@ -75,7 +76,7 @@ def _is_ranked(record: dict[str, Any]) -> bool:
     items = record.get(first_of(record, *LISTS))
     first = items[0] if isinstance(items, list) and items else None
     labels = PARALLEL if isinstance(first, str | list) else ()
-    is_entry = isinstance(first, dict) and any(name in first for name in ("rank", *SCORES))
+    is_entry = isinstance(first, dict) and any(name in first for name in ("rank", *RESPONSE_SCORES))
     is_labelled = is_entry or any(isinstance(record.get(name), list) for name in labels)
     prompts = any(has(record, name) for name in PROMPTS)
     return is_labelled and prompts and not has_sides(record)
@@ -86,5 +87,5 @@ RANKED = Format(
     needs=("|".join(PROMPTS), "|".join(LISTS)),
     columns=(*PROMPTS, *LISTS, *PARALLEL, *SYSTEM, *RANKED_COLUMNS),
     fits=_is_ranked,
-    fields=(*FIELDS, *TEXTS, "rank", *SCORES),
+    fields=(*FIELDS, *RESPONSE_TEXTS, "rank", *RESPONSE_SCORES),
 )

@@ -53,6 +53,8 @@ FORMATS: dict[str, Format] = {
 """By name, in the order in which they are tried: a record has the first format that fits."""
 NEAREST = 2
 """Formats that an error names."""
+COMMON = ("trl", "hh")
+"""Formats that are named first among those that lack the same number of columns."""
 
 
 def detect_format(record: dict[str, Any], mapped: Collection[str] = ()) -> str:
@@ -83,13 +85,13 @@ def guess(record: dict[str, Any], name: str) -> str:
 
 def _nearest(record: dict[str, Any], but: str) -> str:
     """The formats with the fewest missing columns, and what each of them lacks."""
-    near: list[tuple[int, int, str, list[str]]] = []
+    near: list[tuple[int, bool, int, str, list[str]]] = []
     for name, format in FORMATS.items():
         lacks = format.lacks(record)
         if name != but and 0 < len(lacks) < len(format.needs):
-            near.append((len(lacks), len(near), name, lacks))
+            near.append((len(lacks), name not in COMMON, len(near), name, lacks))
     texts = [
         f"{name} (lacks {', '.join(need.split('|')[0] for need in lacks)})"
-        for _, _, name, lacks in sorted(near)[:NEAREST]
+        for *_, name, lacks in sorted(near)[:NEAREST]
     ]
     return f"nearest are the formats {' and '.join(texts)}" if texts else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prefix.data.read.fields import column, json_type, optional_text, whole
-from megatron_prefix.data.read.formats.base import RANKED_COLUMNS, Example, Format, pair_example
+from megatron_prefix.data.read.formats.base import PAIR_COLUMNS, Example, Format, pair_example
 from megatron_prefix.errors import InputError
 
 
@@ -47,6 +47,6 @@ def _prompt(info: dict[str, Any]) -> str:
 SUMMARIES = Format(
     read=read_summaries,
     needs=("info", "summaries", "choice"),
-    columns=("info", "summaries", "choice", "margin", *RANKED_COLUMNS),
+    columns=("info", "summaries", "choice", *PAIR_COLUMNS),
     fields=("post", "article", "title", "subreddit", "text"),
 )
