@@ -9,6 +9,7 @@ anything else                                listed, but it may hold the prompt 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 RESPONSE_TEXTS = ("response", "answer", "completion", "generation", "text")
 """Fields of an entry that may hold a response; the first that it has counts."""
@@ -76,11 +77,13 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()).strip("_")
 
 
+@lru_cache(maxsize=4096)
 def is_media(name: str) -> bool:
     """Whether a column or field holds pictures, films or sounds, by its name."""
     return bool(MEDIA.fullmatch(_plain(name)))
 
 
+@lru_cache(maxsize=4096)
 def changes_text(name: str) -> bool:
     """Whether a column or field can change the text that a model reads, by its name."""
     plain = _plain(name)

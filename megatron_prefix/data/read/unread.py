@@ -83,7 +83,7 @@ def _unread_fields(value: Any, fields: Collection[str]) -> Iterator[tuple[str, A
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts of a column, without the roles of its messages."""
+    """The texts of a column, without the roles and types of its messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
@@ -91,7 +91,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
     elif isinstance(value, dict):
         for name, item in value.items():
-            if name not in ("role", "from"):
+            if name not in ("role", "from", "type"):
                 yield from _texts(item)
 
 

@@ -40,8 +40,9 @@ def records_of(value: Any) -> list[tuple[dict[str, Any] | None, str | None]] | N
         return None
     if any(changes_text(name) or SIDE.match(name) for name in value if name not in names):
         return None
-    if len(names) > 1:
-        problem = f"the file is one object with the lists {', '.join(names)}: write one per file"
+    lists = [name for name, item in value.items() if _is_list_of_objects(item)]
+    if len(lists) > 1:
+        problem = f"the file is one object with the lists {', '.join(lists)}: write one per file"
         return [(None, problem)]
     return [(record, None) for record in value[names[0]]]
 

@@ -85,6 +85,7 @@ ARENA = Format(
     needs=(*DIALOGUES, "winner"),
     columns=(*DIALOGUES, *LABELS, *SIGNED, *SYSTEM, *PAIR_COLUMNS),
     fits=lambda record: has(record, *DIALOGUES) and has_label(record),
+    harmless=("full_conversation",),
 )
 ARENA_VOTES = Format(
     read=read_arena_votes,

@@ -32,8 +32,14 @@ from megatron_prefix.errors import InputError
 
 QUESTIONS = ("question", "query", "problem", "user_prompt", "user", "input")
 """Columns that may hold the question; the first that a record has counts."""
-ANSWERS = ("response_j", "response_k")
-"""The chosen and the rejected answer of lvwerra/stack-exchange-paired."""
+ANSWERS = (
+    ("chosen", "rejected"),
+    ("response_j", "response_k"),
+    ("response", "rejected_response"),
+    ("accepted", "rejected"),
+)
+"""Names of the chosen and the rejected answer; the first two that a record has count. The others
+are those of stack-exchange-paired, of ms-swift with a query, and of code preference pairs."""
 
 
 def read_alpaca(record: dict[str, Any]) -> Example:
@@ -63,10 +69,10 @@ def conversation(record: dict[str, Any], question: str) -> tuple[Message, ...]:
 
 
 def read_question(record: dict[str, Any]) -> Example:
-    """The first of QUESTIONS as the user's message; `chosen` and `rejected` are the assistant's."""
+    """The first of QUESTIONS as the user's message; two of ANSWERS are the assistant's."""
     question = column(record, first_of(record, *QUESTIONS), str)
     prompt = with_system(record, conversation(record, question))
-    names = ("chosen", "rejected") if has_sides(record) else ANSWERS
+    names = next((names for names in ANSWERS if has(record, *names)), ANSWERS[0])
     sides = [read_side(record, name) for name in names]
     _, (chosen, rejected) = as_messages(checked_prompt(prompt, "the conversation"), sides)
     return pair_example(record, prompt, chosen, rejected)
@@ -76,15 +82,27 @@ ALPACA = Format(
     read=read_alpaca,
     needs=("instruction", "chosen", "rejected"),
     columns=("instruction", "input", "history", "chosen", "rejected", *SYSTEM, *PAIR_COLUMNS),
-    fits=lambda record: has(record, "instruction") and has_sides(record),
+    fits=lambda record: (
+        has(record, "instruction") and has_sides(record) and not holds_dialogues(record)
+    ),
 )
 QUESTION = Format(
     read=read_question,
-    needs=("|".join(QUESTIONS), "chosen|response_j", "rejected|response_k"),
-    columns=("history", *QUESTIONS, "chosen", "rejected", *ANSWERS, *SYSTEM, *PAIR_COLUMNS),
+    needs=(
+        "|".join(QUESTIONS),
+        "|".join(chosen for chosen, _ in ANSWERS),
+        "|".join(dict.fromkeys(rejected for _, rejected in ANSWERS)),
+    ),
+    columns=(
+        "history",
+        *QUESTIONS,
+        *dict.fromkeys(name for names in ANSWERS for name in names),
+        *SYSTEM,
+        *PAIR_COLUMNS,
+    ),
     fits=lambda record: (
         any(isinstance(record.get(name), str) for name in QUESTIONS)
-        and (has_sides(record) or has(record, *ANSWERS))
+        and (has_sides(record) or any(has(record, *names) for names in ANSWERS))
         and not has(record, "prompt")
         and not holds_dialogues(record)
     ),

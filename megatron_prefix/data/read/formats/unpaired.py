@@ -4,6 +4,7 @@ prompt, completion, label          TRL
 messages, label                    ms-swift: the last message is the response
 conversations, kto_tag             LLaMA-Factory, ShareGPT
 instruction, output, kto_tag       LLaMA-Factory, alpaca
+query, response, label             ms-swift
 """
 
 from __future__ import annotations
@@ -86,11 +87,14 @@ def read_unpaired_turns(record: dict[str, Any]) -> Example:
 
 
 def read_unpaired_alpaca(record: dict[str, Any]) -> Example:
-    """`instruction` and `input`, joined by a line break, answered by `output`."""
-    parts = [column(record, "instruction", str), optional_text(record, "input")]
+    """`instruction` and `input`, joined by a line break, answered by `output`; or a `query`
+    answered by `response`."""
+    parts = [column(record, first_of(record, "instruction", "query"), str)]
+    parts.append(optional_text(record, "input"))
     question = "\n".join(part for part in parts if part)
     prompt = checked_prompt(with_system(record, conversation(record, question)), "the conversation")
-    return unpaired_example(record, prompt, assistant(column(record, "output", str)))
+    answer = column(record, first_of(record, "output", "response"), str)
+    return unpaired_example(record, prompt, assistant(answer))
 
 
 COLUMNS = (*LABELS, "tools", "chat_template_kwargs")
@@ -118,7 +122,14 @@ UNPAIRED_TURNS = Format(
 )
 UNPAIRED_ALPACA = Format(
     read=read_unpaired_alpaca,
-    needs=("instruction", "output", "label|kto_tag"),
-    columns=("instruction", "input", "history", "output", *SYSTEM, *COLUMNS),
-    fits=lambda record: has(record, "instruction", "output") and _has_label(record),
+    needs=("instruction|query", "output|response", "label|kto_tag"),
+    columns=(
+        *("instruction", "query", "input", "history", "output", "response"),
+        *SYSTEM,
+        *COLUMNS,
+    ),
+    fits=lambda record: (
+        (has(record, "instruction", "output") or has(record, "query", "response"))
+        and _has_label(record)
+    ),
 )
