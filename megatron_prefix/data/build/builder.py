@@ -93,6 +93,7 @@ def _build(
                 raise result.error
             state = result.reader
             combine(report, result.report)
+            report.limit_unread()
             if result.block is not None:
                 writer.add_block(result.block)
                 # Digests are numbered by their place in the table, so they follow the order of

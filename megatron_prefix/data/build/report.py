@@ -78,9 +78,13 @@ class BuildReport:
         self.notes[text] = self.notes.get(text, 0) + 1
 
     def count_unread(self, name: str) -> None:
-        if name not in self.unread and len(self.unread) >= MAX_NAMES:
-            name = OTHER_NAMES
         self.unread[name] = self.unread.get(name, 0) + 1
+
+    def limit_unread(self) -> None:
+        """Count the names after the first MAX_NAMES together."""
+        for name in [name for name in self.unread if name != OTHER_NAMES][MAX_NAMES:]:
+            count = self.unread.pop(name)
+            self.unread[OTHER_NAMES] = self.unread.get(OTHER_NAMES, 0) + count
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: everything except times, so that equal builds write equal bytes."""

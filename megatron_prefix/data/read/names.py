@@ -61,14 +61,14 @@ MEDIA = re.compile(
     r"pixel_values|frames)(_(path|paths|url|urls|file|files|bytes|list|base64|id|ids|name|names))?"
 )
 LABELS = re.compile(
-    r"(.*_)?(id|ids|uuid|guid|idx|index|key|hash|sha256|md5|source|sources|dataset|datasets|subset|"
+    r"(.*_)?([a-z]{0,3}id|ids|uuid|idx|index|key|hash|sha256|md5|source|sources|dataset|datasets|subset|"
     r"split|origin|category|categories|domain|topic|tag|tags|label|labels|task|type|types|kind|"
     r"lang|language|languages|locale|model|models|engine|policy|provider|version|license|url|urls|"
     r"date|time|timestamp|tstamp|created|updated|score|scores|rating|ratings|rank|ranks|reward|"
     r"rewards|weight|margin|status|state|level|difficulty|quality|worker|annotator|judge|winner|"
     r"batch|order|len|length|tokens|count|num|meta|metadata|info|rationale|critique|feedback|"
     r"explanation|reason|comment|hint|gold|answer_key|ground_truth|file|path|name|author|seed)"
-    r"(_.*)?|(num|is|has|in|n)_.*|.*_(at|utc)"
+    r"(_.*)?|(num|is|has|in|n)_.*|.*_(at|utc|ratio)"
 )
 """Names of what describes a record: of its texts' origin, judgement or size."""
 

@@ -31,17 +31,19 @@ def unread_names(
     *,
     format: str,
     read: Collection[str],
+    taken: Collection[str],
     fields: Collection[str],
     harmless: Collection[str],
     harmless_fields: Collection[str],
 ) -> list[str]:
     """The names of all columns and fields that were not read, for the summary.
 
-    `read` are the columns that were read, and `fields` those of the objects inside them. Raises
-    InputError for one that can change the text and is not in `harmless` or, as a field, in
-    `harmless_fields`.
+    `read` are the columns that were read, `fields` those of the objects inside them, and `taken`
+    the columns that `--map` leads into. Raises InputError for a name that can change the text and
+    is not in `harmless` or, as a field, in `harmless_fields`.
     """
-    names = [name for name in record if name not in read and not _is_empty(record[name])]
+    names = [name for name in record if name not in read and name not in taken]
+    names = [name for name in names if not _is_empty(record[name])]
     for name in names:
         if name not in harmless:
             _refuse(name, record[name], example, format)
@@ -107,10 +109,10 @@ def _repeats(value: Any, example: Example) -> bool:
         else:
             turns = (*response.prompt, *response.response)
             known |= {turn.content.strip() for turn in turns if not isinstance(turn, str)}
-    return all(
+    texts = [text for text in _texts(value) if text.strip()]
+    return bool(texts) and all(
         text.strip() in known or (wholes and all(whole.startswith(text) for whole in wholes))
-        for text in _texts(value)
-        if text.strip()
+        for text in texts
     )
 
 

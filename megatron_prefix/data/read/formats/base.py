@@ -19,7 +19,7 @@ from megatron_prefix.data.read.fields import (
     template_kwargs,
     tools,
 )
-from megatron_prefix.data.read.texts import Message, Text
+from megatron_prefix.data.read.texts import Message, Text, are_dialogues
 from megatron_prefix.data.read.turns import FIELDS, begins_with, text_or_turns, turns
 from megatron_prefix.data.tree import UNRANKED, Pair
 from megatron_prefix.errors import InputError
@@ -166,9 +166,14 @@ def first_of(record: dict[str, Any], *names: str) -> str:
 
 
 def holds_dialogues(record: dict[str, Any]) -> bool:
-    """Whether `chosen` or `rejected` is a conversation that the assistant does not begin."""
-    sides = [dict.get(record, "chosen"), dict.get(record, "rejected")]
-    return any(isinstance(s, list | dict) and s and not begins_with(s, "assistant") for s in sides)
+    """Whether `chosen` or `rejected` is a whole dialogue: messages that the assistant does not
+    begin, or a text with turns."""
+    for side in (dict.get(record, "chosen"), dict.get(record, "rejected")):
+        if isinstance(side, str) and are_dialogues(side):
+            return True
+        if isinstance(side, list | dict) and side and not begins_with(side, "assistant"):
+            return True
+    return False
 
 
 def assistant(text: str) -> tuple[Message, ...]:

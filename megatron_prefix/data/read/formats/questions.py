@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 
 from megatron_prefix.data.read.formats.base import user
-from megatron_prefix.data.read.formats.trl import are_dialogues
-from megatron_prefix.data.read.texts import Message, Text
+from megatron_prefix.data.read.texts import Message, Text, are_dialogues
 
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 

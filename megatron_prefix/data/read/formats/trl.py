@@ -25,12 +25,17 @@ from megatron_prefix.data.read.formats.base import (
     read_side,
 )
 from megatron_prefix.data.read.names import is_label
-from megatron_prefix.data.read.texts import Message, Text, common_prefix
+from megatron_prefix.data.read.texts import (
+    ASSISTANT,
+    Message,
+    Text,
+    are_dialogues,
+    common_prefix,
+)
 from megatron_prefix.data.read.turns import text_or_turns
 from megatron_prefix.errors import InputError
 
 NOTE_EARLY = "pairs that part before the last turn (the responses hold the later turns)"
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[int, bool]:
@@ -95,11 +100,6 @@ def read_hh(record: dict[str, Any]) -> Example:
         return cut_pair(record, chosen, rejected, *split_dialogues(chosen, rejected))
     assert not isinstance(chosen, str) and not isinstance(rejected, str)
     return cut_pair(record, chosen, rejected, *split_messages(chosen, rejected))
-
-
-def are_dialogues(*texts: Any) -> bool:
-    """Whether plain texts have the turn markers of HH-RLHF."""
-    return any(marker in text for text in texts for marker in (HUMAN, ASSISTANT))
 
 
 def _refuse_other_texts(record: dict[str, Any], chosen: str, rejected: str) -> None:
