@@ -58,6 +58,8 @@ LABELS = (
 """Columns that name the better side: its suffix (0, 1, a, b), or a name that ends with it."""
 SIGNED = ("overall_preference", "preference_strength")
 """Columns with a number: below 0 if the first response is better, above 0 if the second is."""
+LETTERS = ("a", "b")
+"""The first and the second response, also if their columns have numbers."""
 TIES = ("tie", "both", "neither", "equal", "same", "draw")
 
 
@@ -81,6 +83,8 @@ def better_side(record: dict[str, Any], names: Sequence[str]) -> int:
         raise DegenerateRecord(Reason.TIE)
     is_name = isinstance(value, str) and len(text) > 1 and not text[-2].isalnum()
     suffix = text[-1:] if is_name or text[:-1] in STEMS else text
+    if suffixes[0].isdecimal() and suffix in LETTERS:
+        return LETTERS.index(suffix)
     if isinstance(value, bool) or suffix not in suffixes:
         raise InputError(
             f"column {label!r} is {json_type(value)} ({str(value)[:40]!r}), which names neither "

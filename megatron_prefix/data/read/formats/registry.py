@@ -77,8 +77,9 @@ def detect_format(record: dict[str, Any], mapped: Collection[str] = ()) -> str:
 
 def guess(record: dict[str, Any], name: str) -> str:
     """Why a record was taken for format `name`, and which formats are near, for error messages."""
-    columns = [c for need in FORMATS[name].needs for c in need.split("|") if has(record, c)]
-    text = f"the record was taken for format {name!r} because it has {', '.join(columns)}"
+    columns = dict.fromkeys(c for need in FORMATS[name].needs for c in need.split("|"))
+    present = ", ".join(column for column in columns if has(record, column))
+    text = f"the record was taken for format {name!r} because it has {present or 'no other'}"
     nearest = _nearest(record, name)
     return f"{text}; {nearest}" if nearest else text
 

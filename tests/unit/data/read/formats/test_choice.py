@@ -45,6 +45,7 @@ ASKED = [("user", "q")]
         (("response_a", "response_b"), "winner", "model_b"),
         (("response_A", "response_B"), "preferred", "B"),
         (("answer_0", "answer_1"), "label", 1),
+        (("response_1", "response_2"), "winner", "model_b"),
         (("output_1", "output_2"), "preference", "2"),
         (("completion_a", "completion_b"), "better", "completion_b"),
         (("response1", "response2"), "overall_preference", 1),
