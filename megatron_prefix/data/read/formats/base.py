@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -122,13 +123,19 @@ class Format:
     fields: tuple[str, ...] = FIELDS
     harmless: tuple[str, ...] = ()
 
+    @cached_property
+    def _names(self) -> dict[str, tuple[str, ...]]:
+        return {need: tuple(need.split("|")) for need in self.needs}
+
     def lacks(self, record: dict[str, Any]) -> list[str]:
         """The columns of `needs` that a record does not have, or that are null."""
-        return [need for need in self.needs if not any(has(record, n) for n in need.split("|"))]
+        return [need for need, names in self._names.items() if not has_any(record, *names)]
 
     def accepts(self, record: dict[str, Any]) -> bool:
         """Whether a record is of this format, by its columns."""
-        return self.fits(record) if self.fits is not None else not self.lacks(record)
+        if self.fits is not None:
+            return self.fits(record)
+        return all(has_any(record, *names) for names in self._names.values())
 
 
 SCORES = (
@@ -150,7 +157,18 @@ PAIR_COLUMNS = ("margin", *SCORES[0], *RANKED_COLUMNS)
 
 def has(record: dict[str, Any], *names: str) -> bool:
     """Whether a record has all these columns, and none of them is null."""
-    return all(dict.get(record, name) is not None for name in names)
+    for name in names:
+        if dict.get(record, name) is None:
+            return False
+    return True
+
+
+def has_any(record: dict[str, Any], *names: str) -> bool:
+    """Whether a record has one of these columns, and it is not null."""
+    for name in names:
+        if dict.get(record, name) is not None:
+            return True
+    return False
 
 
 def has_sides(record: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from megatron_prefix.data.read.formats.base import (
     as_messages,
     first_of,
     has,
+    has_any,
     pair_example,
     read_side,
     read_turns,
@@ -134,7 +135,7 @@ def read_choice(record: dict[str, Any]) -> Example:
 
 def has_label(record: dict[str, Any]) -> bool:
     """Whether a record names the better side, and has no `chosen`."""
-    return any(has(record, x) for x in (*SIGNED, *LABELS)) and not has(record, "chosen")
+    return not has(record, "chosen") and has_any(record, *SIGNED, *LABELS)
 
 
 CHOICE = Format(
@@ -155,8 +156,6 @@ CHOICE = Format(
         *PAIR_COLUMNS,
     ),
     fits=lambda record: (
-        responses_of(record) is not None
-        and has_label(record)
-        and any(has(record, name) for name in PROMPTS)
+        has_label(record) and responses_of(record) is not None and has_any(record, *PROMPTS)
     ),
 )

@@ -21,6 +21,7 @@ from megatron_prefix.data.read.formats.base import (
     checked_prompt,
     first_of,
     has,
+    has_any,
     has_sides,
     holds_dialogues,
     pair_example,
@@ -45,7 +46,7 @@ def dialogue_format(*names: str) -> Format:
         needs=("|".join(names), "chosen", "rejected"),
         columns=(*names, "chosen", "rejected", *SYSTEM, *PAIR_COLUMNS),
         fits=lambda record: (
-            any(has(record, name) for name in names)
+            has_any(record, *names)
             and has_sides(record)
             and not has(record, "prompt")
             and not holds_dialogues(record)

@@ -18,7 +18,7 @@ from megatron_prefix.data.read.formats.base import (
     Format,
     as_messages,
     first_of,
-    has,
+    has_any,
     has_sides,
     ranked_example,
     read_turns,
@@ -78,7 +78,7 @@ def _is_ranked(record: dict[str, Any]) -> bool:
     labels = PARALLEL if isinstance(first, str | list) else ()
     is_entry = isinstance(first, dict) and any(name in first for name in ("rank", *RESPONSE_SCORES))
     is_labelled = is_entry or any(isinstance(record.get(name), list) for name in labels)
-    prompts = any(has(record, name) for name in PROMPTS)
+    prompts = has_any(record, *PROMPTS)
     return is_labelled and prompts and not has_sides(record)
 
 

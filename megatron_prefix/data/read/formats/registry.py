@@ -64,7 +64,7 @@ def detect_format(record: dict[str, Any], mapped: Collection[str] = ()) -> str:
     """
     needed = {name.split("[]")[0] for name in mapped}
     for name, format in FORMATS.items():
-        if format.accepts(record) and needed <= {*format.columns}:
+        if format.accepts(record) and needed.issubset(format.columns):
             return name
     nearest = _nearest(record, "")
     if not nearest:
