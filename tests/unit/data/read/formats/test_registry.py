@@ -77,6 +77,13 @@ def test_mapped_columns_decide_the_format():
     assert detect_format(record, ["instruction"]) == "alpaca"
 
 
+def test_every_format_is_on_the_page_of_data_sets():
+    docs = SAMPLES[0].parents[3] / "docs"
+    for page in ("datasets.md", "data_format.md"):
+        text = (docs / page).read_text(encoding="utf-8")
+        assert [name for name in FORMATS if f"`{name}`" not in text] == [], page
+
+
 def test_samples_are_small():
     for path in SAMPLES:
         assert 2 <= len([json.loads(line) for line in path.open(encoding="utf-8")]) <= 8
