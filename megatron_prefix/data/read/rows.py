@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, groupby
 from typing import Any
 
+from megatron_prefix.data.read.column_names import RESPONSE_SCORES, RESPONSE_TEXTS
 from megatron_prefix.data.read.fields import json_type
-from megatron_prefix.data.read.names import RESPONSE_SCORES, RESPONSE_TEXTS
 from megatron_prefix.data.read.records import Record
 from megatron_prefix.errors import InputError
 

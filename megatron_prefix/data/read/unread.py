@@ -14,8 +14,8 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from megatron_prefix.data.read.column_names import changes_text, is_media
 from megatron_prefix.data.read.formats import Example
-from megatron_prefix.data.read.names import changes_text, is_media
 from megatron_prefix.errors import InputError
 
 OPAQUE = ("tool_calls", "arguments", "tools", "function_call", "tool_responses")

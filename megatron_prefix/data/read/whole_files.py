@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megatron_prefix.data.read.names import changes_text
+from megatron_prefix.data.read.column_names import changes_text
 
 WRAPPERS = ("data", "rows", "records", "examples", "instances", "items", "samples", "train")
 """Names of an object's list of records."""

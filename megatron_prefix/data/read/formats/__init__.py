@@ -20,7 +20,7 @@ responses, `ranked_example`), in ../fields.py (`column`, `number`: they check ty
 errors) and in ../turns.py (conversations in any layout). Every column that `read` looks at counts
 as read; the reader refuses or lists the others, so a format cannot lose one. To register it:
 
-1. Add it to FORMATS in registry.py, before any other format that also accepts its records.
+1. Add it to FORMATS in format_registry.py, before any other format that also accepts its records.
 2. Add its name to FORMAT_NAMES in cli/build.py: `--help` lists the names without this package.
 3. Add a sample to tests/data/formats/ and its counts to tests/numerics/test_format_samples.py;
    describe the columns in docs/data_format.md, and name the sets that have it in docs/datasets.md.
@@ -35,7 +35,7 @@ from megatron_prefix.data.read.formats.base import (
     Reads,
     Reason,
 )
-from megatron_prefix.data.read.formats.registry import FORMATS, detect_format, guess
+from megatron_prefix.data.read.formats.format_registry import FORMATS, detect_format, guess
 
 __all__ = [
     "FORMATS",

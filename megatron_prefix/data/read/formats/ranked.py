@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_prefix.data.read.column_names import RESPONSE_SCORES, RESPONSE_TEXTS
 from megatron_prefix.data.read.fields import column, json_type
 from megatron_prefix.data.read.formats.base import (
     RANKED_COLUMNS,
@@ -26,7 +27,6 @@ from megatron_prefix.data.read.formats.base import (
 )
 from megatron_prefix.data.read.formats.entries import read_entries
 from megatron_prefix.data.read.formats.questions import asked
-from megatron_prefix.data.read.names import RESPONSE_SCORES, RESPONSE_TEXTS
 from megatron_prefix.data.read.turns import FIELDS
 from megatron_prefix.errors import InputError
 

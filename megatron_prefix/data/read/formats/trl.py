@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_prefix.data.read.column_names import is_label
 from megatron_prefix.data.read.fields import column
 from megatron_prefix.data.read.formats.base import (
     PAIR_COLUMNS,
@@ -24,7 +25,6 @@ from megatron_prefix.data.read.formats.base import (
     pair_example,
     read_side,
 )
-from megatron_prefix.data.read.names import is_label
 from megatron_prefix.data.read.texts import (
     ASSISTANT,
     Message,

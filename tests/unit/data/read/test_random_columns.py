@@ -10,8 +10,8 @@ import re
 import pytest
 
 from megatron_prefix.data.read import ExampleReader
+from megatron_prefix.data.read.column_names import TEXT
 from megatron_prefix.data.read.formats import FORMATS, DegenerateRecord
-from megatron_prefix.data.read.names import TEXT
 from megatron_prefix.errors import InputError
 
 PROMPTS = ("prompt", "question", "instruction", "input", "messages", "conversations", "context")

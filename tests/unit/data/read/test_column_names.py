@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_prefix.data.read.column_names import changes_text, is_label, is_media
 from megatron_prefix.data.read.formats import FORMATS
-from megatron_prefix.data.read.names import changes_text, is_label, is_media
 
 PUBLISHED = {
     "text": "system question input instruction history trajectory context messages conversation "
