@@ -15,6 +15,19 @@ RESPONSE_TEXTS = ("response", "answer", "completion", "generation", "text")
 """Fields of an entry that may hold a response; the first that it has counts."""
 RESPONSE_SCORES = ("score", "reward", "rating", "helpfulness")
 """Fields of an entry that may hold its score; the first that it has counts."""
+VERDICTS = (
+    "better_response_id",
+    "winner",
+    "preference",
+    "preferred",
+    "preferred_response",
+    "choice",
+    "better",
+    "overall_preference",
+    "preference_strength",
+    "winner_model_a",
+)
+"""Columns that name the better of two responses."""
 TEXT = frozenset(
     """
     question questions query queries input inputs input_text instruction instructions prompt prompts

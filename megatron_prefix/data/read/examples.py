@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from megatron_prefix.data.read.column_names import VERDICTS
 from megatron_prefix.data.read.contradictions import (
     CONTRADICTION_MODES,
     NOTE_AGAINST,
@@ -158,7 +159,20 @@ class ExampleReader:
             harmless=format.harmless,
             harmless_fields=self._ignored_fields,
         )
+        self._refuse_other_verdict()
         notes = repeat_notes(example)
         if notes:
             example = replace(example, notes=(*example.notes, *notes))
         return settle_contradictions(example, self._on_contradiction)
+
+    def _refuse_other_verdict(self) -> None:
+        """Raise InputError if `--map` chooses a side, and an unread column may name the other."""
+        sides = {"chosen", "rejected", "chosen_response", "rejected_response"} & {*self.columns}
+        verdict = next((name for name in self.unread if name in VERDICTS), None)
+        if sides and verdict is not None and verdict not in self._ignored:
+            raise InputError(
+                f"--map gives {' and '.join(sorted(sides))}, but column {verdict!r} names the "
+                "better response of each record, and it is not read: remove these flags if a "
+                "format reads that column (docs/datasets.md), or write the better response to "
+                f"chosen; if it means something else, leave it out with --ignore-columns {verdict}"
+            )

@@ -73,9 +73,9 @@ def whole(value: Any) -> int | None:
 
 
 def rank(record: dict[str, Any]) -> int | None:
-    """The optional column `rank`, 0 for the best; None if it is absent or null."""
+    """The optional column `rank`, 0 for the best; None if it is absent, null or NaN."""
     value = record.get("rank")
-    if value is None:
+    if value is None or value != value:
         return None
     rank = whole(value)
     if rank is None or not 0 <= rank <= MOST:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.data.read.whole_files import csv_remedy
 from megatron_prefix.errors import InputError
 
 BATCH = 64
@@ -119,6 +120,9 @@ def open_dataset(path: Path, split: str | None) -> Any:
     """
     import datasets
 
+    csv = next((file for file in path.rglob("*.[ct]sv") if file.is_file()), None)
+    if csv is not None:
+        raise InputError(f"{csv}: {csv_remedy(str(csv), csv.suffix == '.tsv')}")
     try:
         if (path / "state.json").is_file() or (path / SPLITS).is_file():
             dataset = datasets.load_from_disk(str(path))

@@ -68,8 +68,15 @@ def table_hint(line: bytes, path: str) -> str | None:
     header = _HEADER.fullmatch(line.strip())
     if header is None:
         return None
-    separator = header["separator"].decode()
-    option = "" if separator == "," else f", sep={separator!r}"
+    return csv_remedy(path, header["separator"] == b"\t", header["separator"].decode())
+
+
+def csv_remedy(path: str, has_tabs: bool, separator: str = ",") -> str:
+    """The command that writes the records of a CSV file as JSON Lines.
+
+    CSV is not read, because it does not tell a text from a number, or "NA" from a gap.
+    """
+    option = ", sep='\\t'" if has_tabs else f", sep={separator!r}" if separator != "," else ""
     target = re.sub(r"\.(csv|tsv|txt)$", "", path) + ".jsonl"
     return (
         "the file looks like CSV, which is not read: write JSON Lines, for example with python -c "

@@ -64,7 +64,8 @@ def read_oasst(record: dict[str, Any]) -> Example:
         replies = node.get("replies") or []
         below = [_oasst_message(r, f"{place}, reply {i + 1}") for i, r in enumerate(replies)]
         siblings = [i for i, message in enumerate(below) if message.role == "assistant"]
-        labelled = ranked_pairs([replies[i].get("rank") for i in siblings])
+        ranks = [rank(replies[i]) for i in siblings]
+        labelled = ranked_pairs(ranks)
         if labelled and turns[-1].role == "assistant":
             raise InputError(
                 f"{place}: the assistant answers itself: a response must follow a prompter's "
@@ -73,14 +74,11 @@ def read_oasst(record: dict[str, Any]) -> Example:
         index = {}
         for sibling in sorted({side for pair in labelled for side in pair}):
             index[sibling] = len(responses)
-            reply = siblings[sibling]
+            place_in_set = ranks[sibling]
+            assert place_in_set is not None, "it is in a pair"
+            response = (below[siblings[sibling]],)
             responses.append(
-                ExampleResponse(
-                    prompt=turns,
-                    response=(below[reply],),
-                    set_id=num_sets,
-                    rank=int(replies[reply]["rank"]),
-                )
+                ExampleResponse(prompt=turns, response=response, set_id=num_sets, rank=place_in_set)
             )
         pairs += [Pair(chosen=index[c], rejected=index[r]) for c, r in labelled]
         num_sets += bool(labelled)

@@ -201,6 +201,11 @@ def test_oasst_unranked_message_is_in_the_prompts_below():
     assert example.responses[0].set_id == 0
 
 
+def test_oasst_ranks_that_are_not_numbers_are_gaps():
+    tree = asked("q", node("a", rank=0.0), node("b", rank=1.0), node("c", rank=math.nan))
+    assert [r.response[0].content for r in read({"prompt": tree}).responses] == ["a", "b"]
+
+
 def test_oasst_without_a_label_is_degenerate():
     with pytest.raises(DegenerateRecord, match="no pair"):
         read({"prompt": asked("q", node("a", rank=0), node("b"))})

@@ -67,3 +67,14 @@ def test_lists_of_texts_and_deeper_ones():
 def test_targets_and_paths_that_cannot_be(text, message):
     with pytest.raises(InputError, match=message):
         parse_columns([text])
+
+
+def test_a_side_that_is_chosen_by_map_must_not_hide_the_label():
+    record = {"prompt": "p", "a": "x", "b": "y", "winner": "b"}
+    columns = {"chosen": "a", "rejected": "b"}
+    with pytest.raises(InputError, match="column 'winner' names the better response"):
+        ExampleReader(columns=columns).read(record)
+    reader = ExampleReader(columns=columns, ignored=["winner"])
+    assert reader.read(record).responses[0].response == "x"
+    plain = {"prompt": "p", "chosen": "x", "rejected": "y", "winner": "b"}
+    ExampleReader().read(plain)

@@ -76,6 +76,13 @@ def test_csv_names_the_command_that_works(tmp_path, name):
     assert [r.value["chosen"] for r in Inputs([made]).read()] == ["a", "b"]
 
 
+def test_a_directory_with_csv_names_the_command(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.csv").write_text("prompt,chosen,rejected\nNA,a,b\n")
+    with pytest.raises(InputError, match=r"a\.csv: the file looks like CSV.*a\.jsonl"):
+        Inputs([tmp_path]).check()
+
+
 def test_a_first_line_that_is_no_header_is_just_not_json(tmp_path):
     for text in ("a text, with a comma. And more!", "prompt", "1,2"):
         assert "CSV" not in items(tmp_path / "in", text)[0][2]
