@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from megatron_prefix.data.read.fields import column, whole
+from megatron_prefix.data.read.fields import checked, column, whole
 from megatron_prefix.data.read.formats.base import (
     PAIR_COLUMNS,
     SYSTEM,
@@ -77,7 +77,7 @@ def _texts(record: dict[str, Any], name: str) -> list[str]:
             value = [value]
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise InputError(f"column {name!r} must be a list of texts, or the JSON text of one")
-    return value
+    return [checked(text, f"column {name!r}") for text in value]
 
 
 ARENA = Format(

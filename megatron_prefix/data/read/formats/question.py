@@ -58,7 +58,8 @@ def read_alpaca(record: dict[str, Any]) -> Example:
 def conversation(record: dict[str, Any], question: str) -> tuple[Message, ...]:
     """The turns of `history`, if there are any, and the question, if it is not empty."""
     turns = []
-    for i, item in enumerate(record.get("history") or []):
+    history = column(record, "history", list) if record.get("history") else []
+    for i, item in enumerate(history):
         place = f"history, entry {i + 1}"
         if not (isinstance(item, list) and len(item) == 2 and all(type(x) is str for x in item)):
             raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.data.read.fields import column, json_type
+from megatron_prefix.data.read.fields import checked, column, json_type
 from megatron_prefix.data.read.formats.base import (
     PAIR_COLUMNS,
     SYSTEM,
@@ -55,7 +55,7 @@ def read_swift(record: dict[str, Any]) -> Example:
                 f"column 'rejected_response', entry {i + 1} is {json_type(text)}, but the first "
                 "one is text: all must be texts, or all messages"
             )
-    answers: list[Text] = [assistant(text) for text in texts]
+    answers: list[Text] = [assistant(checked(text, "rejected_response")) for text in texts]
     prompt = checked_prompt(conversation[:-1], "messages")
     if len(answers) == 1:
         return pair_example(record, prompt, conversation[-1:], answers[0])

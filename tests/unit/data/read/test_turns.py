@@ -112,3 +112,28 @@ def test_json_texts_of_conversations():
     )
     assert example.responses[1].response[0].content == "rejected"
     assert [note for note in example.notes if "JSON texts" in note]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS, "rejected_response": ["a", "\ud800"]},
+        {"messages": TURNS, "rejected_response": [{"role": "assistant", "content": "\ud800"}]},
+        {"prompt": ["q"], "response_a": ["\ud800"], "response_b": ["b"], "winner_model_a": 1}
+        | {"winner_model_b": 0, "winner_tie": 0},
+        {"prompt": "q", "responses": ["\ud800", "b"], "scores": [1, 2]},
+        {"prompt": "\ud800", "response_0": "a", "response_1": "b", "winner": 0},
+        {"info": {"post": "\ud800"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0},
+        {"instruction": "q", "history": [["\ud800", "b"]], "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_half_a_character_is_refused_wherever_it_is(record):
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        ExampleReader().read(record)
+
+
+@pytest.mark.parametrize("history", [True, 3, "text", {"a": 1}, [["q"]], ["q"]])
+def test_a_history_of_another_form_is_refused(history):
+    record = {"instruction": "q", "history": history, "chosen": "a", "rejected": "b"}
+    with pytest.raises(InputError, match="history"):
+        ExampleReader().read(record)
