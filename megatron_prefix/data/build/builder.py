@@ -64,7 +64,9 @@ def _build(
 ) -> BuildReport:
     """Build one group per record; `digests` gets an entry for each."""
     inputs = Inputs(paths, options.split)
-    reader = ExampleReader(options.format, options.columns)
+    reader = ExampleReader(
+        options.format, options.columns, options.ignored, options.on_contradiction
+    )
     inputs.check()
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, options.parse_special)
@@ -76,7 +78,7 @@ def _build(
     build_chunk = ChunkBuilder(reader, encoder, options)
     chunks = (  # read as workers ask for them, with the state that is known by then
         Chunk(records=records, position=position, reader=state)
-        for records, position in read_chunks(inputs)
+        for records, position in read_chunks(inputs, reader)
     )
     with (
         DatasetWriter(output, tokenizer.describe(), recorded) as writer,
@@ -91,6 +93,7 @@ def _build(
                 raise result.error
             state = result.reader
             combine(report, result.report)
+            report.limit_unread()
             if result.block is not None:
                 writer.add_block(result.block)
                 # Digests are numbered by their place in the table, so they follow the order of
@@ -98,6 +101,12 @@ def _build(
                 digests.extend(result.digests)
             if progress is not None:
                 progress(chunk.position, total, writer.statistics.counts["groups"])
+        for name in options.ignored:
+            if name not in report.unread and name not in reader.left_out:
+                raise InputError(
+                    f"--ignore-columns {name}: no record has it among the columns that are not "
+                    "read: remove the flag, or correct the name"
+                )
         if not writer.statistics.counts["groups"]:
             raise InputError(_nothing_left(inputs, report))
         report.duplicates = digests.duplicates(MAX_LISTED)

@@ -15,7 +15,9 @@ class BuildOptions:
     format: str = "auto"
     """A name in FORMATS, or "auto": detected from the first record."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column -> the dotted path of its value in a record."""
+    """Column -> the path of its value in a record."""
+    ignored: tuple[str, ...] = ()
+    """Columns that are left out, and fields of messages (message.FIELD) that stay unread."""
     split: str | None = None
     """The part of a Hugging Face data set that is read."""
     parse_special: bool = False
@@ -28,6 +30,8 @@ class BuildOptions:
     """What happens to longer paths: "error", "truncate-prompt" or "drop"."""
     append_eos: bool = True
     """End-of-text follows every response."""
+    on_contradiction: str = "keep"
+    """What happens to pairs whose scores contradict their label: keep, drop, swap or error."""
     on_error: str = "stop"
     """What happens to wrong records: "stop" or "skip"."""
     strict: bool = False
