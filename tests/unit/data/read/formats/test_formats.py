@@ -58,7 +58,7 @@ def test_trl_scores_margins_and_tools():
 def test_tools_may_be_json_text():
     record = sample("trl_messages")[1]
     as_text = {**record, "tools": json.dumps(record["tools"])}
-    assert read(as_text) == read(record)
+    assert repr(read(as_text)) == repr(read(record))  # scores may be NaN
 
 
 def test_a_prompt_that_repeats_a_turn_of_both_dialogues_is_ignored():
