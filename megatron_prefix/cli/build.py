@@ -100,10 +100,28 @@ def _add_tokens(parser: argparse.ArgumentParser) -> None:
         "system message, in the same way for all responses of a prompt (default: error)",
     )
     parser.add_argument(
+        "--bos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="begin-of-text before a prompt. auto: before a text if the tokenizer puts it there by "
+        "itself, and never before what a chat template writes. always: wherever it is not there "
+        "already. never: nowhere (default: auto)",
+    )
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument(
+        "--eos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="end-of-text after a response. auto: after a text that does not end with it, and "
+        "never after what a chat template writes. always: wherever it is not there already. "
+        "never: nowhere (default: auto)",
+    )
+    end.add_argument(
         "--no-append-eos",
-        action="store_true",
-        help="do not add an end-of-text token after responses (default: it is added, unless the "
-        "chat template added one)",
+        dest="eos",
+        action="store_const",
+        const="never",
+        help="the same as --eos never",
     )
     parser.add_argument(
         "--parse-special",
@@ -155,7 +173,8 @@ def run(args: argparse.Namespace) -> None:
         merge_prompts=args.merge_prompts,
         max_length=args.max_length,
         overflow=args.overflow,
-        append_eos=not args.no_append_eos,
+        bos=args.bos,
+        eos=args.eos,
         on_error=args.on_error,
         strict=args.strict,
         workers=args.workers,

@@ -68,7 +68,7 @@ def _build(
     inputs.check()
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, options.parse_special)
-    encoder = PathEncoder(tokenizer, options.append_eos)
+    encoder = PathEncoder(tokenizer, options.bos, options.eos)
     report, total = BuildReport(), inputs.num_bytes
     recorded = {**asdict(options), "inputs": [str(path) for path in inputs.paths]}
     recorded.pop("workers")  # the files do not depend on it
@@ -79,7 +79,7 @@ def _build(
         for records, position in read_chunks(inputs)
     )
     with (
-        DatasetWriter(output, tokenizer.describe(), recorded) as writer,
+        DatasetWriter(output, encoder.describe(), recorded) as writer,
         contextlib.closing(ordered(build_chunk, chunks, options.workers)) as results,
     ):
         for chunk, result in results:

@@ -20,7 +20,7 @@ from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
 from megatron_prefix.data.read.formats import DegenerateRecord, Example, Reason
 from megatron_prefix.data.store import Block
-from megatron_prefix.data.tokenize import PathEncoder, Selection, TooLong, select
+from megatron_prefix.data.tokenize import AddedEnds, PathEncoder, Selection, TooLong, select
 from megatron_prefix.data.tree import MergedPaths, merge_paths
 from megatron_prefix.errors import InputError
 
@@ -88,7 +88,7 @@ class ChunkBuilder:
     def __call__(self, chunk: Chunk) -> ChunkResult:
         reader, encoder, report = self._reader, self._encoder, BuildReport()
         reader.state = chunk.reader
-        encoder.num_tokens = 0
+        encoder.num_tokens, encoder.added = 0, AddedEnds()
         error = None
         groups: list[MergedPaths] = []
         digests: list[Digests] = []
@@ -103,6 +103,7 @@ class ChunkBuilder:
         except InputError as stopping:
             error = stopping
         report.format, report.num_tokens_made = reader.format, encoder.num_tokens
+        report.added = vars(encoder.added)
         block = Block.of_paths(groups, [digest.record for digest in digests]) if groups else None
         return ChunkResult(
             block=block, digests=digests, report=report, reader=reader.state, error=error

@@ -26,8 +26,10 @@ class BuildOptions:
     """Longest path from the root, in tokens, end-of-text included; None for no limit."""
     overflow: str = "error"
     """What happens to longer paths: "error", "truncate-prompt" or "drop"."""
-    append_eos: bool = True
-    """End-of-text follows every response."""
+    bos: str = "auto"
+    """Which texts get begin-of-text: "auto", "always" or "never", see data/tokenize/ends.py."""
+    eos: str = "auto"
+    """Which responses get end-of-text: the same modes."""
     on_error: str = "stop"
     """What happens to wrong records: "stop" or "skip"."""
     strict: bool = False

@@ -50,6 +50,8 @@ class BuildReport:
     dropped: dict[str, DropCounts] = field(default_factory=dict)
     wrong: DropCounts = field(default_factory=DropCounts)
     wrong_reasons: list[str] = field(default_factory=list)
+    added: dict[str, int] = field(default_factory=dict)
+    """Responses that were encoded, and those that got begin- or end-of-text from the build."""
     num_cut_groups: int = 0
     num_cut_responses: int = 0
     num_cut_tokens: int = 0
@@ -81,6 +83,7 @@ class BuildReport:
                 "responses": self.num_cut_responses,
                 "tokens": self.num_cut_tokens,
             },
+            "added": self.added,
             "notes": self.notes,
             "duplicates": self.duplicates,
             "merged": self.merged,
@@ -91,13 +94,27 @@ class BuildReport:
         manifest = self.manifest
         lines = align([["records read", f"{self.num_records:,}"], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
-        lines += self._dropped_lines() + self._repeated_lines()
+        lines += self._ends_lines() + self._dropped_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
         lines += [
             "",
             f"{self.num_tokens_made:,} tokens made in {self.seconds:.1f} s: {rate:,.0f} tokens/s",
         ]
         return "\n".join(lines)
+
+    def _ends_lines(self) -> list[str]:
+        """What the build itself put before and after responses."""
+        tokenizer, parts = self.manifest["tokenizer"], []
+        for name, flag, id in (
+            ("begin_of_text", "--bos", tokenizer["bos_id"]),
+            ("end_of_text", "--eos", tokenizer["eos_id"]),
+        ):
+            mode = tokenizer.get(name, {}).get("mode")
+            if mode is not None:
+                token = "the tokenizer defines none" if id is None else f"token {id}"
+                title, count = name.replace("_", "-"), self.added.get(name, 0)
+                parts.append(f"{title} added to {count:,} responses ({flag} {mode}; {token})")
+        return ["", *parts] if parts else []
 
     def _dropped_lines(self) -> list[str]:
         lines = ["", "dropped" if self.dropped or self.wrong.num_records else "dropped  nothing"]

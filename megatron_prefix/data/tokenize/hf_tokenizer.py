@@ -17,13 +17,14 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_prefix.data.read import Message
-from megatron_prefix.data.tokenize.base import Rendered, Tokenizer
+from megatron_prefix.data.tokenize.base import Rendered, Tokenizer, vocabulary_digest
 from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
 from megatron_prefix.errors import InputError
 
@@ -67,10 +68,12 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from error
         self._tokenizer.model_max_length = 1 << 40  # --max-length is the only limit
         self.name = str(path.resolve()) if path.is_dir() else spec
-        ids = self._tokenizer.get_vocab().values()
-        self.vocab_size = max(len(self._tokenizer), max(ids, default=-1) + 1)
+        pieces = self._tokenizer.get_vocab()
+        self.vocab_size = max(len(self._tokenizer), max(pieces.values(), default=-1) + 1)
         self.bos_id = self._tokenizer.bos_token_id
         self.eos_id = self._tokenizer.eos_token_id
+        self.bos_text = self._spelling(self.bos_id)
+        self.eos_text = self._spelling(self.eos_id)
         self.has_chat_template = bool(self._tokenizer.chat_template)
         self.fingerprint = hashlib.sha256(self._definition().encode()).hexdigest()
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -81,9 +84,24 @@ class HuggingFaceTokenizer(Tokenizer):
         self._parse_special = parse_special
         self._special = _special_tokens(self._tokenizer)
         self._special_set = frozenset(self._special.values())
+        self.vocabulary = vocabulary_digest(pieces, self._special)
         self._starts = {text[:2] for text in self._special}  # a quick test before the pattern
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def _spelling(self, token: int | None) -> str:
+        return "" if token is None else str(self._tokenizer.convert_ids_to_tokens(token))
+
+    @cached_property
+    def text_begin(self) -> tuple[int, ...]:
+        """`tokenizer("a")` is [1, 15] and "a" alone [15]: the tokenizer begins a text with [1]."""
+        bare, whole = (
+            self._tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True)
+        )
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return tuple(whole[:start])
+        return ()
 
     def _definition(self) -> str:
         """Everything that ids and rendered texts depend on, as canonical JSON."""
