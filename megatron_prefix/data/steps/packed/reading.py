@@ -191,7 +191,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"there are no packed steps in {path}: {file} is missing. Make them with "
             "megatron-prefix pack"
         )
-    manifest = read_manifest(file, FORMAT, VERSION, command="pack", remedy=REMEDY)
+    manifest = read_manifest(file, FORMAT, (VERSION,), command="pack", remedy=REMEDY)
     if manifest_digest(manifest) != manifest.get("sha256"):
         raise InputError(f"{file} is damaged or was changed: its SHA-256 differs: {REMEDY}")
     return manifest
