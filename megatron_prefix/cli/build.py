@@ -140,6 +140,21 @@ def _add_handling(parser: argparse.ArgumentParser) -> None:
         "(default: one group per record)",
     )
     parser.add_argument(
+        "--holdout",
+        type=float,
+        metavar="SHARE",
+        help="write the groups of this share of the prompts to PREFIX_valid instead, for "
+        "evaluation. No prompt is in both, and none changes sides when records are added "
+        "(default: no second data set)",
+    )
+    parser.add_argument(
+        "--holdout-seed",
+        type=int,
+        default=1234,
+        metavar="S",
+        help="decides which prompts --holdout takes (default: 1234)",
+    )
+    parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
@@ -173,6 +188,8 @@ def run(args: argparse.Namespace) -> None:
         merge_prompts=args.merge_prompts,
         max_length=args.max_length,
         overflow=args.overflow,
+        holdout=args.holdout,
+        holdout_seed=args.holdout_seed,
         bos=args.bos,
         eos=args.eos,
         on_error=args.on_error,
@@ -182,7 +199,8 @@ def run(args: argparse.Namespace) -> None:
     with _Progress() as progress:
         report = build_dataset(args.input, args.tokenizer, args.output, options, progress)
     print(report.summary())
-    print(f"wrote {args.output}.bin, .idx, .tree and .json")
+    for prefix in [args.output, f"{args.output}_valid"][: options.num_outputs]:
+        print(f"wrote {prefix}.bin, .idx, .tree and .json")
 
 
 class _Progress:

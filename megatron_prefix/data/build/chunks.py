@@ -14,7 +14,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_prefix.data.build.duplicates import Digests
+from megatron_prefix.data.build.duplicates import Digests, is_held_out
 from megatron_prefix.data.build.options import BuildOptions
 from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
@@ -43,16 +43,24 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ChunkResult:
-    """What a chunk became.
-
-    `block` has its groups (None if no group is left), `digests` one entry per group, and `reader`
-    is the state of the ExampleReader after it. `error` stops the build; but a chunk that was built
-    with a stale reader state is built again first.
-    """
+class Part:
+    """The groups of a chunk that go to one data set: None if there are none, and one entry of
+    `digests` per group."""
 
     block: Block | None
     digests: list[Digests]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkResult:
+    """What a chunk became.
+
+    `parts` are its groups for each data set that is built: one, or with `holdout` two. `reader` is
+    the state of the ExampleReader after it. `error` stops the build; but a chunk that was built
+    with a stale reader state is built again first.
+    """
+
+    parts: list[Part]
     report: BuildReport
     reader: ReaderState
     error: InputError | None = None
@@ -90,24 +98,26 @@ class ChunkBuilder:
         reader.state = chunk.reader
         encoder.num_tokens, encoder.added = 0, AddedEnds()
         error = None
-        groups: list[MergedPaths] = []
-        digests: list[Digests] = []
+        sides: list[list[tuple[MergedPaths, Digests]]] = [[], []][: self._options.num_outputs]
         try:
             with _collector_paused():
                 for record in chunk.records:
                     report.num_records += 1
                     if built := self._build(record, report):
                         example, group = built
-                        groups.append(group)
-                        digests.append(Digests.of(record.number, example))
+                        digests = Digests.of(record.number, example)
+                        sides[self._side(digests)].append((group, digests))
         except InputError as stopping:
             error = stopping
         report.format, report.num_tokens_made = reader.format, encoder.num_tokens
         report.added = vars(encoder.added)
-        block = Block.of_paths(groups, [digest.record for digest in digests]) if groups else None
-        return ChunkResult(
-            block=block, digests=digests, report=report, reader=reader.state, error=error
-        )
+        parts = [_part(side) for side in sides]
+        return ChunkResult(parts=parts, report=report, reader=reader.state, error=error)
+
+    def _side(self, digests: Digests) -> int:
+        """0, or 1 if the group is held out."""
+        share, seed = self._options.holdout, self._options.holdout_seed
+        return 0 if share is None else int(is_held_out(digests.prompt, share, seed))
 
     def _build(self, record: Record, report: BuildReport) -> tuple[Example, MergedPaths] | None:
         """A record's Example and tree, or None if it is dropped; `report` counts everything."""
@@ -152,6 +162,12 @@ class ChunkBuilder:
         report.num_cut_responses += selection.num_cut
         report.num_cut_tokens += selection.cut_tokens
         return example, merge_paths(selection.paths, selection.pairs)
+
+
+def _part(groups: list[tuple[MergedPaths, Digests]]) -> Part:
+    digests = [digest for _, digest in groups]
+    paths, records = [path for path, _ in groups], [digest.record for digest in digests]
+    return Part(block=Block.of_paths(paths, records) if groups else None, digests=digests)
 
 
 @contextlib.contextmanager

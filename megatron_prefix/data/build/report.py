@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_prefix.data.store import DatasetWriter
 from megatron_prefix.data.tokenize import WARNINGS
 from megatron_prefix.text import align, format_counts
 
@@ -59,6 +60,8 @@ class BuildReport:
     duplicates: dict[str, Any] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    valid_manifest: dict[str, Any] = field(default_factory=dict)
+    """Of the data set that `--holdout` made, if there is one."""
 
     def drop(self, reason: str, place: str, **counts: int) -> None:
         self.dropped.setdefault(reason, DropCounts()).add(place, **counts)
@@ -70,6 +73,13 @@ class BuildReport:
 
     def note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
+
+    def publish(self, writers: Sequence[DatasetWriter]) -> None:
+        """Finish all data sets of a build; none is moved into place before all are complete."""
+        self.manifest, *others = [writer.complete(self.as_dict()) for writer in writers]
+        self.valid_manifest = others[0] if others else {}
+        for writer in reversed(writers):
+            writer.publish()
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: everything except times, so that equal builds write equal bytes."""
@@ -94,13 +104,30 @@ class BuildReport:
         manifest = self.manifest
         lines = align([["records read", f"{self.num_records:,}"], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
-        lines += self._ends_lines() + self._dropped_lines() + self._repeated_lines()
+        lines += (
+            self._held_out_lines()
+            + self._ends_lines()
+            + self._dropped_lines()
+            + self._repeated_lines()
+        )
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
         lines += [
             "",
             f"{self.num_tokens_made:,} tokens made in {self.seconds:.1f} s: {rate:,.0f} tokens/s",
         ]
         return "\n".join(lines)
+
+    def _held_out_lines(self) -> list[str]:
+        if not self.valid_manifest:
+            return []
+        valid = self.valid_manifest["counts"]
+        groups = valid["groups"] + self.manifest["counts"]["groups"]
+        return [
+            "",
+            f"held out  {valid['groups']:,} of {groups:,} groups ({valid['groups'] / groups:.2%}), "
+            f"{valid['responses']:,} responses, {valid['pairs']:,} pairs, {valid['tokens']:,} "
+            "tokens; the counts above are those of the other groups",
+        ]
 
     def _ends_lines(self) -> list[str]:
         """What the build itself put before and after responses."""

@@ -179,6 +179,12 @@ class DatasetWriter:
 
     def finish(self, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Move the data set into place and return its manifest, which keeps `report`."""
+        manifest = self.complete(report)
+        self.publish()
+        return manifest
+
+    def complete(self, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write everything that is missing into the work folder and return the manifest."""
         self._flush()
         if self._index is None:
             raise InputError(
@@ -212,9 +218,12 @@ class DatasetWriter:
         for name in (*names, ".json"):
             with (self._work / name[1:]).open("rb") as file:
                 os.fsync(file.fileno())
+        return manifest
+
+    def publish(self) -> None:
+        """Move the completed data set into place."""
         self._move()
         self._made.clear()
-        return manifest
 
     def _opened(self) -> IndexedWriter:
         """Open all files; the index is returned."""
