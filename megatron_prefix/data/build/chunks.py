@@ -98,7 +98,9 @@ class ChunkBuilder:
         reader.state = chunk.reader
         encoder.num_tokens, encoder.added = 0, AddedEnds()
         error = None
-        sides: list[list[tuple[MergedPaths, Digests]]] = [[], []][: self._options.num_outputs]
+        sides: list[list[tuple[MergedPaths, Digests]]] = [
+            [] for _ in range(self._options.num_outputs)
+        ]
         try:
             with _collector_paused():
                 for record in chunk.records:

@@ -104,12 +104,8 @@ class BuildReport:
         manifest = self.manifest
         lines = align([["records read", f"{self.num_records:,}"], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
-        lines += (
-            self._held_out_lines()
-            + self._ends_lines()
-            + self._dropped_lines()
-            + self._repeated_lines()
-        )
+        lines += self._held_out_lines() + self._ends_lines()
+        lines += self._dropped_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
         lines += [
             "",
