@@ -88,6 +88,20 @@ class PreferenceDataset:
         return [*columns_of(self.manifest)]
 
     @property
+    def parts(self) -> tuple[PreferenceDataset, ...]:
+        """The data sets that this one joins (joined.py), or it alone."""
+        return (self,)
+
+    def locate(self, group: int) -> tuple[PreferenceDataset, int]:
+        """The part with group `group`, and the group's number in it."""
+        return self, group
+
+    def place(self, group: int) -> str:
+        """A group in messages: "group 3 of PREFIX"."""
+        part, local = self.locate(int(group))
+        return f"group {local} of {part.prefix}"
+
+    @property
     def manifest_path(self) -> Path:
         return suffix_path(self.prefix, ".json")
 
