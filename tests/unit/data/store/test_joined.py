@@ -44,7 +44,7 @@ def test_groups_and_columns_are_those_of_the_parts(parts):
     with pytest.raises(IndexError):
         dataset[9]
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        dataset.nothing
+        _ = dataset.nothing
 
 
 def test_it_pickles_as_its_prefixes(parts):
