@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
 from megatron_prefix.data.steps import SHARING_MODES, TARGETS, Sampler, group_rows
-from megatron_prefix.data.store import PreferenceDataset, joined
+from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
@@ -102,7 +102,7 @@ def _dataset(config: Config, missing: list[str]) -> PreferenceDataset | None:
     prefixes = [item.prefix for item in config.data.train_sets]
     absent = [prefix for prefix in prefixes if not Path(f"{prefix}.json").exists()]
     if not absent:
-        return joined([PreferenceDataset(prefix) for prefix in prefixes])
+        return join_datasets([PreferenceDataset(prefix) for prefix in prefixes])
     missing.append(
         f"data.train = {', '.join(absent)} is not on this machine: tokens, rows, what sharing saves"
     )

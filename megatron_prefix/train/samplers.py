@@ -10,7 +10,7 @@ from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.data.steps import TARGETS, CostModel, Sampler
 from megatron_prefix.data.steps.compositions import Composition, InOrder, StepSettings
 from megatron_prefix.data.steps.packed import PackedSteps
-from megatron_prefix.data.store import PreferenceDataset, joined
+from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective
@@ -57,7 +57,7 @@ def open_training_set(
     """The data set of `data.train`, or those that it lists, joined."""
     sets = config.data.train_sets
     names = [f"data.train[{i}]" for i in range(len(sets))] if len(sets) > 1 else ["data.train"]
-    return joined(
+    return join_datasets(
         [
             open_verified(item.prefix, name, world, plan)
             for item, name in zip(sets, names, strict=True)

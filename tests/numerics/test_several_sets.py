@@ -14,7 +14,7 @@ from small_runs import configure, lines, timeless, trained
 from megatron_prefix.__main__ import main
 from megatron_prefix.checkpoint.save_load import TRACKER, iteration_dir
 from megatron_prefix.data.steps.packed import write_packed_steps
-from megatron_prefix.data.store import PreferenceDataset, joined
+from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.errors import InputError
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.evaluation import evaluate
@@ -82,7 +82,7 @@ def test_another_mixture_does_not_resume(finished, sets, tmp_path):
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_plan_changes_nothing(finished, sets, tmp_path, kind):
     config = mixture(tmp_path / "run", sets, kind)
-    dataset = joined([PreferenceDataset(item.prefix) for item in config.data.train_sets])
+    dataset = join_datasets([PreferenceDataset(item.prefix) for item in config.data.train_sets])
     settings = plan_settings(config)
     write_packed_steps(dataset, settings, tmp_path / "plan", steps=config.train.steps)
     rows = trained(mixture(tmp_path / "run", sets, kind, data={"plan": str(tmp_path / "plan")}))

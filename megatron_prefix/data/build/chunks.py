@@ -20,7 +20,7 @@ from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
 from megatron_prefix.data.read.formats import DegenerateRecord, Example, Reason
 from megatron_prefix.data.store import Block
-from megatron_prefix.data.tokenize import AddedEnds, PathEncoder, Selection, TooLong, select
+from megatron_prefix.data.tokenize import PathEncoder, Selection, TooLong, select
 from megatron_prefix.data.tree import MergedPaths, merge_paths
 from megatron_prefix.errors import InputError
 
@@ -96,7 +96,7 @@ class ChunkBuilder:
     def __call__(self, chunk: Chunk) -> ChunkResult:
         reader, encoder, report = self._reader, self._encoder, BuildReport()
         reader.state = chunk.reader
-        encoder.num_tokens, encoder.added = 0, AddedEnds()
+        encoder.reset_counts()
         error = None
         sides: list[list[tuple[MergedPaths, Digests]]] = [
             [] for _ in range(self._options.num_outputs)

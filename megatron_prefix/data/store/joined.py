@@ -118,6 +118,6 @@ def check_one_vocabulary(datasets: Sequence[PreferenceDataset]) -> None:
             raise InputError(f"{' and '.join(names)}: build all data sets with one tokenizer")
 
 
-def joined(parts: Sequence[PreferenceDataset]) -> PreferenceDataset:
+def join_datasets(parts: Sequence[PreferenceDataset]) -> PreferenceDataset:
     """The one data set, or several joined."""
     return parts[0] if len(parts) == 1 else JoinedDataset(parts)

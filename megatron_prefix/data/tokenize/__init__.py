@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_prefix.data.tokenize.base import Tokenizer
-from megatron_prefix.data.tokenize.paths import AddedEnds, PathEncoder
+from megatron_prefix.data.tokenize.paths import PathEncoder
 from megatron_prefix.data.tokenize.rendering import WARNINGS
 from megatron_prefix.data.tokenize.selection import OVERFLOW_MODES, Selection, TooLong, select
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
@@ -11,7 +11,6 @@ from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 __all__ = [
     "OVERFLOW_MODES",
     "WARNINGS",
-    "AddedEnds",
     "PathEncoder",
     "Selection",
     "TooLong",

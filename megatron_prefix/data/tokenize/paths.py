@@ -64,9 +64,7 @@ class PathEncoder:
     def __init__(self, tokenizer: Tokenizer, bos: str = "auto", eos: str = "auto") -> None:
         self.tokenizer = tokenizer
         self.ends = TextEnds(tokenizer, bos, eos)
-        self.num_tokens = 0
-        """Tokens made so far; a prompt counts once per Example."""
-        self.added = AddedEnds()
+        self.reset_counts()
         self._prompts: dict[Text, tuple[Rendered, np.ndarray]] = {}
         self._tools = ""
 
@@ -81,6 +79,12 @@ class PathEncoder:
         if any(path.loss_start < prompt_only for path, prompt_only in encoded):
             paths = _start_later(paths, [prompt_only for _, prompt_only in encoded])
         return (_start_together(paths) if NOTE_TEMPLATE in notes else paths), notes
+
+    def reset_counts(self) -> None:
+        """Count tokens and added ends from 0 again."""
+        self.num_tokens = 0
+        """Tokens made so far; a prompt counts once per Example."""
+        self.added = AddedEnds()
 
     def describe(self) -> dict[str, Any]:
         """The tokenizer's entry in a manifest, with the rule for begin- and end-of-text."""

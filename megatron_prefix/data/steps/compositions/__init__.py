@@ -12,7 +12,16 @@ Nothing here depends on the number of ranks, and nothing has a state.
 """
 
 from megatron_prefix.data.steps.compositions.batches import Composition, GroupBatches, InOrder
+from megatron_prefix.data.steps.compositions.mixtures import RepeatedSets, WeightedSets
 from megatron_prefix.data.steps.compositions.row_batches import RowBatches
 from megatron_prefix.data.steps.compositions.settings import StepSettings
 
-__all__ = ["Composition", "GroupBatches", "InOrder", "RowBatches", "StepSettings"]
+__all__ = [
+    "Composition",
+    "GroupBatches",
+    "InOrder",
+    "RepeatedSets",
+    "RowBatches",
+    "StepSettings",
+    "WeightedSets",
+]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_prefix.data.files import is_partition
-from megatron_prefix.data.steps.compositions.mixtures import RepeatedSets, WeightedSets
+from megatron_prefix.data.steps.compositions import RepeatedSets, WeightedSets
 from megatron_prefix.data.steps.packed.reading import REMEDY, PackedSteps, settings_of
 from megatron_prefix.data.steps.packed.writing import BundleLengths, Tally
 from megatron_prefix.data.store import PreferenceDataset

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_sets import TOKENIZER, assert_same, edit_manifest, random_tree, write
 
-from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary, joined
+from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary, join_datasets
 from megatron_prefix.data.store.columns import COLUMNS, OFFSETS, OPTIONAL_COLUMNS
 from megatron_prefix.errors import InputError
 
@@ -20,11 +20,11 @@ def parts(tmp_path):
 
 
 def test_one_data_set_stays_itself(parts):
-    assert joined(parts[:1]) is parts[0] and parts[0].parts == (parts[0],)
+    assert join_datasets(parts[:1]) is parts[0] and parts[0].parts == (parts[0],)
 
 
 def test_groups_and_columns_are_those_of_the_parts(parts):
-    dataset = joined(parts)
+    dataset = join_datasets(parts)
     assert len(dataset) == 9 and dataset.parts == tuple(parts)
     local = [(part, group) for part in parts for group in range(len(part))]
     for group, (part, number) in enumerate(local):
@@ -48,10 +48,10 @@ def test_groups_and_columns_are_those_of_the_parts(parts):
 
 
 def test_it_pickles_as_its_prefixes(parts):
-    data = pickle.dumps(joined(parts))
+    data = pickle.dumps(join_datasets(parts))
     assert len(data) < 1000
     copy = pickle.loads(data)
-    assert copy.fingerprint == joined(parts).fingerprint and len(copy) == 9
+    assert copy.fingerprint == join_datasets(parts).fingerprint and len(copy) == 9
     assert copy.fingerprint not in {part.fingerprint for part in parts}
 
 
@@ -66,7 +66,7 @@ def test_all_have_one_vocabulary(parts, tmp_path):
     same, also, other = (PreferenceDataset(tmp_path / n) for n in ("same", "also", "other"))
     check_one_vocabulary([same, also])
     with pytest.raises(InputError, match="same has tokenizer .* and .*other has tokenizer"):
-        joined([same, other])
+        join_datasets([same, other])
     # one of version 2 does not know its vocabulary: the tokenizers must be the same
     with pytest.raises(InputError, match="fingerprint .*build all data sets with one tokenizer"):
         check_one_vocabulary([same, parts[0]])

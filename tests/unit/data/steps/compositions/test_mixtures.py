@@ -16,7 +16,7 @@ from megatron_prefix.data.steps.compositions.mixtures import (
     whole_numbers,
 )
 from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store import joined
+from megatron_prefix.data.store import join_datasets
 from megatron_prefix.errors import InputError
 
 WEIGHTS = st.lists(
@@ -160,7 +160,7 @@ def sets(tmp_path_factory):
     ],
 )
 def test_a_sampler_has_the_same_groups_and_weight_on_any_number_of_ranks(sets, more):
-    dataset = joined(sets)
+    dataset = join_datasets(sets)
     epochs = 1 if "set_epochs" in more else None
     settings = StepSettings(seed=4, row_capacity=700, epochs=epochs, **more)
     composition = settings.composition(dataset)
@@ -188,7 +188,7 @@ def test_a_sampler_has_the_same_groups_and_weight_on_any_number_of_ranks(sets, m
 
 
 def test_the_order_of_the_list_counts(sets):
-    one, other = joined(sets), joined(sets[::-1])
+    one, other = join_datasets(sets), join_datasets(sets[::-1])
     assert one.fingerprint != other.fingerprint
     settings = StepSettings(seed=4, global_batch_size=8, weights=(1.0, 1.0, 1.0))
     assert per_set_names(one, settings) != per_set_names(other, settings)
@@ -209,7 +209,7 @@ def test_weights_refuse_merged_prompts(sets, tmp_path):
     with DatasetWriter(tmp_path / "m", dataset.manifest["tokenizer"]) as writer:
         writer.add(dataset[0], 0, num_records=2)
         writer.finish()
-    merged = joined([dataset, PreferenceDataset(tmp_path / "m")])
+    merged = join_datasets([dataset, PreferenceDataset(tmp_path / "m")])
     with pytest.raises(InputError, match=r"weights, which share out groups, and .*/m was built"):
         StepSettings(seed=0, global_batch_size=4, weights=(1.0, 1.0)).composition(merged)
     settings = StepSettings(seed=0, global_batch_size=4, set_epochs=(1.0, 2.0), epochs=1)

@@ -15,7 +15,7 @@ from megatron_prefix.data.files import file_entry, manifest_digest
 from megatron_prefix.data.steps.compositions import StepSettings
 from megatron_prefix.data.steps.packed import PackedSteps, verify_packed_steps
 from megatron_prefix.data.steps.sampler import Sampler
-from megatron_prefix.data.store import PreferenceDataset, joined
+from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.errors import InputError
 
 
@@ -73,7 +73,7 @@ def test_a_plan_has_the_steps_of_the_run(folder, tmp_path, kind, capsys):
     assert main(["pack", "--config", str(path), "--output", str(tmp_path / "plan")]) == 0
     assert "packed: " in capsys.readouterr().out
     config, plan = load_config(path), PackedSteps(tmp_path / "plan")
-    dataset = joined([PreferenceDataset(item.prefix) for item in config.data.train_sets])
+    dataset = join_datasets([PreferenceDataset(item.prefix) for item in config.data.train_sets])
     settings = settings_of(config)
     plan.check(dataset, settings, config.train.steps)
     assert all(plan.is_of_these_files(part) for part in dataset.parts)
@@ -94,7 +94,7 @@ def test_a_plan_of_another_mixture_is_refused(folder, tmp_path):
     path = configuration(folder, "weights")
     assert main(["pack", "--config", str(path), "--output", str(tmp_path / "plan")]) == 0
     plan, config = PackedSteps(tmp_path / "plan"), load_config(path)
-    dataset = joined([PreferenceDataset(item.prefix) for item in config.data.train_sets])
+    dataset = join_datasets([PreferenceDataset(item.prefix) for item in config.data.train_sets])
     settings = settings_of(config)
     with pytest.raises(InputError, match="has 11 whole steps, and train.steps is 12"):
         plan.check(dataset, settings, 12)
@@ -106,7 +106,7 @@ def test_a_plan_of_another_mixture_is_refused(folder, tmp_path):
         with pytest.raises(InputError, match=message):
             plan.check(dataset, other, 11)
     with pytest.raises(InputError, match="data.train is .* when packed"):
-        plan.check(joined(dataset.parts[::-1]), settings, 11)
+        plan.check(join_datasets(dataset.parts[::-1]), settings, 11)
 
 
 @pytest.mark.parametrize("kind", KINDS)
