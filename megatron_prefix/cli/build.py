@@ -96,8 +96,8 @@ def _add_tokens(parser: argparse.ArgumentParser) -> None:
         choices=("error", "truncate-prompt", "drop"),
         default="error",
         help="what to do with longer responses. error: stop. drop: remove the response and its "
-        "pairs. truncate-prompt: remove the oldest prompt tokens, but not begin-of-text and the "
-        "system message, in the same way for all responses of a prompt (default: error)",
+        "pairs. truncate-prompt: remove the oldest text of the prompt, in the same way for all its "
+        "responses. Begin-of-text, system messages and the headers of turns stay (default: error)",
     )
     parser.add_argument(
         "--bos",

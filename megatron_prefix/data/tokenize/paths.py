@@ -90,16 +90,19 @@ class PathEncoder:
         """The tokenizer's entry in a manifest, with the rule for begin- and end-of-text."""
         return {**self.tokenizer.describe(), **self.ends.describe()}
 
+    def trial(self, example: Example) -> list[ResponsePath]:
+        """The paths of an Example that may be discarded: nothing is counted."""
+        before = self.num_tokens, replace(self.added)
+        paths, _ = self.encode(example)
+        self.num_tokens, self.added = before
+        return paths
+
     def protected_tokens(self, prompt: Text) -> int:
-        """Leading tokens of a prompt that truncation keeps: begin-of-text, system message."""
-        text, ids = self._prompt(prompt)
-        protected = 0
-        if not isinstance(prompt, str) and prompt[0].role == "system":
-            system = self.tokenizer.encode_rendered(self._system_text(prompt, text))
-            protected = common_tokens(system, ids)
+        """Leading tokens of a plain text that truncation keeps: those that begin a text."""
+        _, ids = self._prompt(prompt)
         lead = self._lead(prompt, ids)
         begins = len(ids) > 0 and ids[0] == self.tokenizer.bos_id
-        return max(protected + len(lead), len(lead) + begins)
+        return len(lead) + int(begins)
 
     def _prompt(self, prompt: Text) -> tuple[Rendered, np.ndarray]:
         if prompt not in self._prompts:
@@ -222,16 +225,6 @@ class PathEncoder:
             if prompt.startswith(self.tokenizer.decode(ids[:whole].tolist())):
                 return whole
         return 0
-
-    def _system_text(self, prompt: tuple[Message, ...], text: Rendered) -> Rendered:
-        """The part of a rendered prompt that belongs to the system message."""
-        try:
-            system = self._render(prompt[:1], False)
-        except InputError:  # the template demands a user's turn: give one without text
-            if len(prompt) == 1:
-                raise
-            system = self._render((prompt[0], replace(prompt[1], content="")), False)
-        return text.head(common_prefix(system.text, text.text))
 
 
 def _start_later(paths: list[ResponsePath], prompt_only: Sequence[int]) -> list[ResponsePath]:

@@ -393,9 +393,9 @@ def test_truncation_keeps_the_system_message():
     example = pair_example(turns, *answers("a", "b"))
     tokenizer = load_tokenizer("bytes")
     whole = choose(example).paths[0].tokens
-    selection = choose(example, max_length=len(whole) - 12, overflow="truncate-prompt")
+    selection = choose(example, max_length=len(whole) - 9, overflow="truncate-prompt")
     text = tokenizer.decode(selection.paths[0].tokens.tolist())
-    assert text == "<bos>\n\nSystem: S3456789\n\nAssistant: a<eos>"
+    assert text == "<bos>\n\nSystem: S\n\nHuman: 9\n\nAssistant: a<eos>"
 
 
 def test_truncation_with_a_chat_template_keeps_the_system_message(hf_dir, tmp_path):
@@ -407,7 +407,7 @@ def test_truncation_with_a_chat_template_keeps_the_system_message(hf_dir, tmp_pa
         whole = choose(example, tokenizer).paths[0].tokens
         limits = {"max_length": len(whole) - 6, "overflow": "truncate-prompt"}
         text = tokenizer.decode(choose(example, tokenizer, **limits).paths[0].tokens.tolist())
-        assert text.startswith("<|im_start|>system\nsay<|im_end|>\n")
+        assert text.startswith("<|im_start|>system\nsay<|im_end|>\n<|im_start|>user\n")
         assert text.endswith("<|im_start|>assistant\nyes<|im_end|>\n")
 
 
