@@ -25,6 +25,7 @@ import numpy as np
 
 from megatron_prefix.data.read import Message
 from megatron_prefix.data.tokenize.base import Rendered, Tokenizer, vocabulary_digest
+from megatron_prefix.data.tokenize.fragments import Fragments
 from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
 from megatron_prefix.errors import InputError
 
@@ -80,7 +81,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
-        self._reuse = PromptReuse(self._encode, self._backend.to_str() if self._backend else "{}")
+        definition = self._backend.to_str() if self._backend else "{}"
+        self._reuse = PromptReuse(self._encode, definition)
+        self._fragments = Fragments(self._encode_all, definition) if self._backend else None
         self._parse_special = parse_special
         self._special = _special_tokens(self._tokenizer)
         self._special_set = frozenset(self._special.values())
@@ -127,6 +130,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if not self.has_chat_template:
             return self.encode(rendered.text)
         if not rendered.literal:
+            if self._fragments is not None and self._fragments.is_exact:
+                return self._fragments.encode(rendered.text)
             return self._encode(rendered.text)
         encoding = self._tokenizer(
             rendered.text, add_special_tokens=False, return_offsets_mapping=True
@@ -144,10 +149,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is None or options:
             ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
         else:
-            self._backend.encode_special_tokens = False  # a call with options may have set it
-            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-            ids = encoding.ids
+            (ids,) = self._encode_all([text])
         return np.array(ids, np.int64)
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        assert self._backend is not None, "tokenizers without a backend encode one text at a time"
+        self._backend.encode_special_tokens = False  # a call with options may have set it
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def _as_text(self, text: str) -> list[int]:
         """The characters of a special token as ordinary tokens, as they are after other text."""
@@ -234,13 +243,15 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 
 def _texts(value: Any) -> Iterator[str]:
     """Every text in nested lists and objects, including names."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        yield from _texts([*value.keys(), *value.values()])
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
