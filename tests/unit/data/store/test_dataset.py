@@ -316,10 +316,15 @@ def test_the_documented_columns_have_their_types():
     """A line "| `pair_responses` | int32 [P, 2] | … | rule |": int32, two numbers an entry; for
     optional columns "| rule | value if absent |"."""
     text = (Path(__file__).resolve().parents[4] / "docs" / "data_format.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \[(.*?)\] \|", text, re.MULTILINE)
-    documented = {name: (dtype, shape.endswith(", 2")) for name, dtype, shape in rows}
-    expected = {name: (dtype.name, tail == (2,)) for name, (dtype, tail) in COLUMNS.items()}
-    assert {name: documented[name] for name in expected} == expected
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \[(.*?)\] \| (.*) \|$", text, re.MULTILINE)
+    documented = {name: (dtype, shape, cells.split(" | ")) for name, dtype, shape, cells in rows}
+    for name, about in {**COLUMNS, **OPTIONAL_COLUMNS}.items():
+        dtype, shape, cells = documented[name]
+        tail = {(): "", (2,): ", 2", (None,): ", A"}[about.tail]
+        assert (dtype, shape[1:].replace("+1", "")) == (about.dtype.name, tail), name
+        assert cells[1] == about.rule, name
+        if name in OPTIONAL_COLUMNS:
+            np.testing.assert_equal(float(cells[2]), about.absent)
 
 
 def test_the_documented_reader_reads_what_was_written(prefix, trees):
