@@ -14,12 +14,24 @@ FORMAT_NAMES = (
     "hh",
     "trl",
     "unpaired",
+    "unpaired-messages",
+    "unpaired-alpaca",
     "ms-swift",
+    "messages",
+    "sharegpt",
+    "ultrainteract",
     "nemo-rl",
     "nemo-aligner",
     "alpaca",
-    "sharegpt",
+    "question",
     "ultrafeedback",
+    "ranked",
+    "choice",
+    "arena",
+    "arena-votes",
+    "summaries",
+    "webgpt",
+    "shp",
     "oasst",
 )
 INTERVAL = 10.0
@@ -71,8 +83,19 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="COLUMN=PATH",
-        help="read a column from a dotted path in the record, with list indices as numbers, for "
-        "example chosen=answers.0.text; may be given several times",
+        help="move a column to the name that a format reads (instruction=question), or take it "
+        "from a place in the record: chosen=answers.0.text, or of every entry of a list "
+        "completions[].response=answers[].text; may be given several times",
+    )
+    parser.add_argument(
+        "--ignore-columns",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="leave out these columns; message.FIELD leaves out a field of messages or entries. "
+        "Without it, a column that can change the text and that the format does not read stops "
+        "the build",
     )
 
 
@@ -155,6 +178,14 @@ def _add_handling(parser: argparse.ArgumentParser) -> None:
         help="decides which prompts --holdout takes (default: 1234)",
     )
     parser.add_argument(
+        "--on-contradiction",
+        choices=("keep", "drop", "swap", "error"),
+        default="keep",
+        help="pairs of which the chosen response has no higher score than the rejected one: keep "
+        "and count them, drop them, swap the two if the scores contradict the label, or stop "
+        "(default: keep)",
+    )
+    parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
@@ -183,6 +214,7 @@ def run(args: argparse.Namespace) -> None:
     options = BuildOptions(
         format=args.format,
         columns=parse_columns(args.map),
+        ignored=tuple(dict.fromkeys(args.ignore_columns)),
         split=args.split,
         parse_special=args.parse_special,
         merge_prompts=args.merge_prompts,
@@ -192,6 +224,7 @@ def run(args: argparse.Namespace) -> None:
         holdout_seed=args.holdout_seed,
         bos=args.bos,
         eos=args.eos,
+        on_contradiction=args.on_contradiction,
         on_error=args.on_error,
         strict=args.strict,
         workers=args.workers,

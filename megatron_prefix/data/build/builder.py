@@ -78,7 +78,9 @@ def _build(
 ) -> BuildReport:
     """Build one group per record; `tables` get an entry for each, one table per data set."""
     inputs = Inputs(paths, options.split)
-    reader = ExampleReader(options.format, options.columns)
+    reader = ExampleReader(
+        options.format, options.columns, options.ignored, options.on_contradiction
+    )
     inputs.check()
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, options.parse_special)
@@ -90,7 +92,7 @@ def _build(
     build_chunk = ChunkBuilder(reader, encoder, options)
     chunks = (  # read as workers ask for them, with the state that is known by then
         Chunk(records=records, position=position, reader=state)
-        for records, position in read_chunks(inputs)
+        for records, position in read_chunks(inputs, reader)
     )
     with contextlib.ExitStack() as stack:
         writers = [
@@ -109,6 +111,7 @@ def _build(
                 raise result.error
             state = result.reader
             combine(report, result.report)
+            report.limit_unread()
             for writer, table, part in zip(writers, tables, result.parts, strict=True):
                 if part.block is not None:
                     writer.add_block(part.block)
@@ -117,6 +120,12 @@ def _build(
                     table.extend(part.digests)
             if progress is not None:
                 progress(chunk.position, total, _num_groups(writers))
+        for name in options.ignored:
+            if name not in report.unread and name not in reader.left_out:
+                raise InputError(
+                    f"--ignore-columns {name}: no record has it among the columns that are not "
+                    "read: remove the flag, or correct the name"
+                )
         if not _num_groups(writers):
             raise InputError(_nothing_left(inputs, report))
         _check_sides(writers, options)

@@ -13,6 +13,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_prefix.data.build.duplicates import Digests, is_held_out
 from megatron_prefix.data.build.options import BuildOptions
@@ -27,6 +28,8 @@ from megatron_prefix.errors import InputError
 CHUNK, CHUNK_BYTES, FIRST_CHUNK = 2048, 1 << 21, 32
 """Records, or bytes of them, that are read, built and written together. The first chunk is small,
 because it is built before any worker starts."""
+OTHERS = 32
+"""Records that are tried before an error says that only one record is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,8 @@ class ChunkResult:
     error: InputError | None = None
 
 
-def read_chunks(inputs: Inputs) -> Iterator[tuple[list[Record], int]]:
-    """The `records` and the `position` of every Chunk."""
+def read_chunks(inputs: Inputs, reader: ExampleReader) -> Iterator[tuple[list[Record], int]]:
+    """The `records` and the `position` of every Chunk; `reader` joins rows to records."""
     position = 0
 
     def on_bytes(count: int) -> None:
@@ -76,7 +79,7 @@ def read_chunks(inputs: Inputs) -> Iterator[tuple[list[Record], int]]:
 
     records: list[Record] = []
     size, most = 0, FIRST_CHUNK
-    for record in inputs.scan(on_bytes):
+    for record in reader.joined(inputs.scan(on_bytes)):
         records.append(record)
         size += record.size
         # A few huge records must not fill the memory, so their bytes end a chunk too.
@@ -92,6 +95,7 @@ class ChunkBuilder:
 
     def __init__(self, reader: ExampleReader, encoder: PathEncoder, options: BuildOptions) -> None:
         self._reader, self._encoder, self._options = reader, encoder, options
+        self._records: list[Record] = []
 
     def __call__(self, chunk: Chunk) -> ChunkResult:
         reader, encoder, report = self._reader, self._encoder, BuildReport()
@@ -101,10 +105,12 @@ class ChunkBuilder:
         sides: list[list[tuple[MergedPaths, Digests]]] = [
             [] for _ in range(self._options.num_outputs)
         ]
+        self._records = chunk.records
         try:
             with _collector_paused():
                 for record in chunk.records:
                     report.num_records += 1
+                    report.num_rows += record.rows
                     if built := self._build(record, report):
                         example, group = built
                         digests = Digests.of(record.number, example)
@@ -128,7 +134,7 @@ class ChunkBuilder:
         try:
             if record.value is None:
                 raise InputError(record.error)
-            example = self._reader.read(record.value)
+            example = self._read(record.value, record.is_joined, report)
             paths, notes = self._encoder.encode(example)
             selection = select(
                 example,
@@ -150,10 +156,7 @@ class ChunkBuilder:
             raise InputError(f"{record.place}: {error}") from None
         except InputError as error:
             if options.on_error == "stop":
-                raise InputError(
-                    f"{record.place}: {error}. Correct the record, or skip such records with "
-                    "--on-error skip"
-                ) from None
+                raise InputError(f"{record.place}: {error}{self._remedy(record)}") from None
             report.skip_wrong(place, str(error))
             return None
         if not selection.paths:
@@ -164,6 +167,29 @@ class ChunkBuilder:
         report.num_cut_responses += selection.num_cut
         report.num_cut_tokens += selection.cut_tokens
         return example, merge_paths(selection.paths, selection.pairs)
+
+    def _read(self, value: dict[str, Any], is_joined: bool, report: BuildReport) -> Example:
+        """The Example of a record; `report` counts the columns that were not read."""
+        try:
+            return self._reader.read(value, is_joined)
+        finally:
+            for name in self._reader.unread:
+                report.count_unread(name)
+
+    def _remedy(self, wrong: Record) -> str:
+        """What to do about a wrong record, if other records are right."""
+        reader = self._reader
+        if not reader.state.has_read:
+            for record in self._records[:OTHERS]:
+                value = record.decoded().value
+                if value is None or record is wrong:
+                    continue
+                with contextlib.suppress(InputError, DegenerateRecord):
+                    reader.read(value, record.is_joined)
+                    break
+            else:
+                return ""
+        return ". Correct the record, or skip such records with --on-error skip"
 
 
 def _part(groups: list[tuple[MergedPaths, Digests]]) -> Part:

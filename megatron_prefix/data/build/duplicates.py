@@ -31,7 +31,12 @@ CACHE = 1024
 
 def prompt_digest(example: Example) -> int:
     """Digest of the tools and of the prompt (in a conversation tree, of the first set)."""
-    return _digest([example.tools, *_parts(example.responses[0].prompt)])
+    return _digest([*_given(example), *_parts(example.responses[0].prompt)])
+
+
+def _given(example: Example) -> list[str]:
+    """What a chat template is given beside the messages."""
+    return [example.tools, *([example.template_kwargs] if example.template_kwargs else [])]
 
 
 def content_digest(example: Example) -> int:
@@ -39,7 +44,7 @@ def content_digest(example: Example) -> int:
     # A prompt is a part only if it differs from that of the response before: of a pair with the
     # prompt "Hi" the parts are [tools, "prompt", "text", "Hi", "response", "", "text", "Yes",
     # "response", "", "text", "No", "0 1"].
-    parts = [example.tools]
+    parts = _given(example)
     last: Text | None = None
     for response in example.responses:
         if response.prompt != last:

@@ -15,7 +15,9 @@ class BuildOptions:
     format: str = "auto"
     """A name in FORMATS, or "auto": detected from the first record."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column -> the dotted path of its value in a record."""
+    """Column -> the path of its value in a record."""
+    ignored: tuple[str, ...] = ()
+    """Columns that are left out, and fields of messages (message.FIELD) that stay unread."""
     split: str | None = None
     """The part of a Hugging Face data set that is read."""
     parse_special: bool = False
@@ -34,6 +36,8 @@ class BuildOptions:
     """Share of the prompts that go to a second data set, PREFIX_valid; None for no second one."""
     holdout_seed: int = 1234
     """Decides which prompts these are."""
+    on_contradiction: str = "keep"
+    """What happens to pairs whose scores contradict their label: keep, drop, swap or error."""
     on_error: str = "stop"
     """What happens to wrong records: "stop" or "skip"."""
     strict: bool = False

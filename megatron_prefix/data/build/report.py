@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_prefix.data.read import ExampleReader
 from megatron_prefix.data.store import DatasetWriter
 from megatron_prefix.data.tokenize import WARNINGS
 from megatron_prefix.text import align, format_counts
 
 MAX_LISTED = 1000
 """Records listed per reason; all are counted."""
+MAX_NAMES = 200
+"""Different names of unread columns that are counted one by one."""
+OTHER_NAMES = "(others)"
 
 
 @dataclass
@@ -38,14 +42,17 @@ class DropCounts:
 
 @dataclass
 class BuildReport:
-    """Counts of one build. `wrong` are the wrong records that `--on-error skip` skipped.
+    """Counts of one build.
 
-    `duplicates` counts records that repeat an earlier one, and lists the first of them;
-    `merged` has the tokens that `--merge-prompts` saved.
+    `num_rows` is above `num_records` if rows were joined to records. `wrong` are the wrong records
+    that `--on-error skip` skipped. `duplicates` counts records that repeat an earlier one, and
+    lists the first of them; `merged` has the tokens that `--merge-prompts` saved. `unread` has the
+    columns that the format does not read, with the number of records that have them.
     """
 
     format: str = "auto"
     num_records: int = 0
+    num_rows: int = 0
     seconds: float = 0.0
     num_tokens_made: int = 0
     dropped: dict[str, DropCounts] = field(default_factory=dict)
@@ -57,6 +64,7 @@ class BuildReport:
     num_cut_responses: int = 0
     num_cut_tokens: int = 0
     notes: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, Any] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -81,11 +89,21 @@ class BuildReport:
         for writer in reversed(writers):
             writer.publish()
 
+    def count_unread(self, name: str) -> None:
+        self.unread[name] = self.unread.get(name, 0) + 1
+
+    def limit_unread(self) -> None:
+        """Count the names after the first MAX_NAMES together."""
+        for name in [name for name in self.unread if name != OTHER_NAMES][MAX_NAMES:]:
+            count = self.unread.pop(name)
+            self.unread[OTHER_NAMES] = self.unread.get(OTHER_NAMES, 0) + count
+
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: everything except times, so that equal builds write equal bytes."""
         return {
             "format": self.format,
             "num_records": self.num_records,
+            "num_rows": self.num_rows,
             "dropped": {reason: vars(counts) for reason, counts in self.dropped.items()},
             "wrong": {"num_records": self.wrong.num_records, "records": self.wrong_reasons},
             "truncated": {
@@ -95,6 +113,7 @@ class BuildReport:
             },
             "added": self.added,
             "notes": self.notes,
+            "unread": self.unread,
             "duplicates": self.duplicates,
             "merged": self.merged,
         }
@@ -102,10 +121,13 @@ class BuildReport:
     def summary(self) -> str:
         """The text that `build` prints at its end."""
         manifest = self.manifest
-        lines = align([["records read", f"{self.num_records:,}"], ["format", self.format]])
+        records = f"{self.num_records:,}"
+        if self.num_rows != self.num_records:
+            records += f", joined from {self.num_rows:,} rows"
+        lines = align([["records read", records], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
         lines += self._held_out_lines() + self._ends_lines()
-        lines += self._dropped_lines() + self._repeated_lines()
+        lines += self._dropped_lines() + self._unread_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
         lines += [
             "",
@@ -153,14 +175,25 @@ class BuildReport:
                 f"truncated  {self.num_cut_tokens:,} prompt tokens of {self.num_cut_responses:,} "
                 f"responses in {self.num_cut_groups:,} groups"
             ]
+        warnings = (*WARNINGS, *ExampleReader.WARNINGS)
         lines += [
-            f"{'warning' if text in WARNINGS else 'note'}  {count:,} {text}"
+            f"{'warning' if text in warnings else 'note'}  {count:,} {text}"
             for text, count in sorted(self.notes.items())
         ]
         lines += [f"wrong  {reason}" for reason in self.wrong_reasons[:10]]
         if self.wrong.num_records > 10:
             lines.append(f"wrong  and {self.wrong.num_records - 10:,} more, see the manifest")
         return lines
+
+    def _unread_lines(self) -> list[str]:
+        """The columns that were not read, with the number of records if it is not all."""
+        if not self.unread:
+            return []
+        names = [
+            name if count == self.num_records else f"{name} ({count:,} records)"
+            for name, count in sorted(self.unread.items())
+        ]
+        return [f"columns and fields not read  {', '.join(names)}"]
 
     def _repeated_lines(self) -> list[str]:
         lines = []

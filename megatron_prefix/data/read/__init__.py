@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from megatron_prefix.data.read.examples import ExampleReader, ReaderState, parse_columns
+from megatron_prefix.data.read.examples import ExampleReader, ReaderState
+from megatron_prefix.data.read.mapping import parse_columns
 from megatron_prefix.data.read.records import Inputs, Record
 from megatron_prefix.data.read.texts import Message, Text, common_prefix
 

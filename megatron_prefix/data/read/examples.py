@@ -1,123 +1,178 @@
 """Records -> Examples: which texts are compared, whatever the columns are called.
 
 ExampleReader detects the format (see `formats`) from the first record's columns, or is given it.
-It renames columns as `--map` asks, and refuses records of another format.
+For each record, it leaves out the columns of `--ignore-columns`, renames columns as `--map` asks,
+decodes JSON texts, reads, and refuses what would be lost (unread.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from megatron_prefix.data.read.fields import json_type
-from megatron_prefix.data.read.formats import FORMATS, Example, detect_format
+from megatron_prefix.data.read.column_names import VERDICTS
+from megatron_prefix.data.read.contradictions import (
+    CONTRADICTION_MODES,
+    NOTE_AGAINST,
+    NOTE_EQUAL,
+    settle_contradictions,
+)
+from megatron_prefix.data.read.formats import (
+    FORMATS,
+    DegenerateRecord,
+    Example,
+    Reads,
+    detect_format,
+    guess,
+)
+from megatron_prefix.data.read.mapping import mapped
+from megatron_prefix.data.read.records import Record
+from megatron_prefix.data.read.repeats import NOTE_REPEATED, repeat_notes
+from megatron_prefix.data.read.rows import joined_rows
+from megatron_prefix.data.read.turns import without_json_texts
+from megatron_prefix.data.read.unread import MESSAGE, unread_names
 from megatron_prefix.errors import InputError
 
 KINDS: dict[type, str] = {str: "text", list: "messages"}
-NOT_READ = ("images", "videos", "audios")
-COLUMNS = tuple(dict.fromkeys(name for format in FORMATS.values() for name in format.columns))
-"""All columns that a format reads; `--map` may give any of them."""
+NOTE_JSON = "records whose conversations are JSON texts (decoded)"
 
-ReaderState = tuple[str, type | None]
-"""What a reader has learnt from the records so far: the format, and the type of `chosen`."""
+
+class ReaderState(NamedTuple):
+    """What a reader has learnt from the records so far.
+
+    The format, the type of `chosen`, and whether a record was of this format.
+    """
+
+    format: str
+    kind: type | None = None
+    has_read: bool = False
 
 
 class ExampleReader:
     """Turns records into Examples and holds every record to the format of the first.
 
     `format` is "auto" (detected from the first record's columns) or one of FORMATS. `columns` maps
-    a column's name to the dotted path of its value in the record, see `mapped`.
+    a column's name to the path of its value in the record, see `mapped`. `ignored` are columns that
+    are left out, and fields of messages (message.FIELD) that may be left unread. `on_contradiction`
+    is one of CONTRADICTION_MODES.
     """
 
-    def __init__(self, format: str = "auto", columns: Mapping[str, str] | None = None) -> None:
+    WARNINGS = (NOTE_AGAINST, NOTE_EQUAL, NOTE_REPEATED)
+    """Notes of an Example that the user should act on."""
+
+    def __init__(
+        self,
+        format: str = "auto",
+        columns: Mapping[str, str] | None = None,
+        ignored: Collection[str] = (),
+        on_contradiction: str = "keep",
+    ) -> None:
         if format != "auto" and format not in FORMATS:
             raise InputError(f"format {format!r} is not one of auto, {', '.join(FORMATS)}")
-        self.format = format
-        self._columns = dict(columns or {})
+        if on_contradiction not in CONTRADICTION_MODES:
+            raise InputError(
+                f"on_contradiction {on_contradiction!r} is not one of "
+                f"{', '.join(CONTRADICTION_MODES)}"
+            )
+        self.columns = dict(columns or {})
+        self._ignored = frozenset(ignored)
+        self._ignored_fields = {
+            name.removeprefix(MESSAGE) for name in ignored if name.startswith(MESSAGE)
+        }
+        self._on_contradiction = on_contradiction
         self._detects = format == "auto"
-        self._kind: type | None = None
+        self.state = ReaderState(format)
+        """What the records so far have decided; a reader in another process can take it over."""
+        self.unread: list[str] = []
+        """Columns and fields of the last record that were not read."""
+        self.left_out: set[str] = set()
+        """Columns of `ignored` that this reader has met."""
 
     @property
-    def state(self) -> ReaderState:
-        """What the records so far have decided; a reader in another process can take it over."""
-        return self.format, self._kind
+    def format(self) -> str:
+        return self.state.format
 
-    @state.setter
-    def state(self, state: ReaderState) -> None:
-        self.format, self._kind = state
+    def joined(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records, joined from rows if each is only a part of one."""
+        return joined_rows(records, lambda value: self._prepared(value)[0])
 
-    def read(self, record: dict[str, Any]) -> Example:
-        """One Example. Raises InputError (a wrong record) or DegenerateRecord."""
-        record = mapped(record, self._columns)
-        format = detect_format(record) if self._detects else self.format
+    def _prepared(self, record: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+        """The record as `--ignore-columns` and `--map` ask, and the columns that paths lead to."""
+        if not self._ignored.isdisjoint(record):
+            self.unread = [name for name in record if name in self._ignored]
+            self.left_out.update(self.unread)
+            record = {name: value for name, value in record.items() if name not in self._ignored}
+        return mapped(record, self.columns)
+
+    def read(self, record: dict[str, Any], is_joined: bool = False) -> Example:
+        """One Example; a joined record is prepared already.
+
+        Raises InputError (a wrong record) or DegenerateRecord.
+        """
+        self.unread, taken = [], frozenset[str]()
+        if not is_joined:
+            record, taken = self._prepared(record)
+        record, is_json = without_json_texts(record)
+        needed = () if is_joined else self.columns
+        format = self.format if not self._detects else detect_format(record, needed)
         if self.format not in ("auto", format):
             raise InputError(
                 f"the columns are those of format {format!r}, but the records before have "
                 f"{self.format!r}: build one data set per format"
             )
-        for name in NOT_READ:
-            if record.get(name):
-                raise InputError(
-                    f"column {name!r} is not supported: remove the column, or the record"
-                )
-        kind: type | None = type(record.get("chosen"))
-        kind = kind if kind in KINDS else None
-        if self._kind and kind and kind is not self._kind:
+        kind = self._kind_of(record)
+        state = ReaderState(format, self.state.kind or kind, True)
+        try:
+            example = self._example(record, format, taken)
+        except DegenerateRecord:
+            self.state = state
+            raise
+        except InputError as error:
+            if self._detects and not self.state.has_read:
+                raise InputError(f"{error}; {guess(record, format)}") from None
+            raise
+        self.state = state
+        return replace(example, notes=(*example.notes, NOTE_JSON)) if is_json else example
+
+    def _kind_of(self, record: dict[str, Any]) -> type | None:
+        """The type of `chosen`, which all records must have in common."""
+        value, first = record.get("chosen"), self.state.kind
+        kind = list if isinstance(value, list | dict) else str if isinstance(value, str) else None
+        if first and kind and kind is not first:
             raise InputError(
                 f"formats are mixed: chosen is {KINDS[kind]}, but in the records before it was "
-                f"{KINDS[self._kind]}: build one data set per format"
+                f"{KINDS[first]}: build one data set per format"
             )
-        try:
-            return FORMATS[format].read(record)
-        except InputError:  # a wrong record decides nothing for later ones
-            format, kind = self.state
-            raise
-        finally:
-            self.state = format, self._kind or kind
+        return kind
 
+    def _example(self, record: dict[str, Any], name: str, taken: frozenset[str]) -> Example:
+        format, reads = FORMATS[name], Reads(record)
+        example = format.read(reads)
+        self.unread += unread_names(
+            record,
+            example,
+            format=name,
+            read=reads.reads,
+            taken=taken,
+            fields=format.fields,
+            harmless=format.harmless,
+            harmless_fields=self._ignored_fields,
+        )
+        self._refuse_other_verdict()
+        notes = repeat_notes(example)
+        if notes:
+            example = replace(example, notes=(*example.notes, *notes))
+        return settle_contradictions(example, self._on_contradiction)
 
-def mapped(record: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record with the columns of `--map` added or replaced.
-
-    A path leads into objects by name and into lists by number:
-
-        {"chosen": "answers.0.text"}   {"answers": [{"text": "yes"}]}   -> chosen is "yes"
-
-    Raises InputError if there is nothing at a path.
-    """
-    if not columns:
-        return record
-    return {**record, **{name: _value_at(record, path, name) for name, path in columns.items()}}
-
-
-def _value_at(record: dict[str, Any], path: str, name: str) -> Any:
-    value: Any = record
-    if path in record:  # the name itself contains a dot
-        return record[path]
-    for step in path.split("."):
-        if isinstance(value, dict) and step in value:
-            value = value[step]
-        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
-        else:
+    def _refuse_other_verdict(self) -> None:
+        """Raise InputError if `--map` chooses a side, and an unread column may name the other."""
+        sides = {"chosen", "rejected", "chosen_response", "rejected_response"} & {*self.columns}
+        verdict = next((name for name in self.unread if name in VERDICTS), None)
+        if sides and verdict is not None and verdict not in self._ignored:
             raise InputError(
-                f"--map {name}={path}: there is no {step!r} in {json_type(value)} of this record"
+                f"--map gives {' and '.join(sorted(sides))}, but column {verdict!r} names the "
+                "better response of each record, and it is not read: remove these flags if a "
+                "format reads that column (docs/datasets.md), or write the better response to "
+                f"chosen; if it means something else, leave it out with --ignore-columns {verdict}"
             )
-    return value
-
-
-def parse_columns(texts: list[str]) -> dict[str, str]:
-    """["chosen=answers.0"] -> {"chosen": "answers.0"}. Raises InputError for another form."""
-    columns: dict[str, str] = {}
-    for text in texts:
-        name, separator, path = text.partition("=")
-        if not (name and separator and path):
-            raise InputError(f"--map {text!r} is not COLUMN=PATH, such as chosen=answers.0.text")
-        if name not in COLUMNS:
-            raise InputError(
-                f"--map {text!r}: no format reads a column {name!r}; they read {', '.join(COLUMNS)}"
-            )
-        if name in columns:
-            raise InputError(f"--map gives column {name!r} twice: keep one of them")
-        columns[name] = path
-    return columns

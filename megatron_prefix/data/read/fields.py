@@ -6,11 +6,9 @@ import json
 import math
 from typing import Any
 
-from megatron_prefix.data.read.texts import Message
 from megatron_prefix.errors import InputError
 
-EXTRA = ("tool_calls", "tool_call_id", "name")
-"""What chat templates read of a turn besides its role and content."""
+MOST = (1 << 31) - 1
 
 
 def json_type(value: Any) -> str:
@@ -32,6 +30,11 @@ def column(record: dict[str, Any], name: str, *types: type) -> Any:
         actual = f"{json_type(value)}," if name in record else "missing:"
         raise InputError(f"column {name!r} is {actual} it must be {expected}")
     return checked(value, f"column {name!r}") if isinstance(value, str) else value
+
+
+def optional_text(record: dict[str, Any], name: str) -> str:
+    """An optional column of text; "" if it is absent or null."""
+    return column(record, name, str) if record.get(name) is not None else ""
 
 
 def checked(text: str, place: str) -> str:
@@ -62,16 +65,22 @@ def number(record: dict[str, Any], name: str, default: float = math.nan) -> floa
     return result
 
 
+def whole(value: Any) -> int | None:
+    """A whole number, also if it is written 2.0 (as tables with missing numbers do); else None."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def rank(record: dict[str, Any]) -> int | None:
-    """The optional column `rank`, 0 for the best; None if it is absent or null."""
+    """The optional column `rank`, 0 for the best; None if it is absent, null or NaN."""
     value = record.get("rank")
-    if value is None:
+    if value is None or value != value:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise InputError(
-            f"'rank' is {str(value)[:40]}, it must be a whole number from 0 to {(1 << 31) - 1}"
-        )
-    return value
+    rank = whole(value)
+    if rank is None or not 0 <= rank <= MOST:
+        raise InputError(f"'rank' is {str(value)[:40]}, it must be a whole number from 0 to {MOST}")
+    return rank
 
 
 def json_text(value: Any, place: str) -> str:
@@ -80,46 +89,48 @@ def json_text(value: Any, place: str) -> str:
     return checked(text, place)
 
 
-def message(item: Any, place: str) -> Message:
-    """One {"role", "content"} object; `place` names it in errors.
-
-    The content may be absent if the turn calls tools (`tool_calls`, a list).
-    """
-    if not isinstance(item, dict):
-        raise InputError(f"{place} is {json_type(item)}, it must be an object")
-    calls = item.get("tool_calls")
-    if calls is not None and not isinstance(calls, list):
-        raise InputError(f"{place}: 'tool_calls' is {json_type(calls)}, it must be a list")
-    role, content = item.get("role"), item.get("content")
-    if content is None and calls:
-        content = ""
-    for key, value in (("role", role), ("content", content)):
-        if not isinstance(value, str):
-            raise InputError(f"{place}: {key!r} is {json_type(value)}, it must be text")
-        checked(value, place)
-    more = {key: item[key] for key in EXTRA if item.get(key)}
-    extra = json_text(more, place) if more else ""
-    return Message(role=str(role), content=str(content), extra=extra)
-
-
-def messages(value: list[Any], place: str) -> tuple[Message, ...]:
-    """A list of {"role", "content"} objects; `place` names it in errors."""
-    return tuple(message(item, f"{place}, message {i + 1}") for i, item in enumerate(value))
+def from_json(text: str, place: str) -> Any:
+    """The value of a JSON text; `place` names it in the error."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is text, but not JSON ({error})") from error
 
 
 def tools(record: dict[str, Any]) -> str:
-    """The optional column `tools` as JSON text: a list of objects, or the JSON text of one."""
+    """The optional column `tools` as JSON text.
+
+    It is a list of objects, or the JSON text of one; an object may be its JSON text.
+    """
     value = record.get("tools")
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"column 'tools' is text, but not JSON ({error})") from error
+        value = from_json(value, "column 'tools'")
     if not value:
         return ""
+    if isinstance(value, list):
+        value = [
+            from_json(tool, f"column 'tools', entry {i + 1}") if isinstance(tool, str) else tool
+            for i, tool in enumerate(value)
+        ]
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise InputError(
             f"column 'tools' is {json_type(value)}, it must be a list of objects, each with the "
             "JSON schema of a function, or the JSON text of such a list"
         )
     return json_text(value, "column 'tools'")
+
+
+def template_kwargs(record: dict[str, Any]) -> str:
+    """The optional column `chat_template_kwargs` as JSON text: an object, or its JSON text."""
+    place = "column 'chat_template_kwargs'"
+    value = record.get("chat_template_kwargs")
+    if isinstance(value, str) and value.strip():
+        value = from_json(value, place)
+    if not value:
+        return ""
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{place} is {json_type(value)}, it must be an object with the names that the chat "
+            'template reads, for example {"enable_thinking": false}'
+        )
+    return json_text(value, place)

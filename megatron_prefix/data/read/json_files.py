@@ -1,7 +1,12 @@
-"""JSON Lines files and files with one JSON array, plain or compressed with gzip or zstd.
+"""JSON Lines files and files with one JSON value, plain or compressed with gzip or zstd.
 
-The first bytes of a file decide what it is, not its name. Lines are streamed. An array is read as
-a whole, because JSON has no other safe place to cut it.
+The first bytes of a file decide what it is, not its name. Lines are streamed. An array, and objects
+over several lines, are read as a whole, because JSON has no other safe place to cut them.
+
+    {"prompt": …}\n{"prompt": …}       one record per line
+    [{"prompt": …}, …]                 one array
+    {\n "prompt": …\n}\n{\n …           records over several lines, one after another
+    {"data": [{"prompt": …}, …]}       one object with the records, see whole_files.py
 """
 
 from __future__ import annotations
@@ -14,11 +19,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_prefix.data.read.fields import json_type
+from megatron_prefix.data.read.whole_files import records_of, table_hint
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 BOM = b"\xef\xbb\xbf"
-EXPECTED = "one JSON object per line, or one array of objects, plain or compressed, or Parquet"
+EXPECTED = (
+    "one JSON object per line, or one array of objects, plain or compressed, Parquet or Arrow"
+)
 
 Decoded = tuple[dict[str, Any] | None, str | None]
 """The record, or None and what is wrong with it."""
@@ -34,7 +42,7 @@ def read_json_file(raw: io.BufferedReader) -> Iterator[JsonItem]:
     file, compression = _opened(raw)
     line, is_empty = 0, True
     try:
-        items = _read_array(file.read()) if _starts_array(file) else _read_lines(file)
+        items = _read_array(file.read()) if _starts_array(file) else _read_objects(file, raw.name)
         for line, value, error in items:
             is_empty = False
             yield line, value, error
@@ -102,12 +110,64 @@ def _starts_array(file: Any) -> bool:
     return file.peek(4096).removeprefix(BOM).lstrip()[:1] == b"["
 
 
+def _read_objects(file: io.BufferedIOBase, name: str) -> Iterator[JsonItem]:
+    """The lines of a file, or the objects of a file whose objects have several lines."""
+    lines = _read_lines(file)
+    first = next(lines, None)
+    if first is None:
+        return
+    number, line, _ = first
+    assert isinstance(line, bytes)
+    hint = table_hint(line, name)
+    if hint is not None:
+        yield number, None, hint
+        return
+    if line.rstrip()[-1:] in (b"{", b"[", b","):
+        yield from _read_concatenated(line + file.read(), number)
+        return
+    second = next(lines, None)
+    if second is None:
+        value, error = decode_line(line)
+        whole = records_of(value) if value is not None else None
+        if whole is not None:
+            yield from ((number, *item) for item in whole)
+            return
+    yield first
+    if second is not None:
+        yield second
+        yield from lines
+
+
 def _read_lines(file: io.BufferedIOBase) -> Iterator[JsonItem]:
     for number, raw in enumerate(file, 1):
         if number == 1:
             raw = raw.removeprefix(BOM)
         if raw.strip():
             yield number, raw, None
+
+
+def _read_concatenated(data: bytes, line: int) -> Iterator[JsonItem]:
+    """Objects one after another, each over several lines; `line` is the number of the first."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield line + data.count(b"\n", 0, error.start), None, _not_utf8(error)
+        return
+    first, position = line, _skip_space(text, 0)
+    while position < len(text):
+        line, start = first + text.count("\n", 0, position), position
+        try:
+            value, position = DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError):
+                line = first + error.lineno - 1
+            yield line, None, f"not JSON ({_reason(error)}); expected: {EXPECTED}"
+            return
+        position = _skip_space(text, position)
+        is_only = not text[:start].strip() and position == len(text)
+        whole = records_of(value) if is_only else None
+        for record, problem in whole or [_object(value)]:
+            yield line, record, problem
 
 
 def _read_array(data: bytes) -> Iterator[JsonItem]:

@@ -1,7 +1,8 @@
 """Preference records of any source, read one at a time, each with its line for error messages.
 
-An input is a JSON file (json_files.py), a Parquet file, or a Hugging Face data set (tables.py): a
-directory or a hub id. The first bytes of a file decide what it is, not its name.
+An input is a JSON file (json_files.py), a Parquet or Arrow file, or a Hugging Face data set
+(tables.py): a directory or a hub id. The first bytes of a file decide what it is, not its name. The
+files of a directory that is no data set are read one after another.
 
 A record that cannot be read is passed on with an `error` and no value. So the caller decides
 whether to stop, or to count it and go on.
@@ -15,23 +16,39 @@ from typing import Any, NamedTuple
 
 from megatron_prefix.data.read.json_files import EXPECTED, JsonItem, decode_line, read_json_file
 from megatron_prefix.data.read.tables import (
+    ARROW_MAGIC,
     TableItem,
     is_dataset,
     open_dataset,
+    read_arrow,
     read_dataset,
     read_parquet,
+    shards_of,
 )
 from megatron_prefix.errors import InputError
 
 PARQUET_MAGIC = b"PAR1"
-ZIP_MAGIC = b"PK\x03\x04"
+STREAM_MAGIC = b"\xff\xff\xff\xff"
+REFUSED = {
+    b"PK\x03\x04": "a zip file",
+    b"\xfd7zXZ": "compressed with xz: unpack it with xz -d",
+    b"BZh": "compressed with bzip2: unpack it with bzip2 -d",
+    b"\x80\x04": "a Python pickle",
+    b"\x80\x05": "a Python pickle",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "an SQLite data base",
+    b"Obj\x01": "an Avro file",
+    b"ORC": "an ORC file",
+}
+"""First bytes of files that are not read, and what they are."""
 
 
 class Record(NamedTuple):
     """One record. `number` counts the records of all inputs from 0, unreadable ones too.
 
     `line` is the line in the file (in a table, the row) and counts from 1. Exactly one of `value`,
-    `error` and `raw` is set; `raw` is a line of JSON that is not decoded yet.
+    `error` and `raw` is set; `raw` is a line of JSON that is not decoded yet. A record that is
+    joined from several rows has the place of the first; see rows.py.
     """
 
     number: int
@@ -41,6 +58,8 @@ class Record(NamedTuple):
     error: str | None = None
     raw: bytes | None = None
     unit: str = "line"
+    rows: int = 1
+    is_joined: bool = False
 
     @property
     def size(self) -> int:
@@ -74,12 +93,13 @@ class Inputs:
     def __init__(self, paths: Sequence[str | Path], split: str | None = None) -> None:
         self.paths = [Path(path) for path in paths]
         self.split = split
+        self._files = [file for path in self.paths for file in shards_of(path) or [path]]
 
     def check(self) -> None:
         """Raise InputError if an input is missing or is not of a known kind."""
         if not self.paths:
             raise InputError("no input file was given: name at least one with --input")
-        for path in self.paths:
+        for path in self._files:
             if is_dataset(path):
                 open_dataset(path, self.split)
             elif self.split is not None:
@@ -93,7 +113,7 @@ class Inputs:
     @property
     def num_bytes(self) -> int:
         """Bytes of all files; Hugging Face data sets count as 0."""
-        return sum(map(_num_bytes, self.paths))
+        return sum(map(_num_bytes, self._files))
 
     def read(self) -> Iterator[Record]:
         """Every record, in order."""
@@ -106,7 +126,7 @@ class Inputs:
         `on_bytes` is called with the number of bytes read so far.
         """
         number, bytes_before = 0, 0
-        for path in self.paths:
+        for path in self._files:
             for (line, content, error), position, unit in _read_input(path, self.split):
                 if on_bytes is not None:
                     on_bytes(bytes_before + position)
@@ -127,11 +147,12 @@ def _check_file(path: Path) -> None:
         raise InputError(f"{path}: no such file. An input is a file with {EXPECTED}")
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(16)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
-    if start == ZIP_MAGIC:
-        raise InputError(f"{path} is a zip file, which is not supported: write it as {EXPECTED}")
+    for magic, kind in REFUSED.items():
+        if start.startswith(magic):
+            raise InputError(f"{path} is {kind}, which is not supported: write it as {EXPECTED}")
 
 
 def _read_input(path: Path, split: str | None) -> Iterator[tuple[JsonItem | TableItem, int, str]]:
@@ -141,8 +162,10 @@ def _read_input(path: Path, split: str | None) -> Iterator[tuple[JsonItem | Tabl
             yield item, 0, "row"
         return
     with path.open("rb") as raw:
-        if raw.peek(4)[:4] == PARQUET_MAGIC:
-            for item, share in read_parquet(path):
+        start = raw.peek(8)
+        if start.startswith((PARQUET_MAGIC, ARROW_MAGIC, STREAM_MAGIC)):
+            read = read_parquet if start.startswith(PARQUET_MAGIC) else read_arrow
+            for item, share in read(path):
                 yield item, int(share * path.stat().st_size), "row"
             return
         for line in read_json_file(raw):

@@ -1,10 +1,10 @@
-"""Parquet files and Hugging Face data sets, read one record at a time.
+"""Parquet and Arrow files and Hugging Face data sets, read one record at a time.
 
 Arrow writes null if a record lacks a field that another record has. So names with a null are left
 out of every record, and a column that is null counts as absent.
 
-Parquet is read in batches. A data set of the hub or of a directory of files is streamed; one that
-`save_to_disk` wrote is memory-mapped.
+Parquet and Arrow are read in batches. A data set of the hub or of a directory of files is streamed;
+one that `save_to_disk` wrote is memory-mapped.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.data.read.whole_files import csv_remedy
 from megatron_prefix.errors import InputError
 
 BATCH = 64
 """Records of a Parquet file that are read together."""
+ARROW_MAGIC = b"ARROW1"
+"""What an Arrow IPC file begins with; a stream begins with four bytes 0xff."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-FILE_ENDINGS = (".json", ".jsonl", ".gz", ".zst", ".parquet")
+SPLITS = "dataset_dict.json"
+FILE_ENDINGS = (".json", ".jsonl", ".gz", ".zst", ".parquet", ".arrow", ".csv", ".tsv")
 
 TableItem = tuple[int, dict[str, Any] | None, str | None]
 """Row number from 1; the record or None; the error."""
@@ -30,6 +34,21 @@ def is_dataset(path: Path) -> bool:
     if path.exists():
         return path.is_dir()
     return bool(HUB_ID.fullmatch(str(path))) and path.suffix not in FILE_ENDINGS
+
+
+def shards_of(path: Path) -> list[Path]:
+    """The files of a directory that `datasets` cannot read, in the order of their names, or none.
+
+    That are files without an ending (part-00000), and files compressed with zstd.
+    """
+    if not path.is_dir() or any((path / name).exists() for name in ("state.json", SPLITS)):
+        return []
+    files = sorted(
+        file
+        for file in path.iterdir()
+        if file.is_file() and file.name[0] not in "._" and file.suffix not in (".md", ".txt")
+    )
+    return files if any(file.suffix in ("", ".zst") for file in files) else []
 
 
 def read_parquet(path: Path) -> Iterator[tuple[TableItem, float]]:
@@ -51,6 +70,30 @@ def read_parquet(path: Path) -> Iterator[tuple[TableItem, float]]:
         return
     if not number:
         yield (1, None, "the Parquet file contains no row"), 1.0
+
+
+def read_arrow(path: Path) -> Iterator[tuple[TableItem, float]]:
+    """Every record of an Arrow IPC file or stream, with the share of the file that was read."""
+    import pyarrow
+
+    number, size = 0, max(path.stat().st_size, 1)
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            is_file = source.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+            source.seek(0)
+            opened = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+            reader = opened(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            for batch in batches:
+                for value in batch.to_pylist():
+                    number += 1
+                    yield (number, without_nulls(value), None), source.tell() / size
+    except (pyarrow.ArrowException, OSError) as error:
+        damage = f"the Arrow file is damaged or cut off ({_first_line(error)})"
+        yield (number + 1, None, damage), 1.0
+        return
+    if not number:
+        yield (1, None, "the Arrow file contains no row"), 1.0
 
 
 def read_dataset(path: Path, split: str | None) -> Iterator[TableItem]:
@@ -77,8 +120,11 @@ def open_dataset(path: Path, split: str | None) -> Any:
     """
     import datasets
 
+    csv = next((file for file in path.rglob("*.[ct]sv") if file.is_file()), None)
+    if csv is not None:
+        raise InputError(f"{csv}: {csv_remedy(str(csv), csv.suffix == '.tsv')}")
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if (path / "state.json").is_file() or (path / SPLITS).is_file():
             dataset = datasets.load_from_disk(str(path))
         else:
             dataset = datasets.load_dataset(str(path), streaming=True)

@@ -26,6 +26,13 @@ class Message:
 
 
 Text = str | tuple[Message, ...]
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""Turn markers of HH-RLHF."""
+
+
+def are_dialogues(*texts: str) -> bool:
+    """Whether one of these plain texts has the turn markers of HH-RLHF."""
+    return any(marker in text for text in texts for marker in (HUMAN, ASSISTANT))
 
 
 def common_prefix(a: str, b: str) -> int:

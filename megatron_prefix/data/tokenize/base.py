@@ -96,15 +96,21 @@ class Tokenizer(ABC):
         """Readable text, with special tokens if the tokenizer can write them."""
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: str = ""
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: str = "",
+        template_kwargs: str = "",
     ) -> Rendered:
         """Messages as one text; `add_generation_prompt` opens the assistant's next turn.
 
-        `tools` is "" or the JSON text of a list of functions.
+        `tools` is "" or the JSON text of a list of functions, `template_kwargs` "" or the JSON text
+        of an object with other values that the chat template reads.
         """
-        if tools:
+        if tools or template_kwargs:
+            name = "tools" if tools else "chat_template_kwargs"
             raise InputError(
-                f"column 'tools' needs a chat template, and tokenizer {self.name} has none: "
+                f"column {name!r} needs a chat template, and tokenizer {self.name} has none: "
                 "remove the column, or give another tokenizer"
             )
         return Rendered(plain_layout(messages, add_generation_prompt))

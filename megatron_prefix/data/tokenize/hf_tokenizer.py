@@ -27,6 +27,7 @@ from megatron_prefix.data.read import Message
 from megatron_prefix.data.tokenize.base import Rendered, Tokenizer, vocabulary_digest
 from megatron_prefix.data.tokenize.fragments import Fragments
 from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
+from megatron_prefix.data.tokenize.tool_arguments import ArgumentForm
 from megatron_prefix.errors import InputError
 
 TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "tekken.json", "spiece*")
@@ -85,6 +86,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._reuse = PromptReuse(self._encode, definition)
         self._fragments = Fragments(self._encode_all, definition) if self._backend else None
         self._parse_special = parse_special
+        self._arguments = ArgumentForm(lambda turns: self._apply(turns, None, {}))
         self._special = _special_tokens(self._tokenizer)
         self._special_set = frozenset(self._special.values())
         self.vocabulary = vocabulary_digest(pieces, self._special)
@@ -179,23 +181,29 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: str = ""
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: str = "",
+        template_kwargs: str = "",
     ) -> Rendered:
         if not self.has_chat_template:
-            return super().render(messages, add_generation_prompt, tools)
-        turns = [message.as_dict() for message in messages]
+            return super().render(messages, add_generation_prompt, tools, template_kwargs)
+        turns = self._arguments.adapt([message.as_dict() for message in messages])
         functions = json.loads(tools) if tools else None
-        text = self._apply(turns, add_generation_prompt, functions)
+        options = json.loads(template_kwargs) if template_kwargs else {}
+        options = {**options, "add_generation_prompt": add_generation_prompt}
+        text = self._apply(turns, functions, options)
         if not any(map(self.spells_special, _texts([turns, functions]))):
             return Rendered(text)
-        return self._with_literals(text, turns, add_generation_prompt, functions)
+        return self._with_literals(text, turns, functions, options)
 
-    def _apply(self, turns: Any, add_generation_prompt: bool, tools: Any) -> str:
+    def _apply(self, turns: Any, tools: Any, options: dict[str, Any]) -> str:
         from jinja2.exceptions import TemplateError
 
         try:
             return self._tokenizer.apply_chat_template(
-                turns, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tools=tools, tokenize=False, **options
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise InputError(
@@ -205,7 +213,7 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from error
 
     def _with_literals(
-        self, text: str, turns: Any, add_generation_prompt: bool, tools: Any
+        self, text: str, turns: Any, tools: Any, options: dict[str, Any]
     ) -> Rendered:
         """`text` with the places of special tokens that messages contain, found by marks."""
         mark = next(mark for mark in MARKS if mark not in text)
@@ -214,7 +222,7 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._pattern.sub(lambda m: m[0][0] + mark + m[0][1:], value)
 
         turns, tools = (_map_texts(value, marked) for value in (turns, tools))
-        pieces = self._apply(turns, add_generation_prompt, tools).split(mark)
+        pieces = self._apply(turns, tools, options).split(mark)
         if "".join(pieces) != text or not getattr(self._tokenizer, "is_fast", False):
             raise InputError(
                 "a message contains the characters of a special token, which cannot be "

@@ -28,7 +28,13 @@ from megatron_prefix.data.read import Message, Text, common_prefix
 from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.tokenize.base import Rendered, Tokenizer
 from megatron_prefix.data.tokenize.ends import TextEnds
-from megatron_prefix.data.tokenize.rendering import NOTE_SPECIAL, NOTE_TOOLS, template_changes
+from megatron_prefix.data.tokenize.rendering import (
+    NOTE_SPECIAL,
+    NOTE_TOOLS,
+    check_written,
+    extra_changes,
+    template_changes,
+)
 from megatron_prefix.data.tree import ResponsePath, common_tokens
 from megatron_prefix.errors import InputError
 
@@ -67,11 +73,13 @@ class PathEncoder:
         self.reset_counts()
         self._prompts: dict[Text, tuple[Rendered, np.ndarray]] = {}
         self._tools = ""
+        self._template_kwargs = ""
 
     def encode(self, example: Example) -> tuple[list[ResponsePath], list[str]]:
         """The path of every response, in order, and notes on anything unusual."""
         self._prompts.clear()
         self._tools = example.tools
+        self._template_kwargs = example.template_kwargs
         notes: list[str] = []
         encoded = [self._path(response, notes) for response in example.responses]
         paths = [path for path, _ in encoded]
@@ -116,7 +124,9 @@ class PathEncoder:
         return self._prompts[prompt]
 
     def _render(self, turns: tuple[Message, ...], add_generation_prompt: bool) -> Rendered:
-        return self.tokenizer.render(turns, add_generation_prompt, self._tools)
+        return self.tokenizer.render(
+            turns, add_generation_prompt, self._tools, self._template_kwargs
+        )
 
     def _ids(self, text: Text, rendered: Rendered) -> np.ndarray:
         """Tokens of a plain text, or of messages that were rendered."""
@@ -134,9 +144,10 @@ class PathEncoder:
         boundary = len(prompt.text)
         if isinstance(response.prompt, str):
             assert isinstance(response.response, str), "a text follows a text"
-            if self._tools:
+            if self._tools or self._template_kwargs:
+                name = "tools" if self._tools else "chat_template_kwargs"
                 raise InputError(
-                    "column 'tools' needs prompt and responses that are messages: remove the "
+                    f"column {name!r} needs prompt and responses that are messages: remove the "
                     "column, or give messages"
                 )
             text = Rendered(prompt.text + response.response)
@@ -144,13 +155,15 @@ class PathEncoder:
             assert not isinstance(response.response, str), "messages follow messages"
             turns = (*response.prompt, *response.response)
             text = self._render(turns, False)
-            notes += self._template_notes(turns, text)
+            notes += self._template_notes(turns, len(response.prompt), text)
             # A template can render the prompt of an answered turn differently, for example
             # without the text that asks for an answer. Then only the common part is prompt.
             boundary = common_prefix(prompt.text, text.text)
             if boundary < len(prompt.text):
                 notes.append(NOTE_TEMPLATE)
                 prompt_ids = self._ids(response.prompt, prompt.head(boundary))
+            if self.tokenizer.has_chat_template:
+                check_written(response.response, text.text[boundary:])
         is_rendered = self._is_rendered(response.prompt)
         ending = None
         if is_rendered:
@@ -201,11 +214,14 @@ class PathEncoder:
             return np.array(self.ends.after(ids, loss_start, is_rendered), np.int64)
         return np.append([self.tokenizer.eos_id], self.tokenizer.encode(ending)).astype(np.int64)
 
-    def _template_notes(self, turns: tuple[Message, ...], text: Rendered) -> list[str]:
+    def _template_notes(
+        self, turns: tuple[Message, ...], num_prompt: int, text: Rendered
+    ) -> list[str]:
         if not self.tokenizer.has_chat_template:
             return []
-        notes = template_changes(turns, text.text)
-        if self._tools and self.tokenizer.render(turns, False).text == text.text:
+        notes = template_changes(turns, text.text) + extra_changes(turns, num_prompt, text.text)
+        without = self._tools and self.tokenizer.render(turns, False, "", self._template_kwargs)
+        if without and without.text == text.text:
             notes.append(NOTE_TOOLS)
         return notes
 

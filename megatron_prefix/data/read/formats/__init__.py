@@ -11,70 +11,39 @@ which tells how its records are recognised. This is all of a module `stars.py`:
 
     STARS = Format(
         read=read_stars,
-        fits=lambda record: has(record, "question", "good", "bad"),
+        needs=("question", "good", "bad"),
         columns=("question", "good", "bad", *PAIR_COLUMNS),
     )
 
 What a module needs is in base.py (Format, `has`, and `pair_example` or, for more than two
-responses, `ranked_example`) and in ../fields.py (`column`, `number`, `messages`: they check types
-and raise the errors). To register it:
+responses, `ranked_example`), in ../fields.py (`column`, `number`: they check types and raise the
+errors) and in ../turns.py (conversations in any layout). Every column that `read` looks at counts
+as read; the reader refuses or lists the others, so a format cannot lose one. To register it:
 
-1. Add it to FORMATS below, before any other format whose `fits` also accepts its records.
+1. Add it to FORMATS in format_registry.py, before any other format that also accepts its records.
 2. Add its name to FORMAT_NAMES in cli/build.py: `--help` lists the names without this package.
-3. Add a sample to tests/data/formats/ and what it holds to tests/numerics/test_format_samples.py;
-   describe the columns in docs/data_format.md.
+3. Add a sample to tests/data/formats/ and its counts to tests/numerics/test_format_samples.py;
+   describe the columns in docs/data_format.md, and name the sets that have it in docs/datasets.md.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from megatron_prefix.data.read.formats.base import (
     DegenerateRecord,
     Example,
     ExampleResponse,
-    Format,
+    Reads,
     Reason,
 )
-from megatron_prefix.data.read.formats.llama_factory import ALPACA, SHAREGPT
-from megatron_prefix.data.read.formats.nemo import NEMO_ALIGNER, NEMO_RL
-from megatron_prefix.data.read.formats.oasst import OASST
-from megatron_prefix.data.read.formats.swift import SWIFT
-from megatron_prefix.data.read.formats.trl import HH, TRL, UNPAIRED
-from megatron_prefix.data.read.formats.ultrafeedback import ULTRAFEEDBACK
-from megatron_prefix.errors import InputError
+from megatron_prefix.data.read.formats.format_registry import FORMATS, detect_format, guess
 
 __all__ = [
     "FORMATS",
     "DegenerateRecord",
     "Example",
     "ExampleResponse",
+    "Reads",
     "Reason",
     "detect_format",
+    "guess",
 ]
-
-FORMATS: dict[str, Format] = {
-    "sharegpt": SHAREGPT,
-    "oasst": OASST,
-    "ms-swift": SWIFT,
-    "nemo-rl": NEMO_RL,
-    "nemo-aligner": NEMO_ALIGNER,
-    "ultrafeedback": ULTRAFEEDBACK,
-    "alpaca": ALPACA,
-    "unpaired": UNPAIRED,
-    "trl": TRL,
-    "hh": HH,
-}
-"""By name, in the order in which they are tried: a record has the first format that fits."""
-
-
-def detect_format(record: dict[str, Any]) -> str:
-    """The name of the format that fits a record. Raises InputError if none does."""
-    for name, format in FORMATS.items():
-        if format.fits(record):
-            return name
-    raise InputError(
-        f"no known format has the columns {', '.join(sorted(record)) or '(none)'}: expected are "
-        "chosen and rejected, alone or with prompt or conversations, or the columns of another "
-        "format in docs/data_format.md; --map COLUMN=PATH renames columns"
-    )

@@ -9,11 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
-from megatron_prefix.data.read.fields import number, tools
-from megatron_prefix.data.read.texts import Message, Text
+from megatron_prefix.data.read.fields import (
+    column,
+    number,
+    optional_text,
+    template_kwargs,
+    tools,
+)
+from megatron_prefix.data.read.texts import Message, Text, are_dialogues
+from megatron_prefix.data.read.turns import FIELDS, begins_with, text_or_turns, turns
 from megatron_prefix.data.tree import UNRANKED, Pair
 from megatron_prefix.errors import InputError
 
@@ -26,7 +34,17 @@ class Reason:
     NO_PROMPT_TOKEN = "no prompt token"
     NO_RESPONSE_TOKEN = "no response token"
     NO_PAIR = "no pair"
-    DEGENERATE = (EQUAL, NO_COMMON_PROMPT, NO_PROMPT_TOKEN, NO_RESPONSE_TOKEN, NO_PAIR)
+    TIE = "tie (neither response is preferred)"
+    CONTRADICTION = "scores equal or against the label (--on-contradiction drop)"
+    DEGENERATE = (
+        EQUAL,
+        NO_COMMON_PROMPT,
+        NO_PROMPT_TOKEN,
+        NO_RESPONSE_TOKEN,
+        NO_PAIR,
+        TIE,
+        CONTRADICTION,
+    )
     """Those that `--strict` makes an error: there is nothing to compare."""
 
     TOO_LONG = "over --max-length"
@@ -58,41 +76,122 @@ class Example:
     """One group before tokenising: responses in the record's order, chosen first, and pairs.
 
     Without pairs, each response is judged alone. `tools` is "" or the JSON text of the functions
-    that a chat template shows to the model.
+    that a chat template shows to the model; `template_kwargs` is "" or the JSON text of an object
+    with other values that the template reads.
     """
 
     responses: tuple[ExampleResponse, ...]
     pairs: tuple[Pair, ...]
     notes: tuple[str, ...] = ()
     tools: str = ""
+    template_kwargs: str = ""
+
+
+class Reads(dict[str, Any]):
+    """A record that remembers which of its columns were read: `reads`.
+
+    Questions about what a record has (`in`, `has`, `first_of`) do not count as reading.
+    """
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        super().__init__(record)
+        self.reads: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.reads.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.reads.add(name)
+        return super().__getitem__(name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """A registered format: how its records are read and recognised.
 
-    `fits` decides by a record's columns. `columns` are all that `read` may read.
+    `needs` are the columns that every record has; "a|b" means one of both. `fits` decides by a
+    record's columns; by default, all that it needs must be there and not null. `columns` are all
+    that `read` may read, and `fields` all that it may read of the objects inside them. `harmless`
+    are columns and fields that are known not to change the texts, in spite of their names.
     """
 
     read: Callable[[dict[str, Any]], Example]
-    fits: Callable[[dict[str, Any]], bool]
+    needs: tuple[str, ...]
     columns: tuple[str, ...]
+    fits: Callable[[dict[str, Any]], bool] | None = None
+    fields: tuple[str, ...] = FIELDS
+    harmless: tuple[str, ...] = ()
+
+    @cached_property
+    def _names(self) -> dict[str, tuple[str, ...]]:
+        return {need: tuple(need.split("|")) for need in self.needs}
+
+    def lacks(self, record: dict[str, Any]) -> list[str]:
+        """The columns of `needs` that a record does not have, or that are null."""
+        return [need for need, names in self._names.items() if not has_any(record, *names)]
+
+    def accepts(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of this format, by its columns."""
+        if self.fits is not None:
+            return self.fits(record)
+        return all(has_any(record, *names) for names in self._names.values())
 
 
-PAIR_COLUMNS = ("margin", "weight", "score_chosen", "score_rejected", "tools")
-"""Optional columns that `pair_example` reads."""
-RANKED_COLUMNS = ("weight", "tools")
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_reward", "rejected_reward"),
+)
+"""Columns that may hold the scores of chosen and rejected; the first two with numbers count."""
+SYSTEM = ("system", "system_prompt")
+"""Columns that may hold the system message."""
+RANKED_COLUMNS = ("weight", "tools", "chat_template_kwargs")
 """Optional columns that `ranked_example` reads."""
+PAIR_COLUMNS = ("margin", *SCORES[0], *RANKED_COLUMNS)
+"""Optional columns that `pair_example` reads."""
 
 
 def has(record: dict[str, Any], *names: str) -> bool:
     """Whether a record has all these columns, and none of them is null."""
-    return all(record.get(name) is not None for name in names)
+    for name in names:
+        if dict.get(record, name) is None:
+            return False
+    return True
+
+
+def has_any(record: dict[str, Any], *names: str) -> bool:
+    """Whether a record has one of these columns, and it is not null."""
+    for name in names:
+        if dict.get(record, name) is not None:
+            return True
+    return False
 
 
 def has_sides(record: dict[str, Any]) -> bool:
     """Whether a record has a column `chosen` or `rejected`, which may be null."""
     return "chosen" in record or "rejected" in record
+
+
+def first_of(record: dict[str, Any], *names: str) -> str:
+    """The first of these columns that is not empty; else the first that a record has, or none."""
+    return next((name for name in names if dict.get(record, name)), None) or next(
+        (name for name in names if has(record, name)), names[0]
+    )
+
+
+def holds_dialogues(record: dict[str, Any]) -> bool:
+    """Whether `chosen` or `rejected` is a whole dialogue: messages that the assistant does not
+    begin, or a text with turns."""
+    for side in (dict.get(record, "chosen"), dict.get(record, "rejected")):
+        if isinstance(side, str) and are_dialogues(side):
+            return True
+        if isinstance(side, list | dict) and side and not begins_with(side, "assistant"):
+            return True
+    return False
 
 
 def assistant(text: str) -> tuple[Message, ...]:
@@ -115,6 +214,14 @@ def _is_blank(text: Text) -> bool:
     return all(not (message.content.strip() or message.extra) for message in text)
 
 
+def best_and_others(
+    record: dict[str, Any], prompt: Text, best: Text, others: Sequence[Text]
+) -> Example:
+    """The Example of one response that is better than each of several others."""
+    ranks = [0] + [1] * len(others)
+    return ranked_example(record, prompt, [best, *others], ranks, [math.nan] * len(ranks))
+
+
 def weight(record: dict[str, Any]) -> float:
     """The optional column `weight`; 1 if it is absent."""
     value = number(record, "weight", 1.0)
@@ -130,16 +237,16 @@ def pair_example(
     rejected: Text,
     *,
     notes: tuple[str, ...] = (),
-    scores: tuple[str, str] = ("score_chosen", "score_rejected"),
+    scores: tuple[str, str] | None = None,
 ) -> Example:
     """The Example of a record with two responses and the optional columns PAIR_COLUMNS.
 
-    `scores` names the columns with the scores of chosen and rejected.
+    `scores` names the columns with the scores of chosen and rejected (default: one of SCORES).
     """
     if chosen == rejected:
         raise DegenerateRecord(Reason.EQUAL)
     pair = Pair(chosen=0, rejected=1, weight=weight(record), margin=number(record, "margin"))
-    sides = zip(scores, (chosen, rejected), strict=True)
+    sides = zip(scores or score_columns(record), (chosen, rejected), strict=True)
     return Example(
         responses=tuple(
             ExampleResponse(prompt=prompt, response=text, rank=rank, score=number(record, score))
@@ -148,7 +255,16 @@ def pair_example(
         pairs=(pair,),
         notes=notes + blank_notes([chosen, rejected]),
         tools=tools(record),
+        template_kwargs=template_kwargs(record),
     )
+
+
+def score_columns(record: dict[str, Any]) -> tuple[str, str]:
+    """The first names of SCORES under which a record has numbers; by default the first ones."""
+    for names in SCORES[1:] if not has(record, *SCORES[0][:1]) else ():
+        if all(type(dict.get(record, name)) in (int, float) for name in names):
+            return names
+    return SCORES[0]
 
 
 def ranked_pairs(ranks: Sequence[int | None]) -> list[tuple[int, int]]:
@@ -190,7 +306,65 @@ def ranked_example(
         notes=blank_notes([responses[i] for i in paired])
         + (NOTE_UNLABELLED,) * (len(responses) - len(paired)),
         tools=tools(record),
+        template_kwargs=template_kwargs(record),
     )
+
+
+def with_system(record: dict[str, Any], turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A conversation after the system message of a column SYSTEM, if the record has one."""
+    prompt = with_system_text(record, turns)
+    assert not isinstance(prompt, str)
+    return prompt
+
+
+def with_system_text(record: dict[str, Any], turns: Text) -> Text:
+    """A prompt after the system message of a column SYSTEM; a text cannot have one."""
+    texts = {name: text for name in SYSTEM if (text := optional_text(record, name))}
+    if not texts:
+        return turns
+    name, text = next(iter(texts.items()))
+    if len(set(texts.values())) > 1:
+        raise InputError(
+            f"columns {' and '.join(texts)} are different system messages: leave out one with "
+            f"--ignore-columns {name}"
+        )
+    if isinstance(turns, str):
+        raise InputError(
+            f"column {name!r} is a system message, but the prompt is a whole dialogue as text: "
+            f"write it into the dialogue, or leave it out with --ignore-columns {name}"
+        )
+    if turns and turns[0].role == "system":
+        if turns[0].content == text:
+            return turns
+        raise InputError(
+            f"column {name!r} and the conversation's first message are two different system "
+            f"messages: remove one (--ignore-columns {name} leaves out the column)"
+        )
+    return (Message(role="system", content=text), *turns)
+
+
+def as_messages(prompt: Text, responses: Sequence[Text]) -> tuple[Text, list[Text]]:
+    """The same texts, all as messages if one of them is: the user asks, the assistant answers."""
+    if all(isinstance(text, str) for text in (prompt, *responses)):
+        return prompt, list(responses)
+    asked = (user(prompt),) if isinstance(prompt, str) else checked_prompt(prompt, "the prompt")
+    answers: list[Text] = []
+    for text in responses:
+        if isinstance(text, str):
+            answers.append(assistant(text))
+        else:
+            answers.append(checked_response(text, "the response"))
+    return asked, answers
+
+
+def read_side(record: dict[str, Any], name: str, *types: type) -> Text:
+    """A column with a response: a text, one message, or a list of messages."""
+    return text_or_turns(column(record, name, *(types or (str, list, dict))), name)
+
+
+def read_turns(record: dict[str, Any], name: str) -> tuple[Message, ...]:
+    """A column with a conversation, in any layout."""
+    return turns(column(record, name, list, dict), name)
 
 
 def checked_prompt(turns: tuple[Message, ...], place: str) -> tuple[Message, ...]:

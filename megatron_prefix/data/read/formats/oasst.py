@@ -16,6 +16,7 @@ from megatron_prefix.data.read.formats.base import (
     ranked_pairs,
 )
 from megatron_prefix.data.read.texts import Message
+from megatron_prefix.data.read.turns import is_message
 from megatron_prefix.data.tree import Pair
 from megatron_prefix.errors import InputError
 
@@ -63,7 +64,8 @@ def read_oasst(record: dict[str, Any]) -> Example:
         replies = node.get("replies") or []
         below = [_oasst_message(r, f"{place}, reply {i + 1}") for i, r in enumerate(replies)]
         siblings = [i for i, message in enumerate(below) if message.role == "assistant"]
-        labelled = ranked_pairs([replies[i].get("rank") for i in siblings])
+        ranks = [rank(replies[i]) for i in siblings]
+        labelled = ranked_pairs(ranks)
         if labelled and turns[-1].role == "assistant":
             raise InputError(
                 f"{place}: the assistant answers itself: a response must follow a prompter's "
@@ -72,14 +74,11 @@ def read_oasst(record: dict[str, Any]) -> Example:
         index = {}
         for sibling in sorted({side for pair in labelled for side in pair}):
             index[sibling] = len(responses)
-            reply = siblings[sibling]
+            place_in_set = ranks[sibling]
+            assert place_in_set is not None, "it is in a pair"
+            response = (below[siblings[sibling]],)
             responses.append(
-                ExampleResponse(
-                    prompt=turns,
-                    response=(below[reply],),
-                    set_id=num_sets,
-                    rank=replies[reply]["rank"],
-                )
+                ExampleResponse(prompt=turns, response=response, set_id=num_sets, rank=place_in_set)
             )
         pairs += [Pair(chosen=index[c], rejected=index[r]) for c, r in labelled]
         num_sets += bool(labelled)
@@ -96,6 +95,8 @@ def read_oasst(record: dict[str, Any]) -> Example:
 
 OASST = Format(
     read=read_oasst,
-    fits=lambda record: isinstance(record.get("prompt"), dict),
+    needs=("prompt",),
     columns=("prompt",),
+    fits=lambda record: isinstance(record.get("prompt"), dict) and not is_message(record["prompt"]),
+    fields=("text", "role", "rank", "replies"),
 )

@@ -1,34 +1,41 @@
-"""TRL's columns, HH-RLHF's whole dialogues, and unpaired responses.
+"""TRL's columns and HH-RLHF's whole dialogues.
 
 format    columns                                    prompt
 hh        chosen, rejected: whole dialogues          what both share, see `split_dialogues`
 trl       prompt, chosen, rejected: text or messages as given
-unpaired  prompt, completion, label                  as given; no pair
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.data.read.fields import column, json_type, messages, tools
+from megatron_prefix.data.read.column_names import is_label
+from megatron_prefix.data.read.fields import column
 from megatron_prefix.data.read.formats.base import (
     PAIR_COLUMNS,
     DegenerateRecord,
     Example,
-    ExampleResponse,
     Format,
     Reason,
-    blank_notes,
+    as_messages,
     checked_prompt,
     checked_response,
     has_sides,
+    holds_dialogues,
     pair_example,
+    read_side,
 )
-from megatron_prefix.data.read.texts import Message, Text, common_prefix
+from megatron_prefix.data.read.texts import (
+    ASSISTANT,
+    Message,
+    Text,
+    are_dialogues,
+    common_prefix,
+)
+from megatron_prefix.data.read.turns import text_or_turns
 from megatron_prefix.errors import InputError
 
 NOTE_EARLY = "pairs that part before the last turn (the responses hold the later turns)"
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[int, bool]:
@@ -43,7 +50,7 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[int, bool]:
     if chosen == rejected:
         raise DegenerateRecord(Reason.EQUAL)
     shared = common_prefix(chosen, rejected)
-    if all(marker not in text for marker in (HUMAN, ASSISTANT) for text in (chosen, rejected)):
+    if not are_dialogues(chosen, rejected):
         cut = max(chosen.rfind(space, 0, shared) for space in (" ", "\n", "\t"))
         if not chosen[: max(cut, 0)].strip():
             raise DegenerateRecord(Reason.NO_COMMON_PROMPT)
@@ -85,81 +92,75 @@ def cut_pair(
 
 def read_hh(record: dict[str, Any]) -> Example:
     """Whole dialogues in `chosen` and `rejected`: two texts, or two lists of messages."""
-    chosen = column(record, "chosen", str, list)
-    rejected = column(record, "rejected", type(chosen))
-    if isinstance(chosen, str):
+    chosen = read_side(record, "chosen")
+    rejected = read_side(record, "rejected", *((str,) if isinstance(chosen, str) else (list, dict)))
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if not are_dialogues(chosen, rejected):
+            _refuse_other_texts(record, chosen, rejected)
         return cut_pair(record, chosen, rejected, *split_dialogues(chosen, rejected))
-    turns, others = messages(chosen, "chosen"), messages(rejected, "rejected")
-    return cut_pair(record, turns, others, *split_messages(turns, others))
+    assert not isinstance(chosen, str) and not isinstance(rejected, str)
+    return cut_pair(record, chosen, rejected, *split_messages(chosen, rejected))
+
+
+def _refuse_other_texts(record: dict[str, Any], chosen: str, rejected: str) -> None:
+    """Raise InputError if texts without turns are answers: another column holds their question."""
+    for name, value in record.items():
+        if name in HH.columns or is_label(name) or not isinstance(value, str) or not value.strip():
+            continue
+        if not (chosen.startswith(value) and rejected.startswith(value)):
+            raise InputError(
+                f"chosen and rejected are texts without turns, and column {name!r} is text that "
+                f"may be their prompt: give it with --map instruction={name} (or prompt={name}, "
+                f"for plain texts), or leave it out with --ignore-columns {name}"
+            )
 
 
 def read_trl(record: dict[str, Any]) -> Example:
-    """TRL's explicit prompt: three texts, or three lists of messages.
+    """TRL's explicit prompt: texts, or messages; if one is messages, the texts become messages.
 
-    A prompt as text is ignored if both dialogues, as messages, contain it as a user's turn.
+    The prompt is ignored if both dialogues, as messages, contain it: as a user's turn if it is
+    text, and at their beginning if it is messages.
     """
-    prompt = column(record, "prompt", str, list)
-    chosen = column(record, "chosen", str, list)
-    if isinstance(prompt, str) and isinstance(chosen, list) and _repeats(prompt, record):
-        return read_hh(record)
-    if type(prompt) is not type(chosen):
-        raise InputError(
-            f"column 'prompt' is {json_type(prompt)}, but 'chosen' is {json_type(chosen)}: both "
-            "must be text, or both lists of messages; give --format hh if chosen and rejected "
-            "hold whole dialogues"
-        )
-    rejected = column(record, "rejected", type(chosen))
-    if isinstance(prompt, str):
+    prompt = text_or_turns(column(record, "prompt", str, list, dict), "prompt")
+    chosen = read_side(record, "chosen")
+    rejected = read_side(record, "rejected", *((str,) if isinstance(chosen, str) else (list, dict)))
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        prompt, (chosen, rejected) = as_messages(prompt, [chosen, rejected])
         return pair_example(record, prompt, chosen, rejected)
-    turns = messages(prompt, "prompt")
-    sides = [messages(chosen, "chosen"), messages(rejected, "rejected")]
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        checked_response(side, name)
-    return pair_example(record, checked_prompt(turns, "prompt"), *sides)
-
-
-def _repeats(prompt: str, record: dict[str, Any]) -> bool:
-    """Whether `prompt` is a user's turn of both dialogues, as in binarized UltraFeedback."""
-    sides = (record.get("chosen"), record.get("rejected"))
-    return all(
-        isinstance(side, list)
-        and any(
-            isinstance(turn, dict) and turn.get("role") == "user" and turn.get("content") == prompt
-            for turn in side
-        )
-        for side in sides
-    )
-
-
-def read_unpaired(record: dict[str, Any]) -> Example:
-    """One response, judged alone: `label` true becomes the score 1, false the score 0."""
-    prompt = column(record, "prompt", str, list)
-    completion = column(record, "completion", str, list)
-    label = record.get("label")
-    if not isinstance(label, bool):
-        raise InputError(f"column 'label' is {json_type(label)}, it must be true or false")
-    if type(prompt) is not type(completion):
+    if _repeat(prompt, chosen, rejected):
+        return cut_pair(record, chosen, rejected, *split_messages(chosen, rejected))
+    if isinstance(prompt, str) and holds_dialogues(record):
         raise InputError(
-            f"column 'prompt' is {json_type(prompt)}, but 'completion' is "
-            f"{json_type(completion)}: both must be text, or both lists of messages"
+            "column 'prompt' is text, but no user's turn of the dialogues in chosen and rejected: "
+            "both must be text, or both lists of messages; if the dialogues are complete, leave "
+            "out the prompt with --ignore-columns prompt"
         )
-    if isinstance(prompt, list):
-        prompt = checked_prompt(messages(prompt, "prompt"), "prompt")
-        completion = checked_response(messages(completion, "completion"), "completion")
-    response = ExampleResponse(prompt=prompt, response=completion, score=float(label))
-    return Example(
-        responses=(response,), pairs=(), notes=blank_notes([completion]), tools=tools(record)
-    )
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        checked_response(side, name)
+    if not isinstance(prompt, str):
+        checked_prompt(prompt, "prompt")
+    prompt, (chosen, rejected) = as_messages(prompt, [chosen, rejected])
+    return pair_example(record, prompt, chosen, rejected)
 
 
-HH = Format(read=read_hh, fits=has_sides, columns=("chosen", "rejected", *PAIR_COLUMNS))
+def _repeat(prompt: Text, *sides: tuple[Message, ...]) -> bool:
+    """Whether whole dialogues contain their prompt, as in binarized UltraFeedback."""
+    if isinstance(prompt, str):
+        return all(
+            any(turn.role == "user" and turn.content == prompt for turn in side) for side in sides
+        )
+    return bool(prompt) and all(side[: len(prompt)] == prompt for side in sides)
+
+
+HH = Format(
+    read=read_hh,
+    needs=("chosen", "rejected"),
+    columns=("chosen", "rejected", *PAIR_COLUMNS),
+    fits=has_sides,
+)
 TRL = Format(
     read=read_trl,
-    fits=lambda record: has_sides(record) and "prompt" in record,
+    needs=("prompt", "chosen", "rejected"),
     columns=("prompt", "chosen", "rejected", *PAIR_COLUMNS),
-)
-UNPAIRED = Format(
-    read=read_unpaired,
-    fits=lambda record: {"completion", "label"} <= record.keys() and not has_sides(record),
-    columns=("prompt", "completion", "label", "tools"),
+    fits=lambda record: has_sides(record) and "prompt" in record,
 )

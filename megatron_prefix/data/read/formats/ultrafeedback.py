@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from megatron_prefix.data.read.fields import column, json_type, number
 from megatron_prefix.data.read.formats.base import (
     RANKED_COLUMNS,
+    SYSTEM,
     Example,
     Format,
     assistant,
-    has,
     ranked_example,
     user,
+    with_system,
 )
+from megatron_prefix.data.read.formats.entries import ranks_of
 from megatron_prefix.errors import InputError
 
 SCORES = ("score", "fine-grained_score", "overall_score")
@@ -27,7 +28,7 @@ def read_ultrafeedback(record: dict[str, Any]) -> Example:
     Completions without a score form no pair, nor do two with the same score. Ranks follow from
     the scores: scores [4.0, 2.5, 4.0] have the ranks [0, 1, 0].
     """
-    prompt = (user(column(record, "instruction", str)),)
+    prompt = with_system(record, (user(column(record, "instruction", str)),))
     responses, scores = [], []
     for i, item in enumerate(column(record, "completions", list)):
         place = f"completions, entry {i + 1}"
@@ -39,13 +40,20 @@ def read_ultrafeedback(record: dict[str, Any]) -> Example:
             scores.append(number(item, name))
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
-    best_first = sorted({score for score in scores if not math.isnan(score)}, reverse=True)
-    rank_of = {score: rank for rank, score in enumerate(best_first)}
-    return ranked_example(record, prompt, responses, [rank_of.get(s) for s in scores], scores)
+    return ranked_example(record, prompt, responses, ranks_of(scores), scores)
 
 
 ULTRAFEEDBACK = Format(
     read=read_ultrafeedback,
-    fits=lambda record: has(record, "instruction", "completions"),
-    columns=("instruction", "completions", *RANKED_COLUMNS),
+    needs=("instruction", "completions"),
+    columns=("instruction", "completions", *SYSTEM, *RANKED_COLUMNS),
+    fields=("response", *SCORES),
+    harmless=(
+        "correct_answers",
+        "incorrect_answers",
+        "custom_system_prompt",
+        "principle",
+        "critique",
+        "annotations",
+    ),
 )

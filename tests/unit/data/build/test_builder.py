@@ -9,7 +9,7 @@ import pytest
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.build import chunks as chunks_module
-from megatron_prefix.data.read import Inputs
+from megatron_prefix.data.read import ExampleReader, Inputs
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.verify.checks import verify_dataset
 from megatron_prefix.data.tokenize import load_tokenizer
@@ -243,7 +243,8 @@ def test_large_rows_make_small_chunks(tmp_path):
     array = tmp_path / "array.json"
     array.write_text(json.dumps([row] * 50))
     for path in (lines, array):
-        sizes = [len(records) for records, _ in chunks_module.read_chunks(Inputs([path]))]
+        chunks = chunks_module.read_chunks(Inputs([path]), ExampleReader())
+        sizes = [len(records) for records, _ in chunks]
         assert sizes == [7] * 7 + [1], path
 
 

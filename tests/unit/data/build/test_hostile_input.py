@@ -88,21 +88,6 @@ def test_map_to_a_column_that_nothing_reads_is_refused(tmp_path, capsys):
     assert code == 2 and "no format reads a column 'chosne'" in err
 
 
-def test_every_column_that_can_be_mapped_is_read_by_a_format():
-    import re
-    from pathlib import Path
-
-    from megatron_prefix.data.read import formats
-    from megatron_prefix.data.read.examples import COLUMNS
-
-    folder = Path(formats.__file__).parent
-    paths = (*folder.glob("*.py"), folder.parent / "fields.py")
-    registered = re.compile(r"(columns|_COLUMNS) ?= ?\([^)]*\)")
-    sources = [registered.sub("", path.read_text()) for path in paths]
-    for name in COLUMNS:
-        assert any(f'"{name}"' in source for source in sources), name
-
-
 def test_a_directory_of_files_that_differ_is_refused(tmp_path, capsys):
     pytest.importorskip("datasets")
     (tmp_path / "in").mkdir()

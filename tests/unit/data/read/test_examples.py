@@ -201,6 +201,11 @@ def test_oasst_unranked_message_is_in_the_prompts_below():
     assert example.responses[0].set_id == 0
 
 
+def test_oasst_ranks_that_are_not_numbers_are_gaps():
+    tree = asked("q", node("a", rank=0.0), node("b", rank=1.0), node("c", rank=math.nan))
+    assert [r.response[0].content for r in read({"prompt": tree}).responses] == ["a", "b"]
+
+
 def test_oasst_without_a_label_is_degenerate():
     with pytest.raises(DegenerateRecord, match="no pair"):
         read({"prompt": asked("q", node("a", rank=0), node("b"))})
@@ -214,7 +219,7 @@ def test_oasst_without_a_label_is_degenerate():
         ({"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
         ({"chosen": "a"}, "'rejected' is missing"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "'prompt' is null"),
-        ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "both must be text"),
+        ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "message 1 is text"),
         ({"prompt": "p", "chosen": "a", "rejected": ["b"]}, "'rejected' is a list"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "1"}, "'margin' is text"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": True}, "a boolean"),
@@ -312,3 +317,75 @@ def count_pairs(message):
     ranks = [r["rank"] for r in message["replies"] if r.get("rank") is not None]
     own = sum(a != b for i, a in enumerate(ranks) for b in ranks[:i])
     return own + sum(count_pairs(reply) for reply in message["replies"])
+
+
+def test_chat_template_kwargs_are_kept_as_json():
+    record = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    for value in ({"enable_thinking": False}, '{"enable_thinking": false}'):
+        example = read({**record, "chat_template_kwargs": value})
+        assert example.template_kwargs == '{"enable_thinking":false}'
+    assert read({**record, "chat_template_kwargs": None}).template_kwargs == ""
+    for value, message in (
+        ([1], "it must be an object"),
+        ("{", "is text, but not JSON"),
+    ):
+        with pytest.raises(InputError, match=f"'chat_template_kwargs' .*{message}"):
+            read({**record, "chat_template_kwargs": value})
+
+
+def test_prompt_and_responses_may_be_text_or_messages():
+    turns_, text = [user("q")], "q"
+    sides = ({"chosen": "a", "rejected": "b"},)
+    sides += ({"chosen": [assistant("a")], "rejected": [assistant("b")]},)
+    sides += ({"chosen": assistant("a"), "rejected": assistant("b")},)
+    expected = [(turns("q"), (Message(role="assistant", content=c),)) for c in "ab"]
+    for prompt in (turns_, text, user("q")):
+        for side in sides:
+            built = texts(read({"prompt": prompt, **side}))
+            assert built == expected or (prompt, side) == (text, sides[0])
+    whole = {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]}
+    for prompt in (turns_, text):
+        assert texts(read({"prompt": prompt, **whole})) == expected
+    with pytest.raises(InputError, match="no user's turn of the dialogues"):
+        read({"prompt": "another", **whole})
+    with pytest.raises(InputError, match="begins with role 'user'"):
+        read({"prompt": [user("another")], **whole})
+
+
+def test_labels_of_unpaired_responses():
+    record = {"prompt": "p", "completion": "c"}
+    for value, score in ((True, 1.0), (1, 1.0), (1.0, 1.0), (False, 0.0), (0, 0.0)):
+        assert read({**record, "label": value}).responses[0].score == score
+    for value in (2, "true", None, 0.5):
+        with pytest.raises(InputError, match="must be true or false, or 1 or 0"):
+            read({**record, "label": value})
+    with pytest.raises(InputError, match="'messages' must end with the assistant's turn"):
+        read({"messages": [user("q")], "label": True})
+
+
+def test_rejected_answers_of_ms_swift_in_lists():
+    record = {"messages": [user("q"), assistant("a")]}
+    example = read({**record, "rejected_response": ["b", "c"]})
+    assert [(p.chosen, p.rejected) for p in example.pairs] == [(0, 1), (0, 2)]
+    assert [r.set_id for r in example.responses] == [0, 0, 0]
+    longer = {"messages": [user("q"), assistant("x"), assistant("a")]}
+    example = read({**longer, "rejected_response": [assistant("b"), assistant("c")]})
+    assert [len(r.response) for r in example.responses] == [2, 2]
+    assert example.responses[0].prompt == turns("q")
+    with pytest.raises(InputError, match="entry 2 is a number, but the first one is text"):
+        read({**record, "rejected_response": ["b", 3]})
+    with pytest.raises(DegenerateRecord, match="no pair"):
+        read({**record, "rejected_response": []})
+
+
+def test_a_system_column_comes_first():
+    record = {"messages": [user("q")], "chosen": "a", "rejected": "b"}
+    for name in ("system", "system_prompt"):
+        prompt = read({**record, name: "s"}).responses[0].prompt
+        assert [m.role for m in prompt] == ["system", "user"]
+    same = {"messages": [{"role": "system", "content": "s"}, user("q")]}
+    assert len(read({**record, **same, "system": "s"}).responses[0].prompt) == 2
+    with pytest.raises(InputError, match="two different system messages"):
+        read({**record, **same, "system": "t"})
+    with pytest.raises(InputError, match="system and system_prompt are different"):
+        read({**record, "system": "s", "system_prompt": "t"})
