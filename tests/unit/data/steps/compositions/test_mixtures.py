@@ -133,11 +133,11 @@ def test_epochs_of_each_set():
 
 
 def test_epochs_are_drawn_and_ordered_by_key_and_seed():
-    here = repeated()(0)
+    order = repeated()(0)
     for change in ({"key": "g"}, {"seed": 2}):
         other = repeated(**change)(0)
-        assert other.tolist() != here.tolist()
-        assert set(other.tolist()) != set(here.tolist())
+        assert other.tolist() != order.tolist()
+        assert set(other.tolist()) != set(order.tolist())
 
 
 @pytest.fixture(scope="module")
