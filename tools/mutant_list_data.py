@@ -205,7 +205,7 @@ DATA_MUTANTS = (
     Mutant(
         "columns that change the text are lost",
         "data/read/unread.py",
-        "_refuse(name, record[name], example, format)",
+        "_refuse(name, record, read, _Given(format, example))",
         "pass",
         "unit/data/read/test_unread.py",
     ),
