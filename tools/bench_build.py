@@ -23,7 +23,7 @@ from pathlib import Path
 from bench_common import publish
 
 from megatron_prefix.data.build import BuildOptions, build_dataset
-from megatron_prefix.data.read import ExampleReader
+from megatron_prefix.data.read import ExampleReader, Text
 from megatron_prefix.data.tokenize import load_tokenizer
 
 TURN = "\n\nAssistant:"
@@ -79,7 +79,13 @@ def of_workers(path: Path, spec: str, rounds: int, folder: Path) -> tuple[list[f
     return walls, gains
 
 
-def byte_level_bpe(texts: list[str], folder: Path) -> str:
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_level_bpe(texts: list[str], folder: Path, template: str | None = None) -> str:
     """A Hugging Face tokenizer trained on `texts`; returns its directory."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -89,16 +95,28 @@ def byte_level_bpe(texts: list[str], folder: Path) -> str:
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet
+        vocab_size=4000,
+        special_tokens=["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=alphabet,
     )
     core.train_from_iterator(texts, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    eos = "<|im_end|>" if template else "<eos>"
+    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token=eos)
+    if template:
+        made.chat_template = template
     made.save_pretrained(folder / "tokenizer")
     return str(folder / "tokenizer")
 
 
-def against_trl(path: Path, rounds: int, folder: Path) -> list[float]:
-    """CPU time of TRL's preparation divided by that of a build from the same columns."""
+def as_column(text: Text) -> str | list[dict]:
+    return text if isinstance(text, str) else [message.as_dict() for message in text]
+
+
+def against_trl(
+    path: Path, rounds: int, folder: Path, template: str | None = None
+) -> tuple[list[float], list[float]]:
+    """CPU time of TRL's preparation divided by that of a build from the same columns; and that of
+    the build divided by that of encoding both dialogues of every record."""
     import datasets
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -111,33 +129,46 @@ def against_trl(path: Path, rounds: int, folder: Path) -> list[float]:
         chosen, rejected = example.responses
         rows.append(
             {
-                "prompt": chosen.prompt,
-                "chosen": chosen.response,
-                "rejected": rejected.response,
+                "prompt": as_column(chosen.prompt),
+                "chosen": as_column(chosen.response),
+                "rejected": as_column(rejected.response),
             }
         )
-    spec = byte_level_bpe([row["prompt"] + row["chosen"] for row in rows], folder)
+    contents = [
+        text if isinstance(text, str) else "\n".join(turn["content"] for turn in text)
+        for row in rows
+        for text in (row["prompt"] + row["chosen"],)
+    ]
+    spec = byte_level_bpe(contents, folder, template)
     source = folder / "columns.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     trainer, args = (
         DPOTrainer.__new__(DPOTrainer),
         DPOConfig(output_dir=str(folder / "trl"), use_cpu=True, bf16=False, report_to="none"),
     )
-    ratios = []
+    dialogues = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+    ratios, alone = [], []
     for _ in range(rounds):
         theirs, ours = AutoTokenizer.from_pretrained(spec), load_tokenizer(spec)
         table = datasets.Dataset.from_list(rows)
         trainer._tokenizer, trainer._is_vlm = theirs, False  # as its constructor sets them
         trl = cpu(lambda t=theirs, d=table: trainer._prepare_dataset(d, t, args, "train"))
         build = cpu(lambda t=ours: build_dataset([source], t, folder / "out"))
+        texts = dialogues
+        if template:
+            texts = [theirs.apply_chat_template(turns, tokenize=False) for turns in dialogues]
+        encode = AutoTokenizer.from_pretrained(spec).backend_tokenizer.encode_batch_fast
+        encoding = cpu(lambda e=encode, t=texts: [e([x], add_special_tokens=False) for x in t])
         ratios.append(trl / build)
-    return ratios
+        alone.append(build / encoding)
+    return ratios, alone
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=Path, required=True, help="HH-RLHF pairs, gzipped")
     parser.add_argument("--tokenizer", required=True, help="a SentencePiece model")
+    parser.add_argument("--chat", type=Path, help="conversations, gzipped")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--times", type=int, default=90, help="how often the file is repeated, for workers"
@@ -161,10 +192,15 @@ def main() -> None:
                 "at least 1.8",
             ),
             "TRL's preparation / build (CPU)": (
-                against_trl(args.input, args.rounds, folder),
+                against_trl(args.input, args.rounds, folder)[0],
                 "at least 2",
             ),
         }
+        if args.chat:
+            (folder / "chat").mkdir()
+            ratios, alone = against_trl(args.chat, args.rounds, folder / "chat", CHATML)
+            measured["conversations: TRL's preparation / build (CPU)"] = ratios, "at least 1.25"
+            measured["conversations: build / tokenising (CPU)"] = alone, "at most 1.15"
     rows = [
         {
             "ratio": ratio,

@@ -119,14 +119,32 @@ def _add_tokens(parser: argparse.ArgumentParser) -> None:
         choices=("error", "truncate-prompt", "drop"),
         default="error",
         help="what to do with longer responses. error: stop. drop: remove the response and its "
-        "pairs. truncate-prompt: remove the oldest prompt tokens, but not begin-of-text and the "
-        "system message, in the same way for all responses of a prompt (default: error)",
+        "pairs. truncate-prompt: remove the oldest text of the prompt, in the same way for all its "
+        "responses. Begin-of-text, system messages and the headers of turns stay (default: error)",
     )
     parser.add_argument(
+        "--bos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="begin-of-text before a prompt. auto: before a text if the tokenizer puts it there by "
+        "itself, and never before what a chat template writes. always: wherever it is not there "
+        "already. never: nowhere (default: auto)",
+    )
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument(
+        "--eos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="end-of-text after a response. auto: after a text that does not end with it, and "
+        "never after what a chat template writes. always: wherever it is not there already. "
+        "never: nowhere (default: auto)",
+    )
+    end.add_argument(
         "--no-append-eos",
-        action="store_true",
-        help="do not add an end-of-text token after responses (default: it is added, unless the "
-        "chat template added one)",
+        dest="eos",
+        action="store_const",
+        const="never",
+        help="the same as --eos never",
     )
     parser.add_argument(
         "--parse-special",
@@ -143,6 +161,21 @@ def _add_handling(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="make one group of all records with the same prompt; batches still count records "
         "(default: one group per record)",
+    )
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        metavar="SHARE",
+        help="write the groups of this share of the prompts to PREFIX_valid instead, for "
+        "evaluation. No prompt is in both, and none changes sides when records are added "
+        "(default: no second data set)",
+    )
+    parser.add_argument(
+        "--holdout-seed",
+        type=int,
+        default=1234,
+        metavar="S",
+        help="decides which prompts --holdout takes (default: 1234)",
     )
     parser.add_argument(
         "--on-contradiction",
@@ -187,7 +220,10 @@ def run(args: argparse.Namespace) -> None:
         merge_prompts=args.merge_prompts,
         max_length=args.max_length,
         overflow=args.overflow,
-        append_eos=not args.no_append_eos,
+        holdout=args.holdout,
+        holdout_seed=args.holdout_seed,
+        bos=args.bos,
+        eos=args.eos,
         on_contradiction=args.on_contradiction,
         on_error=args.on_error,
         strict=args.strict,
@@ -196,7 +232,8 @@ def run(args: argparse.Namespace) -> None:
     with _Progress() as progress:
         report = build_dataset(args.input, args.tokenizer, args.output, options, progress)
     print(report.summary())
-    print(f"wrote {args.output}.bin, .idx, .tree and .json")
+    for prefix in [args.output, f"{args.output}_valid"][: options.num_outputs]:
+        print(f"wrote {prefix}.bin, .idx, .tree and .json")
 
 
 class _Progress:

@@ -19,9 +19,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "seed 0.",
     )
     parser.add_argument(
-        "prefix",
+        "prefixes",
+        nargs="+",
         metavar="PREFIX",
-        help="a data set (without .bin or .idx), or a plan that pack wrote",
+        help="a data set (without .bin or .idx), or a plan that pack wrote; several data sets are "
+        "shown side by side",
     )
     parser.add_argument(
         "--verify", action="store_true", help="check all checksums, and that the layout is valid"
@@ -52,8 +54,37 @@ def run(args: argparse.Namespace) -> None:
     """Print what the flags select; without --tree and --row the statistics."""
     from megatron_prefix.data.steps.packed import is_packed_steps
 
+    if len(args.prefixes) > 1:
+        values, texts = _several(args)
+        print(json.dumps(values, indent=1) if args.json else "\n\n".join(texts))
+        return
+    (args.prefix,) = args.prefixes
     values, texts = (_plan if is_packed_steps(args.prefix) else _dataset)(args)
     print(json.dumps(values, indent=1) if args.json else "\n\n".join(texts))
+
+
+def _several(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Data sets side by side."""
+    from megatron_prefix.data.inspect import compare_surveys, survey
+    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.store.verify import verify_dataset
+
+    for flag in ("tree", "row", "picture", "data", "row_capacity"):
+        if getattr(args, flag) is not None:
+            raise InputError(
+                f"--{flag.replace('_', '-')} is for one data set or plan, and {len(args.prefixes)} "
+                "are given: name one, or leave the flag out"
+            )
+    datasets = [PreferenceDataset(prefix) for prefix in args.prefixes]
+    values: dict[str, Any] = {}
+    texts = []
+    if args.verify:
+        for dataset in datasets:
+            verify_dataset(dataset)
+        values["verified"] = True
+        texts.append(f"checksums and layout of all {len(datasets)} data sets are correct")
+    values["statistics"] = [survey(dataset) for dataset in datasets]
+    return values, [*texts, compare_surveys(values["statistics"])]
 
 
 def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from megatron_prefix.data.steps.compositions import StepSettings
+    from megatron_prefix.data.store import PreferenceDataset
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -20,12 +24,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Plan every step of a run in advance: its groups and the rows that they form. "
         "Set data.plan to use the result in train, which runs the same steps without it.",
     )
-    parser.add_argument("prefix", metavar="PREFIX", help="a data set that build wrote")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="PREFIX | section.key=value",
+        help="a data set that build wrote; with --config settings to replace instead",
+    )
     parser.add_argument("--output", required=True, metavar="PLAN", help="directory to write")
     parser.add_argument(
-        "--row-capacity", type=_positive, required=True, metavar="N", help="tokens per row"
+        "--config",
+        metavar="FILE.yaml",
+        help="the configuration of the run: its data sets, and everything that the flags below set",
     )
-    size = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--row-capacity", type=_positive, metavar="N", help="tokens per row")
+    size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--global-batch-size", type=_positive, metavar="G", help="groups per step, over all ranks"
     )
@@ -33,28 +45,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--rows-per-step", type=_positive, metavar="R", help="packed rows per step, over all ranks"
     )
     parser.add_argument(
-        "--epochs", type=_positive, default=1, metavar="E", help="passes over the data (default: 1)"
+        "--epochs", type=_positive, metavar="E", help="passes over the data (default: 1)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=1234, help="data.seed: the order of the data (default: 1234)"
-    )
+    parser.add_argument("--seed", type=int, help="data.seed: the order of the data (default: 1234)")
     parser.add_argument(
         "--sharing",
         choices=("tree", "pair", "response", "none"),
-        default="tree",
         help="what is computed once: every token (tree), each pair's prompt (pair), each response "
         "with its own prompt (response), or nothing (none) (default: tree)",
     )
     parser.add_argument(
         "--sort-by-length",
         action="store_true",
+        default=None,
         help="put groups of similar length into a step (less padding) and shuffle the steps; "
         "batches then differ, and so do results",
     )
     parser.add_argument(
         "--packing-method",
         choices=("first-fit", "best-fit"),
-        default="first-fit",
         help="the row that gets the next tree, longest tree first: the first with room, or the "
         "one with the least room (default: first-fit)",
     )
@@ -63,29 +72,94 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Pack and print one line about the packed steps."""
-    from megatron_prefix.data.steps.compositions import StepSettings
     from megatron_prefix.data.steps.packed import describe_packed_steps, write_packed_steps
-    from megatron_prefix.data.store import PreferenceDataset
+    from megatron_prefix.data.store import PreferenceDataset, join_datasets
     from megatron_prefix.data.store.verify import verify_checksums
 
-    if args.seed < 0:
-        raise InputError(f"--seed is {args.seed}, but data.seed is at least 0: give another seed")
-    dataset = PreferenceDataset(args.prefix)
-    verify_checksums(dataset)
-    settings = StepSettings(
-        seed=args.seed,
-        sharing=args.sharing,
-        row_capacity=args.row_capacity,
-        global_batch_size=args.global_batch_size,
-        rows_per_step=args.rows_per_step,
-        sort_by_length=args.sort_by_length,
-        packing_method=args.packing_method,
-        epochs=args.epochs,
-    )
+    prefixes, settings, steps = (_from_config if args.config else _from_flags)(args)
+    datasets = [PreferenceDataset(prefix) for prefix in prefixes]
+    for dataset in datasets:
+        verify_checksums(dataset)
+    dataset = join_datasets(datasets)
+    if steps is not None and settings.weights is None:
+        settings, steps = _with_epochs(settings, dataset, steps), None
     with _Progress() as progress:
-        manifest = write_packed_steps(dataset, settings, args.output, progress)
+        manifest = write_packed_steps(dataset, settings, args.output, progress, steps)
     print(describe_packed_steps(manifest))
     print(f"wrote {args.output}")
+
+
+Request = tuple[list[str], "StepSettings", int | None]
+"""Data sets, settings, and the number of steps if that decides where the plan ends."""
+
+
+def _from_flags(args: argparse.Namespace) -> Request:
+    from megatron_prefix.data.steps.compositions import StepSettings
+
+    if len(args.words) != 1:
+        raise InputError(
+            f"{len(args.words)} data sets are given: pack takes one PREFIX, or --config with a "
+            "data.train that lists several"
+        )
+    if args.row_capacity is None:
+        raise InputError("--row-capacity is missing: give the tokens per row, or --config")
+    if args.global_batch_size is None and args.rows_per_step is None:
+        raise InputError("--global-batch-size or --rows-per-step is missing: give one, or --config")
+    if args.seed is not None and args.seed < 0:
+        raise InputError(f"--seed is {args.seed}, but data.seed is at least 0: give another seed")
+    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
+    return args.words, StepSettings(**{"seed": 1234, "epochs": 1, **given}), None
+
+
+FLAGS = (
+    "row_capacity",
+    "global_batch_size",
+    "rows_per_step",
+    "epochs",
+    "seed",
+    "sharing",
+    "sort_by_length",
+    "packing_method",
+)
+"""Flags that a configuration has as settings."""
+
+
+def _from_config(args: argparse.Namespace) -> Request:
+    from megatron_prefix.config import load_config
+    from megatron_prefix.data.steps.compositions import StepSettings
+
+    for name in FLAGS:
+        if getattr(args, name) is not None:
+            flag, section = name.replace("_", "-"), "train" if name == "epochs" else "data"
+            raise InputError(
+                f"--{flag} is set by --config: leave it out, or give {section}.{name}=VALUE"
+            )
+    config = load_config(args.config, args.words)
+    data = config.data
+    if not data.packing:
+        raise InputError(f"{args.config}: data.packing is false, so there are no rows to plan")
+    settings = StepSettings(
+        seed=data.seed,
+        sharing=data.sharing,
+        row_capacity=data.row_capacity,
+        global_batch_size=data.global_batch_size,
+        rows_per_step=data.rows_per_step,
+        sort_by_length=data.sort_by_length,
+        packing_method=data.packing_method,
+        epochs=config.train.epochs,
+        weights=data.weights,
+        set_epochs=data.set_epochs,
+    )
+    return [item.prefix for item in data.train_sets], settings, config.train.steps
+
+
+def _with_epochs(settings: StepSettings, dataset: PreferenceDataset, steps: int) -> StepSettings:
+    """The settings with as many epochs as a run of `steps` steps needs."""
+    composition, epochs = settings.composition(dataset), 1
+    # the last step of an epoch may be cut, so that the run needs a further epoch
+    while composition.num_steps(epochs) <= steps:
+        epochs += 1
+    return replace(settings, epochs=epochs)
 
 
 def _positive(text: str) -> int:

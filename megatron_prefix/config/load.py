@@ -106,7 +106,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _explain(fault: ErrorDetails) -> str:
     """One fault that pydantic reports, as a message: setting, value, reason."""
-    location = fault["loc"]
+    # "(list)" and the like name the form of a setting that has several, see schema.py
+    location = tuple(part for part in fault["loc"] if not str(part).startswith("("))
     setting = ".".join(str(part) for part in location)
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(location[:-1])
@@ -132,9 +133,17 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Keys of the section at `location`, e.g. ("model", "rope_scaling")."""
     section: type = Config
     for part in location:
-        hint = get_type_hints(section).get(str(part))
-        sections = [x for x in (hint, *get_args(hint)) if isinstance(x, type) and is_dataclass(x)]
+        if isinstance(part, int):  # an entry of a list of sections
+            continue
+        sections = _sections(get_type_hints(section).get(str(part)))
         if not sections:
             return []
         section = sections[0]
     return [field.name for field in fields(section)]
+
+
+def _sections(hint: object) -> list[type]:
+    """The dataclasses in a type: [TrainSet] in `str | tuple[TrainSet, ...]`."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return [hint]
+    return [section for part in get_args(hint) for section in _sections(part)]

@@ -20,6 +20,7 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
     faults = [*_data_faults(config.data), *_size_faults(raw.get("model"))]
     if not faults:
         faults = [
+            *_set_faults(config),
             *_model_faults(config.model),
             *_run_faults(config),
             *kind_faults(config.model.kind, raw),
@@ -56,6 +57,49 @@ def _data_faults(data: DataConfig) -> Iterator[str]:
             f"data.global_batch_size = {data.global_batch_size} and "
             f"data.rows_per_step = {data.rows_per_step}: give exactly one"
         )
+
+
+def _set_faults(config: Config) -> Iterator[str]:
+    """Several data sets: weights or epochs, and what each of them needs."""
+    data, train = config.data, config.train
+    if data.valid == {}:
+        yield "data.valid = {}: name at least one data set, or leave it out"
+    if data.train == ():
+        yield "data.train = []: list at least one data set"
+    if isinstance(data.train, str):
+        return
+    prefixes = [item.prefix for item in data.train]
+    for prefix in sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
+        yield f"data.train lists {prefix} twice: give it one entry"
+    kinds = [(item.weight is not None, item.epochs is not None) for item in data.train]
+    for item, kind in zip(data.train, kinds, strict=True):
+        if sum(kind) != 1:
+            yield (
+                f"data.train: {item.prefix} has weight = {item.weight} and epochs = "
+                f"{item.epochs}: give exactly one"
+            )
+            return
+    if len(set(kinds)) > 1:
+        yield "data.train has entries with weight and entries with epochs: give all the same"
+        return
+    if data.set_epochs and train.epochs != 1:
+        yield (
+            f"train.epochs = {train.epochs} and train.steps = {train.steps}: a data.train with "
+            "epochs is one pass of its own, set train.epochs: 1"
+        )
+    if data.weights:
+        if train.steps is None:
+            yield "train.steps is missing: a data.train with weights has no end of its own"
+        if data.global_batch_size is None:
+            yield (
+                f"data.rows_per_step = {data.rows_per_step}: a data.train with weights shares out "
+                "the groups of a step, use data.global_batch_size"
+            )
+        if data.sort_by_length:
+            yield (
+                "data.sort_by_length = True: a data.train with weights fixes how many groups of "
+                "each set a step has, remove it"
+            )
 
 
 def _size_faults(raw: object) -> Iterator[str]:

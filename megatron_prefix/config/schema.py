@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter
+from pydantic import Discriminator, Field, Tag, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from megatron_prefix.config.bounds import (
@@ -21,6 +21,8 @@ from megatron_prefix.config.bounds import (
     NonNegative,
     Positive,
     Seed,
+    SetEpochs,
+    Share,
     Steps,
     Switch,
     WarmupSteps,
@@ -33,13 +35,46 @@ Sharing = Literal["tree", "pair", "response", "none"]
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
+class TrainSet:
+    """One of several data sets to train on."""
+
+    prefix: str
+    """The PREFIX given to `build --output`."""
+    weight: Share | None = None
+    """Share of the groups of each step, as a proportion: weights 3 and 1 give three quarters and a
+    quarter. Needs `global_batch_size` and `train.steps`."""
+    epochs: SetEpochs | None = None
+    """How often every group comes, fractions allowed. Needs `train.epochs: 1`."""
+
+
+def _form(value: object) -> str:
+    """Which form a setting has that may be one data set or several."""
+    if isinstance(value, dict):
+        return "(names)"
+    return "(list)" if isinstance(value, list | tuple) else "(one)"
+
+
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+TrainSets = Annotated[
+    Annotated[str, Tag("(one)")] | Annotated[tuple[TrainSet, ...], Tag("(list)")],
+    Discriminator(lambda value: "(one)" if _form(value) == "(names)" else _form(value)),
+]
+ValidSets = Annotated[
+    Annotated[str | None, Tag("(one)")] | Annotated[dict[SetName, str], Tag("(names)")],
+    Discriminator(lambda value: "(one)" if _form(value) == "(list)" else _form(value)),
+]
+
+
+@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
 class DataConfig:
     """The data sets, and how their trees are put into rows."""
 
-    train: str
-    """Data set to train on: the PREFIX given to `build --output`."""
-    valid: str | None = None
-    """Held-out data set for evaluation: a PREFIX; without it there is no evaluation."""
+    train: TrainSets
+    """Data set to train on: the PREFIX given to `build --output`. Or a list of several, all with
+    `weight` or all with `epochs`."""
+    valid: ValidSets = None
+    """Held-out data set for evaluation: a PREFIX, or several by name as {name: PREFIX}; without it
+    there is no evaluation."""
     seed: Seed = 1234
     """Seed of the order of the groups."""
     plan: str | None = None
@@ -66,6 +101,30 @@ class DataConfig:
     sort_by_length: Switch = False
     """Put groups of similar length into a step, and permute the steps: less padding. Batches then
     differ, so results do too."""
+
+    @property
+    def train_sets(self) -> tuple[TrainSet, ...]:
+        """The data sets to train on, one or several."""
+        return (TrainSet(prefix=self.train),) if isinstance(self.train, str) else self.train
+
+    @property
+    def valid_sets(self) -> dict[str, str]:
+        """Name -> PREFIX of the held-out data sets; the name of a single one is ""."""
+        if self.valid is None:
+            return {}
+        return {"": self.valid} if isinstance(self.valid, str) else self.valid
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weights of a list in `train`, if it has weights."""
+        weights = [item.weight for item in self.train_sets if item.weight is not None]
+        return tuple(weights) or None
+
+    @property
+    def set_epochs(self) -> tuple[float, ...] | None:
+        """The epochs of a list in `train`, if it has epochs."""
+        epochs = [item.epochs for item in self.train_sets if item.epochs is not None]
+        return tuple(epochs) or None
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
@@ -163,6 +222,11 @@ class Config:
         """The configuration as YAML, every default included; of the loss section only what is not
         None, because an objective refuses options that it does not use."""
         tree = TypeAdapter(Config).dump_python(self, mode="json")
+        if not isinstance(self.data.train, str):
+            sets = tree["data"]["train"]
+            tree["data"]["train"] = [
+                {key: value for key, value in item.items() if value is not None} for item in sets
+            ]
         tree["loss"] = {key: value for key, value in tree["loss"].items() if value is not None}
         if self.model.num_layers is None:  # hf or checkpoint gives them, also next time
             tree["model"] = {k: v for k, v in tree["model"].items() if k not in SIZES}

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
 from megatron_prefix.data.steps import SHARING_MODES, TARGETS, Sampler, group_rows
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
@@ -99,11 +99,12 @@ def _row_bound(config: Config) -> int | None:
 
 
 def _dataset(config: Config, missing: list[str]) -> PreferenceDataset | None:
-    prefix = config.data.train
-    if Path(f"{prefix}.json").exists():
-        return PreferenceDataset(prefix)
+    prefixes = [item.prefix for item in config.data.train_sets]
+    absent = [prefix for prefix in prefixes if not Path(f"{prefix}.json").exists()]
+    if not absent:
+        return join_datasets([PreferenceDataset(prefix) for prefix in prefixes])
     missing.append(
-        f"data.train = {prefix} is not on this machine: tokens, rows, what sharing saves"
+        f"data.train = {', '.join(absent)} is not on this machine: tokens, rows, what sharing saves"
     )
     return None
 

@@ -84,7 +84,12 @@ class PrecomputedReference:
 
         Raises InputError if the sidecar is of another model or data set.
         """
-        logps = {data.fingerprint: read_sidecar(path, fingerprint, data) for data in datasets}
+        logps = {
+            data.fingerprint: np.concatenate(
+                [read_sidecar(path, fingerprint, part) for part in data.parts]
+            )
+            for data in datasets
+        }
         return cls(datasets[0], logps, rounding)
 
     def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from megatron_prefix.checkpoint import (
 )
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps import Sampler, loss_weights
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import LossInputs, Objective, check
@@ -32,7 +33,12 @@ from megatron_prefix.reference import (
     model_fingerprint,
     score_dataset,
 )
-from megatron_prefix.train.samplers import check_columns, evaluation_sampler, open_verified
+from megatron_prefix.train.samplers import (
+    check_columns,
+    evaluation_sampler,
+    open_valid_sets,
+    valid_setting,
+)
 
 PER_RESPONSE = {"lm": "logp", "reward": "reward"}
 """Key of a response's score in `--per-response`, by `model.kind`."""
@@ -41,8 +47,9 @@ PER_RESPONSE = {"lm": "logp", "reward": "reward"}
 def evaluate(config: Config, load: str | None, per_response: str | None) -> dict[str, float]:
     """Score `data.valid` with the policy and the reference, and return the metrics.
 
-    The policy is the checkpoint `load`, or the initial model. `per_response` names a file for
-    every response's log-probability under the policy, or its reward. Raises InputError.
+    If `data.valid` names several data sets, the metrics of NAME have keys `NAME/…`. The policy is
+    the checkpoint `load`, or the initial model. `per_response` names a file for every response's
+    log-probability under the policy, or its reward. Raises InputError.
     """
     objective = check(config.loss, config.model.kind)
     if config.data.valid is None:
@@ -51,20 +58,30 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
     with open_session(config) as world:
-        dataset = open_verified(config.data.valid, "data.valid", world)
-        initial = resolve_starting_model(config.model, [dataset])
-        sampler = evaluation_sampler(config, objective, dataset, world, initial.sizes)
+        datasets = open_valid_sets(config, world)
+        check_one_vocabulary([*datasets.values()])
+        initial = resolve_starting_model(config.model, [*datasets.values()])
+        samplers = [
+            evaluation_sampler(config, objective, dataset, world, initial.sizes)
+            for dataset in datasets.values()
+        ]
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
-        check_columns(objective, dataset, "data.valid")
+        for name, dataset in datasets.items():
+            check_columns(objective, dataset, valid_setting(name))
         if objective.reference == "none":
-            scores = _own_scores(config, initial, model, weights, sampler, world)
-            ref_logps = None
+            scores = _own_scores(config, initial, model, weights, samplers, world)
+            ref_logps: Sequence[np.ndarray | None] = [None] * len(samplers)
         else:
-            scores, ref_logps = _logps(objective, config, initial, model, weights, sampler, world)
+            scores, ref_logps = _logps(objective, config, initial, model, weights, samplers, world)
         if per_response is not None:
-            name = PER_RESPONSE[config.model.kind]
-            world.once(lambda: _write_records(per_response, dataset, scores, name))
-    return preference_metrics(objective, dataset, scores, ref_logps)
+            key = PER_RESPONSE[config.model.kind]
+            world.once(lambda: _write_records(per_response, datasets, scores, key))
+    metrics: dict[str, float] = {}
+    for (name, dataset), own, reference in zip(datasets.items(), scores, ref_logps, strict=True):
+        prefix = f"{name}/" if name else ""
+        values = preference_metrics(objective, dataset, own, reference)
+        metrics |= {f"{prefix}{key}": value for key, value in values.items()}
+    return metrics
 
 
 def _own_scores(
@@ -72,17 +89,18 @@ def _own_scores(
     initial: StartingModel,
     model: list[torch.nn.Module],
     weights: Path | None,
-    sampler: Sampler,
+    samplers: list[Sampler],
     world: World,
-) -> np.ndarray:
-    """The model's score of every response, float64 [responses], without a reference."""
+) -> list[np.ndarray]:
+    """The model's score of every response, float64 [responses] per data set, without a
+    reference."""
     if weights is not None:
         load_weights(weights, model)
     else:
         initial.load(model)
         if world.is_main and (note := initial.note(config.train.seed)) is not None:
             print(note, file=sys.stderr)
-    return score_dataset(model, sampler, world)
+    return [score_dataset(model, sampler, world) for sampler in samplers]
 
 
 def _logps(
@@ -91,24 +109,25 @@ def _logps(
     initial: StartingModel,
     model: list[torch.nn.Module],
     weights: Path | None,
-    sampler: Sampler,
+    samplers: list[Sampler],
     world: World,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities of every response under policy and reference, float64 [responses]."""
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Log-probabilities of every response under policy and reference, float64 [responses] per
+    data set."""
     initial.load(model)
     if objective.reference == "precomputed":
         path = config.loss.ref_logps
         assert path is not None
-        fingerprint, datasets = model_fingerprint(model), [sampler.dataset]
+        fingerprint, datasets = model_fingerprint(model), [s.dataset for s in samplers]
         reference = PrecomputedReference.read(path, fingerprint, datasets, rounding=0.0)
-        ref_logps = reference.score(sampler)
+        ref_logps = [reference.score(sampler) for sampler in samplers]
     else:
-        ref_logps = score_dataset(model, sampler, world)
+        ref_logps = [score_dataset(model, sampler, world) for sampler in samplers]
         if weights is None:
             return ref_logps, ref_logps
     if weights is not None:
         load_weights(weights, model)
-    return score_dataset(model, sampler, world), ref_logps
+    return [score_dataset(model, sampler, world) for sampler in samplers], ref_logps
 
 
 def pair_responses(dataset: PreferenceDataset) -> np.ndarray:
@@ -160,14 +179,17 @@ def own_tokens(dataset: PreferenceDataset) -> np.ndarray:
     return lengths - np.asarray(dataset.response_prompts, np.int64)
 
 
-def response_records(dataset: PreferenceDataset, scores: np.ndarray, name: str) -> Iterator[str]:
-    """A JSON line per response: group, response, record, its score under the key `name`,
-    num_tokens (the response's own)."""
+def response_records(
+    dataset: PreferenceDataset, scores: np.ndarray, name: str, set_name: str = ""
+) -> Iterator[str]:
+    """A JSON line per response: its data set if that has a name, group, response, record, its
+    score under the key `name`, num_tokens (the response's own)."""
     own = own_tokens(dataset)
     for group in range(len(dataset)):
         start, end = (int(x) for x in dataset.group_responses[group : group + 2])
         for index in range(start, end):
-            record = {
+            record: dict[str, Any] = {"set": set_name} if set_name else {}
+            record |= {
                 "group": group,
                 "response": index - start,
                 "record": int(dataset.group_records[group]),
@@ -177,9 +199,12 @@ def response_records(dataset: PreferenceDataset, scores: np.ndarray, name: str) 
             yield json.dumps(record)
 
 
-def _write_records(path: str, dataset: PreferenceDataset, scores: np.ndarray, name: str) -> None:
-    lines = "".join(line + "\n" for line in response_records(dataset, scores, name))
+def _write_records(
+    path: str, datasets: Mapping[str, PreferenceDataset], scores: list[np.ndarray], key: str
+) -> None:
     try:
-        Path(path).write_text(lines, encoding="utf-8")
+        with Path(path).open("w", encoding="utf-8") as file:
+            for (name, dataset), own in zip(datasets.items(), scores, strict=True):
+                file.writelines(f"{line}\n" for line in response_records(dataset, own, key, name))
     except OSError as error:
         raise InputError(f"--per-response {path}: {error.strerror}") from None

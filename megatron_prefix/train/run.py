@@ -12,7 +12,7 @@ from megatron_prefix.config import Config
 from megatron_prefix.distributed import StopRequest, open_session
 from megatron_prefix.errors import Stopped
 from megatron_prefix.trackers import Status
-from megatron_prefix.train.samplers import open_plan, open_verified
+from megatron_prefix.train.samplers import open_plan, open_training_set, open_valid_sets
 from megatron_prefix.train.setup import prepare_trainer
 
 
@@ -24,10 +24,8 @@ def train(config: Config) -> None:
     """
     with open_session(config) as world, StopRequest(world) as stop:
         plan = open_plan(config, world)
-        dataset = open_verified(config.data.train, "data.train", world, plan)
-        valid = None
-        if config.data.valid:
-            valid = open_verified(config.data.valid, "data.valid", world)
+        dataset = open_training_set(config, world, plan)
+        valid = open_valid_sets(config, world)
         trainer = prepare_trainer(config, dataset, valid, world, plan)
         status: Status = "failed"
         try:

@@ -10,7 +10,7 @@ from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.data.steps import TARGETS, CostModel, Sampler
 from megatron_prefix.data.steps.compositions import Composition, InOrder, StepSettings
 from megatron_prefix.data.steps.packed import PackedSteps
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective
@@ -51,6 +51,33 @@ def open_verified(
     return dataset
 
 
+def open_training_set(
+    config: Config, world: World, plan: PackedSteps | None = None
+) -> PreferenceDataset:
+    """The data set of `data.train`, or those that it lists, joined."""
+    sets = config.data.train_sets
+    names = [f"data.train[{i}]" for i in range(len(sets))] if len(sets) > 1 else ["data.train"]
+    return join_datasets(
+        [
+            open_verified(item.prefix, name, world, plan)
+            for item, name in zip(sets, names, strict=True)
+        ]
+    )
+
+
+def open_valid_sets(config: Config, world: World) -> dict[str, PreferenceDataset]:
+    """The held-out data sets by name; the name of a single one is ""."""
+    return {
+        name: open_verified(prefix, valid_setting(name), world)
+        for name, prefix in config.data.valid_sets.items()
+    }
+
+
+def valid_setting(name: str) -> str:
+    """A held-out data set in messages."""
+    return f"data.valid.{name}" if name else "data.valid"
+
+
 def open_plan(config: Config, world: World) -> PackedSteps | None:
     """The plan that `data.plan` names; the main process checks its checksums."""
     path = config.data.plan
@@ -70,6 +97,10 @@ def open_plan(config: Config, world: World) -> PackedSteps | None:
 def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
     """Refuse a data set that lacks something the objective needs of its pairs: a margin."""
     if "margins" not in objective.columns:
+        return
+    if len(dataset.parts) > 1:
+        for part in dataset.parts:
+            check_columns(objective, part, setting)
         return
     missing = np.flatnonzero(np.isnan(dataset.pair_margins))
     if len(missing):
@@ -95,6 +126,8 @@ def plan_settings(config: Config) -> StepSettings:
         sort_by_length=data.sort_by_length,
         packing_method=data.packing_method,
         epochs=config.train.epochs,
+        weights=data.weights,
+        set_epochs=data.set_epochs,
     )
 
 

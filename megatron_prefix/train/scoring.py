@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_prefix.checkpoint import resolve_starting_model
 from megatron_prefix.config import Config
+from megatron_prefix.data.store import check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
@@ -16,11 +17,15 @@ from megatron_prefix.reference import (
     score_dataset,
     write_sidecar,
 )
-from megatron_prefix.train.samplers import evaluation_sampler, open_verified
+from megatron_prefix.train.samplers import (
+    evaluation_sampler,
+    open_training_set,
+    open_valid_sets,
+)
 
 
 def score_reference(config: Config, output: str) -> None:
-    """Write the sidecar `output` for `data.train` and, if it is set, `data.valid`.
+    """Write the sidecar `output` for all data sets of `data.train` and, if set, `data.valid`.
 
     Scores so far are saved beside `output` while it runs. Raises InputError.
     """
@@ -34,12 +39,10 @@ def score_reference(config: Config, output: str) -> None:
     if not Path(output).absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such directory; make it first")
     with open_session(config) as world:
-        settings = {"data.train": config.data.train, "data.valid": config.data.valid}
+        train, valid = open_training_set(config, world), open_valid_sets(config, world)
+        check_one_vocabulary([train, *valid.values()])
         datasets = {
-            dataset.fingerprint: dataset
-            for setting, prefix in settings.items()
-            if prefix is not None
-            for dataset in [open_verified(prefix, setting, world)]
+            part.fingerprint: part for data in (train, *valid.values()) for part in data.parts
         }
         initial = resolve_starting_model(config.model, list(datasets.values()))
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)

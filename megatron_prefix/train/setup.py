@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_prefix.checkpoint import RunCheckpoints, StartingModel, resolve_starting_model
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps.packed import PackedSteps
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import build_model, build_policy
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.reference import model_fingerprint, open_reference
 from megatron_prefix.trackers import Trackers, configured_trackers
-from megatron_prefix.train.samplers import check_columns, evaluation_sampler, training_sampler
+from megatron_prefix.train.samplers import (
+    check_columns,
+    evaluation_sampler,
+    training_sampler,
+    valid_setting,
+)
 from megatron_prefix.train.steps_report import describe_steps
 from megatron_prefix.train.trainer import Trainer
 
@@ -24,27 +30,30 @@ from megatron_prefix.train.trainer import Trainer
 def prepare_trainer(
     config: Config,
     dataset: PreferenceDataset,
-    valid: PreferenceDataset | None,
+    valid: Mapping[str, PreferenceDataset] | None,
     world: World,
     plan: PackedSteps | None = None,
 ) -> Trainer:
     """A trainer before its next step, resumed if `train.load` has a checkpoint; collective.
 
-    Raises InputError if the parts do not fit.
+    `valid` are the held-out data sets by name. Raises InputError if the parts do not fit.
     """
     world.beat("preparation")
     _check_outputs(config, world)
-    _check_valid(dataset, valid)
+    valid = valid or {}
+    datasets = [dataset, *valid.values()]
+    check_one_vocabulary(datasets)
     objective = check(config.loss, config.model.kind)
     check_columns(objective, dataset, "data.train")
-    if valid is not None:
-        check_columns(objective, valid, "data.valid")
-    datasets = [dataset] if valid is None else [dataset, valid]
-    initial = resolve_starting_model(config.model, datasets)
+    for name, held_out in valid.items():
+        check_columns(objective, held_out, valid_setting(name))
+    parts = [part for data in datasets for part in data.parts]
+    initial = resolve_starting_model(config.model, parts)
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
-    valid_sampler = None
-    if valid is not None:
-        valid_sampler = evaluation_sampler(config, objective, valid, world, initial.sizes)
+    valid_samplers = {
+        name: evaluation_sampler(config, objective, held_out, world, initial.sizes)
+        for name, held_out in valid.items()
+    }
     num_steps = config.train.steps
     if num_steps is None:
         assert config.train.epochs is not None  # one of them is given
@@ -80,7 +89,7 @@ def prepare_trainer(
         world=world,
         initial=initial,
         sampler=sampler,
-        valid=valid_sampler,
+        valid=valid_samplers,
         reference=reference,
         policy=policy,
         num_steps=num_steps,
@@ -123,19 +132,10 @@ def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | 
             identity["data.packing_method"] = data.packing_method
     if data.sort_by_length:
         identity["data.sort_by_length"] = True
+    for key in ("weights", "set_epochs"):
+        if (values := getattr(data, key)) is not None:
+            identity[f"data.train {key.removeprefix('set_')}"] = list(values)
     return identity
-
-
-def _check_valid(dataset: PreferenceDataset, valid: PreferenceDataset | None) -> None:
-    if valid is None:
-        return
-    ours, theirs = (d.manifest["tokenizer"] for d in (dataset, valid))
-    if ours["fingerprint"] != theirs["fingerprint"]:
-        raise InputError(
-            f"data.valid was built with tokenizer {theirs['name']} ({theirs['vocab_size']} "
-            f"entries, {theirs['fingerprint'][:16]}…), data.train with {ours['name']} "
-            f"({ours['vocab_size']} entries, {ours['fingerprint'][:16]}…): build both with one"
-        )
 
 
 def _check_outputs(config: Config, world: World) -> None:

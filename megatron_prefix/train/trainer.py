@@ -8,7 +8,8 @@ checked.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
 
@@ -41,14 +42,15 @@ class Trainer:
     world: World
     initial: StartingModel
     sampler: Sampler
-    valid: Sampler | None
+    valid: Mapping[str, Sampler]
+    """Held-out data sets by name; the name of a single one is ""."""
     reference: Reference
     policy: Policy
     num_steps: int
     step: int
     identity: dict
     trackers: Trackers
-    valid_ref_logps: np.ndarray | None = None
+    valid_ref_logps: dict[str, np.ndarray | None] = field(default_factory=dict)
 
     @cached_property
     def feed(self) -> Feed:
@@ -111,21 +113,29 @@ class Trainer:
         }
 
     def evaluate(self) -> None:
-        """Score the held-out set and write an evaluation line."""
-        if self.valid is None:
+        """Score the held-out sets and write an evaluation line."""
+        if not self.valid:
             return
+        values: dict[str, float] = {}
+        for name, sampler in self.valid.items():
+            prefix = f"eval_{name}/" if name else "eval_"
+            values |= {f"{prefix}{key}": x for key, x in self._evaluated(name, sampler).items()}
+        self.trackers.log(self.step, values)
+
+    def _evaluated(self, name: str, sampler: Sampler) -> dict[str, float]:
+        """The metrics of one held-out set."""
         self.world.beat(f"the evaluation after step {self.step}")
-        if self.valid_ref_logps is None:
-            self.valid_ref_logps = self.reference.score(self.valid)
-        scores = score_dataset(self.policy.chunks, self.valid, self.world)
-        dataset = self.valid.dataset
-        metrics = preference_metrics(self.objective, dataset, scores, self.valid_ref_logps)
+        if name not in self.valid_ref_logps:
+            self.valid_ref_logps[name] = self.reference.score(sampler)
+        scores = score_dataset(self.policy.chunks, sampler, self.world)
+        ref_logps = self.valid_ref_logps[name]
+        metrics = preference_metrics(self.objective, sampler.dataset, scores, ref_logps)
         if not np.isfinite(list(metrics.values())).all():
             raise RunError(
                 f"the evaluation after step {self.step} is not finite (loss {metrics['loss']}): "
                 "the weights have diverged. Lower optimizer.lr, and resume from a checkpoint"
             )
-        self.trackers.log(self.step, {f"eval_{key}": value for key, value in metrics.items()})
+        return metrics
 
     def save(self, root: str) -> None:
         """Write a checkpoint of this step below `root`."""

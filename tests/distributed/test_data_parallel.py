@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from runs import BATCH, NUM_GROUPS, TIMEOUT_S, TOLERANCES, Runs, on_processes
+from runs import (
+    BATCH,
+    CUT,
+    NUM_GROUPS,
+    NUM_STEPS,
+    TIMEOUT_S,
+    TOLERANCES,
+    Runs,
+    on_processes,
+)
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.testing import write_random_set
 
 pytestmark = pytest.mark.sample
 
@@ -28,12 +38,25 @@ def runs(tmp_path_factory) -> Runs:
     assert main(runs.train("one")) == 0
     assert main(runs.train("one zero", **ZERO)) == 0
     assert main(["score", "--config", runs.config("score"), "--output", ref]) == 0
+    mixed = {
+        "data": {
+            "train": [
+                {"prefix": runs.data, "weight": 2},
+                {"prefix": write_random_set(runs.folder / "second", 5, 7), "weight": 1},
+            ],
+            "valid": {"held": runs.valid},
+            **{"row_capacity": runs.row_capacity, "global_batch_size": BATCH, "seed": 3},
+        },
+        "train": {"steps": NUM_STEPS, "eval_interval": CUT},
+    }
+    assert main(runs.train("mixed one", **mixed)) == 0
     runs.cut("one zero", "zero 1 to 2")
     runs.cut("one", "plain 1 to 2")
     commands = [
         runs.train("plain"),
         runs.train("zero", **ZERO),
         runs.train("precomputed", **ZERO, **known),
+        runs.train("mixed", **ZERO, **mixed),
         runs.train("zero 1 to 2", **ZERO),
         runs.train("plain 1 to 2"),
         ["score", "--config", runs.config("score"), "--output", str(runs.folder / "ref-2")],
@@ -55,7 +78,7 @@ def assert_same_lines(rows: list[dict], expected: list[dict]) -> None:
     assert [(r["step"], *r) for r in rows] == [(r["step"], *r) for r in expected]
     for ours, theirs in zip(rows, expected, strict=True):
         for key, value in theirs.items():
-            tolerance = TOLERANCES.get(key.removeprefix("eval_"))
+            tolerance = TOLERANCES.get(key.removeprefix("eval_").removeprefix("held/"))
             if tolerance is not None:
                 error = abs(ours[key] - value) / max(abs(value), 1e-2)
                 assert error <= tolerance, (theirs["step"], key, ours[key], value)
@@ -76,6 +99,12 @@ def test_two_processes_end_at_the_same_weights(runs, name):
     assert weights.keys() == expected.keys()
     worst = max(float((weights[k] - x).abs().max()) for k, x in expected.items())
     assert worst <= 1e-4, worst
+
+
+def test_two_processes_follow_one_on_several_data_sets(runs):
+    expected = runs.lines("mixed one")
+    assert sum("eval_held/loss" in row for row in expected) == 4
+    assert_same_lines(runs.lines("mixed"), expected)
 
 
 def test_a_distributed_optimizer_alone_changes_nothing(runs):

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENDS = re.compile(r"(<eos>|</s>|<\|im_end\|>|<\|endoftext\|>|\s)+$")
 BEGINS = re.compile(r"^(<bos>|<s>|<\|endoftext\|>)")
 
-Group = tuple[str, tuple[str, ...]]
+Words = str | re.Pattern | None
+Group = tuple[Words, tuple[Words, ...]]
 """The prompt's text, and the texts of the responses, chosen first."""
 
 
@@ -33,7 +34,8 @@ Group = tuple[str, tuple[str, ...]]
 class Right:
     """The right answer to a case: `groups`, or exit 2 with all words of `refused`.
 
-    `says` are words of the summary or, if nothing is built, of the message.
+    `says` are words of the summary or, if nothing is built, of the message. A text may be a
+    pattern. `exact` compares begin- and end-of-text too.
     """
 
     groups: tuple[Group, ...] = ()
@@ -42,6 +44,7 @@ class Right:
     says: tuple[str, ...] = ()
     tokenizer: str = "bytes"
     flags: tuple[str, ...] = field(default=())
+    exact: bool = False
 
 
 def chatml(*turns: tuple[str, str]) -> str:
@@ -205,14 +208,35 @@ CASES = {
     "F41_G4_tools_list_of_json_texts.jsonl": Right(
         groups=((None, (None, None)),), says=("dropped  nothing",), tokenizer="qwen3"
     ),
+    "F15_T4_eos_behind_template_end.jsonl": Right(
+        groups=((None, ("hello<|im_end|>\n", "go<|im_end|>\n")),),
+        tokenizer="r_qwen25base",
+        exact=True,
+    ),
+    "F17_KK_boundary_spaces.jsonl": Right(
+        groups=(
+            ("Answer with yes or no: ", ("yes<|endoftext|>", "no<|endoftext|>")),
+            ("Answer with yes or no:", (" yes<|endoftext|>", " no<|endoftext|>")),
+            ("2+2=", ("4<|endoftext|>", "44<|endoftext|>")),
+        ),
+        tokenizer="gpt2like",
+        exact=True,
+    ),
+    "F38_O2_truncate_prompt.jsonl": Right(
+        groups=(
+            (
+                re.compile(
+                    r"<\|im_start\|>system\nBe kind\.<\|im_end\|>\n<\|im_start\|>user\n"
+                    r".*fruit\.<\|im_end\|>\n<\|im_start\|>assistant\n"
+                ),
+                ("A pear.", "A brick."),
+            ),
+        ),
+        tokenizer="chatml",
+        flags=("--max-length", "100", "--overflow", "truncate-prompt"),
+    ),
 }
 """File -> what is right; None stands for any text."""
-ELSEWHERE = {
-    "F15_T4_eos_behind_template_end.jsonl": "end-of-text after rendered messages",
-    "F17_KK_boundary_spaces.jsonl": "begin-of-text of tokenizers that write none",
-    "F38_O2_truncate_prompt.jsonl": "turn headers under --overflow truncate-prompt",
-}
-"""Cases that tests of the tokens cover, and what they are about."""
 
 
 @pytest.fixture(scope="session")
@@ -237,7 +261,7 @@ def tokenizers(cases, tmp_path_factory) -> Path:
 
 
 def test_every_case_is_tried(cases):
-    assert {p.name for p in cases.glob("F*")} == CASES.keys() | ELSEWHERE.keys()
+    assert {p.name for p in cases.glob("F*")} == CASES.keys()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -263,10 +287,12 @@ def test_case(name, cases, request, tmp_path, capsys):
         assert [tuple(pair) for pair in tree.pairs.tolist()] == list(right.pairs)
         for response, expected in enumerate(responses):
             tokens, start = tree.response_tokens(response)
-            shown = (
-                BEGINS.sub("", words.decode(tokens[:start].tolist())),
-                ENDS.sub("", words.decode(tokens[start:].tolist())),
-            )
-            for text, wanted in zip(shown, (prompt, expected), strict=True):
-                assert wanted is None or text == wanted
+            before, own = (words.decode(ids.tolist()) for ids in (tokens[:start], tokens[start:]))
+            if not right.exact:
+                before, own = BEGINS.sub("", before), ENDS.sub("", own)
+            for text, wanted in ((before, prompt), (own, expected)):
+                if isinstance(wanted, re.Pattern):
+                    assert wanted.fullmatch(text), text
+                else:
+                    assert wanted is None or text == wanted
     assert all(words in out for words in right.says), out

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from megatron_prefix.data.build.chunks import Chunk, ChunkBuilder, read_chunks
 from megatron_prefix.data.build.combine import combine
-from megatron_prefix.data.build.duplicates import DigestTable
+from megatron_prefix.data.build.duplicates import DigestTable, combined_duplicates
 from megatron_prefix.data.build.options import BuildOptions
 from megatron_prefix.data.build.prompt_groups import merge_prompts, place_before_merging
 from megatron_prefix.data.build.report import MAX_LISTED, BuildReport
 from megatron_prefix.data.build.workers import ordered, single_threaded_tokenizers
+from megatron_prefix.data.files import checked_prefix
 from megatron_prefix.data.read import ExampleReader, Inputs
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenize import PathEncoder, Tokenizer, load_tokenizer
@@ -38,20 +39,33 @@ def build_dataset(
 ) -> BuildReport:
     """Build data set `output` and return a report.
 
+    With `options.holdout`, the groups of some prompts go to a second data set, `output`_valid.
     `progress` is called with (bytes read, bytes in all, groups written) after each chunk. Raises
     InputError for bad input or settings; then no file remains.
     """
     options, started = options or BuildOptions(), time.monotonic()
-    with contextlib.closing(DigestTable()) as digests, single_threaded_tokenizers():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(single_threaded_tokenizers())
+        tables = [
+            stack.enter_context(contextlib.closing(DigestTable()))
+            for _ in range(options.num_outputs)
+        ]
         if not options.merge_prompts:
-            report = _build(inputs, tokenizer, output, options, digests, progress)
+            report = _build(inputs, tokenizer, output, options, tables, progress)
         else:
-            with place_before_merging(output) as place:
-                separate = replace(options, merge_prompts=False)
-                report = _build(inputs, tokenizer, place, separate, digests, progress)
-                merge_prompts(PreferenceDataset(place), digests, report, output)
+            place = stack.enter_context(place_before_merging(output))
+            separate = replace(options, merge_prompts=False)
+            report = _build(inputs, tokenizer, place, separate, tables, progress)
+            sources = [PreferenceDataset(path) for path in _outputs(place, options)]
+            merge_prompts(sources, tables, report, _outputs(output, options))
     report.seconds = time.monotonic() - started
     return report
+
+
+def _outputs(output: str | Path, options: BuildOptions) -> list[Path]:
+    """The prefixes that a build writes."""
+    prefix = checked_prefix(output)
+    return [prefix, prefix.with_name(f"{prefix.name}_valid")][: options.num_outputs]
 
 
 def _build(
@@ -59,10 +73,10 @@ def _build(
     tokenizer: str | Tokenizer,
     output: str | Path,
     options: BuildOptions,
-    digests: DigestTable,
+    tables: Sequence[DigestTable],
     progress: Progress | None,
 ) -> BuildReport:
-    """Build one group per record; `digests` gets an entry for each."""
+    """Build one group per record; `tables` get an entry for each, one table per data set."""
     inputs = Inputs(paths, options.split)
     reader = ExampleReader(
         options.format, options.columns, options.ignored, options.on_contradiction
@@ -70,7 +84,7 @@ def _build(
     inputs.check()
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, options.parse_special)
-    encoder = PathEncoder(tokenizer, options.append_eos)
+    encoder = PathEncoder(tokenizer, options.bos, options.eos)
     report, total = BuildReport(), inputs.num_bytes
     recorded = {**asdict(options), "inputs": [str(path) for path in inputs.paths]}
     recorded.pop("workers")  # the files do not depend on it
@@ -80,10 +94,14 @@ def _build(
         Chunk(records=records, position=position, reader=state)
         for records, position in read_chunks(inputs, reader)
     )
-    with (
-        DatasetWriter(output, tokenizer.describe(), recorded) as writer,
-        contextlib.closing(ordered(build_chunk, chunks, options.workers)) as results,
-    ):
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(DatasetWriter(prefix, encoder.describe(), recorded | part))
+            for prefix, part in zip(_outputs(output, options), _parts(options), strict=True)
+        ]
+        results = stack.enter_context(
+            contextlib.closing(ordered(build_chunk, chunks, options.workers))
+        )
         for chunk, result in results:
             # A worker may get a chunk before the first good record has set the format. If the
             # chunks before it end in another state, it is built again here.
@@ -94,24 +112,45 @@ def _build(
             state = result.reader
             combine(report, result.report)
             report.limit_unread()
-            if result.block is not None:
-                writer.add_block(result.block)
-                # Digests are numbered by their place in the table, so they follow the order of
-                # groups.
-                digests.extend(result.digests)
+            for writer, table, part in zip(writers, tables, result.parts, strict=True):
+                if part.block is not None:
+                    writer.add_block(part.block)
+                    # Digests are numbered by their place in the table, so they follow the order
+                    # of groups.
+                    table.extend(part.digests)
             if progress is not None:
-                progress(chunk.position, total, writer.statistics.counts["groups"])
+                progress(chunk.position, total, _num_groups(writers))
         for name in options.ignored:
             if name not in report.unread and name not in reader.left_out:
                 raise InputError(
                     f"--ignore-columns {name}: no record has it among the columns that are not "
                     "read: remove the flag, or correct the name"
                 )
-        if not writer.statistics.counts["groups"]:
+        if not _num_groups(writers):
             raise InputError(_nothing_left(inputs, report))
-        report.duplicates = digests.duplicates(MAX_LISTED)
-        report.manifest = writer.finish(report.as_dict())
+        _check_sides(writers, options)
+        report.duplicates = combined_duplicates(tables, MAX_LISTED)
+        report.publish(writers)
     return report
+
+
+def _parts(options: BuildOptions) -> list[dict[str, str]]:
+    """What the manifests of the data sets of one build have as an option of their own."""
+    return [{}] if options.holdout is None else [{"part": "train"}, {"part": "valid"}]
+
+
+def _num_groups(writers: Sequence[DatasetWriter]) -> int:
+    return sum(writer.statistics.counts["groups"] for writer in writers)
+
+
+def _check_sides(writers: Sequence[DatasetWriter], options: BuildOptions) -> None:
+    """Refuse a split of which one side is empty."""
+    for writer in writers:
+        if not writer.statistics.counts["groups"]:
+            raise InputError(
+                f"--holdout {options.holdout} leaves none of {_num_groups(writers)} groups for "
+                f"{writer.prefix}: give another share or --holdout-seed, or more records"
+            )
 
 
 def _nothing_left(inputs: Inputs, report: BuildReport) -> str:

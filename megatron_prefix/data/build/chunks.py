@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prefix.data.build.duplicates import Digests
+from megatron_prefix.data.build.duplicates import Digests, is_held_out
 from megatron_prefix.data.build.options import BuildOptions
 from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
@@ -46,16 +46,24 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ChunkResult:
-    """What a chunk became.
-
-    `block` has its groups (None if no group is left), `digests` one entry per group, and `reader`
-    is the state of the ExampleReader after it. `error` stops the build; but a chunk that was built
-    with a stale reader state is built again first.
-    """
+class Part:
+    """The groups of a chunk that go to one data set: None if there are none, and one entry of
+    `digests` per group."""
 
     block: Block | None
     digests: list[Digests]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ChunkResult:
+    """What a chunk became.
+
+    `parts` are its groups for each data set that is built: one, or with `holdout` two. `reader` is
+    the state of the ExampleReader after it. `error` stops the build; but a chunk that was built
+    with a stale reader state is built again first.
+    """
+
+    parts: list[Part]
     report: BuildReport
     reader: ReaderState
     error: InputError | None = None
@@ -92,10 +100,11 @@ class ChunkBuilder:
     def __call__(self, chunk: Chunk) -> ChunkResult:
         reader, encoder, report = self._reader, self._encoder, BuildReport()
         reader.state = chunk.reader
-        encoder.num_tokens = 0
+        encoder.reset_counts()
         error = None
-        groups: list[MergedPaths] = []
-        digests: list[Digests] = []
+        sides: list[list[tuple[MergedPaths, Digests]]] = [
+            [] for _ in range(self._options.num_outputs)
+        ]
         self._records = chunk.records
         try:
             with _collector_paused():
@@ -104,15 +113,19 @@ class ChunkBuilder:
                     report.num_rows += record.rows
                     if built := self._build(record, report):
                         example, group = built
-                        groups.append(group)
-                        digests.append(Digests.of(record.number, example))
+                        digests = Digests.of(record.number, example)
+                        sides[self._side(digests)].append((group, digests))
         except InputError as stopping:
             error = stopping
         report.format, report.num_tokens_made = reader.format, encoder.num_tokens
-        block = Block.of_paths(groups, [digest.record for digest in digests]) if groups else None
-        return ChunkResult(
-            block=block, digests=digests, report=report, reader=reader.state, error=error
-        )
+        report.added = vars(encoder.added)
+        parts = [_part(side) for side in sides]
+        return ChunkResult(parts=parts, report=report, reader=reader.state, error=error)
+
+    def _side(self, digests: Digests) -> int:
+        """0, or 1 if the group is held out."""
+        share, seed = self._options.holdout, self._options.holdout_seed
+        return 0 if share is None else int(is_held_out(digests.prompt, share, seed))
 
     def _build(self, record: Record, report: BuildReport) -> tuple[Example, MergedPaths] | None:
         """A record's Example and tree, or None if it is dropped; `report` counts everything."""
@@ -177,6 +190,12 @@ class ChunkBuilder:
             else:
                 return ""
         return ". Correct the record, or skip such records with --on-error skip"
+
+
+def _part(groups: list[tuple[MergedPaths, Digests]]) -> Part:
+    digests = [digest for _, digest in groups]
+    paths, records = [path for path, _ in groups], [digest.record for digest in digests]
+    return Part(block=Block.of_paths(paths, records) if groups else None, digests=digests)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
@@ -69,6 +69,16 @@ def _digest(parts: list[str]) -> int:
     # SQLite's integers have 64 bits and a sign.
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def is_held_out(prompt: int, share: float, seed: int) -> bool:
+    """Whether records with this digest of the prompt are held out.
+
+    A function of prompt and seed alone: equal prompts are on one side, and no record changes sides
+    if others are added. Of many prompts about `share` are held out.
+    """
+    digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
 
 
 class Digests(NamedTuple):
@@ -139,6 +149,16 @@ class DigestTable:
     def _rows(self, query: str) -> Iterator[tuple]:
         with _full_disk_is_bad_input():
             yield from self._table.execute(query)
+
+
+def combined_duplicates(tables: Sequence[DigestTable], limit: int) -> dict[str, Any]:
+    """`duplicates` of several tables that share no prompt, so no record repeats one of another."""
+    parts = [table.duplicates(limit) for table in tables]
+    records = sorted(pair for part in parts for pair in part["records"])
+    return {
+        "num_records": sum(part["num_records"] for part in parts),
+        "records": records[:limit],
+    }
 
 
 @contextmanager

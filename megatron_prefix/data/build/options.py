@@ -28,8 +28,14 @@ class BuildOptions:
     """Longest path from the root, in tokens, end-of-text included; None for no limit."""
     overflow: str = "error"
     """What happens to longer paths: "error", "truncate-prompt" or "drop"."""
-    append_eos: bool = True
-    """End-of-text follows every response."""
+    bos: str = "auto"
+    """Which texts get begin-of-text: "auto", "always" or "never", see data/tokenize/ends.py."""
+    eos: str = "auto"
+    """Which responses get end-of-text: the same modes."""
+    holdout: float | None = None
+    """Share of the prompts that go to a second data set, PREFIX_valid; None for no second one."""
+    holdout_seed: int = 1234
+    """Decides which prompts these are."""
     on_contradiction: str = "keep"
     """What happens to pairs whose scores contradict their label: keep, drop, swap or error."""
     on_error: str = "stop"
@@ -39,7 +45,18 @@ class BuildOptions:
     workers: int = 1
     """Processes that share the work; the files do not depend on it."""
 
+    @property
+    def num_outputs(self) -> int:
+        """Data sets that the build writes."""
+        return 1 if self.holdout is None else 2
+
     def __post_init__(self) -> None:
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise InputError(
+                f"--holdout is {self.holdout}: give a share of the prompts above 0 and below 1"
+            )
+        if self.holdout_seed < 0:
+            raise InputError(f"--holdout-seed is {self.holdout_seed}: give at least 0")
         if self.workers < 1:
             raise InputError(f"--workers is {self.workers}: give at least 1")
         if self.overflow not in OVERFLOW_MODES:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_prefix.data.build.duplicates import DigestTable
@@ -51,29 +51,42 @@ def place_before_merging(output: str | Path) -> Iterator[Path]:
 
 
 def merge_prompts(
-    source: PreferenceDataset, digests: DigestTable, report: BuildReport, output: str | Path
+    sources: Sequence[PreferenceDataset],
+    tables: Sequence[DigestTable],
+    report: BuildReport,
+    outputs: Sequence[Path],
 ) -> None:
-    """Write `source` to `output`, with groups merged by the digests of their prompts.
+    """Write each source to its output, with groups merged by the digests of their prompts.
 
-    `report` gets the tokens saved and the new manifest.
+    `report` gets the tokens saved, over all sources, and the new manifests.
     """
-    options = {**source.manifest["options"], "merge_prompts": True}
-    with DatasetWriter(output, source.manifest["tokenizer"], options) as writer:
-        for groups in digests.by_prompt():
-            first_record = int(source.group_records[groups[0]])
-            if len(groups) == 1:
-                writer.add(source[groups[0]], first_record)
-            else:
-                tree = merge_trees([source[group] for group in groups])
-                writer.add(tree, first_record, len(groups))
-        counts = writer.statistics.counts
+    with ExitStack() as stack:
+        writers = []
+        for source, table, output in zip(sources, tables, outputs, strict=True):
+            options = {**source.manifest["options"], "merge_prompts": True}
+            writer = stack.enter_context(
+                DatasetWriter(output, source.manifest["tokenizer"], options)
+            )
+            _write_merged(source, table, writer)
+            writers.append(writer)
+        counts = [writer.statistics.counts for writer in writers]
         report.merged = {
-            "records": len(source),
-            "groups": counts["groups"],
-            "tokens_before": source.manifest["counts"]["tokens"],
-            "tokens": counts["tokens"],
+            "records": sum(map(len, sources)),
+            "groups": sum(count["groups"] for count in counts),
+            "tokens_before": sum(source.manifest["counts"]["tokens"] for source in sources),
+            "tokens": sum(count["tokens"] for count in counts),
         }
-        report.manifest = writer.finish(report.as_dict())
+        report.publish(writers)
+
+
+def _write_merged(source: PreferenceDataset, digests: DigestTable, writer: DatasetWriter) -> None:
+    for groups in digests.by_prompt():
+        first_record = int(source.group_records[groups[0]])
+        if len(groups) == 1:
+            writer.add(source[groups[0]], first_record)
+        else:
+            tree = merge_trees([source[group] for group in groups])
+            writer.add(tree, first_record, len(groups))
 
 
 def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:

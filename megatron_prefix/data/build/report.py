@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_prefix.data.read import ExampleReader
+from megatron_prefix.data.store import DatasetWriter
 from megatron_prefix.data.tokenize import WARNINGS
 from megatron_prefix.text import align, format_counts
 
@@ -57,6 +58,8 @@ class BuildReport:
     dropped: dict[str, DropCounts] = field(default_factory=dict)
     wrong: DropCounts = field(default_factory=DropCounts)
     wrong_reasons: list[str] = field(default_factory=list)
+    added: dict[str, int] = field(default_factory=dict)
+    """Responses that were encoded, and those that got begin- or end-of-text from the build."""
     num_cut_groups: int = 0
     num_cut_responses: int = 0
     num_cut_tokens: int = 0
@@ -65,6 +68,8 @@ class BuildReport:
     duplicates: dict[str, Any] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    valid_manifest: dict[str, Any] = field(default_factory=dict)
+    """Of the data set that `--holdout` made, if there is one."""
 
     def drop(self, reason: str, place: str, **counts: int) -> None:
         self.dropped.setdefault(reason, DropCounts()).add(place, **counts)
@@ -76,6 +81,13 @@ class BuildReport:
 
     def note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
+
+    def publish(self, writers: Sequence[DatasetWriter]) -> None:
+        """Finish all data sets of a build; none is moved into place before all are complete."""
+        self.manifest, *others = [writer.complete(self.as_dict()) for writer in writers]
+        self.valid_manifest = others[0] if others else {}
+        for writer in reversed(writers):
+            writer.publish()
 
     def count_unread(self, name: str) -> None:
         self.unread[name] = self.unread.get(name, 0) + 1
@@ -99,6 +111,7 @@ class BuildReport:
                 "responses": self.num_cut_responses,
                 "tokens": self.num_cut_tokens,
             },
+            "added": self.added,
             "notes": self.notes,
             "unread": self.unread,
             "duplicates": self.duplicates,
@@ -113,6 +126,7 @@ class BuildReport:
             records += f", joined from {self.num_rows:,} rows"
         lines = align([["records read", records], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
+        lines += self._held_out_lines() + self._ends_lines()
         lines += self._dropped_lines() + self._unread_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)
         lines += [
@@ -120,6 +134,32 @@ class BuildReport:
             f"{self.num_tokens_made:,} tokens made in {self.seconds:.1f} s: {rate:,.0f} tokens/s",
         ]
         return "\n".join(lines)
+
+    def _held_out_lines(self) -> list[str]:
+        if not self.valid_manifest:
+            return []
+        valid = self.valid_manifest["counts"]
+        groups = valid["groups"] + self.manifest["counts"]["groups"]
+        return [
+            "",
+            f"held out  {valid['groups']:,} of {groups:,} groups ({valid['groups'] / groups:.2%}), "
+            f"{valid['responses']:,} responses, {valid['pairs']:,} pairs, {valid['tokens']:,} "
+            "tokens; the counts above are those of the other groups",
+        ]
+
+    def _ends_lines(self) -> list[str]:
+        """What the build itself put before and after responses."""
+        tokenizer, parts = self.manifest["tokenizer"], []
+        for name, flag, id in (
+            ("begin_of_text", "--bos", tokenizer["bos_id"]),
+            ("end_of_text", "--eos", tokenizer["eos_id"]),
+        ):
+            mode = tokenizer.get(name, {}).get("mode")
+            if mode is not None:
+                token = "the tokenizer defines none" if id is None else f"token {id}"
+                title, count = name.replace("_", "-"), self.added.get(name, 0)
+                parts.append(f"{title} added to {count:,} responses ({flag} {mode}; {token})")
+        return ["", *parts] if parts else []
 
     def _dropped_lines(self) -> list[str]:
         lines = ["", "dropped" if self.dropped or self.wrong.num_records else "dropped  nothing"]

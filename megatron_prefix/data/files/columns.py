@@ -21,12 +21,12 @@ class ColumnWriter:
 
     def __init__(self, path: Path, dtype: DTypeLike, tail: tuple[int, ...] = ()) -> None:
         self._file = path.open("wb")
-        self._dtype, self._tail, self._length = np.dtype(dtype), tail, 0
+        self._dtype, self.tail, self._length = np.dtype(dtype), tail, 0
         self._file.write(self._header())
 
     def write(self, values: ArrayLike) -> None:
         """Append entries, each of the shape `tail`."""
-        array = np.ascontiguousarray(values, self._dtype).reshape(-1, *self._tail)
+        array = np.ascontiguousarray(values, self._dtype).reshape(-1, *self.tail)
         self._file.write(array.tobytes())
         self._length += len(array)
 
@@ -39,7 +39,7 @@ class ColumnWriter:
             self._file.write(self._header())
 
     def _header(self) -> bytes:
-        shape = (self._length, *self._tail)
+        shape = (self._length, *self.tail)
         text = f"{{'descr': {self._dtype.str!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
         magic = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
         head = magic + text.encode("ascii").ljust(HEADER_BYTES - len(magic) - 1) + b"\n"

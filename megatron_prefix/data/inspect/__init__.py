@@ -4,8 +4,10 @@ from megatron_prefix.data.inspect.describe import packed_row, tree_dict, tree_ro
 from megatron_prefix.data.inspect.measure import survey
 from megatron_prefix.data.inspect.picture import draw_row
 from megatron_prefix.data.inspect.report import survey_text
+from megatron_prefix.data.inspect.side_by_side import compare_surveys
 
 __all__ = [
+    "compare_surveys",
     "draw_row",
     "packed_row",
     "survey",

@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+QUESTIONS = ("question", "query", "problem", "user_prompt", "user", "input")
+"""Columns that may hold a question; the first that a record has counts."""
 RESPONSE_TEXTS = ("response", "answer", "completion", "generation", "text")
 """Fields of an entry that may hold a response; the first that it has counts."""
 RESPONSE_SCORES = ("score", "reward", "rating", "helpfulness")

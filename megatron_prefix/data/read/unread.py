@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_prefix.data.read.column_names import changes_text, is_media
+from megatron_prefix.data.read.column_names import QUESTIONS, changes_text, is_media
 from megatron_prefix.data.read.formats import Example
+from megatron_prefix.data.read.texts import are_dialogues
 from megatron_prefix.errors import InputError
 
 OPAQUE = ("tool_calls", "arguments", "tools", "function_call", "tool_responses")
@@ -23,6 +24,13 @@ OPAQUE = ("tool_calls", "arguments", "tools", "function_call", "tool_responses")
 TURN = re.compile("\n\n(?:Human|Assistant|System):")
 MESSAGE = "message."
 """What begins the name of a field inside a column."""
+
+
+class _Given(NamedTuple):
+    """What the record became, and by which format."""
+
+    format: str
+    example: Example
 
 
 def unread_names(
@@ -46,7 +54,7 @@ def unread_names(
     names = [name for name in names if not _is_empty(record[name])]
     for name in names:
         if name not in harmless:
-            _refuse(name, record[name], example, format)
+            _refuse(name, record, read, _Given(format, example))
     seen: dict[str, Any] = {}
     for name in read:
         if isinstance(record.get(name), list | dict) and name not in OPAQUE:
@@ -127,32 +135,43 @@ def _objects(value: Any) -> bool:
     return isinstance(value, list) and any(map(_objects, value))
 
 
-def _refuse(name: str, value: Any, example: Example, format: str) -> None:
+def _refuse(name: str, record: dict[str, Any], read: Collection[str], given: _Given) -> None:
     """Raise InputError if an unread column can change the text."""
-    leave_out = f"leave it out with --ignore-columns {name}"
+    value, leave_out = record[name], f"leave it out with --ignore-columns {name}"
     if is_media(name):
         raise InputError(
             f"column {name!r} is not supported (only texts are read): remove the record, or "
             f"{leave_out}"
         )
-    if not changes_text(name) or not _holds_text(value) or _repeats(value, example):
+    if not changes_text(name) or not _holds_text(value) or _repeats(value, given.example):
         return
+    flags = _flags(name, record, read, given)
+    remedy = f"give it to the model with {flags}" if flags else "write its text into the prompt"
     raise InputError(
-        f"column {name!r} can change the text, but format {format!r} does not read it: "
-        f"{_remedy(name, example)}, or {leave_out}"
+        f"column {name!r} can change the text, but format {given.format!r} does not read it: "
+        f"{remedy}, or {leave_out}"
     )
 
 
-def _remedy(name: str, example: Example) -> str:
-    plain_prompt = isinstance(example.responses[0].prompt, str)
-    if "system" in name and plain_prompt:
-        return (
-            "give the prompt as the user's question with --map instruction=prompt, so that the "
-            "system message is read too"
-        )
-    if "system" in name or "messages" in name or "conversation" in name:
-        return "write its text as messages into the prompt"
-    return f"give it as the question with --map instruction={name}"
+def _flags(name: str, record: dict[str, Any], read: Collection[str], given: _Given) -> str:
+    """The flags of `--map` that bring a text before the question, or "" if none do.
+
+    The format alpaca reads system, and instruction and input joined by a line break.
+    """
+    if not isinstance(record[name], str) or given.format not in ("trl", "hh", "question"):
+        return ""
+    prompt = given.example.responses[0].prompt
+    if given.format == "hh":
+        is_answer = isinstance(prompt, str) and not are_dialogues(prompt)
+        return f"--map instruction={name}" if is_answer else ""
+    if given.format == "trl" and not isinstance(prompt, str):
+        return ""
+    questions = ("prompt",) if given.format == "trl" else QUESTIONS
+    question = next(asked for asked in questions if asked in read)
+    if "sys" in name.lower():
+        system = "" if name in ("system", "system_prompt") else f" --map system={name}"
+        return f"--map instruction={question}{system}"
+    return f"--map instruction={name} --map input={question}"
 
 
 def _refuse_field(name: str, value: Any, example: Example) -> None:

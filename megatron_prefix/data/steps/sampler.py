@@ -94,9 +94,9 @@ class Sampler:
         if self.row_capacity and tokens[worst] > self.row_capacity:
             unit = "one sequence" if self.micro_batch_size else "one row"
             raise InputError(
-                f"data.row_capacity is {self.row_capacity} and group {group[worst]} of "
-                f"{self.dataset.prefix} needs {tokens[worst]} tokens in {unit} under data.sharing: "
-                f"{self.sharing}: raise it, or build with a smaller --max-length"
+                f"data.row_capacity is {self.row_capacity} and {self.dataset.place(group[worst])} "
+                f"needs {tokens[worst]} tokens in {unit} under data.sharing: {self.sharing}: raise "
+                "it, or build with a smaller --max-length"
             )
 
     def _check_sequences(self, group: np.ndarray, micro_batch_size: int) -> None:
@@ -114,9 +114,9 @@ class Sampler:
         worst = int(np.argmax(counts > micro_batch_size))
         if counts[worst] > micro_batch_size:
             raise InputError(
-                f"data.micro_batch_size is {micro_batch_size} and group {group[worst]} of "
-                f"{self.dataset.prefix} is {counts[worst]} sequences under data.sharing: "
-                f"{self.sharing} that must share a micro batch: raise it"
+                f"data.micro_batch_size is {micro_batch_size} and "
+                f"{self.dataset.place(group[worst])} is {counts[worst]} sequences under "
+                f"data.sharing: {self.sharing} that must share a micro batch: raise it"
             )
 
     def step(self, step: int) -> Step:

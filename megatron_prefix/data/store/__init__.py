@@ -2,6 +2,7 @@
 
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.joined import check_one_vocabulary, join_datasets
 from megatron_prefix.data.store.manifest import read_manifest
 from megatron_prefix.data.store.statistics import SHARING_TOKENS, Histogram
 from megatron_prefix.data.store.writer import DatasetWriter
@@ -12,5 +13,7 @@ __all__ = [
     "DatasetWriter",
     "Histogram",
     "PreferenceDataset",
+    "check_one_vocabulary",
+    "join_datasets",
     "read_manifest",
 ]

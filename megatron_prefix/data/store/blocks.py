@@ -22,7 +22,7 @@ from megatron_prefix.data.tree import MergedPaths, PrefixTree, joined
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """tokens_T, node_lengths_M (tokens), and the columns by name."""
+    """tokens_T, node_lengths_M (tokens), and the columns by name; optional ones may be absent."""
 
     tokens: np.ndarray
     node_lengths: np.ndarray
@@ -90,7 +90,7 @@ class Block:
         first, last = (first_nodes + columns[f"response_{end}"] for end in ("first", "last"))
         columns["response_lengths"] = ends[last]
         columns["response_prompts"] = ends[first] - lengths[first]
-        columns = {name: np.asarray(columns[name], COLUMNS[name][0]) for name in COLUMNS}
+        columns = {name: np.asarray(columns[name], COLUMNS[name].dtype) for name in COLUMNS}
         return cls(
             tokens=_narrow(arrays["tokens"]), node_lengths=lengths.astype("<i4"), columns=columns
         )

@@ -7,9 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from megatron_prefix.data.store.blocks import Block
-from megatron_prefix.data.store.columns import COLUMNS, OFFSETS
+from megatron_prefix.data.store.columns import (
+    OFFSETS,
+    OPTIONAL_COLUMNS,
+    absent_values,
+    column,
+    kind_of,
+)
 from megatron_prefix.data.store.index import DTYPES, HEADER, MAGIC
-from megatron_prefix.data.store.manifest import FILES, load_manifest, suffix_path
+from megatron_prefix.data.store.manifest import column_file, columns_of, load_manifest, suffix_path
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
 
@@ -21,8 +27,9 @@ class PreferenceDataset:
     [G+1], `group_pairs` [G+1], `group_records`, `group_num_records` [G], `node_parents` [M],
     `response_first`, `response_last`, `response_lengths`, `response_prompts`, `response_sets`,
     `response_ranks`, `response_scores` [R], `pair_responses` [P, 2], `pair_weights`,
-    `pair_margins` [P]. So are `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and
-    `tokens` [T].
+    `pair_margins` [P], and the optional `response_roles` [R], `response_attributes` [R, A] and
+    `pair_betas` [P], whose entries have one stated value if the data set lacks them. So are
+    `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and `tokens` [T].
 
     Opening checks that every file exists and has its size and shape. `verify_checksums(dataset)`
     reads all bytes, and `verify_dataset(dataset)` also checks what they mean. All raise InputError.
@@ -44,6 +51,9 @@ class PreferenceDataset:
     pair_responses: np.ndarray
     pair_weights: np.ndarray
     pair_margins: np.ndarray
+    response_roles: np.ndarray
+    response_attributes: np.ndarray
+    pair_betas: np.ndarray
     node_lengths: np.ndarray
     node_pointers: np.ndarray
     documents: np.ndarray
@@ -70,7 +80,26 @@ class PreferenceDataset:
     @property
     def files(self) -> dict[str, Path]:
         """The files of the data set except the manifest, by their name in it."""
-        return {name: suffix_path(self.prefix, name) for name in FILES}
+        return {name: suffix_path(self.prefix, name) for name in self.manifest["files"]}
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns that the data set has."""
+        return [*columns_of(self.manifest)]
+
+    @property
+    def parts(self) -> tuple[PreferenceDataset, ...]:
+        """The data sets that this one joins (joined.py), or it alone."""
+        return (self,)
+
+    def locate(self, group: int) -> tuple[PreferenceDataset, int]:
+        """The part with group `group`, and the group's number in it."""
+        return self, group
+
+    def place(self, group: int) -> str:
+        """A group in messages: "group 3 of PREFIX"."""
+        part, local = self.locate(int(group))
+        return f"group {local} of {part.prefix}"
 
     @property
     def manifest_path(self) -> Path:
@@ -121,11 +150,11 @@ class PreferenceDataset:
             offsets = getattr(self, f"group_{name}s")
             spans[name] = int(offsets[start]), int(offsets[stop])
         columns = {}
-        for name in COLUMNS:
+        for name in self.columns:
             first, last = spans[name.split("_")[0]]
-            column = getattr(self, name)
+            values = getattr(self, name)
             columns[name] = (
-                np.diff(column[first : last + 1]) if name in OFFSETS else column[first:last]
+                np.diff(values[first : last + 1]) if name in OFFSETS else values[first:last]
             )
         first, last = spans["node"]
         lengths = self.node_lengths[first:last]
@@ -170,17 +199,18 @@ class PreferenceDataset:
 
     def _map_columns(self) -> None:
         counts = self.manifest["counts"]
-        for name, (dtype, tail) in COLUMNS.items():
-            path = suffix_path(self.prefix, f".tree/{name}.npy")
+        for name, tail in columns_of(self.manifest).items():
+            path, dtype = suffix_path(self.prefix, column_file(name)), column(name).dtype
             try:
-                column = np.load(path, mmap_mode="r", allow_pickle=False)
+                values = np.load(path, mmap_mode="r", allow_pickle=False)
             except Exception as error:  # a damaged header can raise anything
                 raise InputError(f"{path} cannot be read ({error}): build it again") from error
-            kind = name.split("_")[0] + "s"
-            shape = (counts[kind] + (name in OFFSETS), *tail)
-            if column.shape != shape or column.dtype != dtype:
+            shape = (counts[kind_of(name)] + (name in OFFSETS), *tail)
+            if values.shape != shape or values.dtype != dtype:
                 raise InputError(
-                    f"{path} is {column.dtype} {column.shape}, and {dtype} {shape} in its "
+                    f"{path} is {values.dtype} {values.shape}, and {dtype} {shape} in its "
                     "manifest: build the data set again"
                 )
-            setattr(self, name, column)
+            setattr(self, name, values)
+        for name in OPTIONAL_COLUMNS.keys() - self.columns:
+            setattr(self, name, absent_values(name, counts[kind_of(name)]))

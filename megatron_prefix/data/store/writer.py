@@ -30,9 +30,24 @@ from megatron_prefix.data.files import (
     manifest_digest,
 )
 from megatron_prefix.data.store.blocks import Block, starts
-from megatron_prefix.data.store.columns import COLUMNS, OFFSETS
+from megatron_prefix.data.store.columns import (
+    COLUMNS,
+    OFFSETS,
+    absent_values,
+    column,
+    kind_of,
+    least_tail,
+)
 from megatron_prefix.data.store.index import IndexedWriter
-from megatron_prefix.data.store.manifest import FILES, FORMAT, VERSION, fingerprint, suffix_path
+from megatron_prefix.data.store.manifest import (
+    FORMAT,
+    INDEXED_FILES,
+    VERSION,
+    column_file,
+    describe_columns,
+    fingerprint,
+    suffix_path,
+)
 from megatron_prefix.data.store.statistics import Statistics
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
@@ -138,25 +153,50 @@ class DatasetWriter:
         before = dict(self._statistics.counts)
         self._statistics.add(block)
         self._index.write(block.tokens, block.node_lengths)
-        for name, column in self._columns.items():
-            values = block.columns[name]
+        for name in [name for name in block.columns if name not in self._columns]:
+            self._open_optional(name, block.columns[name].shape[1:], before)
+        for name, file in self._columns.items():
             if name in OFFSETS:
                 # After 5 nodes, groups of 3 and 2 nodes end at the offsets [8 10].
-                values = before[name.split("_")[1]] + np.cumsum(values)
-            column.write(values)
+                values = before[name.split("_")[1]] + np.cumsum(block.columns[name])
+            elif name in block.columns:
+                values = block.columns[name]
+                if values.shape[1:] != file.tail:
+                    raise InputError(
+                        f"output {self.prefix}: {name} has entries of shape {values.shape[1:]} and "
+                        f"had {file.tail} before: build all parts with the same columns"
+                    )
+            else:
+                count = self._statistics.counts[kind_of(name)] - before[kind_of(name)]
+                values = absent_values(name, count, file.tail)
+            file.write(values)
+
+    def _open_optional(self, name: str, tail: tuple[int, ...], before: dict[str, int]) -> None:
+        """Begin an optional column with the groups that were written without it."""
+        dtype = column(name).dtype
+        self._columns[name] = ColumnWriter(self._work / "tree" / f"{name}.npy", dtype, tail)
+        self._columns[name].write(absent_values(name, before[kind_of(name)], tail))
 
     def finish(self, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Move the data set into place and return its manifest, which keeps `report`."""
+        manifest = self.complete(report)
+        self.publish()
+        return manifest
+
+    def complete(self, report: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write everything that is missing into the work folder and return the manifest."""
         self._flush()
         if self._index is None:
             raise InputError(
                 f"output {self.prefix} would be empty, because no group has a pair: give records "
                 "with responses to compare"
             )
-        for column in self._columns.values():
-            column.close()
+        for values in self._columns.values():
+            values.close()
         self._index.finish(self._work / "tree" / "group_nodes.npy")
-        files = {name: file_entry(self._work / name[1:]) for name in FILES}
+        tails = {name: self._columns[name].tail for name in self._columns}
+        names = (*INDEXED_FILES, *map(column_file, tails))
+        files = {name: file_entry(self._work / name[1:]) for name in names}
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -164,6 +204,7 @@ class DatasetWriter:
             "counts": self._statistics.counts,
             "tokens": self._statistics.tokens,
             "lengths": self._statistics.lengths(),
+            "columns": describe_columns(tails),
             "dtype": np.dtype(self.dtype).name,
             "tokenizer": self.tokenizer,
             "options": self.options,
@@ -174,17 +215,21 @@ class DatasetWriter:
         with (self._work / "json").open("w", encoding="utf-8") as file:
             json.dump(manifest, file, indent=1, allow_nan=False)
             file.write("\n")
-        for name in (*FILES, ".json"):
+        for name in (*names, ".json"):
             with (self._work / name[1:]).open("rb") as file:
                 os.fsync(file.fileno())
+        return manifest
+
+    def publish(self) -> None:
+        """Move the completed data set into place."""
         self._move()
         self._made.clear()
-        return manifest
 
     def _opened(self) -> IndexedWriter:
         """Open all files; the index is returned."""
-        for name, (dtype, tail) in COLUMNS.items():
-            self._columns[name] = ColumnWriter(self._work / "tree" / f"{name}.npy", dtype, tail)
+        for name, about in COLUMNS.items():
+            path = self._work / "tree" / f"{name}.npy"
+            self._columns[name] = ColumnWriter(path, about.dtype, least_tail(name))
         for name in OFFSETS:
             self._columns[name].write([0])
         return IndexedWriter(self._work, self.dtype)

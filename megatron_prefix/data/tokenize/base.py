@@ -1,12 +1,13 @@
 """The interface of all tokenizers, and the plain layout of messages without a chat template.
 
-`encode` never adds special tokens: paths.py decides where begin-of-text and end-of-text go.
+`encode` never adds special tokens: ends.py decides where begin-of-text and end-of-text go.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,11 @@ class Rendered:
 class Tokenizer(ABC):
     """What the build needs of a tokenizer.
 
-    `bos_id` and `eos_id` are None if the tokenizer defines none. `fingerprint` is the SHA-256 of
-    the content that decides which ids a text gets; it does not depend on where the files are.
+    `bos_id` and `eos_id` are None if the tokenizer defines none; `bos_text` and `eos_text` are how
+    texts spell them, "" if texts cannot. `text_begin` are the ids that the tokenizer puts before a
+    text by itself. `fingerprint` is the SHA-256 of the content that decides which ids a text gets;
+    it does not depend on where the files are. `vocabulary` is the SHA-256 of the pieces with their
+    ids and of the special tokens alone, see `vocabulary_digest`.
     """
 
     kind: str
@@ -75,7 +79,13 @@ class Tokenizer(ABC):
     bos_id: int | None
     eos_id: int | None
     fingerprint: str
+    vocabulary: str
     has_chat_template = False
+    bos_text = eos_text = ""
+
+    @property
+    def text_begin(self) -> tuple[int, ...]:
+        return () if self.bos_id is None else (self.bos_id,)
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -122,4 +132,19 @@ class Tokenizer(ABC):
             "bos_id": self.bos_id,
             "eos_id": self.eos_id,
             "fingerprint": self.fingerprint,
+            "vocabulary": self.vocabulary,
         }
+
+
+def vocabulary_digest(pieces: Mapping[str, int], special: Iterable[str]) -> str:
+    """SHA-256 of the pieces with their ids, and of which of them are special tokens.
+
+    Two tokenizers with the same digest mean the same by an id, also if their chat templates or
+    their rules for cutting texts differ.
+    """
+    digest = hashlib.sha256()
+    lines = [f"{id} {len(piece)} {piece}\n" for piece, id in pieces.items()]
+    digest.update("".join(sorted(lines)).encode("utf-8", "surrogatepass"))
+    lines = [f"special {len(piece)} {piece}\n" for piece in special]
+    digest.update("".join(sorted(lines)).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

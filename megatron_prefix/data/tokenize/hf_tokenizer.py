@@ -17,13 +17,15 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_prefix.data.read import Message
-from megatron_prefix.data.tokenize.base import Rendered, Tokenizer
+from megatron_prefix.data.tokenize.base import Rendered, Tokenizer, vocabulary_digest
+from megatron_prefix.data.tokenize.fragments import Fragments
 from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
 from megatron_prefix.data.tokenize.tool_arguments import ArgumentForm
 from megatron_prefix.errors import InputError
@@ -68,24 +70,43 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from error
         self._tokenizer.model_max_length = 1 << 40  # --max-length is the only limit
         self.name = str(path.resolve()) if path.is_dir() else spec
-        ids = self._tokenizer.get_vocab().values()
-        self.vocab_size = max(len(self._tokenizer), max(ids, default=-1) + 1)
+        pieces = self._tokenizer.get_vocab()
+        self.vocab_size = max(len(self._tokenizer), max(pieces.values(), default=-1) + 1)
         self.bos_id = self._tokenizer.bos_token_id
         self.eos_id = self._tokenizer.eos_token_id
+        self.bos_text = self._spelling(self.bos_id)
+        self.eos_text = self._spelling(self.eos_id)
         self.has_chat_template = bool(self._tokenizer.chat_template)
         self.fingerprint = hashlib.sha256(self._definition().encode()).hexdigest()
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
-        self._reuse = PromptReuse(self._encode, self._backend.to_str() if self._backend else "{}")
+        definition = self._backend.to_str() if self._backend else "{}"
+        self._reuse = PromptReuse(self._encode, definition)
+        self._fragments = Fragments(self._encode_all, definition) if self._backend else None
         self._parse_special = parse_special
         self._arguments = ArgumentForm(lambda turns: self._apply(turns, None, {}))
         self._special = _special_tokens(self._tokenizer)
         self._special_set = frozenset(self._special.values())
+        self.vocabulary = vocabulary_digest(pieces, self._special)
         self._starts = {text[:2] for text in self._special}  # a quick test before the pattern
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def _spelling(self, token: int | None) -> str:
+        return "" if token is None else str(self._tokenizer.convert_ids_to_tokens(token))
+
+    @cached_property
+    def text_begin(self) -> tuple[int, ...]:
+        """`tokenizer("a")` is [1, 15] and "a" alone [15]: the tokenizer begins a text with [1]."""
+        bare, whole = (
+            self._tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True)
+        )
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return tuple(whole[:start])
+        return ()
 
     def _definition(self) -> str:
         """Everything that ids and rendered texts depend on, as canonical JSON."""
@@ -111,6 +132,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if not self.has_chat_template:
             return self.encode(rendered.text)
         if not rendered.literal:
+            if self._fragments is not None and self._fragments.is_exact:
+                return self._fragments.encode(rendered.text)
             return self._encode(rendered.text)
         encoding = self._tokenizer(
             rendered.text, add_special_tokens=False, return_offsets_mapping=True
@@ -128,10 +151,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._backend is None or options:
             ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
         else:
-            self._backend.encode_special_tokens = False  # a call with options may have set it
-            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-            ids = encoding.ids
+            (ids,) = self._encode_all([text])
         return np.array(ids, np.int64)
+
+    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        assert self._backend is not None, "tokenizers without a backend encode one text at a time"
+        self._backend.encode_special_tokens = False  # a call with options may have set it
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def _as_text(self, text: str) -> list[int]:
         """The characters of a special token as ordinary tokens, as they are after other text."""
@@ -224,13 +251,15 @@ def _special_tokens(tokenizer: Any) -> dict[str, int]:
 
 def _texts(value: Any) -> Iterator[str]:
     """Every text in nested lists and objects, including names."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        yield from _texts([*value.keys(), *value.values()])
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
 
 
 def _map_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -6,7 +6,8 @@ response, it counts as response:
 
     prompt "Say: ", response "yes"     encode(prompt)            [Say] [:] [_]
                                        encode(prompt + response) [Say] [:] [_yes]
-    with begin- and end-of-text        [bos] [Say] [:] | [_yes] [eos]     loss from depth 3 on
+    with begin- and end-of-text        [bos] [Say] [:] | [_yes] [eos]     loss from depth 3 on,
+                                       see ends.py
 
 A response can also change how the prompt's characters are cut into tokens. Then the loss starts
 at the first token with a character of the response, or earlier if siblings differ earlier:
@@ -18,13 +19,15 @@ at the first token with a character of the response, or earlier if siblings diff
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from megatron_prefix.data.read import Message, Text, common_prefix
 from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.tokenize.base import Rendered, Tokenizer
+from megatron_prefix.data.tokenize.ends import TextEnds
 from megatron_prefix.data.tokenize.rendering import (
     NOTE_SPECIAL,
     NOTE_TOOLS,
@@ -36,32 +39,41 @@ from megatron_prefix.data.tree import ResponsePath, common_tokens
 from megatron_prefix.errors import InputError
 
 NOTE_TEMPLATE = "responses whose chat template writes the prompt otherwise once it is answered"
+NOTE_NO_END = (
+    "responses that do not end with end-of-text (their chat template writes none; --eos always "
+    "adds it)"
+)
 NOTE_MERGED = "responses that share a token with the prompt's end (it is the response's)"
+
+
+@dataclass
+class AddedEnds:
+    """How many responses got tokens that neither their text nor a chat template wrote."""
+
+    num_responses: int = 0
+    begin_of_text: int = 0
+    end_of_text: int = 0
+
+    def count(self, lead: np.ndarray, tail: np.ndarray) -> None:
+        self.num_responses += 1
+        self.begin_of_text += len(lead) > 0
+        self.end_of_text += len(tail) > 0
 
 
 class PathEncoder:
     """Turns one Example at a time into token paths; each of its prompts is encoded once.
 
-    Raises InputError if end-of-text is to be appended and the tokenizer has none.
+    `bos` and `eos` are modes of ends.py. Raises InputError if they ask for a token that the
+    tokenizer does not define.
     """
 
-    def __init__(self, tokenizer: Tokenizer, append_eos: bool = True) -> None:
-        if append_eos and tokenizer.eos_id is None:
-            raise InputError(
-                f"tokenizer {tokenizer.name} defines no end-of-text token: give --no-append-eos, "
-                "or a tokenizer that has one"
-            )
+    def __init__(self, tokenizer: Tokenizer, bos: str = "auto", eos: str = "auto") -> None:
         self.tokenizer = tokenizer
-        self.append_eos = append_eos
-        self.num_tokens = 0
-        """Tokens made so far; a prompt counts once per Example."""
+        self.ends = TextEnds(tokenizer, bos, eos)
+        self.reset_counts()
         self._prompts: dict[Text, tuple[Rendered, np.ndarray]] = {}
         self._tools = ""
         self._template_kwargs = ""
-        self._bos, self._eos = (
-            np.array([] if token is None else [token], np.int64)
-            for token in (tokenizer.bos_id, tokenizer.eos_id)
-        )
 
     def encode(self, example: Example) -> tuple[list[ResponsePath], list[str]]:
         """The path of every response, in order, and notes on anything unusual."""
@@ -76,18 +88,36 @@ class PathEncoder:
             paths = _start_later(paths, [prompt_only for _, prompt_only in encoded])
         return (_start_together(paths) if NOTE_TEMPLATE in notes else paths), notes
 
+    def reset_counts(self) -> None:
+        """Count tokens and added ends from 0 again."""
+        self.num_tokens = 0
+        """Tokens made so far; a prompt counts once per Example."""
+        self.added = AddedEnds()
+
+    def describe(self) -> dict[str, Any]:
+        """The tokenizer's entry in a manifest, with the rule for begin- and end-of-text."""
+        return {**self.tokenizer.describe(), **self.ends.describe()}
+
+    def trial(self, example: Example) -> list[ResponsePath]:
+        """The paths of an Example that may be discarded: nothing is counted."""
+        before = self.num_tokens, replace(self.added)
+        paths, _ = self.encode(example)
+        self.num_tokens, self.added = before
+        return paths
+
     def protected_tokens(self, prompt: Text) -> int:
-        """Leading tokens of a prompt that truncation keeps: begin-of-text, system message."""
-        text, ids = self._prompt(prompt)
-        protected = 0
-        if not isinstance(prompt, str) and prompt[0].role == "system":
-            system = self.tokenizer.encode_rendered(self._system_text(prompt, text))
-            protected = common_tokens(system, ids)
-        return max(protected + self._needs_bos(ids), int(self.tokenizer.bos_id is not None))
+        """Leading tokens of a plain text that truncation keeps: those that begin a text."""
+        _, ids = self._prompt(prompt)
+        lead = self._lead(prompt, ids)
+        begins = len(ids) > 0 and ids[0] == self.tokenizer.bos_id
+        return len(lead) + int(begins)
 
     def _prompt(self, prompt: Text) -> tuple[Rendered, np.ndarray]:
         if prompt not in self._prompts:
-            text = Rendered(prompt) if isinstance(prompt, str) else self._render(prompt, True)
+            if isinstance(prompt, str):
+                text = Rendered(self.ends.split_begin(prompt))
+            else:
+                text = self._render(prompt, True)
             ids = self._ids(prompt, text)
             self.num_tokens += len(ids)
             self._prompts[prompt] = text, ids
@@ -121,12 +151,10 @@ class PathEncoder:
                     "column, or give messages"
                 )
             text = Rendered(prompt.text + response.response)
-            contains_special = self.tokenizer.spells_special(text.text)
         else:
             assert not isinstance(response.response, str), "messages follow messages"
             turns = (*response.prompt, *response.response)
             text = self._render(turns, False)
-            contains_special = bool(text.literal)
             notes += self._template_notes(turns, len(response.prompt), text)
             # A template can render the prompt of an answered turn differently, for example
             # without the text that asks for an answer. Then only the common part is prompt.
@@ -136,6 +164,14 @@ class PathEncoder:
                 prompt_ids = self._ids(response.prompt, prompt.head(boundary))
             if self.tokenizer.has_chat_template:
                 check_written(response.response, text.text[boundary:])
+        is_rendered = self._is_rendered(response.prompt)
+        ending = None
+        if is_rendered:
+            contains_special = bool(text.literal)
+        else:
+            body, ending = self.ends.split_end(text.text, boundary)
+            text = Rendered(body)
+            contains_special = self.tokenizer.spells_special(body)
         notes += [NOTE_SPECIAL] * contains_special
         # prompt [Say] [:] [_], whole text [Say] [:] [_yes]: they share 2 tokens, fewer than the
         # prompt has. The token [_yes] has a character of the response, so prompt_only is 2 too.
@@ -144,20 +180,39 @@ class PathEncoder:
         if loss_start < len(prompt_ids):
             notes.append(NOTE_MERGED)
             prompt_only = max(loss_start, self._tokens_within(ids, text.text[:boundary]))
-        # Tokens of the path are numbered with begin-of-text: `lead` is 1 if it is added.
-        parts, lead = [ids], int(self._needs_bos(ids))
-        if lead:
-            parts.insert(0, self._bos)
-        if self.append_eos and not self._has_eos(ids, loss_start + lead, response.response):
-            parts.append(self._eos)
+        lead = self._lead(response.prompt, ids)
+        tail = self._tail(ids, loss_start, ending, is_rendered)
+        if is_rendered and self.ends.eos == "auto" and not self.ends.is_ended(ids, loss_start):
+            notes.append(NOTE_NO_END)
+        self.added.count(lead, tail)
+        # Tokens of the path are numbered with what was put before them.
         path = ResponsePath(
-            tokens=np.concatenate(parts),
-            loss_start=loss_start + lead,
+            tokens=np.concatenate([lead, ids, tail]) if len(lead) or len(tail) else ids,
+            loss_start=loss_start + len(lead),
             set_id=response.set_id,
             rank=response.rank,
             score=response.score,
         )
-        return path, prompt_only + lead
+        return path, prompt_only + len(lead)
+
+    def _is_rendered(self, text: Text) -> bool:
+        """Whether a chat template writes the text."""
+        return not isinstance(text, str) and self.tokenizer.has_chat_template
+
+    def _lead(self, prompt: Text, ids: np.ndarray) -> np.ndarray:
+        """What is put before a path that has the tokens `ids`."""
+        is_rendered = self._is_rendered(prompt)
+        text = prompt if isinstance(prompt, str) else ""
+        return np.array(self.ends.before(text, ids, is_rendered), np.int64)
+
+    def _tail(
+        self, ids: np.ndarray, loss_start: int, ending: str | None, is_rendered: bool
+    ) -> np.ndarray:
+        """What is put after a path; `ending` is the white space after an end-of-text that the
+        text spells itself."""
+        if ending is None:
+            return np.array(self.ends.after(ids, loss_start, is_rendered), np.int64)
+        return np.append([self.tokenizer.eos_id], self.tokenizer.encode(ending)).astype(np.int64)
 
     def _template_notes(
         self, turns: tuple[Message, ...], num_prompt: int, text: Rendered
@@ -187,29 +242,6 @@ class PathEncoder:
                 return whole
         return 0
 
-    def _needs_bos(self, ids: np.ndarray) -> bool:
-        bos = self.tokenizer.bos_id
-        return bos is not None and not (len(ids) and ids[0] == bos)
-
-    def _has_eos(self, ids: np.ndarray, loss_start: int, response: Text) -> bool:
-        """Whether a chat template already wrote end-of-text, with only white space after it."""
-        if isinstance(response, str) or not self.tokenizer.has_chat_template:
-            return False
-        ends = np.flatnonzero(ids == self.tokenizer.eos_id)
-        if not len(ends) or ends[-1] < loss_start - self._needs_bos(ids):
-            return False
-        return not self.tokenizer.decode(ids[ends[-1] + 1 :].tolist()).strip()
-
-    def _system_text(self, prompt: tuple[Message, ...], text: Rendered) -> Rendered:
-        """The part of a rendered prompt that belongs to the system message."""
-        try:
-            system = self._render(prompt[:1], False)
-        except InputError:  # the template demands a user's turn: give one without text
-            if len(prompt) == 1:
-                raise
-            system = self._render((prompt[0], replace(prompt[1], content="")), False)
-        return text.head(common_prefix(system.text, text.text))
-
 
 def _start_later(paths: list[ResponsePath], prompt_only: Sequence[int]) -> list[ResponsePath]:
     """Move each loss start to the first token with a character of the response.
@@ -228,11 +260,12 @@ def _start_later(paths: list[ResponsePath], prompt_only: Sequence[int]) -> list[
 
 
 def _start_together(paths: list[ResponsePath]) -> list[ResponsePath]:
-    """Start all losses of a set where its tokens begin to differ, if that is before the others.
+    """Start all losses of a set together: at the earliest one, or earlier if tokens differ before.
 
     A template that rewrites an answered prompt can write it differently for each response:
 
         [p] [x] | [1]  and  [p] [y] | [2], loss from token 2   ->   both from token 1
+        [p] | [1]      and  [p] [x] | [2], prompt [p] [x]      ->   both from token 1
     """
     aligned = list(paths)
     for set_id in {path.set_id for path in paths}:
@@ -240,7 +273,7 @@ def _start_together(paths: list[ResponsePath]) -> list[ResponsePath]:
         first = paths[members[0]].tokens
         starts = [paths[i].loss_start for i in members]
         shared = min(common_tokens(first, paths[i].tokens) for i in members)
-        if shared < min(starts):
-            for i in members:
-                aligned[i] = replace(paths[i], loss_start=shared)
+        start = min(shared, *starts)
+        for i in members:
+            aligned[i] = replace(paths[i], loss_start=start)
     return aligned

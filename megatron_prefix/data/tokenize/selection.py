@@ -3,7 +3,8 @@
 max_length 6, prompt [1 2 3 4], responses [5] and [6 7 8]      paths of 5 and 7 tokens
 overflow "error"             TooLong
 overflow "drop"              the second response is dropped, so the first has no pair left
-overflow "truncate-prompt"   prompt [1 3 4] for both (1 is begin-of-text): 4 and 6 tokens
+overflow "truncate-prompt"   prompt [1 3 4] for both (1 is begin-of-text): 4 and 6 tokens; in a
+                             conversation the oldest turns lose text, see shortening.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from megatron_prefix.data.read.formats import Example, Reason
 from megatron_prefix.data.tokenize.paths import PathEncoder
+from megatron_prefix.data.tokenize.shortening import PromptTurns, has_turns
 from megatron_prefix.data.tree import Pair, ResponsePath
 from megatron_prefix.errors import InputError
 
@@ -138,27 +140,89 @@ def _truncate(
     encoder: PathEncoder,
     max_length: int,
 ) -> tuple[list[ResponsePath], int, int]:
-    """Cut the oldest prompt tokens, the same number for every response of a comparison set.
+    """Cut the prompts of comparison sets that are too long, the same for every response of a set.
 
-    Protected tokens and one more prompt token stay, so the longest possible cut is `room`. A
-    response that is too long even then has no influence on the cut.
+    A response that is too long even with the shortest prompt has no influence on the cut. Returns
+    the paths, and the numbers of responses and of tokens that were cut.
     """
-    # Paths of 7 and 12 tokens, max_length 6, 1 protected token, loss from token 4: room = 2. The
-    # second does not fit even with that cut (10 tokens); the first decides: cut = 1.
     fitted, num_cut, cut_tokens = list(paths), 0, 0
     for set_id in dict.fromkeys(path.set_id for path in paths):
         members = [i for i, p in enumerate(paths) if p.set_id == set_id and i not in lost]
         if not members or max(len(paths[i].tokens) for i in members) <= max_length:
             continue
-        protected = encoder.protected_tokens(example.responses[members[0]].prompt)
-        room = max(min(paths[i].loss_start for i in members) - protected - 1, 0)
-        members = [i for i in members if len(paths[i].tokens) - room <= max_length]
-        cut = max((len(paths[i].tokens) - max_length for i in members), default=0)
-        if cut <= 0:
-            continue
-        for i in members:
-            path = paths[i]
-            tokens = np.concatenate([path.tokens[:protected], path.tokens[protected + cut :]])
-            fitted[i] = replace(path, tokens=tokens, loss_start=path.loss_start - cut)
-            num_cut, cut_tokens = num_cut + 1, cut_tokens + cut
+        if has_turns(example.responses[members[0]].prompt):
+            cut = _cut_turns(example, paths, members, encoder, max_length)
+        else:
+            cut = _cut_tokens(example, paths, members, encoder, max_length)
+        for i, path in cut.items():
+            num_cut, cut_tokens = num_cut + 1, cut_tokens + len(paths[i].tokens) - len(path.tokens)
+            fitted[i] = path
     return fitted, num_cut, cut_tokens
+
+
+def _cut_tokens(
+    example: Example,
+    paths: Sequence[ResponsePath],
+    members: list[int],
+    encoder: PathEncoder,
+    max_length: int,
+) -> dict[int, ResponsePath]:
+    """Cut the oldest prompt tokens of plain texts, the same number for all `members`.
+
+    Begin-of-text and one more prompt token stay, so the longest possible cut is `room`.
+    """
+    # Paths of 7 and 12 tokens, max_length 6, begin-of-text, loss from token 4: room = 2. The second
+    # does not fit even with that cut (10 tokens); the first decides: cut = 1.
+    protected = encoder.protected_tokens(example.responses[members[0]].prompt)
+    room = max(min(paths[i].loss_start for i in members) - protected - 1, 0)
+    members = [i for i in members if len(paths[i].tokens) - room <= max_length]
+    cut = max((len(paths[i].tokens) - max_length for i in members), default=0)
+    if cut <= 0:
+        return {}
+    return {
+        i: replace(
+            paths[i],
+            tokens=np.concatenate(
+                [paths[i].tokens[:protected], paths[i].tokens[protected + cut :]]
+            ),
+            loss_start=paths[i].loss_start - cut,
+        )
+        for i in members
+    }
+
+
+def _cut_turns(
+    example: Example,
+    paths: Sequence[ResponsePath],
+    members: list[int],
+    encoder: PathEncoder,
+    max_length: int,
+) -> dict[int, ResponsePath]:
+    """Cut the oldest characters of conversations, the same number for all `members`, and encode
+    them again. The fewest characters are found by bisection."""
+    turns = [PromptTurns(example.responses[i].prompt) for i in members]
+    room = min(prompt.room for prompt in turns)
+    if not room:
+        return {}
+
+    def encoded(count: int) -> dict[int, ResponsePath]:
+        responses = tuple(
+            replace(example.responses[i], prompt=prompt.shortened(count))
+            for i, prompt in zip(members, turns, strict=True)
+        )
+        return dict(zip(members, encoder.trial(replace(example, responses=responses)), strict=True))
+
+    shortest = encoded(room)
+    fitting = [i for i in members if len(shortest[i].tokens) <= max_length]
+    if all(len(paths[i].tokens) <= max_length for i in fitting):
+        return {}  # those that do not fit anyway are too long, all others fit as they are
+    # Invariant: what fits at all fits with `high` characters removed, and not with `low`.
+    low, high, best = 0, room, shortest
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = encoded(middle)
+        if all(len(tried[i].tokens) <= max_length for i in fitting):
+            high, best = middle, tried
+        else:
+            low = middle
+    return {i: best[i] for i in fitting}

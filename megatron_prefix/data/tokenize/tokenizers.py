@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prefix.data.tokenize.base import Tokenizer
+from megatron_prefix.data.tokenize.base import Tokenizer, vocabulary_digest
 from megatron_prefix.data.tokenize.hf_tokenizer import HuggingFaceTokenizer
 from megatron_prefix.data.tokenize.word_cache import WordCache
 from megatron_prefix.errors import InputError
@@ -25,6 +25,10 @@ class ByteTokenizer(Tokenizer):
     kind = name = "bytes"
     vocab_size, bos_id, eos_id = 258, 256, 257
     fingerprint = hashlib.sha256(b"utf-8 bytes, bos 256, eos 257").hexdigest()
+    vocabulary = vocabulary_digest(
+        {**{f"<0x{byte:02X}>": byte for byte in range(256)}, "<bos>": 256, "<eos>": 257},
+        ("<bos>", "<eos>"),
+    )
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
@@ -67,6 +71,12 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = self._defined(self._model.bos_id())
         self.eos_id = self._defined(self._model.eos_id())
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        pieces = {self._model.id_to_piece(id): id for id in range(self.vocab_size)}
+        special = [p for p, id in pieces.items() if self._is_special(id)]
+        self.vocabulary = vocabulary_digest(pieces, special)
+
+    def _is_special(self, token: int) -> bool:
+        return self._model.is_control(token) or self._model.is_unknown(token)
 
     @staticmethod
     def _defined(token: int) -> int | None:

@@ -113,6 +113,58 @@ def test_refusals(settings, message):
         parse_config(changed(**settings))
 
 
+def listed(*entries, **settings):
+    """Several data sets to train on, named a, b, …"""
+    sets = [{"prefix": chr(97 + i), **entry} for i, entry in enumerate(entries)]
+    return {"data__train": sets, **settings}
+
+
+W, E = {"weight": 2}, {"epochs": 0.5}
+ONE_EPOCH = {"train__steps": None, "train__epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (listed(), r"data.train = \[\]: list at least one"),
+        (listed({}), "data.train: a has weight = None and epochs = None: give exactly one"),
+        (listed({**W, **E}), "a has weight = 2.0 and epochs = 0.5: give exactly one"),
+        (listed(W, E), "entries with weight and entries with epochs: give all the same"),
+        (listed(W, {"weight": 0}), r"data.train.1.weight = 0: input should be greater"),
+        (listed(W, {"wieght": 1}), r"unknown key data.train.1.wieght \(did you mean weight\?\)"),
+        (listed(W, {"prefix": 3, **W}), "data.train.1.prefix = 3"),
+        (listed(W, {"prefix": "a", **W}), "data.train lists a twice: give it one entry"),
+        (listed(W, W, **ONE_EPOCH), "train.steps is missing: a data.train with weights has no end"),
+        (listed(E, E), "train.epochs = None and train.steps = 6: .* set train.epochs: 1"),
+        (
+            listed(W, W, data__global_batch_size=None, data__rows_per_step=2),
+            "data.rows_per_step = 2: a data.train with weights",
+        ),
+        (listed(W, W, data__sort_by_length=True), "data.sort_by_length = True: .* weights fixes"),
+        ({"data__valid": {}}, "data.valid = {}: name at least one"),
+        ({"data__valid": {"a b": "c"}}, r"data.valid.a b.*string should match pattern"),
+        ({"data__valid": ["c"]}, r"data.valid = \['c'\]: input should be a valid string"),
+        ({"data__train": {"a": 1}}, "data.train = {'a': 1}: input should be a valid string"),
+    ],
+)
+def test_refusals_of_several_data_sets(settings, message):
+    with pytest.raises(InputError, match=message):
+        parse_config(changed(**settings))
+
+
+def test_several_data_sets(tmp_path):
+    config = parse_config(changed(**listed(W, {"weight": 1}, data__valid={"x": "p", "y.2": "q"})))
+    assert config.data.weights == (2.0, 1.0) and config.data.set_epochs is None
+    assert config.data.valid_sets == {"x": "p", "y.2": "q"}
+    (tmp_path / "written.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "written.yaml") == config
+    config = parse_config(changed(**listed(E, {"epochs": 2}, **ONE_EPOCH)))
+    assert config.data.set_epochs == (0.5, 2.0) and config.data.weights is None
+    single = parse_config(GOOD).data
+    assert [item.prefix for item in single.train_sets] == [single.train]
+    assert (single.weights, single.set_epochs, single.valid_sets) == (None, None, {})
+
+
 def test_rows_per_step_needs_packing():
     raw = changed(data__packing=False, data__micro_batch_size=2, data__rows_per_step=2)
     del raw["data"]["global_batch_size"]

@@ -98,16 +98,16 @@ def test_stored_trees_come_back(parts):
 
 
 @settings(max_examples=150, deadline=None)
-@given(texts, st.lists(texts, min_size=2, max_size=4), st.booleans())
-def test_paths_are_prompt_and_response(prompt, responses, append_eos):
+@given(texts, st.lists(texts, min_size=2, max_size=4), st.sampled_from(["auto", "never"]))
+def test_paths_are_prompt_and_response(prompt, responses, eos):
     example = Example(
         responses=tuple(ExampleResponse(prompt=prompt, response=text) for text in responses),
         pairs=tuple(Pair(chosen=0, rejected=i) for i in range(1, len(responses))),
     )
-    paths, notes = PathEncoder(BYTES, append_eos).encode(example)
+    paths, notes = PathEncoder(BYTES, eos=eos).encode(example)
     assert notes == []
     for path, text in zip(paths, responses, strict=True):
-        ends = [257] * append_eos
+        ends = [257] * (eos == "auto")
         assert path.tokens.tolist() == [256, *f"{prompt}{text}".encode(), *ends]
         assert path.loss_start == 1 + len(prompt.encode())
 

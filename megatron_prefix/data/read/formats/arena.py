@@ -69,15 +69,16 @@ def read_arena_votes(record: dict[str, Any]) -> Example:
 
 
 def _texts(record: dict[str, Any], name: str) -> list[str]:
+    """The texts of each turn; null is an empty answer."""
     value: Any = column(record, name, str, list)
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             value = [value]
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list) or not all(isinstance(text, str | None) for text in value):
         raise InputError(f"column {name!r} must be a list of texts, or the JSON text of one")
-    return [checked(text, f"column {name!r}") for text in value]
+    return [checked(text or "", f"column {name!r}") for text in value]
 
 
 ARENA = Format(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_prefix.data.read.column_names import QUESTIONS
 from megatron_prefix.data.read.fields import checked, column, json_type, optional_text
 from megatron_prefix.data.read.formats.base import (
     PAIR_COLUMNS,
@@ -30,8 +31,6 @@ from megatron_prefix.data.read.formats.base import (
 from megatron_prefix.data.read.texts import Message
 from megatron_prefix.errors import InputError
 
-QUESTIONS = ("question", "query", "problem", "user_prompt", "user", "input")
-"""Columns that may hold the question; the first that a record has counts."""
 ANSWERS = (
     ("chosen", "rejected"),
     ("response_j", "response_k"),

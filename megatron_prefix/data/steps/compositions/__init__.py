@@ -5,13 +5,23 @@
     SortedBatches   `global_batch_size` groups of similar length; the order of steps is permuted
     RowBatches      `rows_per_step` rows, each packed before steps are made
     InOrder         all groups in the data set's order, for scoring
-    PackedSteps     any of the first four, written to files by `pack`; see steps/packed
+    WeightedSets    `global_batch_size` groups from several sets, in proportion to weights
+    PackedSteps     any of these but InOrder, written to files by `pack`; see steps/packed
 
 Nothing here depends on the number of ranks, and nothing has a state.
 """
 
 from megatron_prefix.data.steps.compositions.batches import Composition, GroupBatches, InOrder
+from megatron_prefix.data.steps.compositions.mixtures import RepeatedSets, WeightedSets
 from megatron_prefix.data.steps.compositions.row_batches import RowBatches
 from megatron_prefix.data.steps.compositions.settings import StepSettings
 
-__all__ = ["Composition", "GroupBatches", "InOrder", "RowBatches", "StepSettings"]
+__all__ = [
+    "Composition",
+    "GroupBatches",
+    "InOrder",
+    "RepeatedSets",
+    "RowBatches",
+    "StepSettings",
+    "WeightedSets",
+]

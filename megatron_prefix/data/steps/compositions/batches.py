@@ -8,7 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_prefix.data.steps.compositions.order import epoch_order, order_by_length, seeded
+from megatron_prefix.data.steps.compositions.order import (
+    Order,
+    epoch_order,
+    order_by_length,
+    seeded,
+)
 
 
 class Composition(Protocol):
@@ -35,6 +40,8 @@ class GroupBatches:
     seed: int
     limit: int | None = None
     """Epochs after which the groups end, which may cut the last step. None: steps never end."""
+    order: Order | None = None
+    """The order of each epoch, which has `num_groups` entries; None for a permutation."""
 
     def groups(self, step: int) -> np.ndarray:
         start, stop = step * self.batch_size, (step + 1) * self.batch_size
@@ -45,14 +52,19 @@ class GroupBatches:
         # of epoch 0 and the first of epoch 1
         while start < stop:
             epoch, offset = divmod(start, self.num_groups)
-            order = epoch_order(self.num_groups, self.fingerprint, self.seed, epoch)
-            part = order[offset : offset + stop - start]
+            part = self._epoch(epoch)[offset : offset + stop - start]
             parts.append(part)
             start += len(part)
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def num_steps(self, epochs: int) -> int:
         return -(-self.num_groups * epochs // self.batch_size)
+
+    @lru_cache(maxsize=2)  # noqa: B019 (a run has one composition, alive as long as the run)
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self.order is not None:
+            return self.order(epoch)
+        return epoch_order(self.num_groups, self.fingerprint, self.seed, epoch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +80,7 @@ class SortedBatches:
     batch_size: int
     fingerprint: str
     seed: int
+    order: Order | None = None
 
     def groups(self, step: int) -> np.ndarray:
         # 7 groups in batches of 3: the sorted steps have 3, 3 and 1 groups. With steps [2 0 1] the
@@ -78,13 +91,15 @@ class SortedBatches:
         return order[start : start + self.batch_size]
 
     def num_steps(self, epochs: int) -> int:
-        return epochs * -(-len(self.lengths) // self.batch_size)
+        num_groups = len(self.lengths if self.order is None else self.order(0))
+        return epochs * -(-num_groups // self.batch_size)
 
     @lru_cache(maxsize=2)  # noqa: B019 (a run has one composition, alive as long as the run)
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        order = order_by_length(self.lengths, self.fingerprint, self.seed, epoch)
-        steps = seeded("steps", self.fingerprint, self.seed, epoch).permutation(self.num_steps(1))
-        return order, steps
+        key = self.fingerprint, self.seed, epoch
+        order = self.order(epoch) if self.order else epoch_order(len(self.lengths), *key)
+        steps = seeded("steps", *key).permutation(-(-len(order) // self.batch_size))
+        return order_by_length(self.lengths, order), steps
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+
+Order = Callable[[int], np.ndarray]
+"""The groups of an epoch in its order, int64."""
 
 
 def seeded(*key: object) -> np.random.Generator:
@@ -20,7 +24,6 @@ def epoch_order(num_groups: int, fingerprint: str, seed: int, epoch: int) -> np.
     return seeded("order", fingerprint, seed, epoch).permutation(num_groups)
 
 
-def order_by_length(lengths: np.ndarray, fingerprint: str, seed: int, epoch: int) -> np.ndarray:
-    """Groups from short to long; groups of equal length are in the epoch's order."""
-    order = epoch_order(len(lengths), fingerprint, seed, epoch)
+def order_by_length(lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The groups of `order` from short to long; groups of equal length stay in its order."""
     return order[np.argsort(lengths[order], kind="stable")]

@@ -14,30 +14,36 @@ No group is cut. So steps differ by less than the largest group, and their mean 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from megatron_prefix.data.steps.compositions.batches import Composition, GroupBatches
-from megatron_prefix.data.steps.compositions.order import epoch_order
+from megatron_prefix.data.steps.compositions.mixtures import RepeatedSets
+from megatron_prefix.data.steps.compositions.order import Order, epoch_order
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
 
 def group_batches(
-    dataset: PreferenceDataset, batch_size: int, seed: int, epochs: int | None = None
+    dataset: PreferenceDataset,
+    batch_size: int,
+    seed: int,
+    epochs: int | None = None,
+    order: RepeatedSets | None = None,
 ) -> Composition:
     """The composition for `data.global_batch_size`, which counts source records."""
     sizes = np.asarray(dataset.group_num_records, np.int64)
     if (sizes == 1).all():
-        return GroupBatches(len(dataset), batch_size, dataset.fingerprint, seed, epochs)
+        num_groups = len(dataset) if order is None else len(order)
+        return GroupBatches(num_groups, batch_size, dataset.fingerprint, seed, epochs, order)
     largest = int(sizes.argmax())
     if sizes[largest] > batch_size:
         raise InputError(
-            f"data.global_batch_size is {batch_size} and group {largest} of {dataset.prefix} holds "
+            f"data.global_batch_size is {batch_size} and {dataset.place(largest)} holds "
             f"{sizes[largest]} records of one prompt: raise it, or build without --merge-prompts"
         )
-    return RecordBatches(sizes, batch_size, dataset.fingerprint, seed, epochs)
+    return RecordBatches(sizes, batch_size, dataset.fingerprint, seed, epochs, order)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +60,12 @@ class RecordBatches:
     seed: int
     limit: int | None = None
     """Epochs after which there are no more groups. None: steps never end."""
+    order: Order | None = None
+    """The order of each epoch; None for a permutation."""
 
     def groups(self, step: int) -> np.ndarray:
         start, stop = step * self.batch_size, (step + 1) * self.batch_size
-        total = int(self.sizes.sum())
+        total = self._total
         if self.limit is not None:
             stop = min(stop, self.limit * total)
         # 8 records per epoch, batches of 3, step 2: records 6 to 8. With the groups of this
@@ -72,12 +80,20 @@ class RecordBatches:
     def num_steps(self, epochs: int) -> int:
         if not epochs:
             return 0
-        last = self._epoch(epochs - 1)[1][-1] + (epochs - 1) * self.sizes.sum()
+        last = self._epoch(epochs - 1)[1][-1] + (epochs - 1) * self._total
         return int(last) // self.batch_size + 1
+
+    @cached_property
+    def _total(self) -> int:
+        """Records of an epoch."""
+        return int(self.sizes.sum() if self.order is None else self.sizes[self.order(0)].sum())
 
     @lru_cache(maxsize=2)  # noqa: B019 (a run has one composition, alive as long as the run)
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Groups in the epoch's order, and the record at which each begins."""
-        order = epoch_order(len(self.sizes), self.fingerprint, self.seed, epoch)
+        if self.order is not None:
+            order = self.order(epoch)
+        else:
+            order = epoch_order(len(self.sizes), self.fingerprint, self.seed, epoch)
         sizes = self.sizes[order]
         return order, np.cumsum(sizes) - sizes

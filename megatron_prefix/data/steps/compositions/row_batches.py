@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import numpy as np
 
-from megatron_prefix.data.steps.compositions.order import epoch_order, order_by_length, seeded
+from megatron_prefix.data.steps.compositions.order import (
+    Order,
+    epoch_order,
+    order_by_length,
+    seeded,
+)
 from megatron_prefix.data.steps.packing import pack
 from megatron_prefix.errors import InputError
 
@@ -60,12 +66,16 @@ class RowBatches:
     window: int = WINDOW
     sort_by_length: bool = False
     method: str = "first-fit"
+    order: Order | None = None
+    """The order of each epoch, in which groups may be repeated; None for a permutation."""
+    name_of: Callable[[int], str] = "group {}".format
+    """A group in messages."""
 
     def __post_init__(self) -> None:
         longest = int(self.lengths.argmax())
         if self.lengths[longest] > self.capacity:
             raise InputError(
-                f"data.row_capacity is {self.capacity} and group {longest} has "
+                f"data.row_capacity is {self.capacity} and {self.name_of(longest)} has "
                 f"{self.lengths[longest]} tokens; with data.rows_per_step a row holds whole "
                 "groups: raise it, build with a smaller --max-length, or use "
                 "data.global_batch_size"
@@ -95,16 +105,16 @@ class RowBatches:
 
     def fill(self, epoch: int = 0) -> float:
         """Tokens over capacity, over all rows of an epoch, at most 1."""
-        return float(self.lengths.sum() / (self.capacity * len(self._epoch(epoch)[0])))
+        rows = self._epoch(epoch)[0]
+        return float(self.lengths[rows.groups].sum() / (self.capacity * len(rows)))
 
     @lru_cache(maxsize=2)  # noqa: B019 (a run has one composition, alive as long as the run)
     def _epoch(self, epoch: int) -> tuple[EpochRows, np.ndarray]:
         """The epoch's rows, and the order in which its steps are taken."""
         key = self.fingerprint, self.seed, epoch
+        order = self.order(epoch) if self.order else epoch_order(len(self.lengths), *key)
         if self.sort_by_length:
-            order = order_by_length(self.lengths, *key)
-        else:
-            order = epoch_order(len(self.lengths), *key)
+            order = order_by_length(self.lengths, order)
         groups, sizes = [], []
         for start in range(0, len(order), self.window):
             # Items are numbered within their window: window [2 1] and items [1 0] are groups [1 2].

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prefix.data.steps.compositions.batches import Composition, SortedBatches
+from megatron_prefix.data.steps.compositions.mixtures import RepeatedSets, WeightedSets
 from megatron_prefix.data.steps.compositions.record_batches import group_batches
 from megatron_prefix.data.steps.compositions.row_batches import RowBatches
 from megatron_prefix.data.steps.sharing import group_lengths
@@ -28,9 +29,19 @@ class StepSettings:
     sort_by_length: bool = False
     packing_method: str = "first-fit"
     epochs: int | None = None
+    weights: tuple[float, ...] | None = None
+    """Shares of joined data sets in every step, see mixtures.py; needs `global_batch_size`."""
+    set_epochs: tuple[float, ...] | None = None
+    """How often each of joined data sets comes in the one epoch of the run."""
 
     def composition(self, dataset: PreferenceDataset) -> Composition:
         """The composition for these settings. Raises InputError if `dataset` does not fit them."""
+        sizes = tuple(len(part) for part in dataset.parts)
+        if self.weights is not None:
+            return self._weighted(dataset, sizes, self.weights)
+        order = None
+        if self.set_epochs is not None:
+            order = RepeatedSets(sizes, self.set_epochs, dataset.fingerprint, self.seed)
         if self.rows_per_step is not None:
             assert self.row_capacity is not None, "rows_per_step needs row_capacity"
             return RowBatches(
@@ -41,10 +52,12 @@ class StepSettings:
                 self.seed,
                 sort_by_length=self.sort_by_length,
                 method=self.packing_method,
+                order=order,
+                name_of=dataset.place,
             )
         assert self.global_batch_size is not None, "global_batch_size or rows_per_step is needed"
         if not self.sort_by_length:
-            return group_batches(dataset, self.global_batch_size, self.seed, self.epochs)
+            return group_batches(dataset, self.global_batch_size, self.seed, self.epochs, order)
         if (dataset.group_num_records[:] != 1).any():
             raise InputError(
                 f"data.sort_by_length is true and {dataset.prefix} was built with --merge-prompts, "
@@ -52,4 +65,17 @@ class StepSettings:
                 "data.global_batch_size"
             )
         lengths = dataset.groups_num_tokens()
-        return SortedBatches(lengths, self.global_batch_size, dataset.fingerprint, self.seed)
+        return SortedBatches(lengths, self.global_batch_size, dataset.fingerprint, self.seed, order)
+
+    def _weighted(
+        self, dataset: PreferenceDataset, sizes: tuple[int, ...], weights: tuple[float, ...]
+    ) -> WeightedSets:
+        batch_size = self.global_batch_size
+        assert batch_size is not None, "weights share out the groups of a step"
+        for part in dataset.parts:
+            if (part.group_num_records[:] != 1).any():
+                raise InputError(
+                    f"data.train has weights, which share out groups, and {part.prefix} was built "
+                    "with --merge-prompts, so its groups hold several records: give epochs instead"
+                )
+        return WeightedSets(sizes, weights, batch_size, dataset.fingerprint, self.seed)

@@ -45,6 +45,34 @@ COLUMNS: dict[str, np.dtype] = {
 REMEDY = "pack again with megatron-prefix pack"
 
 
+SETTINGS = {
+    "epochs": "train.epochs",
+    "weights": "the weights of data.train",
+    "set_epochs": "the epochs of data.train",
+}
+"""Names of settings in messages, unless they are those of the data section."""
+
+
+def described(settings: StepSettings) -> dict[str, Any]:
+    """The settings as a manifest has them. Those of several data sets are left out if not given,
+    so that plans of one data set stay as they were."""
+    values = asdict(settings)
+    for name in ("weights", "set_epochs"):
+        given = values.pop(name)
+        if given is not None:
+            values[name] = list(given)
+    return values
+
+
+def settings_of(manifest: dict[str, Any]) -> StepSettings:
+    """The settings that `described` wrote."""
+    values = dict(manifest["settings"])
+    for name in ("weights", "set_epochs"):
+        if name in values:
+            values[name] = tuple(values[name])
+    return StepSettings(**values)
+
+
 class PackedSteps:
     """What `write_packed_steps` wrote, memory-mapped: a composition that also has rows.
 
@@ -119,8 +147,10 @@ class PackedSteps:
                 raise InputError(f"{self.path / name} is damaged: its SHA-256 differs: {REMEDY}")
 
     def is_of_these_files(self, dataset: PreferenceDataset) -> bool:
-        """Whether the data set's files are unchanged since `pack` verified their bytes."""
-        return self.manifest["data"].get("seen") == files_seen(dataset)
+        """Whether a data set's files are unchanged since `pack` verified their bytes."""
+        data = self.manifest["data"]
+        seen = [data.get("seen"), *(part["seen"] for part in data.get("sets", []))]
+        return files_seen(dataset) in seen
 
     def check(self, dataset: PreferenceDataset, settings: StepSettings, steps: int | None) -> None:
         """Refuse packed steps of other data or settings; the error has both values.
@@ -135,10 +165,12 @@ class PackedSteps:
                 f"data.train is {dataset.fingerprint[:16]}… of {len(dataset)} groups and was "
                 f"{data['fingerprint'][:16]}… of {data['groups']} when packed"
             )
-        for name, value in asdict(settings).items():
-            if value != packed[name] and not (name == "epochs" and steps):
-                section = "train" if name == "epochs" else "data"
-                differing.append(f"{section}.{name} is {value} and was {packed[name]} when packed")
+        ours = described(settings)
+        for name in {**packed, **ours}:
+            value = ours.get(name)
+            if value != packed.get(name) and not (name == "epochs" and steps):
+                setting = SETTINGS.get(name, f"data.{name}")
+                differing.append(f"{setting} is {value} and was {packed.get(name)} when packed")
         if differing:
             raise InputError(
                 f"data.plan = {self.path} does not match: {'; '.join(differing)}. Pack again with "
@@ -148,7 +180,7 @@ class PackedSteps:
         if steps and steps > whole:
             raise InputError(
                 f"data.plan = {self.path} has {whole} whole steps, and train.steps is {steps}: "
-                "pack again with more --epochs"
+                "pack again for more steps"
             )
 
     def _between(self, name: str, index: int) -> tuple[int, int]:
@@ -191,7 +223,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"there are no packed steps in {path}: {file} is missing. Make them with "
             "megatron-prefix pack"
         )
-    manifest = read_manifest(file, FORMAT, VERSION, command="pack", remedy=REMEDY)
+    manifest = read_manifest(file, FORMAT, (VERSION,), command="pack", remedy=REMEDY)
     if manifest_digest(manifest) != manifest.get("sha256"):
         raise InputError(f"{file} is damaged or was changed: its SHA-256 differs: {REMEDY}")
     return manifest

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_prefix.data.files import is_partition
-from megatron_prefix.data.steps.compositions import StepSettings
-from megatron_prefix.data.steps.packed.reading import REMEDY, PackedSteps
+from megatron_prefix.data.steps.compositions import RepeatedSets, WeightedSets
+from megatron_prefix.data.steps.packed.reading import REMEDY, PackedSteps, settings_of
 from megatron_prefix.data.steps.packed.writing import BundleLengths, Tally
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -33,14 +33,15 @@ def verify_packed_steps(packed: PackedSteps, dataset: PreferenceDataset | None =
         for step in range(counts["steps"]):
             packed.packing(step)
         return
-    settings = StepSettings(**packed.manifest["settings"])
+    settings = settings_of(packed.manifest)
     packed.check(dataset, settings, None)
     capacity = packed.manifest["settings"]["row_capacity"]
     _verify_rows(packed, BundleLengths(dataset, settings.sharing, capacity), capacity)
 
 
 def _verify_groups(packed: PackedSteps) -> None:
-    """Check that every group of the data set is there once per epoch."""
+    """Check that every group of the data set is there once per epoch, or as often as the weights or
+    epochs of several data sets say."""
     groups, num_groups = packed.column("groups"), packed.manifest["data"]["groups"]
     seen = np.zeros(num_groups, np.int32)
     for start in range(0, len(groups), CHUNK):
@@ -50,11 +51,33 @@ def _verify_groups(packed: PackedSteps) -> None:
                 f"{packed.path}/groups.npy names a group outside the data set: {REMEDY}"
             )
         seen += np.bincount(chunk, minlength=num_groups)
-    epochs = packed.manifest["settings"]["epochs"]
-    for group in np.flatnonzero(seen != epochs)[:1].tolist():
+    expected = _expected_counts(packed)
+    for group in np.flatnonzero(seen != expected)[:1].tolist():
+        rule = f"in {packed.manifest['settings']['epochs']} epochs"
+        if "sets" in packed.manifest["data"]:
+            rule = f"instead of {expected[group]}"
         raise InputError(
-            f"{packed.path}: group {group} occurs {seen[group]} times in {epochs} epochs: {REMEDY}"
+            f"{packed.path}: group {group} occurs {seen[group]} times {rule}: {REMEDY}"
         )
+
+
+def _expected_counts(packed: PackedSteps) -> np.ndarray:
+    """How often each group occurs in the plan."""
+    settings, data = settings_of(packed.manifest), packed.manifest["data"]
+    sizes = tuple(part["groups"] for part in data.get("sets", [data]))
+    key = data["fingerprint"], settings.seed
+    if settings.set_epochs is not None:
+        groups = RepeatedSets(sizes, settings.set_epochs, *key)(0)
+        return np.bincount(groups, minlength=sum(sizes))
+    if settings.weights is not None:
+        batch_size = settings.global_batch_size
+        assert batch_size is not None, "weights share out the groups of a step"
+        composition = WeightedSets(sizes, settings.weights, batch_size, *key)
+        counts = np.zeros(sum(sizes), np.int64)
+        for step in range(packed.manifest["counts"]["steps"]):
+            counts += np.bincount(composition.groups(step), minlength=len(counts))
+        return counts
+    return np.full(sum(sizes), settings.epochs)
 
 
 def _verify_rows(packed: PackedSteps, lengths: BundleLengths, capacity: int) -> None:

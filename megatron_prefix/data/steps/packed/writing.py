@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_prefix.data.steps.packed.reading import (
     FORMAT,
     MANIFEST,
     VERSION,
+    described,
     files_seen,
     is_packed_steps,
 )
@@ -42,10 +43,12 @@ def write_packed_steps(
     settings: StepSettings,
     output: str | Path,
     progress: Progress | None = None,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """Pack `settings.epochs` epochs into the folder `output` and return its manifest.
 
-    `settings` needs `epochs` and `row_capacity`. `progress` is called with (steps done, steps).
+    `settings` needs `row_capacity`, and `epochs`. If it has `weights`, which have no end, it needs
+    `steps` instead, the number of steps. `progress` is called with (steps done, steps).
     Raises InputError if a bundle does not fit a row, or if the folder cannot be written.
     """
     if "\0" in str(output) or Path(output).name in ("", ".."):
@@ -60,7 +63,7 @@ def write_packed_steps(
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        manifest = _write(dataset, settings, work, progress)
+        manifest = _write(dataset, settings, work, progress, steps)
         if output.exists():
             os.replace(output, work.with_name(f"{work.name}.old"))
         os.replace(work, output)
@@ -80,7 +83,7 @@ class BundleLengths:
         worst = int(self.tokens.argmax())
         if self.tokens[worst] > capacity:
             raise InputError(
-                f"--row-capacity is {capacity} and group {group[worst]} of {dataset.prefix} needs "
+                f"--row-capacity is {capacity} and {dataset.place(group[worst])} needs "
                 f"{self.tokens[worst]} tokens in one row under --sharing {sharing}: raise it, or "
                 "build with a smaller --max-length"
             )
@@ -104,13 +107,20 @@ class BundleLengths:
 
 
 def _write(
-    dataset: PreferenceDataset, settings: StepSettings, work: Path, progress: Progress | None
+    dataset: PreferenceDataset,
+    settings: StepSettings,
+    work: Path,
+    progress: Progress | None,
+    steps: int | None,
 ) -> dict[str, Any]:
-    capacity, epochs = settings.row_capacity, settings.epochs
-    assert capacity is not None and epochs is not None, settings
+    capacity = settings.row_capacity
+    assert capacity is not None, settings
     bundles = BundleLengths(dataset, settings.sharing, capacity)
     composition = settings.composition(dataset)
-    num_steps = composition.num_steps(epochs)
+    num_steps = steps
+    if num_steps is None:
+        assert settings.epochs is not None, settings
+        num_steps = composition.num_steps(settings.epochs)
     writer, tally = _StepWriter(work), Tally(capacity)
     for step in range(num_steps):
         groups = composition.groups(step)
@@ -128,13 +138,9 @@ def _write(
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "data": {
-            "fingerprint": dataset.fingerprint,
-            "groups": len(dataset),
-            "seen": files_seen(dataset),
-        },
-        "settings": asdict(settings),
-        "counts": {**counts, "whole_steps": _whole_steps(dataset, settings, epochs, num_steps)},
+        "data": _describe_data(dataset),
+        "settings": described(settings),
+        "counts": {**counts, "whole_steps": _whole_steps(dataset, settings, num_steps)},
         **tally.summary(),
         "files": {f"{name}.npy": file_entry(work / f"{name}.npy") for name in COLUMNS},
     }
@@ -143,12 +149,21 @@ def _write(
     return manifest
 
 
-def _whole_steps(
-    dataset: PreferenceDataset, settings: StepSettings, epochs: int, num_steps: int
-) -> int:
+def _describe_data(dataset: PreferenceDataset) -> dict[str, Any]:
+    """The data set as a manifest has it; several joined ones are listed too."""
+    own = {"fingerprint": dataset.fingerprint, "groups": len(dataset)}
+    if len(dataset.parts) == 1:
+        return {**own, "seen": files_seen(dataset)}
+    return {**own, "sets": [_describe_data(part) for part in dataset.parts]}
+
+
+def _whole_steps(dataset: PreferenceDataset, settings: StepSettings, num_steps: int) -> int:
     """Number of steps that are the same in an endless run: all, or all but a last one that the end
     of the epochs cuts."""
+    epochs = settings.epochs
     if settings.global_batch_size is None or settings.sort_by_length:
+        return num_steps
+    if epochs is None or settings.set_epochs is not None:
         return num_steps
     # 10 records of one group each in batches of 4: one epoch has steps of 4, 4 and 2 groups, but
     # the third step of an endless run has 4, so 2 steps are whole.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_prefix.data.store.blocks import starts
+from megatron_prefix.data.store.columns import column
 from megatron_prefix.data.store.verify.spans import Span
 
 Problem = tuple[int, str]
@@ -22,6 +23,21 @@ def column_problems(span: Span) -> Iterator[Problem]:
     yield from shape_problems(span)
     yield from _response_problems(span)
     yield from _pair_problems(span)
+    yield from _value_problems(span)
+
+
+def _value_problems(span: Span) -> Iterator[Problem]:
+    """Entries that break the rule of their column, where each can be judged alone."""
+    groups = {
+        "node": span.group_of_node,
+        "response": span.group_of_response,
+        "pair": span.group_of_pair,
+    }
+    for name, values in span.block.columns.items():
+        about, kind = column(name), name.split("_")[0]
+        if about.holds is not None:
+            text = f"{name} of {kind} {{n}} is not as it must be: {about.rule}"
+            yield from _first(~about.holds(values), groups[kind], text)
 
 
 def _first(bad: np.ndarray, groups: np.ndarray, text: str) -> Iterator[Problem]:
@@ -105,10 +121,6 @@ def _response_problems(span: Span) -> Iterator[Problem]:
         bad = span[f"response_{name}"] != values
         yield from _first(bad, group, f"response_{name} differ from the paths at {{n}}")
     yield from _first(prompts < 1, group, "response {n} has no prompt token")
-    bad = (span["response_ranks"] < -1) | (span["response_sets"] < 0)
-    yield from _first(bad, group, "a rank or a set of response {n} is negative")
-    infinite = np.isinf(span["response_scores"])
-    yield from _first(infinite, group, "the score of response {n} is infinite")
 
 
 def _pair_problems(span: Span) -> Iterator[Problem]:
@@ -116,9 +128,6 @@ def _pair_problems(span: Span) -> Iterator[Problem]:
     first_response = starts(span["group_responses"])[group]
     chosen, rejected = span["pair_responses"].T + first_response
     yield from _first(chosen == rejected, group, "pair {n} compares a response with itself")
-    sets, weights = span["response_sets"], span["pair_weights"]
+    sets = span["response_sets"]
     apart = sets[chosen] != sets[rejected]
     yield from _first(apart, group, "pair {n} takes its responses from two comparison sets")
-    bad = ~(np.isfinite(weights) & (weights > 0))
-    yield from _first(bad, group, "the weight of pair {n} is not a number above 0")
-    yield from _first(np.isinf(span["pair_margins"]), group, "the margin of pair {n} is infinite")

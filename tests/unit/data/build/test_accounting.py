@@ -6,6 +6,7 @@ tokenizer adds one token before them and one after them.
 
 import gzip
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -95,13 +96,17 @@ def test_pairs_truncated(name, data_dir, tmp_path):
     path = data_dir / f"{name}.jsonl.gz"
     groups = responses = tokens = hopeless = 0
     for prompt, chosen, rejected, _ in map(PAIRS[name], rows(path)):
-        longest = max(length(prompt, chosen), length(prompt, rejected))
-        prompt_bytes = len(prompt.encode())
-        room = prompt_bytes - kept_bytes(prompt) - 1
-        if longest - room > LIMIT:
+        sides = (chosen, rejected)
+        longest = max(length(prompt, side) for side in sides)
+        if longest <= LIMIT:
+            continue
+        room = LIMIT - longest + length(prompt)
+        cut = next((text for text in shorter(prompt) if length(text) <= room), None)
+        if cut is None:
             hopeless += 1
-        elif longest > LIMIT:
-            groups, responses, tokens = groups + 1, responses + 2, tokens + 2 * (longest - LIMIT)
+        else:
+            groups, responses = groups + 1, responses + 2
+            tokens += 2 * (length(prompt) - length(cut))
     report, counts = build(tmp_path, path, max_length=LIMIT, overflow="truncate-prompt")
     assert groups > 0
     assert report["truncated"] == {"groups": groups, "responses": responses, "tokens": tokens}
@@ -112,10 +117,35 @@ def test_pairs_truncated(name, data_dir, tmp_path):
     assert counts["groups"] == len(rows(path)) - hopeless
 
 
-def kept_bytes(prompt):
-    """Bytes of the system message before the first turn of a user."""
-    system = prompt.startswith(MARKS["system"])
-    return prompt.index(MARKS["human"]) if system else 0
+HEADER = re.compile(r"(\n\n(?:Human|Assistant|System): ?)")
+
+
+def shorter(prompt):
+    """The prompt without more and more of its oldest text, turn by turn.
+
+    The text of the oldest user's turn goes first, then this turn with the answers to it. Of the
+    last question and what follows it, every turn keeps a character.
+    """
+    front, *parts = HEADER.split(prompt)
+    turns = [list(turn) for turn in zip(parts[::2], parts[1::2], strict=True)]
+    if turns[0][0].startswith(MARKS["system"].rstrip()):
+        front += "".join(turns.pop(0))
+
+    def joined():
+        return front + "".join(header + text for header, text in turns)
+
+    while sum(turn[0].startswith("\n\nHuman") for turn in turns) > 1:
+        while len(turns[0][1]) > 1:
+            turns[0][1] = turns[0][1][1:]
+            yield joined()
+        del turns[0]
+        while not turns[0][0].startswith("\n\nHuman"):
+            del turns[0]
+        yield joined()
+    for turn in turns:
+        while len(turn[1]) > 1:
+            turn[1] = turn[1][1:]
+            yield joined()
 
 
 def test_trees_dropped(data_dir, tmp_path):

@@ -158,8 +158,8 @@ class TestMerge:
 
     def test_another_tokenizer_or_option_is_refused(self, parts):
         first = self.build(parts, "a", "0.jsonl")
-        second = self.build(parts, "b", "1.jsonl", append_eos=False)
-        with pytest.raises(InputError, match="option append_eos False, .* has True"):
+        second = self.build(parts, "b", "1.jsonl", eos="never")
+        with pytest.raises(InputError, match="tokenizer end_of_text .*never.*, .* has .*auto"):
             merge_datasets([first, second], parts / "merged")
         assert not list(parts.glob("*merged*"))
 

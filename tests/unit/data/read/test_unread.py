@@ -1,11 +1,12 @@
 """Nothing is lost in silence: what is not read is refused or listed."""
 
 import json
+import re
 
 import pytest
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.read import ExampleReader
+from megatron_prefix.data.read import ExampleReader, parse_columns
 from megatron_prefix.errors import InputError
 
 
@@ -171,3 +172,40 @@ def test_correct_the_record_is_said_only_if_others_fit(tmp_path, capsys):
     ):
         assert main(write(tmp_path, *records)) == 2
         assert ("Correct the record" in capsys.readouterr().err) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({**PAIR, "system": "s"}, ["s", "p"]),
+        ({**PAIR, "system_message": "s"}, ["s", "p"]),
+        ({**PAIR, "context": "c"}, ["c\np"]),
+        ({"question": "q", "context": "c", "chosen": "a", "rejected": "b"}, ["c\nq"]),
+        ({"input": "q", "sys_prompt": "s", "chosen": "a", "rejected": "b"}, ["s", "q"]),
+        ({"context": "c", "chosen": "the a", "rejected": "the b"}, ["c"]),
+        ({"sentence": "c", "chosen": "the a", "rejected": "the b"}, ["c"]),
+    ],
+)
+def test_the_flags_of_a_remedy_build_the_record(record, expected):
+    with pytest.raises(InputError) as error:
+        unread(record)
+    flags = re.findall(r"--map (\w+=\w+)", str(error.value))
+    example = ExampleReader(columns=parse_columns(flags)).read(record)
+    assert [turn.content for turn in example.responses[0].prompt] == expected
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**TURNS, "context": "c"},
+        {**PAIR, "context": ["c"]},
+        {**DIALOGUES, "context": "c"},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+        | {"context": "c"},
+        {"instruction": "q", "context": "c", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_no_flags_are_advised_that_do_not_help(record):
+    with pytest.raises(InputError, match="write its text into the prompt") as error:
+        unread(record)
+    assert "--map" not in str(error.value)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from data_sets import TOKENIZER, assert_same, damage, edit_manifest, random_tree, write
 
-from megatron_prefix.data.files.checksums import file_entry
+from megatron_prefix.data.files.checksums import file_entry, manifest_digest
 from megatron_prefix.data.files.columns import ColumnWriter
-from megatron_prefix.data.store.columns import COLUMNS
+from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.store.columns import COLUMNS, OPTIONAL_COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import FILES, fingerprint, suffix_path
 from megatron_prefix.data.store.verify.checks import verify_checksums, verify_dataset
@@ -250,13 +251,13 @@ def test_columns_with_pickled_objects_are_not_loaded(prefix):
         ("response_lengths", 5, 1, "group 1: response_lengths differ"),
         ("response_prompts", 5, 0, "group 1: response_prompts differ"),
         ("response_sets", 4, 0, "group 0: pair 2 takes its responses from two"),
-        ("response_ranks", 0, -2, "group 0: a rank"),
-        ("response_scores", 0, np.inf, "group 0: the score of response 0 is infinite"),
+        ("response_ranks", 0, -2, "group 0: response_ranks of response 0 is not .* at least -1"),
+        ("response_scores", 0, np.inf, "group 0: response_scores of response 0"),
         ("pair_responses", 0, (1, 1), "group 0: pair 0 compares"),
         ("pair_responses", 0, (1, 9), "group 0: pair_responses points outside"),
-        ("pair_weights", 0, 0.0, "group 0: the weight of pair 0"),
-        ("pair_weights", 0, np.nan, "group 0: the weight of pair 0"),
-        ("pair_margins", 0, np.inf, "group 0: the margin of pair 0"),
+        ("pair_weights", 0, 0.0, "group 0: pair_weights of pair 0 is not .*: finite, above 0"),
+        ("pair_weights", 0, np.nan, "group 0: pair_weights of pair 0 is not .*: finite, above 0"),
+        ("pair_margins", 0, np.inf, "group 0: pair_margins of pair 0"),
     ],
 )
 def test_a_wrong_layout_is_seen_though_checksums_fit(prefix, name, at, value, message):
@@ -312,12 +313,18 @@ def test_column_headers_hold_any_length(tmp_path):
 
 
 def test_the_documented_columns_have_their_types():
-    """A line "| `pair_responses` | int32 [P, 2] | …": int32, two numbers an entry."""
+    """A line "| `pair_responses` | int32 [P, 2] | … | rule |": int32, two numbers an entry; for
+    optional columns "| rule | value if absent |"."""
     text = (Path(__file__).resolve().parents[4] / "docs" / "data_format.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \[(.*?)\] \|", text, re.MULTILINE)
-    documented = {name: (dtype, shape.endswith(", 2")) for name, dtype, shape in rows}
-    expected = {name: (dtype.name, tail == (2,)) for name, (dtype, tail) in COLUMNS.items()}
-    assert {name: documented[name] for name in expected} == expected
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \[(.*?)\] \| (.*) \|$", text, re.MULTILINE)
+    documented = {name: (dtype, shape, cells.split(" | ")) for name, dtype, shape, cells in rows}
+    for name, about in {**COLUMNS, **OPTIONAL_COLUMNS}.items():
+        dtype, shape, cells = documented[name]
+        tail = {(): "", (2,): ", 2", (None,): ", A"}[about.tail]
+        assert (dtype, shape[1:].replace("+1", "")) == (about.dtype.name, tail), name
+        assert cells[1] == about.rule, name
+        if name in OPTIONAL_COLUMNS:
+            np.testing.assert_equal(float(cells[2]), about.absent)
 
 
 def test_the_documented_reader_reads_what_was_written(prefix, trees):
@@ -334,3 +341,105 @@ def test_the_documented_reader_reads_what_was_written(prefix, trees):
             assert (prompt + own, len(prompt)) == (tokens.tolist(), loss_start)
         assert [p for p, _ in pairs] == tree.pairs.tolist()
         assert [w for _, w in pairs] == tree.pair_weights.tolist()
+
+
+def with_optional(block, **columns):
+    return Block(
+        tokens=block.tokens,
+        node_lengths=block.node_lengths,
+        columns={**block.columns, **columns},
+    )
+
+
+@pytest.fixture
+def with_betas(tmp_path, trees):
+    """Groups 0 to 2 without, 3 to 6 with optional columns, then one without."""
+    first, last = (write(tmp_path / name, part) for name, part in (("a", trees[:3]), ("b", trees)))
+    assert first["columns"].keys() == last["columns"].keys() == COLUMNS.keys()
+    plain, others = PreferenceDataset(tmp_path / "a"), PreferenceDataset(tmp_path / "b")
+    more = others.block(3, 7)
+    pairs, responses = len(more.columns["pair_weights"]), len(more.columns["response_ranks"])
+    with DatasetWriter(tmp_path / "betas", TOKENIZER) as writer:
+        writer.add_block(plain.block(0, 3))
+        writer.add_block(
+            with_optional(
+                more,
+                pair_betas=np.full(pairs, 0.25),
+                response_attributes=np.ones((responses, 5)),
+            )
+        )
+        writer.add_block(with_optional(plain.block(0, 1), group_records=np.array([9])))
+        writer.finish()
+    return tmp_path / "betas"
+
+
+def test_optional_columns_have_their_stated_value_where_they_are_absent(prefix, with_betas):
+    plain, dataset = PreferenceDataset(prefix), PreferenceDataset(with_betas)
+    assert plain.columns == [*COLUMNS]
+    assert np.isnan(plain.pair_betas).all() and len(plain.pair_betas) == len(plain.pair_weights)
+    assert (plain.response_roles == 0).all() and plain.response_roles.dtype == np.int32
+    assert plain.response_attributes.shape == (len(plain.response_ranks), 0)
+    assert sorted(set(dataset.columns) - set(COLUMNS)) == ["pair_betas", "response_attributes"]
+    start, stop = dataset.group_pairs[[3, 7]]
+    assert (dataset.pair_betas[start:stop] == 0.25).all()
+    assert np.isnan(np.delete(dataset.pair_betas, np.s_[start:stop])).all()
+    start, stop = dataset.group_responses[[3, 7]]
+    assert dataset.response_attributes.shape[1] == 5
+    assert (dataset.response_attributes[start:stop] == 1).all()
+    assert np.isnan(dataset.response_attributes[:start]).all()
+    verify_dataset(dataset)
+    betas = dataset.block(2, 4).columns["pair_betas"]
+    assert len(betas) == dataset.group_pairs[4] - dataset.group_pairs[2]
+    damage(with_betas, "pair_betas", int(dataset.group_pairs[3]), -1.0)
+    with pytest.raises(InputError, match="group 3: pair_betas of pair 0 .* above 0"):
+        verify_dataset(PreferenceDataset(with_betas))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["columns"].update(node_images={}), "the column node_images, which this"),
+        (lambda m: m["files"].update({".images": {}}), "the file PREFIX.images, which this"),
+        (lambda m: m["columns"].pop("node_parents"), "the file PREFIX.tree/node_parents.npy"),
+        (lambda m: m.pop("columns"), "lacks 'columns'"),
+        (lambda m: m["columns"]["pair_weights"].update(dtype="int8"), "column pair_weights is"),
+        (lambda m: m["columns"]["pair_responses"].update(shape=[3]), "column pair_responses is"),
+        (
+            lambda m: [m[key].pop(name) for key, name in MARGINS],
+            "lacks the column pair_margins",
+        ),
+    ],
+)
+def test_unknown_and_missing_columns_are_refused_by_name(prefix, change, message):
+    edit_manifest(prefix, change)
+    with pytest.raises(InputError, match=message):
+        PreferenceDataset(prefix)
+
+
+MARGINS = (("columns", "pair_margins"), ("files", ".tree/pair_margins.npy"))
+
+
+def test_a_column_that_the_manifest_does_not_list_is_refused(prefix):
+    np.save(suffix_path(prefix, ".tree/pair_betas.npy"), np.ones(3))
+    with pytest.raises(InputError, match=r"pair_betas.npy is not a file of this data set"):
+        PreferenceDataset(prefix)
+
+
+def as_version_2(manifest):
+    manifest["version"] = 2
+    del manifest["columns"]
+    for key in ("vocabulary", "begin_of_text", "end_of_text"):
+        manifest["tokenizer"].pop(key, None)
+    manifest["sha256"] = manifest_digest(manifest)
+
+
+def test_version_2_is_read_as_before(prefix, trees):
+    new = PreferenceDataset(prefix)
+    edit_manifest(prefix, as_version_2)
+    old = PreferenceDataset(prefix)
+    verify_dataset(old)
+    assert old.fingerprint == new.fingerprint and old.columns == new.columns
+    for name in (*COLUMNS, *OPTIONAL_COLUMNS):
+        np.testing.assert_array_equal(getattr(old, name), getattr(new, name))
+    for group, tree in enumerate(trees):
+        assert_same(old[group], tree)

@@ -6,8 +6,8 @@ import pytest
 from megatron_prefix.data.read import ExampleReader, Inputs, Message
 from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.tokenize import PathEncoder, Tokenizer, TooLong, load_tokenizer, select
-from megatron_prefix.data.tokenize.base import plain_layout
-from megatron_prefix.data.tokenize.paths import NOTE_TEMPLATE
+from megatron_prefix.data.tokenize.base import plain_layout, vocabulary_digest
+from megatron_prefix.data.tokenize.paths import NOTE_NO_END, NOTE_TEMPLATE
 from megatron_prefix.data.tree import Pair
 from megatron_prefix.errors import InputError
 
@@ -101,7 +101,7 @@ def test_begin_and_end_of_text_occur_once():
     (chosen, rejected), notes = encode(load_tokenizer("bytes"), pair_example("ab", "c", "d"))
     assert chosen.tokens.tolist() == [256, 97, 98, 99, 257] and chosen.loss_start == 3
     assert rejected.tokens.tolist() == [256, 97, 98, 100, 257] and notes == []
-    bare = encode(load_tokenizer("bytes"), pair_example("ab", "c", "d"), append_eos=False)[0][0]
+    bare = encode(load_tokenizer("bytes"), pair_example("ab", "c", "d"), eos="never")[0][0]
     assert bare.tokens.tolist() == [256, 97, 98, 99]
 
 
@@ -175,24 +175,59 @@ def test_begin_of_text_of_a_template_is_not_repeated(hf_dir, tmp_path):
     base.add_special_tokens({"bos_token": "<bos>"})
     base.save_pretrained(tmp_path / "with-bos")
     tokenizer = load_tokenizer(tmp_path / "with-bos")
-    for example in (
-        pair_example((message("user", "say"),), *answers("yes", "no")),
-        pair_example("say", " yes", " no"),
-    ):
-        for path in encode(tokenizer, example)[0]:
+    example = pair_example((message("user", "say"),), *answers("yes", "no"))
+    for mode in ("auto", "always"):
+        for path in encode(tokenizer, example, bos=mode)[0]:
             assert path.tokens[0] == tokenizer.bos_id
             assert (path.tokens == tokenizer.bos_id).sum() == 1
             text = tokenizer.decode(path.tokens[path.loss_start :])
             assert text.strip() in ("yes<|im_end|>", "no<|im_end|>")
 
 
-def test_template_without_an_end_gets_end_of_text(hf_dir, tmp_path):
+def test_begin_of_text_that_the_tokenizer_does_not_write(hf_dir, tmp_path):
+    from transformers import AutoTokenizer
+
+    base = AutoTokenizer.from_pretrained(hf_dir)
+    base.add_special_tokens({"bos_token": "<bos>"})
+    base.save_pretrained(tmp_path / "with-bos")
+    tokenizer = load_tokenizer(tmp_path / "with-bos")
+    conversation = pair_example((message("user", "say"),), *answers("yes", "no"))
+    for example in (conversation, pair_example("say", " yes", " no")):
+        for mode, count in (("auto", 0), ("always", 1), ("never", 0)):
+            encoder = PathEncoder(tokenizer, bos=mode)
+            for path in encoder.encode(example)[0]:
+                assert (path.tokens == tokenizer.bos_id).sum() == count
+                assert tokenizer.decode(path.tokens).startswith("<bos>" * count)
+            assert (encoder.added.begin_of_text, encoder.added.num_responses) == (2 * count, 2)
+    assert PathEncoder(tokenizer).describe()["begin_of_text"]["text"] == []
+    with pytest.raises(InputError, match="--bos is always and tokenizer .* no begin-of-text"):
+        PathEncoder(load_tokenizer(hf_dir), bos="always")
+    with pytest.raises(InputError, match="--eos is 'some': give one of auto, always, never"):
+        PathEncoder(tokenizer, eos="some")
+
+
+def test_the_vocabulary_is_known_apart_from_the_template(hf_dir, tmp_path, sentencepiece_model):
+    other = load_tokenizer(edit_template(hf_dir, tmp_path, CHATML + " "))
+    tokenizer = load_tokenizer(hf_dir)
+    assert other.vocabulary == tokenizer.vocabulary and other.fingerprint != tokenizer.fingerprint
+    digests = {load_tokenizer(t).vocabulary for t in ("bytes", hf_dir, sentencepiece_model)}
+    assert len(digests) == 3
+    pieces = {"a": 0, "b": 1, "<s>": 2}
+    known = vocabulary_digest(pieces, ["<s>"])
+    assert known == vocabulary_digest(dict(reversed(pieces.items())), ["<s>"])
+    assert known != vocabulary_digest({**pieces, "a": 1, "b": 0}, ["<s>"])
+    assert known != vocabulary_digest(pieces, [])
+
+
+def test_template_without_an_end_gets_one_only_if_asked(hf_dir, tmp_path):
     plain = "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}"
     plain += "{% if add_generation_prompt %}a:{% endif %}"
     tokenizer = load_tokenizer(edit_template(hf_dir, tmp_path, plain))
     example = pair_example((message("user", "say"),), *answers("yes", "no"))
-    path = encode(tokenizer, example)[0][0]
-    assert tokenizer.decode(path.tokens) == "u: say\na: yes\n<|im_end|>"
+    (path, _), notes = encode(tokenizer, example)
+    assert tokenizer.decode(path.tokens) == "u: say\na: yes\n" and notes == [NOTE_NO_END] * 2
+    (path, _), notes = encode(tokenizer, example, eos="always")
+    assert tokenizer.decode(path.tokens) == "u: say\na: yes\n<|im_end|>" and notes == []
     assert tokenizer.decode(path.tokens[path.loss_start :]) == " yes\n<|im_end|>"
     assert tokenizer.fingerprint != load_tokenizer(hf_dir).fingerprint
 
@@ -262,20 +297,20 @@ class NoSpecials(Tokenizer):
 
 
 def test_appending_needs_an_end_of_text_token():
-    with pytest.raises(InputError, match="--no-append-eos"):
+    with pytest.raises(InputError, match="--eos never"):
         PathEncoder(NoSpecials())
 
 
-def choose(example, tokenizer=None, append_eos=True, **limits):
-    encoder = PathEncoder(tokenizer or load_tokenizer("bytes"), append_eos)
+def choose(example, tokenizer=None, eos="auto", **limits):
+    encoder = PathEncoder(tokenizer or load_tokenizer("bytes"), eos=eos)
     paths, _ = encoder.encode(example)
     return select(example, paths, encoder=encoder, **limits)
 
 
 def test_responses_and_prompts_of_no_token_are_dropped():
-    selection = choose(pair_example("p", "", "a"), NoSpecials(), append_eos=False)
+    selection = choose(pair_example("p", "", "a"), NoSpecials(), eos="never")
     assert selection.pairs == [] and selection.dropped["no response token"] == (1, 1)
-    selection = choose(pair_example("", "a", "b"), NoSpecials(), append_eos=False)
+    selection = choose(pair_example("", "a", "b"), NoSpecials(), eos="never")
     assert selection.dropped["no prompt token"] == (2, 1)
     selection = choose(pair_example("p", "", "a"))
     assert len(selection.pairs) == 1 and len(selection.paths[0].tokens) == 3
@@ -286,7 +321,7 @@ def test_equal_tokens_are_no_comparison():
         def encode(self, text):
             return super().encode(text.upper())
 
-    selection = choose(pair_example("p", "a", "A"), Upper(), append_eos=False)
+    selection = choose(pair_example("p", "a", "A"), Upper(), eos="never")
     assert selection.pairs == [] and selection.dropped["chosen equals rejected"] == (0, 1)
 
 
@@ -358,9 +393,9 @@ def test_truncation_keeps_the_system_message():
     example = pair_example(turns, *answers("a", "b"))
     tokenizer = load_tokenizer("bytes")
     whole = choose(example).paths[0].tokens
-    selection = choose(example, max_length=len(whole) - 12, overflow="truncate-prompt")
+    selection = choose(example, max_length=len(whole) - 9, overflow="truncate-prompt")
     text = tokenizer.decode(selection.paths[0].tokens.tolist())
-    assert text == "<bos>\n\nSystem: S3456789\n\nAssistant: a<eos>"
+    assert text == "<bos>\n\nSystem: S\n\nHuman: 9\n\nAssistant: a<eos>"
 
 
 def test_truncation_with_a_chat_template_keeps_the_system_message(hf_dir, tmp_path):
@@ -372,7 +407,7 @@ def test_truncation_with_a_chat_template_keeps_the_system_message(hf_dir, tmp_pa
         whole = choose(example, tokenizer).paths[0].tokens
         limits = {"max_length": len(whole) - 6, "overflow": "truncate-prompt"}
         text = tokenizer.decode(choose(example, tokenizer, **limits).paths[0].tokens.tolist())
-        assert text.startswith("<|im_start|>system\nsay<|im_end|>\n")
+        assert text.startswith("<|im_start|>system\nsay<|im_end|>\n<|im_start|>user\n")
         assert text.endswith("<|im_start|>assistant\nyes<|im_end|>\n")
 
 

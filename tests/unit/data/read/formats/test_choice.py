@@ -122,6 +122,8 @@ def test_arena_conversations_and_votes():
     record = {"prompt": json.dumps(["p", "q"]), **texts}
     expected = [("user", "p"), ("assistant", "x"), ("user", "q")]
     assert read({**record, **votes}) == (expected, GOOD, BAD)
+    silent = {**record, "response_a": json.dumps(["x", None])}
+    assert read({**silent, **votes}) == (expected, GOOD, [("assistant", "")])
     tie = {"winner_model_a": 0, "winner_model_b": 0, "winner_tie": 1}
     with pytest.raises(DegenerateRecord, match="tie"):
         read({**record, **tie})
