@@ -46,3 +46,6 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", module=r"megatron_prefix\.platform")  # Megatron's calls
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"torch\.distributed\.checkpoint\..*"
+    )
