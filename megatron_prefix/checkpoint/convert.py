@@ -80,7 +80,8 @@ def import_hf(hf: str, output: str | Path) -> Converted:
     model = HFModel.open(hf)
     weights = _weight_map(model)
     tensors = HFTensors(model.directory)
-    tensors.check(weights.hf_shapes())
+    is_tied = not model.sizes.untie_embeddings_and_output_weights
+    tensors.match(weights.hf_shapes(), is_tied)
     items = _write_items(weights, tensors)
     with _new_directory(Path(output), "--output") as partial:
         writer = FileSystemWriter(partial, single_file_per_rank=False, thread_count=1)

@@ -193,7 +193,7 @@ def load_hf_weights(
     shapes = weights.hf_shapes()
     if keeps_head:
         del shapes[REWARD_HEAD]
-    tensors.check(shapes)
+    tensors.match(shapes, is_tied=not sizes.untie_embeddings_and_output_weights)
     padded = model.config.padded_vocab_size
     tied = model.config.share_embeddings_and_output_weights
     for name, parameter in canonical_parameters(model):

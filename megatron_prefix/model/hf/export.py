@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_prefix.config import ModelConfig, ModelSizes
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.config import ARCHITECTURES, LM, MIXTURES, REWARD, HFModel
+from megatron_prefix.model.hf.config import LM, REWARD, HFModel
+from megatron_prefix.model.hf.families import FAMILIES
 from megatron_prefix.model.hf.files import copy_companions
 
 
@@ -36,7 +37,8 @@ def write_hf_folder(
         copy_companions(source.directory, folder)
         if model.kind == "lm":
             return
-        config = source.config
+        # the end of text may be a default of the model type
+        config = source.config | {"eos_token_id": source.settings.eos_token_id}
     else:
         try:
             config = hf_from_sizes(sizes, vocab_size, max_positions, model.dtype)
@@ -63,7 +65,7 @@ def hf_from_sizes(
         given = {k: v for k, v in vars(sizes.rope_scaling).items() if v is not None}
         rope |= {"rope_type": given.pop("type"), **given}
     config = {
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [FAMILIES[kind].architecture],
         "model_type": kind,
         "dtype": dtype,
         "hidden_act": "silu",
@@ -80,7 +82,7 @@ def hf_from_sizes(
     }
     if kind != "qwen2":
         config["head_dim"] = sizes.kv_channels
-    if kind in MIXTURES:
+    if FAMILIES[kind].experts:
         config["num_experts_per_tok"] = sizes.moe_router_topk
         config["num_local_experts"] = sizes.num_moe_experts
         if kind == "mixtral":
@@ -122,7 +124,7 @@ def reward_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     neither has one, or if it is an end-of-text token, which texts end in: transformers then
     scores single texts correctly and refuses batches, instead of scoring another token.
     """
-    classifier = ARCHITECTURES[config["model_type"]].replace(LM, REWARD)
+    classifier = FAMILIES[config["model_type"]].architecture.replace(LM, REWARD)
     pad = config.get("pad_token_id")
     pad = _tokenizer_pad(folder) if pad is None else pad
     ends = config.get("eos_token_id")

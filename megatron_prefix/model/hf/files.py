@@ -13,14 +13,17 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf.reading import refuse_adapter
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD, SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,6 +33,12 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _COMPANIONS = (".json", ".model", ".txt", ".jinja")
 _TEMPLATES = "additional_chat_templates"
+_BASE = "model."
+_ROTARY_TABLE = ".rotary_emb.inv_freq"
+_OTHER_FORMAT = "consolidated"
+"""Start of the file names of Mistral's own format, which its directories have, too."""
+_ROWS_COMPARED = 4096
+"""Rows of two embeddings in memory at a time."""
 
 
 class HFTensors:
@@ -41,19 +50,16 @@ class HFTensors:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._file_of: dict[str, Path] = {}
+        self._place: dict[str, tuple[Path, str]] = {}
+        """The file of each tensor, and its name there."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for path, names in _files(directory).items():
+        for path, listed in weight_files(directory).items():
             with _opened(path) as file:
                 held = set(file.keys())
-                for name in names if names is not None else sorted(held):
-                    if name not in held:
-                        raise InputError(
-                            f"{path}: tensor {name} is missing, and {INDEX} says it is there: "
-                            "fetch the model again"
-                        )
-                    self._file_of[name] = path
+                _check_index(path, held, listed)
+                for name in sorted(held):
+                    self._place[name] = (path, name)
                     entry = file.get_slice(name)
                     self.shapes[name] = tuple(entry.get_shape())
                     code = entry.get_dtype()
@@ -63,12 +69,21 @@ class HFTensors:
                         )
                     self.dtypes[name] = DTYPES[code]
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse tensors that are missing, not `expected`, or of another shape.
+    def match(self, expected: Mapping[str, tuple[int, ...]], is_tied: bool = False) -> None:
+        """Find the tensors of the model. Refuse those that are missing, not `expected`, or of
+        another shape.
 
-        Tables of rotary frequencies, which old Llama checkpoints contain, and the copy of tied
-        embeddings under the head's name are ignored.
+        As in transformers, names may lack the prefix `model.`, and of tied embeddings (`is_tied`)
+        it does not matter which one is stored. If both are, they must be equal. Tables of rotary
+        frequencies, which old Llama checkpoints contain, and a head that the model does not use
+        are ignored.
         """
+        for name in expected:
+            bare = name.removeprefix(_BASE)
+            if name not in self.shapes and bare in self.shapes:
+                self._rename(bare, name)
+        if is_tied and EMBEDDING not in self.shapes and HEAD in self.shapes:
+            self._rename(HEAD, EMBEDDING)
         for name, shape in expected.items():
             if name not in self.shapes:
                 raise InputError(
@@ -76,41 +91,92 @@ class HFTensors:
                 )
             if self.shapes[name] != tuple(shape):
                 raise InputError(
-                    f"{self._file_of[name]}: tensor {name} has shape {list(self.shapes[name])}, "
-                    f"config.json asks for {list(shape)}"
+                    f"{self._place[name][0]}: tensor {name} has shape "
+                    f"{list(self.shapes[name])}, config.json asks for {list(shape)}"
                 )
         for name in self.shapes:
-            if name in expected or name.endswith(".rotary_emb.inv_freq"):
-                continue
-            if name != "lm_head.weight":
-                raise InputError(
-                    f"{self._file_of[name]}: tensor {name} has no place in the model that "
-                    "config.json describes"
-                )
+            if name not in expected and name != HEAD and not name.endswith(_ROTARY_TABLE):
+                raise self._surplus(name)
+        if is_tied and HEAD in self.shapes:
+            self._refuse_another_head()
 
     def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """Rows and columns of a tensor, as a copy."""
-        path = self._file_of[name]
+        path, stored = self._place[name]
         with _opened(path) as file:
-            entry = file.get_slice(name)
+            entry = file.get_slice(stored)
             tensor = entry[rows] if len(self.shapes[name]) == 1 else entry[rows, columns]
             return tensor.clone(memory_format=torch.contiguous_format)
 
+    def _rename(self, stored: str, name: str) -> None:
+        self._place[name] = self._place.pop(stored)
+        self.shapes[name] = self.shapes.pop(stored)
+        self.dtypes[name] = self.dtypes.pop(stored)
 
-def _files(directory: Path) -> dict[Path, list[str] | None]:
-    """The files with weights, each with the tensors to read from it; None: all."""
-    index = directory / INDEX
-    if not index.is_file():
-        if (directory / SINGLE).is_file():
-            return {directory / SINGLE: None}
-        pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pth"))
-        remedy = (
-            f"there is {pickled[0].name}, a pickle, which could run code and is not read: load "
-            "the model with transformers and save_pretrained it"
-            if pickled
-            else "give the directory of a Hugging Face model"
+    def _surplus(self, name: str) -> InputError:
+        place = f"{self._place[name][0]}: tensor {name} has no place in the model that config.json"
+        if name != SCORE:
+            return InputError(f"{place} describes")
+        return InputError(
+            f'{place} describes: for a reward model, set "architectures" in config.json to the '
+            'sequence classifier that it is, as ["LlamaForSequenceClassification"]'
         )
-        raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there; {remedy}")
+
+    def _refuse_another_head(self) -> None:
+        """Two copies of tied embeddings must be equal: else it is not known which one to train."""
+        rows, columns = self.shapes[EMBEDDING]
+        same = self.shapes[HEAD] == (rows, columns)
+        for start in range(0, rows if same else 0, _ROWS_COMPARED):
+            part = slice(start, start + _ROWS_COMPARED)
+            if not torch.equal(self.read(EMBEDDING, part).float(), self.read(HEAD, part).float()):
+                same = False
+                break
+        if not same:
+            raise InputError(
+                f"{self._place[HEAD][0]}: config.json has tie_word_embeddings true, and tensor "
+                f"{HEAD} differs from {EMBEDDING}: set tie_word_embeddings to false to keep both, "
+                f"or remove {HEAD}"
+            )
+
+
+def weight_files(directory: Path) -> dict[Path, list[str] | None]:
+    """The files with weights, each with the tensors that the index lists for it; None: no index.
+
+    Raises InputError if there is none, or more than one set of weights: transformers would take
+    one of them, which need not be the newest.
+    """
+    refuse_adapter(directory)
+    index, single = directory / INDEX, directory / SINGLE
+    files: dict[Path, list[str] | None] = {}
+    if index.is_file():
+        files |= _indexed(index)
+    elif single.is_file():
+        files[single] = None
+    else:
+        _refuse_pickles(directory)
+    first = index if index.is_file() else single
+    for path in sorted(directory.glob("*.safetensors")):
+        if path not in files and not path.name.startswith(_OTHER_FORMAT):
+            raise InputError(
+                f"{directory}: two sets of weights, {first.name} and {path.name}: move the one "
+                "that is not meant to another directory"
+            )
+    return files
+
+
+def _refuse_pickles(directory: Path) -> NoReturn:
+    pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pth"))
+    remedy = (
+        f"there is {pickled[0].name}, a pickle, which could run code and is not read: load "
+        "the model with transformers and save_pretrained it"
+        if pickled
+        else "give the directory of a Hugging Face model"
+    )
+    raise InputError(f"{directory}: neither {SINGLE} nor {INDEX} is there; {remedy}")
+
+
+def _indexed(index: Path) -> dict[Path, list[str]]:
+    """The files that an index names, each with its tensors."""
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -119,8 +185,25 @@ def _files(directory: Path) -> dict[Path, list[str] | None]:
     for name, file in entries:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith("tensors"):
             raise InputError(f"{index}: tensor {name} is in {file!r}, which is no file's name")
-        files.setdefault(directory / file, []).append(name)
-    return dict(files)
+        files.setdefault(index.parent / file, []).append(name)
+    return files
+
+
+def _check_index(path: Path, held: set[str], listed: list[str] | None) -> None:
+    """Refuse an index of other files: transformers reads the files and ignores what it lists."""
+    if listed is None:
+        return
+    if missing := sorted(set(listed) - held):
+        raise InputError(
+            f"{path}: tensor {missing[0]} is missing, and {INDEX} says it is there: "
+            "fetch the model again"
+        )
+    surplus = sorted(name for name in held - set(listed) if not name.endswith(_ROTARY_TABLE))
+    if surplus:
+        raise InputError(
+            f"{path}: tensor {surplus[0]} is there, and {INDEX} does not list it for this file, "
+            f"so one of the two is older: fetch the model again, or save it again"
+        )
 
 
 @contextlib.contextmanager
