@@ -94,7 +94,7 @@ def read_settings(directory: Path, family: Family, source: str) -> Any:
     except Exception as error:  # each key of each class may raise what it likes
         raise InputError(
             f"{source}: transformers {transformers.__version__} refuses it "
-            f"({' '.join(f'{type(error).__name__}: {error}'.split())[:300]}): correct this key"
+            f"({' '.join(f'{type(error).__name__}: {error}'.split())[:300]}): correct config.json"
         ) from None
     if FAMILIES.get(settings.model_type) is not family:
         raise InputError(

@@ -14,28 +14,29 @@ from megatron_prefix.model.hf.export import reward_config
 LM = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "eos_token_id": 2}
 
 
-def kind_of(config: dict) -> str:
-    return HFModel(Path("here"), config).kind
+def kind_of(folder: Path, config: dict) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    return HFModel.read(folder).kind
 
 
-def test_kinds():
-    one = {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
-    assert kind_of(one) == "reward"
-    assert kind_of({**one, "id2label": None, "num_labels": 1}) == "reward"
-    assert kind_of(LM) == "lm" and kind_of({}) == "lm"
+def test_kinds(tmp_path):
+    one = {"model_type": "qwen2", "architectures": ["Qwen2ForSequenceClassification"]}
+    assert kind_of(tmp_path, {**one, "id2label": {"0": "LABEL_0"}}) == "reward"
+    assert kind_of(tmp_path, {**one, "id2label": None, "num_labels": 1}) == "reward"
+    assert kind_of(tmp_path, LM) == "lm" and kind_of(tmp_path, {}) == "lm"
 
 
-def test_a_classifier_with_other_labels_is_refused():
-    two = {"architectures": ["LlamaForSequenceClassification"]}
-    with pytest.raises(InputError, match="here/config.json: a sequence classifier with 2 labels"):
-        kind_of(two)
+def test_a_classifier_with_other_labels_is_refused(tmp_path):
+    two = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
+    with pytest.raises(InputError, match="config.json: a sequence classifier with 2 labels"):
+        kind_of(tmp_path, two)
     with pytest.raises(InputError, match="with 3 labels"):
-        kind_of({**two, "id2label": {"0": "a", "1": "b", "2": "c"}})
+        kind_of(tmp_path, {**two, "id2label": {"0": "a", "1": "b", "2": "c"}})
 
 
 def test_the_result_is_a_reward_models(tmp_path):
-    config = reward_config({**LM, "hidden_size": 8, "pad_token_id": 5}, tmp_path)
-    assert kind_of(config) == "reward" and config["hidden_size"] == 8
+    config = reward_config({**LM, "hidden_size": 64, "pad_token_id": 5}, tmp_path)
+    assert kind_of(tmp_path, config) == "reward" and config["hidden_size"] == 64
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert config["num_labels"] == 1 and config["pad_token_id"] == 5
 

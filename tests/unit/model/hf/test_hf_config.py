@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_prefix.config import ModelConfig, RopeScaling
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.config import ARCHITECTURES, HFModel, sizes_from_hf
+from megatron_prefix.model.hf.config import HFModel
 from megatron_prefix.model.hf.export import hf_from_sizes
+from megatron_prefix.model.hf.families import FAMILIES
 from megatron_prefix.model.layers.rope import rotary_frequencies
 
 LLAMA3 = {
@@ -32,8 +33,6 @@ SIZES = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
 }
-
-
 MIXTURES = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -41,23 +40,37 @@ MIXTURES = {
         "head_dim": 16,
     },
 }
+LAYERS = SIZES["num_hidden_layers"]
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def config(kind: str = "llama", **more) -> dict:
     return {"model_type": kind, **SIZES, **more}
 
 
-def sizes(**raw) -> dict:
+@pytest.fixture
+def opened(tmp_path):
+    """Write a `config.json` and open its directory."""
+
+    def write(raw: dict) -> HFModel:
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        return HFModel.open(str(tmp_path))
+
+    return write
+
+
+@pytest.fixture
+def sizes(opened):
     """The sizes, and the vocabulary's, of a configuration."""
-    model = HFModel(Path("here"), config(**raw))
-    return {**vars(model.sizes), "vocab_size": model.vocab_size}
+
+    def read(**raw) -> dict:
+        model = opened(config(**raw))
+        return {**vars(model.sizes), "vocab_size": model.vocab_size}
+
+    return read
 
 
-def sliding_window(raw: dict) -> int | None:
-    return HFModel(Path("here"), raw).sliding_window
-
-
-def test_sizes_of_each_architecture():
+def test_sizes_of_each_architecture(sizes):
     common = {
         "num_layers": 3,
         "hidden_size": 64,
@@ -90,16 +103,25 @@ def test_sizes_of_each_architecture():
     assert sizes(num_key_value_heads=None)["num_query_groups"] == 4
 
 
-def test_what_transformers_fills_in_is_what_is_taken():
-    """For a key that is not given, transformers' default and ours must be the same."""
-    for kind in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"):
-        parts = MIXTURES.get(kind, {})
-        raw = config(kind, **parts)
-        full = transformers.AutoConfig.for_model(**raw).to_dict()
-        assert sizes_from_hf(raw, "raw") == sizes_from_hf(full, "full"), kind
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_defaults_are_those_of_transformers(kind, opened):
+    """A key that is left out has the value that transformers gives it, whatever that is."""
+    full = transformers.AutoConfig.for_model(kind, **SIZES, **MIXTURES.get(kind, {}))
+    everything = opened({"model_type": kind, **full.to_dict()}).sizes
+    for key in full.to_dict():
+        if key in ("model_type", "vocab_size"):
+            continue
+        default = getattr(transformers.AutoConfig.for_model(kind), key, None)
+        if default == getattr(full, key, None):
+            raw = {k: x for k, x in full.to_dict().items() if k != key}
+            assert opened({"model_type": kind, **raw}).sizes == everything, key
+    fewest = opened({"model_type": kind})
+    theirs = transformers.AutoConfig.for_model(kind)
+    assert fewest.sizes.norm_epsilon == theirs.rms_norm_eps
+    assert fewest.vocab_size == theirs.vocab_size
 
 
-def test_mixtures_differ_in_what_weighs_the_chosen_experts():
+def test_mixtures_differ_in_what_weighs_the_chosen_experts(sizes):
     mixtral = sizes(kind="mixtral", **MIXTURES["mixtral"])
     experts = {"num_moe_experts": 4, "moe_router_topk": 2}
     assert {**mixtral, **experts, "moe_ffn_hidden_size": 96} == mixtral
@@ -116,7 +138,8 @@ def test_mixtures_differ_in_what_weighs_the_chosen_experts():
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
         ("mixtral", {"capacity_factor": 1.25}, "capacity_factor = 1.25"),
         ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, above"),
-        ("mixtral", {"num_local_experts": None}, "num_local_experts is None"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts"),
+        ("mixtral", {"num_experts": 3}, "num_experts and num_local_experts differ"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers = [0]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 24}, "there are no shared experts"),
@@ -124,13 +147,13 @@ def test_mixtures_differ_in_what_weighs_the_chosen_experts():
         ("qwen2_moe", {}, "model_type 'qwen2_moe'"),
     ],
 )
-def test_mixtures_that_are_not_supported_are_named(kind, change, named):
+def test_mixtures_that_are_not_supported_are_named(kind, change, named, sizes, tmp_path):
     with pytest.raises(InputError) as caught:
         sizes(kind=kind, **{**MIXTURES.get(kind, {}), **change})
-    assert named in str(caught.value) and "here" in str(caught.value)
+    assert named in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-def test_both_spellings_of_rotary_scaling():
+def test_both_spellings_of_rotary_scaling(sizes):
     old = sizes(rope_theta=5e5, rope_scaling={**LLAMA3, "type": "llama3"})
     new = sizes(rope_parameters={**LLAMA3, "rope_theta": 5e5})
     assert old == new and new["rotary_base"] == 5e5
@@ -144,7 +167,7 @@ def test_both_spellings_of_rotary_scaling():
 @pytest.mark.parametrize("base", [10000.0, 500000.0])
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
-def test_scaled_frequencies_are_those_of_transformers(kind, head_dim, base):
+def test_scaled_frequencies_are_those_of_transformers(kind, head_dim, base, opened):
     context = 8192
     rope = {"rope_type": kind, "factor": 8.0, "rope_theta": base}
     if kind == "llama3":
@@ -153,7 +176,7 @@ def test_scaled_frequencies_are_those_of_transformers(kind, head_dim, base):
         **{**SIZES, "num_attention_heads": 4, "hidden_size": 4 * head_dim}, rope_parameters=rope
     )
     theirs, factor = ROPE_INIT_FUNCTIONS[kind](theirs_config, "cpu")
-    sizes = sizes_from_hf(theirs_config.to_dict(), "here")
+    sizes = opened(theirs_config.to_dict()).sizes
     ours = rotary_frequencies(head_dim, sizes.rotary_base, sizes.rope_scaling)
     assert factor == 1.0
     assert torch.allclose(ours, theirs, rtol=5e-7, atol=0)
@@ -164,14 +187,42 @@ def test_scaled_frequencies_are_those_of_transformers(kind, head_dim, base):
         assert ratio.min() < 1.0001 and ratio.max() > 7.9 and ((ratio > 1.5) & (ratio < 7)).any()
 
 
-def test_sliding_windows():
-    assert sliding_window(config("mistral", sliding_window=4096)) == 4096
-    assert sliding_window(config("mistral", sliding_window=None)) is None
-    qwen = {"sliding_window": 1000, "use_sliding_window": True, "max_window_layers": 2}
-    assert sliding_window(config("qwen2", **qwen)) == 1000
-    assert sliding_window(config("qwen2", **{**qwen, "use_sliding_window": False})) is None
-    assert sliding_window(config("qwen2", **{**qwen, "max_window_layers": 3})) is None
-    assert sliding_window(config("llama", sliding_window=7)) is None
+@pytest.mark.parametrize(
+    ("kind", "keys", "window"),
+    [
+        ("llama", {"sliding_window": 7}, None),
+        ("mistral", {}, 4096),  # transformers' default
+        ("mistral", {"sliding_window": 1000}, 1000),
+        ("mistral", {"sliding_window": None}, None),
+        ("mixtral", {}, None),
+        ("mixtral", {"sliding_window": 1000}, 1000),
+        ("qwen2", {"sliding_window": 1000}, None),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, 4096),
+        ("qwen2", {"use_sliding_window": True}, None),  # 28 layers before the first window
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": LAYERS}, None),
+        ("qwen3", {"use_sliding_window": True, "layer_types": [FULL, SLIDING, FULL]}, 4096),
+        ("qwen3", {"use_sliding_window": True, "layer_types": [FULL] * LAYERS}, None),
+        ("qwen3_moe", {"sliding_window": 1000}, None),
+        # every layer of Qwen3-MoE, whatever this says
+        ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": LAYERS}, 4096),
+    ],
+)
+def test_sliding_windows(kind, keys, window, opened):
+    assert opened(config(kind, **MIXTURES.get(kind, {}), **keys)).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"layer_types": [FULL, SLIDING, FULL]}, "sliding_window is None"),
+        ({"layer_types": [FULL, "chunked_attention", FULL]}, "chunked_attention"),
+        ({"layer_types": [FULL]}, "layer_types"),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window is 0"),
+    ],
+)
+def test_layers_of_other_kinds_are_refused(keys, named, opened):
+    with pytest.raises(InputError, match=named):
+        _ = opened(config("qwen3", **keys)).sizes
 
 
 @pytest.mark.parametrize(
@@ -179,30 +230,36 @@ def test_sliding_windows():
     [
         ({"kind": "gemma"}, "model_type 'gemma'"),
         ({"kind": ["llama"]}, "model_type"),
-        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"hidden_size": "64"}, "hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": 10**5}, "num_layers = 100000"),
         ({"intermediate_size": 10**400}, "intermediate_size is 1000"),
         ({"rope_theta": 10**400}, "rope_theta is 1000"),
         ({"num_key_value_heads": 3}, "4 query heads over 3"),
-        ({"kind": "mistral", "num_key_value_heads": None}, "num_key_value_heads is None"),
-        ({"head_dim": 15}, "of 15 channels"),
-        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ({"kind": "qwen3_moe", "num_key_value_heads": None}, "num_key_value_heads"),
+        ({"head_dim": 3}, "of 3 channels"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         ({"rope_theta": float("nan")}, "rope_theta"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}, "parameters.mscale"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_parameters": {FULL: {"rope_type": "default"}}}, FULL),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"layer_types": [FULL] * LAYERS}, "layer_types"),
+        ({"kind": "mistral", "layer_types": [FULL] * LAYERS}, "model_type ministral"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
     ],
 )
-def test_what_is_not_supported_is_named(change, named):
+def test_what_is_not_supported_is_named(change, named, sizes, tmp_path):
     with pytest.raises(InputError) as caught:
         sizes(**change)
-    assert named in str(caught.value) and "here" in str(caught.value)
+    assert named in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -221,18 +278,17 @@ def test_what_is_not_supported_is_named(change, named):
         ),
     ],
 )
-def test_a_model_from_sizes_gets_a_configuration(parts, kind):
+def test_a_model_from_sizes_gets_a_configuration(parts, kind, opened):
     """Back through transformers' own class, it describes the same model."""
     required = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96}
     model = ModelConfig(**required, num_attention_heads=4, rotary_base=2e4, **parts)
     raw = hf_from_sizes(model.sizes(), 258, 512, "float32")
-    assert raw["model_type"] == kind and raw["architectures"] == [ARCHITECTURES[kind]]
-    assert hasattr(transformers, ARCHITECTURES[kind])
+    assert raw["model_type"] == kind and raw["architectures"] == [FAMILIES[kind].architecture]
+    assert hasattr(transformers, FAMILIES[kind].architecture)
     full = transformers.AutoConfig.for_model(**raw).to_dict()
     assert full["vocab_size"] == 258 and full["dtype"] == "float32"
-    assert sizes_from_hf(full, "here") == replace(
-        model.sizes(), ffn_hidden_size=full["intermediate_size"]
-    )
+    written = replace(model.sizes(), ffn_hidden_size=full["intermediate_size"])
+    assert opened(full).sizes == written == opened(raw).sizes
     assert full["intermediate_size"] == 96 or kind == "mixtral"
 
 

@@ -195,7 +195,7 @@ def test_what_is_written_is_read_by_safetensors(saved):
         assert sum(x.nbytes for x in load_file(file).values()) <= 1500
         assert set(load_file(file)) == {k for k, f in index["weight_map"].items() if f == file.name}
     ours = HFTensors(directory)
-    ours.check(weights.hf_shapes())
+    ours.match(weights.hf_shapes())
     for name, x in tensors.items():
         assert torch.equal(ours.read(name), x)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -214,7 +214,7 @@ def test_one_file_needs_no_index(tmp_path):
 
 def refusal(directory: Path, weights: WeightMap) -> str:
     with pytest.raises(InputError) as caught:
-        HFTensors(directory).check(weights.hf_shapes())
+        HFTensors(directory).match(weights.hf_shapes())
     return str(caught.value)
 
 
@@ -246,7 +246,7 @@ def test_what_nothing_needs_may_be_there(tmp_path):
         "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3),
     }
-    HFTensors(one_file(tmp_path, {**tensors, **more})).check(weights.hf_shapes())
+    HFTensors(one_file(tmp_path, {**tensors, **more})).match(weights.hf_shapes(), is_tied=True)
 
 
 def test_damaged_files_are_named(saved):

@@ -1,0 +1,147 @@
+"""Values that a key of `config.json` may be given, for random configurations of every family."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+ABSENT = "absent"
+"""The key is left out, so that it has transformers' default."""
+LONGEST = "longest path"
+"""Replaced by the tokens of the data's longest path."""
+LAYERS = 2
+BASE = {
+    "vocab_size": 270,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "sliding_window": None,
+}
+MIXTURE = {"num_experts_per_tok": 2}
+BASES = {
+    "llama": BASE,
+    "mistral": BASE,
+    "qwen2": BASE,
+    "qwen3": BASE,
+    "mixtral": {**BASE, **MIXTURE, "num_local_experts": 4},
+    "qwen3_moe": {**BASE, **MIXTURE, "num_experts": 4, "moe_intermediate_size": 40},
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_SCALINGS = [
+    {"type": "linear", "factor": 3.0},
+    {"rope_type": "linear", "type": "default", "factor": 2, "rope_theta": 700.0},
+    {**_LLAMA3, "original_max_position_embeddings": 64, "rope_theta": 500.0},
+    {**_LLAMA3, "original_max_position_embeddings": 32},
+    _LLAMA3,
+    {"type": "default"},
+    {"rope_type": "default", "factor": 4.0},
+    {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"type": "linear"},
+    None,
+    ABSENT,
+]
+SWITCH = [True, False, ABSENT]
+VALUES: dict[str, list[Any]] = {
+    "hidden_act": ["swish", "silu", "gelu", "relu", ABSENT],
+    "rms_norm_eps": [0.5, 1e-2, ABSENT],
+    "num_attention_heads": [3, 12, 5],
+    "num_key_value_heads": [6, 1, 3, 4, None, ABSENT],
+    "head_dim": [16, 12, 7, None, ABSENT],
+    "intermediate_size": [64],
+    "num_hidden_layers": [1, 3],
+    "hidden_size": [96],
+    "vocab_size": [300, 100],
+    "tie_word_embeddings": SWITCH,
+    "rope_theta": [500.0, 1000000, ABSENT],
+    "rope_parameters": _SCALINGS,
+    "rope_scaling": _SCALINGS,
+    "max_position_embeddings": [64, 128, ABSENT],
+    "original_max_position_embeddings": [16, 64],
+    "partial_rotary_factor": [0.5, 1.0],
+    "attention_bias": SWITCH,
+    "mlp_bias": SWITCH,
+    "sliding_window": [8, 4096, LONGEST, 0, None, ABSENT],
+    "use_sliding_window": SWITCH,
+    "max_window_layers": [0, 1, 2, 28, ABSENT],
+    "layer_types": [[FULL] * LAYERS, [FULL, SLIDING], [SLIDING], ["chunked_attention"] * LAYERS],
+    "num_local_experts": [2, 3],
+    "num_experts": [2, 3],
+    "num_experts_per_tok": [1, 3, 5, ABSENT],
+    "moe_intermediate_size": [24],
+    "norm_topk_prob": SWITCH,
+    "decoder_sparse_step": [1, 2],
+    "mlp_only_layers": [[], [0], None],
+    "router_jitter_noise": [0.0, 0.1],
+    "router_aux_loss_coef": [0.5],
+    "output_router_logits": [True],
+    "attention_dropout": [0.3],
+    "initializer_range": [0.5],
+    "use_cache": [False],
+    "pretraining_tp": [1, 2],
+    "pad_token_id": [0, 5, None],
+    "bos_token_id": [3, None],
+    "eos_token_id": [4, [4, 5]],
+    "dtype": ["float32", "bfloat16"],
+    "torch_dtype": ["float16"],
+    "architectures": [["LlamaForCausalLM"], ["Model"], None],
+    "id2label": [{"0": "a", "1": "b", "2": "c"}],
+    "label2id": [{"a": 0}],
+    "num_labels": [1],
+    "problem_type": ["regression"],
+    "return_dict": [False],
+    "output_hidden_states": [True],
+    "output_attentions": [True],
+    "chunk_size_feed_forward": [2],
+    "is_encoder_decoder": [True, False],
+    "is_decoder": [True],
+    "transformers_version": ["4.30.0"],
+    "_name_or_path": ["elsewhere"],
+    "temperature": [0.5],
+    "quantization_config": [{"quant_method": "gptq", "bits": 4}],
+    "per_layer_config": [{"0": {"rms_norm_eps": 0.5}}],
+    "auto_map": [{"AutoConfig": "configuration.Own"}, {"AutoTokenizer": "tokenization.Own"}],
+    "logit_scale": [0.5, None],
+    "final_logit_softcapping": [30.0],
+    "n_shared_experts": [0, 1],
+}
+STORED = ("as saved", "without prefix", "sharded", "bfloat16", "only the head", "both, equal")
+"""How the weights are stored; the last two if the embeddings are tied."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A `config.json`, the keys in it that were flipped, and how the weights are stored."""
+
+    seed: int
+    config: dict[str, Any]
+    flips: tuple[str, ...]
+    stored: str
+
+
+def random_case(seed: int, longest: int) -> Case:
+    """One to three flips of one family; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    kind = list(BASES)[seed % len(BASES)]
+    config: dict[str, Any] = {"model_type": kind, **BASES[kind]}
+    keys = list(VALUES)
+    # a case of each key in turn, and random ones with it
+    more = rng.choice(len(keys), size=rng.integers(0, 3), replace=False)
+    flips = dict.fromkeys([keys[seed // len(BASES) % len(keys)], *(keys[i] for i in more)])
+    for key in flips:
+        value = VALUES[key][rng.integers(len(VALUES[key]))]
+        if value == ABSENT:
+            config.pop(key, None)
+        else:
+            config[key] = json.loads(json.dumps(longest if value == LONGEST else value))
+    return Case(seed, config, tuple(flips), STORED[rng.integers(len(STORED))])

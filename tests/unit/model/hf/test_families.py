@@ -1,0 +1,45 @@
+"""The keys that a family knows are all that its class in transformers reads."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+
+import pytest
+import transformers
+
+from megatron_prefix.model.hf.families import FAMILIES, NO_EFFECT, ONLY, READ
+
+ATTRIBUTE = re.compile(r"\bconfig\.([a-z_]\w*)|getattr\((?:self\.)?config, \"(\w+)\"")
+METHODS = {"get_text_config", "to_dict"}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_the_models_code_reads_is_known(kind):
+    """A newer transformers whose code reads another key fails here, before it is used."""
+    code = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    reads = {x or y for x, y in ATTRIBUTE.findall(inspect.getsource(code))}
+    assert len(reads) > 10 and reads - FAMILIES[kind].known - METHODS == set()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_key_of_the_class_is_known(kind):
+    config = transformers.AutoConfig.for_model(kind).to_dict()
+    assert set(config) - FAMILIES[kind].known - {"per_layer_config"} == set()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_architecture_is_the_class_that_transformers_chooses(kind):
+    cls = transformers.AutoConfig.for_model(kind).__class__
+    chosen = transformers.AutoModelForCausalLM._model_mapping[cls]
+    assert chosen.__name__ == FAMILIES[kind].architecture
+
+
+def test_no_key_is_in_two_lists():
+    assert not (READ & NO_EFFECT or READ & ONLY.keys() or NO_EFFECT & ONLY.keys())
+    for family in FAMILIES.values():
+        assert not family.read & family.no_effect and not family.only.keys() & family.no_effect
+        assert family.experts is None or family.experts in family.read
+    assert "attention_bias" in FAMILIES["qwen3"].only
+    assert "attention_bias" not in FAMILIES["qwen2"].only
