@@ -34,6 +34,7 @@ RELATED = {
     "num_experts": {"num_local_experts"},
     "num_experts_per_tok": {"num_experts", "num_local_experts"},
     "layer_types": {"num_hidden_layers"},
+    "layer types": {"num_hidden_layers", "layer_types"},
     "token": {"vocab_size"},
     "query heads": {"num_attention_heads", "num_key_value_heads", "head_dim"},
     "num_attention_heads": {"hidden_size"},
@@ -91,10 +92,11 @@ def by_transformers(directory: Path, prefix: str) -> np.ndarray:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     )
+    model.config.return_dict = True  # without it, transformers' own language models fail
     sums = []
     for tokens, start in responses(prefix):
         ids = torch.from_numpy(tokens.astype(np.int64))[None]
-        logits = model(ids, return_dict=True).logits
+        logits = model(ids).logits
         logps = logits[0, start - 1 : -1].double().log_softmax(-1)
         sums.append(float(logps.gather(1, ids[0, start:, None]).sum()))
     return np.array(sums)

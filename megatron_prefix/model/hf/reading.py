@@ -17,6 +17,10 @@ from megatron_prefix.model.hf.families import FAMILIES, Family
 
 ADAPTER = "adapter_config.json"
 _EXPERTS = ("num_experts", "num_local_experts")
+_COUNTS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", *_EXPERTS),
+)
 _NOT_CODE = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor")
 """Entries of `auto_map` that do not concern the model."""
 
@@ -71,6 +75,9 @@ def family_of(config: dict[str, Any], source: str) -> Family:
                 "known here, and may change what the model computes: if it does not, remove it "
                 "from config.json"
             )
+    for key in _COUNTS:
+        if config.get(key) is not None and type(config[key]) is not int:
+            raise InputError(f"{source}: {key} is {_short(config[key])}, expected a number")
     numbers = {config[key] for key in _EXPERTS if type(config.get(key)) is int}
     if len(numbers) > 1:
         raise InputError(f"{source}: {' and '.join(_EXPERTS)} differ: {numbers}; remove one")

@@ -216,7 +216,7 @@ def test_sliding_windows(kind, keys, window, opened):
     [
         ({"layer_types": [FULL, SLIDING, FULL]}, "sliding_window is None"),
         ({"layer_types": [FULL, "chunked_attention", FULL]}, "chunked_attention"),
-        ({"layer_types": [FULL]}, "layer_types"),
+        ({"layer_types": [FULL]}, "layer.types"),
         ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window is 0"),
     ],
 )
