@@ -149,7 +149,8 @@ def against_trl(
     dialogues = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
     ratios, alone = [], []
     for _ in range(rounds):
-        theirs, ours = AutoTokenizer.from_pretrained(spec), load_tokenizer(spec)
+        theirs = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+        ours = load_tokenizer(spec)
         table = datasets.Dataset.from_list(rows)
         trainer._tokenizer, trainer._is_vlm = theirs, False  # as its constructor sets them
         trl = cpu(lambda t=theirs, d=table: trainer._prepare_dataset(d, t, args, "train"))

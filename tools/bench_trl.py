@@ -130,7 +130,10 @@ def their_trainer(hf: Path, rows: list[dict], args: argparse.Namespace, folder: 
 
     def load():
         return AutoModelForCausalLM.from_pretrained(
-            hf, dtype=getattr(torch, args.dtype), attn_implementation=args.attn_implementation
+            hf,
+            dtype=getattr(torch, args.dtype),
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=False,
         )
 
     setting = Setting(steps=args.steps, batch_size=args.batch_size)
@@ -151,7 +154,7 @@ def their_trainer(hf: Path, rows: list[dict], args: argparse.Namespace, folder: 
         ref_model=load(),
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(hf),
+        processing_class=AutoTokenizer.from_pretrained(hf, trust_remote_code=False),
     )
 
 

@@ -58,7 +58,7 @@ def make_trainer(kind: type, hf: Path, pairs: list[TextPair], args, folder: Path
         ref_model=load(hf, "lm"),
         args=config,
         train_dataset=Dataset.from_list(pairs),
-        processing_class=AutoTokenizer.from_pretrained(hf),
+        processing_class=AutoTokenizer.from_pretrained(hf, trust_remote_code=False),
     )
     trainer.create_optimizer()
     trainer.model.train()

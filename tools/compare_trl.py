@@ -116,7 +116,7 @@ def load(directory: Path, kind: str) -> torch.nn.Module:
 
     lm = kind == "lm"
     auto = AutoModelForCausalLM if lm else AutoModelForSequenceClassification
-    return auto.from_pretrained(directory, dtype=torch.float32)
+    return auto.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
 
 
 def trl_arguments(setting: Setting) -> dict:
@@ -189,7 +189,7 @@ def run_trl(pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path)
             model=load(hf, setting.kind),
             args=config,
             train_dataset=Dataset.from_list(list(pairs)),
-            processing_class=AutoTokenizer.from_pretrained(hf),
+            processing_class=AutoTokenizer.from_pretrained(hf, trust_remote_code=False),
             **reference,
         )
         trainer.remove_callback(PrinterCallback)

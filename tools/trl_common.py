@@ -122,7 +122,8 @@ def text_pairs(source: Path, hf: Path, count: int, max_length: int) -> list[Text
     """
     from transformers import AutoTokenizer
 
-    tokenizer, reader, pairs = AutoTokenizer.from_pretrained(hf), ExampleReader(), []
+    tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False)
+    reader, pairs = ExampleReader(), []
     for record in Inputs([source]).read():
         if record.value is None:
             raise InputError(f"{record.place}: {record.error}")

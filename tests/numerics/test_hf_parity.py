@@ -339,6 +339,7 @@ from pathlib import Path
 from megatron_prefix.checkpoint.convert import *
 from safetensors.torch import load_file
 folder = Path(sys.argv[1])
+HFModel.read(folder / "hf").sizes  # transformers itself is loaded before anything is measured
 def peak_kib(action):
     Path("/proc/self/clear_refs").write_text("5")
     read = lambda key: int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.config import HFModel
 
+ROOT = Path(__file__).resolve().parents[4]
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -107,3 +109,15 @@ def test_an_adapter_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "model.safetensors").write_text("")
     with pytest.raises(InputError, match="beside the weights model.safetensors: merge it into"):
         write(tmp_path)
+
+
+def test_no_call_of_transformers_runs_the_code_of_a_model():
+    """By default transformers asks the terminal whether it may."""
+    calls = []
+    for folder in ("megatron_prefix", "tools", "examples"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and "from_pretrained" in ast.unparse(node.func):
+                    calls.append(file.name)
+                    assert "trust_remote_code=False" in ast.unparse(node), f"{file}:{node.lineno}"
+    assert "reading.py" in calls and len(calls) > 5
