@@ -16,6 +16,7 @@ import torch
 
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
+from megatron_prefix.checkpoint.vocabulary import compare_vocabularies
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -37,7 +38,8 @@ class StartingModel:
 
     `source` has config.json and tokenizer; it is None for a model from sizes. `longest` is the
     longest path of the run's data, in tokens. With `draws_head`, a reward model takes a language
-    model's weights, and its head is drawn.
+    model's weights, and its head is drawn. `vocabulary_note` tells the user if the model's
+    tokenizer could not be compared with that of the data.
     """
 
     config: ModelConfig
@@ -46,6 +48,7 @@ class StartingModel:
     source: HFModel | None
     longest: int
     draws_head: bool = False
+    vocabulary_note: str | None = None
 
     def transformer_config(
         self, seed: int, parallel: ParallelConfig | None = None
@@ -73,7 +76,12 @@ class StartingModel:
             load_weights(self.config.checkpoint, chunks, self.draws_head)
 
     def note(self, seed: int) -> str | None:
-        """A message for the user about the origin of the weights, if one is needed."""
+        """Messages for the user about the weights and the vocabulary, one a line, if there are
+        any."""
+        notes = [self.vocabulary_note, self._head_note(seed)]
+        return "\n".join(note for note in notes if note is not None) or None
+
+    def _head_note(self, seed: int) -> str | None:
         if not self.draws_head:
             return None
         origin = f"model.hf = {self.config.hf}"
@@ -101,7 +109,7 @@ def resolve_starting_model(
     The vocabulary is the model's if it has a config.json, else the data sets'. Raises InputError.
     """
     longest = max(int(dataset.response_lengths.max()) for dataset in datasets)
-    source, sizes = _source(model), model.sizes()
+    source, sizes, vocabulary_note = _source(model), model.sizes(), None
     if source is None:
         if sizes is None:
             raise InputError(
@@ -116,6 +124,8 @@ def resolve_starting_model(
         sizes, vocab_size = source.sizes, source.vocab_size
         for dataset in datasets:
             _check_vocabulary(dataset, vocab_size, source.directory)
+        if not model.allow_other_tokenizer:
+            vocabulary_note = compare_vocabularies(source.directory, datasets)
         window = source.sliding_window
         if window is not None and longest > window:
             raise InputError(
@@ -130,6 +140,7 @@ def resolve_starting_model(
         source=source,
         longest=longest,
         draws_head=draws_head,
+        vocabulary_note=vocabulary_note,
     )
 
 

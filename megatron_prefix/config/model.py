@@ -121,6 +121,8 @@ class ModelConfig:
     """Distributed checkpoint whose weights the policy and the reference start from. Sizes may
     be left out if `convert import` wrote it. Without it and `hf`, both start from weights drawn
     from `train.seed`."""
+    allow_other_tokenizer: Switch = False
+    """Take data sets that were built with another vocabulary than that of the model's tokenizer."""
     num_layers: Layers | None = None
     hidden_size: Width | None = None
     ffn_hidden_size: Width | None = None

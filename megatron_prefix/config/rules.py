@@ -130,6 +130,11 @@ def _model_faults(model: ModelConfig) -> Iterator[str]:
             f"model.flash_version = {model.flash_version} has no effect with "
             f"model.attention_backend: {model.attention_backend}: leave it out, or choose flash"
         )
+    if model.allow_other_tokenizer and model.hf is None and model.checkpoint is None:
+        yield (
+            "model.allow_other_tokenizer = True has no effect on a model without a tokenizer: "
+            "remove it, or give model.hf or model.checkpoint"
+        )
     if model.moe_count != "tokens" and not model.moe_aux_loss_coeff:
         yield (
             f"model.moe_count = {model.moe_count} has no effect while model.moe_aux_loss_coeff = "

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import SIZES, tiny_config, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron_prefix.checkpoint import hf_folder, resolve_starting_model
 from megatron_prefix.config import ModelConfig
@@ -90,11 +92,27 @@ def test_a_reward_model_has_no_head_for_a_language_model(dataset, tmp_path):
     assert not initial.draws_head
 
 
+def test_data_of_another_vocabulary_is_refused_unless_allowed(tmp_path):
+    known = PreferenceDataset(write_random_set(tmp_path / "set", 0, 5))
+    known.manifest["tokenizer"]["vocabulary"] = "0" * 64  # as data sets from version 3 on have it
+    hf = hf_directory(tmp_path / "hf")
+    vocabulary = {"a": 0, "[UNK]": 1}
+    Tokenizer(WordLevel(vocabulary, "[UNK]")).save(f"{hf}/tokenizer.json")
+    with pytest.raises(InputError, match="tokenizer"):
+        resolve_starting_model(ModelConfig(hf=hf), [known])
+    allowed = resolve_starting_model(ModelConfig(hf=hf, allow_other_tokenizer=True), [known])
+    assert allowed.note(1) is None
+    del known.manifest["tokenizer"]["vocabulary"]
+    assert "version 2" in resolve_starting_model(ModelConfig(hf=hf), [known]).note(1)
+
+
 def test_the_head_of_a_reward_model_is_drawn_for_a_language_models_weights(dataset, tmp_path):
     hf = hf_directory(tmp_path / "hf")
     initial = resolve_starting_model(ModelConfig(hf=hf, kind="reward"), [dataset])
     assert initial.draws_head
-    assert initial.note(7) == (
+    first, second = initial.note(7).splitlines()
+    assert first.startswith(f"the model in {hf} has no tokenizer")
+    assert second == (
         f"model.hf = {hf} is a language model: the reward head is drawn from train.seed = 7"
     )
 
