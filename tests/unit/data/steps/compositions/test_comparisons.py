@@ -7,7 +7,7 @@ import pytest
 from data_sets import path, write
 
 from megatron_prefix.data.steps.compositions import with_comparisons
-from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.tree import Pair, build_tree
 from megatron_prefix.errors import InputError
 
@@ -92,3 +92,15 @@ def test_pairs_without_ranks_have_no_level(tmp_path):
     message = "1 of the 2 pairs .*first in group 1, record 1.*loss.comparisons: adjacent"
     with pytest.raises(InputError, match=message):
         with_comparisons(dataset, "adjacent")
+
+
+def test_joined_data_sets_have_the_selection_of_each(dataset):
+    joined = join_datasets([dataset, dataset])
+    view, alone = with_comparisons(joined, "adjacent"), with_comparisons(dataset, "adjacent")
+    count = len(alone.pair_weights)
+    assert view.pair_weights.tolist() == alone.pair_weights.tolist() * 2
+    assert view[3].pairs.tolist() == alone[1].pairs.tolist()
+    assert view.group_pairs.tolist() == [*alone.group_pairs, *(alone.group_pairs[1:] + count)]
+    assert view.whole is joined and view.fingerprint == joined.fingerprint
+    first = len(dataset.pair_weights)
+    assert view.pair_numbers.tolist() == [*alone.pair_numbers, *(alone.pair_numbers + first)]
