@@ -42,15 +42,15 @@ def main(prefix: str, steps: int = 5) -> list[float]:
     losses = []
     for step in range(steps):
         plan = sampler.step(step)
-        rows = [mp.to_device(row, device, plan.weight) for row in sampler.micro_batches(plan)]
-        rows = mp.with_reference([reference], rows)
+        rows, whole = sampler.micro_batches(plan), plan.denominators
+        rows = mp.with_reference([reference], [mp.to_device(row, device, whole) for row in rows])
         policy.zero_grad_buffer()
         shape = {"num_microbatches": len(rows), "seq_length": 8192, "micro_batch_size": 1}
         logs = forward_backward(
             forward_step_func=forward_step, data_iterator=iter(rows), model=policy, **shape
         )
         optimizer.step()
-        losses.append(sum(float(log["sums"]["loss"]) for log in logs) / plan.weight)
+        losses.append(sum(float(log["loss"]) for log in logs))
         print(f"step {step + 1}: loss {losses[-1]:.4f}")
     return losses
 

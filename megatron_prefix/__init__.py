@@ -33,7 +33,14 @@ if TYPE_CHECKING:
         transformer_config,
     )
     from megatron_prefix.model.spec import tree_layer_spec
-    from megatron_prefix.objectives import bradley_terry_loss, dpo_loss, ipo_loss
+    from megatron_prefix.objectives import (
+        LossOutputs,
+        dpo_loss,
+        ipo_loss,
+        register_objective,
+    )
+    from megatron_prefix.objectives.record import FirstValue, ObjectiveRecord, Option
+    from megatron_prefix.objectives.reward import bradley_terry_loss
     from megatron_prefix.reference import PrecomputedReference, model_fingerprint
     from megatron_prefix.reference.model import with_reference
 else:
@@ -58,7 +65,14 @@ else:
             "transformer_config",
         ],
         model__spec=["tree_layer_spec"],
-        objectives=["bradley_terry_loss", "dpo_loss", "ipo_loss"],
+        objectives=[
+            "LossOutputs",
+            "dpo_loss",
+            "ipo_loss",
+            "register_objective",
+        ],
+        objectives__record=["FirstValue", "ObjectiveRecord", "Option"],
+        objectives__reward=["bradley_terry_loss"],
         platform=[],
         reference=["PrecomputedReference", "model_fingerprint"],
         reference__model=["with_reference"],
@@ -71,10 +85,14 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "BuildOptions",
+    "FirstValue",
     "GroupBatches",
     "LossConfig",
+    "LossOutputs",
     "MicroBatch",
     "ModelConfig",
+    "ObjectiveRecord",
+    "Option",
     "PrecomputedReference",
     "PreferenceDataset",
     "PrefixTree",
@@ -96,6 +114,7 @@ __all__ = [
     "model_fingerprint",
     "model_provider",
     "platform",
+    "register_objective",
     "score_targets",
     "sum_gradients",
     "to_device",

@@ -97,7 +97,7 @@ class Built:
         for step in range(config.train.steps):
             plan = sampler.step(step)
             rows = sampler.micro_batches(plan)
-            batches = [to_device(row, self.world.device, plan.weight) for row in rows]
+            batches = [to_device(row, self.world.device, plan.denominators) for row in rows]
             for row, batch in zip(rows, model.attach(rows, batches), strict=True):
                 known[response_index(dataset, row)] = batch.ref_logps.cpu().numpy()
         rounding = 2.0**-8 if config.model.dtype == "bfloat16" else 2.0**-16

@@ -55,7 +55,10 @@ DATA = os.environ.get(
 
 def our_config(folder: Path, hf: Path, setting: Setting) -> Config:
     """The configuration of our run on the data set `folder`/set."""
-    loss = {"loss_type": setting.loss_type, "beta": setting.beta}
+    names, weights = setting.loss_type, setting.loss_weights
+    loss = {"loss_type": names if isinstance(names, str) else [*names], "beta": setting.beta}
+    if weights is not None:
+        loss["loss_weights"] = [*weights]
     if setting.label_smoothing:
         loss["label_smoothing"] = setting.label_smoothing
     if setting.kind == "reward":
@@ -148,11 +151,13 @@ def _dpo_arguments(setting: Setting) -> dict:
     batch before it subtracts them. With one pair there is nothing to sort, and the smoothed loss
     is that of conservative DPO.
     """
-    smoothed = setting.label_smoothing > 0
+    names = [setting.loss_type] if isinstance(setting.loss_type, str) else [*setting.loss_type]
+    smoothed = setting.label_smoothing > 0 and names == ["sigmoid"]
     return {
         "per_device_train_batch_size": 1 if smoothed else setting.batch_size,
         "gradient_accumulation_steps": setting.batch_size if smoothed else 1,
-        "loss_type": ["aot"] if smoothed else [setting.loss_type],
+        "loss_type": ["aot"] if smoothed else names,
+        "loss_weights": setting.loss_weights and [*setting.loss_weights],
         "beta": setting.beta,
         "label_smoothing": setting.label_smoothing,
         "precompute_ref_log_probs": setting.precomputed,

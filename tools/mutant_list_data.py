@@ -28,8 +28,15 @@ DATA_MUTANTS = (
         "unit/data/steps/test_collate.py",
     ),
     Mutant(
+        "every pair counted as a set",
+        "data/steps/denominators.py",
+        "len(np.unique(dataset.response_sets[chosen]))",
+        "len(chosen)",
+        "unit/data/steps/test_denominators.py",
+    ),
+    Mutant(
         "weighting ignored",
-        "data/steps/rows.py",
+        "data/steps/denominators.py",
         'if weighting == "pair":',
         "if True:",
         "unit/data/steps/test_sampler.py",

@@ -36,8 +36,10 @@ class Setting:
     steps: int = 8
     batch_size: int = 8
     lr: float = 1e-4
-    loss_type: str = "sigmoid"
-    """`sigmoid` or `ipo`, as both programs name them."""
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    """A loss of `DPOTrainer`, as both programs name it, or several."""
+    loss_weights: tuple[float, ...] | None = None
+    """What multiplies each of several losses."""
     beta: float = 0.1
     label_smoothing: float = 0.0
     clip_grad: float = 1.0

@@ -57,6 +57,8 @@ class TreePackedSeqParams(PackedSeqParams):
     `target_offsets[u + 1]`. If None, it is computed from `logit_of_target`."""
     responses_served: Tensor | None = None
     """[T], for routers: how many of the row's responses a token is part of; 0 for padding."""
+    with_collisions: bool = False
+    """Whether the head also gives log(sum over the vocabulary of p^2) for every target."""
     step_count: float = 0.0
     """For routers: the sum of what counts, over the step's rows on all ranks."""
 

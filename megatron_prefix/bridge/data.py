@@ -13,13 +13,14 @@ from megatron_prefix.bridge.provider import PrefixProvider
 from megatron_prefix.bridge.settings import bridge_module
 from megatron_prefix.config import LossConfig, ParallelConfig
 from megatron_prefix.data.steps import MicroBatch, Sampler
-from megatron_prefix.data.steps.compositions import StepSettings
+from megatron_prefix.data.steps.compositions import StepSettings, with_comparisons
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import Feed, TrainBatch
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.platform import device
 from megatron_prefix.reference import PrecomputedReference
+from megatron_prefix.train import check_columns, run_sharing
 
 Attach = Callable[[list[MicroBatch], list[TrainBatch]], list[TrainBatch]]
 """The same rows with reference log-probabilities; see `Reference.attach`."""
@@ -140,6 +141,9 @@ class PreferenceData:
         self, data: PreferenceDataset, attach: Attach | None, repeats: bool = False
     ) -> RowIterator:
         model, world = self.model, self.world
+        data = with_comparisons(data, self.objective.comparisons)
+        check_columns(self.objective, data, "prefix")
+        sharing = run_sharing(self.objective, self.sharing)
         if data.vocab_size > model.vocab_size:
             raise ValueError(
                 f"{data.prefix} has a vocabulary of {data.vocab_size} and model.vocab_size is "
@@ -151,14 +155,14 @@ class PreferenceData:
             attach = PrecomputedReference.read(path, name, [data], rounding=0.0).attach
         steps = StepSettings(
             seed=self.seed,
-            sharing=self.sharing,
+            sharing=sharing,
             row_capacity=self.row_capacity,
             rows_per_step=self.rows_per_step,
         ).composition(data)
         sampler = Sampler(
             dataset=data,
             composition=steps,
-            sharing=self.sharing,
+            sharing=sharing,
             weighting=self.objective.weighting,
             row_capacity=self.row_capacity,
             num_ranks=world.data_size,
@@ -166,7 +170,7 @@ class PreferenceData:
             count_multiple=self.rows_per_step // world.data_size,  # fills an epoch's last step
         )
         num_steps = steps.num_steps(1) if repeats else None
-        feed = Feed(sampler, world, model, num_steps or sys.maxsize)
+        feed = Feed(sampler, world, model, num_steps or sys.maxsize, self.objective.parts)
         return RowIterator(feed, attach, num_steps)
 
     def _frozen_model(self) -> Attach:
@@ -226,7 +230,7 @@ def preference_data(
     """
     loss = loss or LossConfig()
     objective = check(loss)
-    if objective.record.model != "lm" or objective.reference == "none":
+    if objective.model != "lm" or objective.reference == "none":
         raise ValueError(
             f"loss.loss_type = {objective.name} with loss.reference = {objective.reference}: in "
             "Bridge only policies with a reference are trained; use megatron-prefix train for "

@@ -66,7 +66,7 @@ def row_loss(
     """(loss, num_tokens = 0, metrics) of one row; see Division in the module's docstring.
 
     Each metric is (sum, count), which Bridge sums over rows and ranks before it divides: the loss
-    over weights, everything else over pairs.
+    over the row's part of the step's weight, everything else over what it is a mean of.
     """
     value, count, logs = preference_loss(output, batch=batch, objective=objective)
     if check_for_nan_in_loss:
@@ -78,10 +78,8 @@ def row_loss(
                 tolerance=0.0,
                 fatal=True,
             )
-    weight = batch.pair_weights.sum()
-    pairs = weight.new_tensor(len(batch.pairs))
-    metrics = {
-        name: torch.stack([x, weight if name == "loss" else pairs])
-        for name, x in logs["sums"].items()
-    }
-    return value, torch.zeros_like(count), metrics
+    unit = objective.members[0].unit
+    own = batch.loss_inputs(value.detach().expand(len(batch.response_tokens))).denominators()[unit]
+    part = own if batch.denominators is None else own / batch.denominators[unit]
+    loss = {"loss": torch.stack([logs["loss"], part.to(logs["loss"])])}
+    return value, torch.zeros_like(count), loss | logs["sums"]

@@ -127,6 +127,8 @@ FLAGS = (
 def _from_config(args: argparse.Namespace) -> Request:
     from megatron_prefix.config import load_config
     from megatron_prefix.data.steps.compositions import StepSettings
+    from megatron_prefix.objectives import check
+    from megatron_prefix.train import run_sharing
 
     for name in FLAGS:
         if getattr(args, name) is not None:
@@ -140,7 +142,7 @@ def _from_config(args: argparse.Namespace) -> Request:
         raise InputError(f"{args.config}: data.packing is false, so there are no rows to plan")
     settings = StepSettings(
         seed=data.seed,
-        sharing=data.sharing,
+        sharing=run_sharing(check(config.loss, config.model.kind), data.sharing),
         row_capacity=data.row_capacity,
         global_batch_size=data.global_batch_size,
         rows_per_step=data.rows_per_step,

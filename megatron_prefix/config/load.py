@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from megatron_prefix.config.kinds import with_kind_defaults
+from megatron_prefix.config.loss import RETIRED
 from megatron_prefix.config.rules import check_rules
 from megatron_prefix.config.schema import Config
 from megatron_prefix.errors import InputError
@@ -111,6 +112,8 @@ def _explain(fault: ErrorDetails) -> str:
     setting = ".".join(str(part) for part in location)
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = _known_keys(location[:-1])
+        if location[:-1] == ("loss",) and location[-1] in RETIRED:
+            return f"unknown key {setting} (write {RETIRED[str(location[-1])]})"
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known) or 'none'}"
         return f"unknown key {setting} ({hint})"

@@ -1,7 +1,7 @@
 """The run's configuration: frozen dataclasses, one per section.
 
-The sections `model` and `parallel` are in model.py and parallel.py; load.py reads them all from
-YAML; rules.py says which settings exclude each other.
+The sections `model`, `loss` and `parallel` are in model.py, loss.py and parallel.py; load.py reads
+them all from YAML; rules.py says which settings exclude each other.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from megatron_prefix.config.bounds import (
     WarmupSteps,
 )
 from megatron_prefix.config.kinds import NOT_OF_REWARD
+from megatron_prefix.config.loss import LossConfig
 from megatron_prefix.config.model import SIZES, ModelConfig
 from megatron_prefix.config.parallel import ParallelConfig
 
@@ -125,35 +126,6 @@ class DataConfig:
         """The epochs of a list in `train`, if it has epochs."""
         epochs = [item.epochs for item in self.train_sets if item.epochs is not None]
         return tuple(epochs) or None
-
-
-@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
-class LossConfig:
-    """The objective over pairs of responses. `megatron_prefix.objectives.check` says which of
-    the options an objective uses; None is "not given"."""
-
-    loss_type: str = "sigmoid"
-    """Name of the objective. For language models: `sigmoid` (DPO, Rafailov et al. 2023,
-    equation 7) or `ipo` (Azar et al. 2023, equation 17, with log-ratios per token); for reward
-    models: `bradley_terry`, their default (Ouyang et al. 2022, equation 1)."""
-    beta: Positive | None = None
-    """Reward per nat of log-probability ratio; 0.1 if not given."""
-    label_smoothing: Annotated[float, Field(strict=True, ge=0, lt=0.5)] | None = None
-    """Probability that a label is wrong (conservative DPO); 0 if not given."""
-    weighting: Literal["pair", "group"] | None = None
-    """`pair` (default): every pair weighs 1 (times its own weight); `group`: every comparison
-    set does."""
-    reference: Literal["model", "precomputed", "none"] | None = None
-    """`model`: a frozen copy of the initial policy, run over each step's rows; `precomputed`:
-    log-probabilities that `score` wrote, read from `ref_logps`; `none`: no reference. Default:
-    `model` if the objective needs a reference, else `none`."""
-    ref_logps: str | None = None
-    """Sidecar for `data.train` that `score --output` wrote; with `reference: precomputed`."""
-    margin: Switch | None = None
-    """The chosen reward has to exceed the rejected one by the pair's own margin, which every
-    pair of the data sets must have."""
-    center_rewards_coefficient: Positive | None = None
-    """Adds this times (chosen + rejected reward)^2 to a pair's loss."""
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)

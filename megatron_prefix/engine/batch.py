@@ -5,6 +5,7 @@ Shapes: T tokens, N targets, R responses of the row, P pairs of the row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_prefix.attention import TreePackedSeqParams, TreePlan
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.objectives import LossInputs, ScoreParts
 from megatron_prefix.platform import on_device
 
 
@@ -26,9 +28,12 @@ class TrainBatch:
     response, and `response_offsets` [R + 1] is where each response's targets begin in that order.
     response_tokens int64 [R] counts each response's own tokens; pairs int64 [P, 2] index the row's
     responses; pair_weights and pair_margins float64 [P], a margin NaN if the data has none;
-    step_weight is what the step's loss is divided by; ref_logps float64 [R], None if there is no
-    reference. With `params.share`, tokens and targets are those that this rank owns; responses
-    and pairs are always the whole row's.
+    ranks int64 [R], labels float64 [R] and members int64 [S, K] as in MicroBatch; denominators are
+    those of the step, None if the row is the whole step; ref_logps float64 [R] and ref_heads
+    float64 [P, 2] are None if there is no reference. With `parts.heads`, head_order and
+    head_offsets [2P + 1] are like those of responses, for the first tokens of each side of a pair.
+    With `params.share`, tokens and targets are those that this rank owns; responses,
+    pairs and sets are always the whole row's.
     """
 
     tokens: Tensor
@@ -39,11 +44,51 @@ class TrainBatch:
     pairs: Tensor
     pair_weights: Tensor
     pair_margins: Tensor
-    step_weight: float
+    ranks: Tensor
+    labels: Tensor
+    members: Tensor
+    denominators: Mapping[str, float] | None
+    parts: ScoreParts = ScoreParts()
+    head_order: Tensor | None = None
+    head_offsets: Tensor | None = None
     ref_logps: Tensor | None = None
+    ref_heads: Tensor | None = None
 
-    def with_reference(self, ref_logps: Tensor) -> TrainBatch:
-        return replace(self, ref_logps=ref_logps)
+    def with_reference(self, ref_logps: Tensor, ref_heads: Tensor | None = None) -> TrainBatch:
+        return replace(self, ref_logps=ref_logps, ref_heads=ref_heads)
+
+    def for_reference(self) -> TrainBatch:
+        """The same row without what is asked of the policy only."""
+        if not self.parts.alignments:
+            return self
+        params = replace(self.params, with_collisions=False)
+        return replace(self, params=params, parts=ScoreParts(heads=self.parts.heads))
+
+    def loss_inputs(self, vector: Tensor) -> LossInputs:
+        """The table that objectives read, with what the model computed of the row: the score of
+        each response [R] and what `parts` adds."""
+        scores, heads, alignments = self.parts.split(vector, len(self.response_tokens))
+        has_pair = torch.zeros_like(self.labels)
+        has_pair[self.pairs.flatten()] = 1.0
+        weights = has_pair.new_zeros(len(self.members))
+        if len(self.members):
+            is_member = self.members >= 0
+            weights = (has_pair[self.members.clamp(min=0)] * is_member).amax(dim=1)
+        return LossInputs(
+            scores=scores,
+            ref_logps=self.ref_logps,
+            num_tokens=self.response_tokens,
+            pairs=self.pairs,
+            margins=self.pair_margins,
+            pair_weights=self.pair_weights,
+            ranks=self.ranks,
+            labels=self.labels,
+            members=self.members,
+            set_weights=weights,
+            heads=heads,
+            ref_heads=self.ref_heads,
+            alignments=alignments,
+        )
 
     def with_step_count(self, step_count: float) -> TrainBatch:
         return replace(self, params=replace(self.params, step_count=step_count))
@@ -52,14 +97,18 @@ class TrainBatch:
 def to_device(
     batch: MicroBatch,
     device: torch.device,
-    step_weight: float = 1.0,
+    denominators: Mapping[str, float] | None = None,
     *,
     step_count: float = 0.0,
     share: ContextShare | None = None,
+    parts: ScoreParts | None = None,
 ) -> TrainBatch:
     """Move a row, or this rank's part of it, to `device` and plan its attention, once for all
     layers. The host does not wait for copies from pinned memory to CUDA.
 
+    `denominators` are those of the row's step; without them the row is the whole step.
+
+    `parts` is what the objective needs of the model beside the score of each response.
     `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
     """
     own = np.arange(len(batch.tokens)) if share is None else share.tokens
@@ -71,6 +120,8 @@ def to_device(
     # Targets of the responses [1, 0, 1] -> order [1, 0, 2], offsets [0, 1, 3].
     order = np.argsort(response, kind="stable")
     counts = np.bincount(response, minlength=batch.num_responses)
+    parts = parts or ScoreParts()
+    heads = pair_heads(batch, is_own, order) if parts.heads else None
     served = None if batch.served is None else batch.served[own]
 
     tensor = partial(on_device, device=device)
@@ -86,6 +137,7 @@ def to_device(
             target_tokens=tensor(batch.target_token[is_own]),
             responses_served=None if served is None else tensor(served).float(),
             step_count=step_count,
+            with_collisions=parts.alignments,
         ),
         response_order=tensor(order),
         response_offsets=tensor(np.concatenate([[0], np.cumsum(counts)])),
@@ -93,5 +145,37 @@ def to_device(
         pairs=tensor(batch.pairs),
         pair_weights=tensor(batch.pair_weights),
         pair_margins=tensor(batch.pair_margins),
-        step_weight=step_weight,
+        ranks=tensor(batch.ranks),
+        labels=tensor(batch.labels),
+        members=tensor(batch.members),
+        denominators=denominators,
+        parts=parts,
+        head_order=None if heads is None else tensor(heads[0]),
+        head_offsets=None if heads is None else tensor(heads[1]),
     )
+
+
+def pair_heads(
+    batch: MicroBatch, is_own: np.ndarray, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The own targets in the head of each side of each pair, and where each side's begin [2P + 1].
+
+    The head of a side is its first tokens, as many as the shorter side has. `order` sorts the own
+    targets by response. Two responses with targets [0 2 4] and [1 3] are a pair: heads [0 2 | 1 3].
+    """
+    everywhere = np.argsort(batch.response, kind="stable")
+    ends = np.cumsum(np.bincount(batch.response, minlength=batch.num_responses))
+    place = np.empty(len(everywhere), np.int64)
+    starts = np.repeat(ends - batch.response_tokens, batch.response_tokens)
+    place[everywhere] = np.arange(len(everywhere)) - starts
+    own_place, own_response = place[is_own][order], batch.response[is_own][order]
+    firsts = np.searchsorted(own_response, np.arange(batch.num_responses + 1))
+    heads: list[np.ndarray] = []
+    for pair in batch.pairs:
+        length = int(batch.response_tokens[pair].min())
+        for response in pair:
+            own = slice(firsts[response], firsts[response + 1])
+            heads.append(order[own][own_place[own] < length])
+    sizes = [len(head) for head in heads]
+    joined = np.concatenate(heads) if heads else np.zeros(0, np.int64)
+    return joined, np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

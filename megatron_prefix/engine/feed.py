@@ -17,6 +17,7 @@ from megatron_prefix.data.steps import MicroBatch, Sampler, Step
 from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch, to_device
 from megatron_prefix.model import TreeTransformerConfig
+from megatron_prefix.objectives import ScoreParts
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,15 +32,21 @@ class StepRows:
 class Feed:
     """Steps of one sampler for this rank. A request for one starts the preparation of the next.
 
-    `config` is the model's, which decides how keys travel and what its attention reads. Steps from
-    `num_steps` on are not prepared. Close it, so that the thread ends.
+    `config` is the model's, which decides how keys travel and what its attention reads; `parts` is
+    what the objective needs of it. Steps from `num_steps` on are not prepared. Close it, so that
+    the thread ends.
     """
 
     def __init__(
-        self, sampler: Sampler, world: World, config: TreeTransformerConfig, num_steps: int
+        self,
+        sampler: Sampler,
+        world: World,
+        config: TreeTransformerConfig,
+        num_steps: int,
+        parts: ScoreParts | None = None,
     ) -> None:
         self._sampler, self._world, self._config = sampler, world, config
-        self._context, self._num_steps = world.context(config), num_steps
+        self._context, self._num_steps, self._parts = world.context(config), num_steps, parts
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[int, Future[StepRows]] | None = None
 
@@ -64,7 +71,10 @@ class Feed:
             torch.cuda.set_device(device)
         plan = self._sampler.step(step)
         rows = self._sampler.micro_batches(plan, self._world.data_rank)
-        batches = [to_device(row, device, plan.weight, share=self._share(row)) for row in rows]
+        batches = [
+            to_device(row, device, plan.denominators, share=self._share(row), parts=self._parts)
+            for row in rows
+        ]
         config = self._config
         for batch in batches:
             assert batch.params.plan is not None

@@ -47,13 +47,15 @@ class Policy:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
-    def gradients(self, batches: list[TrainBatch], objective: Objective) -> list[dict]:
+    def gradients(
+        self, batches: list[TrainBatch], objective: Objective, is_first: bool = False
+    ) -> list[dict]:
         """Forward and backward over rows, from zero gradients. Returns `run_schedule`'s logs."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return run_schedule(self.chunks, batches, objective)
+        return run_schedule(self.chunks, batches, objective, is_first)
 
     def update(self) -> tuple[float, float] | None:
         """Clip the gradients and step. Returns their global norm before clipping and the learning

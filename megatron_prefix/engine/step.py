@@ -1,8 +1,8 @@
 """One step: rows through Megatron-Core's schedule to one weighted loss, or to scores.
 
-The loss is a sum over the global batch's pairs divided by the sum of their weights, which is known
-before the step. So nothing is divided by micro batches, tokens or ranks: data parallelism adds
-the gradients, and the result does not depend on how pairs were packed.
+The loss is a sum over the global batch's pairs, sets, responses or tokens, divided by their weight,
+which is known before the step. So nothing is divided by micro batches, tokens or ranks: data
+parallelism adds the gradients, and the result does not depend on how the data was packed.
 
 Shapes: T tokens, N targets, R responses of the row, P pairs of the row.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_prefix.config import LossConfig
 from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.model import response_logps
-from megatron_prefix.objectives import LossInputs, Objective, check
+from megatron_prefix.objectives import Objective, check
 
 Forward = Callable[[Iterator[TrainBatch], torch.nn.Module], tuple[Tensor, Callable]]
 """Megatron-Core's forward step: the model's output, and a function that makes a loss of it."""
@@ -50,6 +50,7 @@ def _forward(
     model: torch.nn.Module,
     *,
     objective: Objective | None = None,
+    is_first: bool = False,
 ) -> tuple[Tensor, Callable]:
     """`forward_step` with a checked objective; without one, rows can only be scored."""
     batch = next(data_iterator)
@@ -59,55 +60,60 @@ def _forward(
         if non_loss_data:
             return response_scores(token_logps, batch).detach()
         assert objective is not None, "a loss needs an objective"
-        return preference_loss(token_logps, batch=batch, objective=objective)
+        return preference_loss(token_logps, batch=batch, objective=objective, is_first=is_first)
 
     return output, loss_function
 
 
 def response_scores(token_logps: Tensor, batch: TrainBatch) -> Tensor:
-    """Log-probability of each response of the row, float64 [R], or a reward model's score of it;
-    summed over the context-parallel ranks that share the row."""
-    scores = response_logps(token_logps, batch.response_order, batch.response_offsets)
+    """Log-probability of each response of the row, float64 [R], or a reward model's score of it,
+    and what `batch.parts` adds, in one vector; summed over the context-parallel ranks that share
+    the row. `token_logps` is [N], or [2, N] with the targets' collisions (see logps.py)."""
+    logps = token_logps[0] if batch.parts.alignments else token_logps
+    columns = [response_logps(logps, batch.response_order, batch.response_offsets)]
+    if batch.head_order is not None and batch.head_offsets is not None:
+        columns.append(response_logps(logps, batch.head_order, batch.head_offsets))
+    if batch.parts.alignments:
+        excess = (token_logps[0] - token_logps[1]).detach()
+        sums = response_logps(excess, batch.response_order, batch.response_offsets)
+        columns.append(sums / batch.response_tokens)
+    scores = torch.cat(columns)
     share = batch.params.share
     return scores if share is None else share.sum(scores)
 
 
 def preference_loss(
-    token_logps: Tensor, *, batch: TrainBatch, objective: Objective
+    token_logps: Tensor, *, batch: TrainBatch, objective: Objective, is_first: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """This row's share of the step's loss, its pair count, and its values for logging:
 
-    sums       name -> sum over the row's pairs; "loss" is weighted, metrics are not
-    logratios  |logp - ref_logp| of both sides of each pair [2P], if there is a reference
+    loss       the share, without gradient
+    sums       name -> [2]: sum and count, whose totals over rows and ranks give the step's mean
+    extremes   name -> largest value of the row
+
+    With `is_first`, if there is a reference, what the first step is checked by:
+
+    start      share of the loss that the step has if the policy is the reference
+    slopes     |slope| of that share for each response's log-probability [R]
+    logratios  |logp - ref_logp| of each response [R]
     ref_logps  |ref_logp| of the same
-    tokens     their numbers of own tokens
     """
-    scores = response_scores(token_logps, batch)
-    inputs = LossInputs(
-        scores=scores,
-        ref_logps=batch.ref_logps,
-        num_tokens=batch.response_tokens,
-        pairs=batch.pairs,
-        margins=batch.pair_margins,
-    )
-    outputs = objective.outputs(inputs)
-    # Weights [1, 3], losses [0.5, 0.1], a step weight of 8: this row adds (0.5 + 0.3) / 8 = 0.1 to
-    # the step's loss.
-    weighted = (batch.pair_weights * outputs.losses).sum()
-    metrics = outputs.metrics | objective.logp_metrics(inputs)
-    sums = {"loss": weighted.detach()} | {name: x.sum() for name, x in metrics.items()}
-    logs: dict[str, Any] = {"sums": sums}
-    if batch.ref_logps is not None:
-        # Pairs [[0, 1], [0, 2]] -> sides [0, 0, 1, 2]: chosen responses, then rejected ones
-        sides = torch.cat(batch.pairs.unbind(1))
-        logs["logratios"] = (scores.detach() - batch.ref_logps)[sides].abs()
-        logs["ref_logps"] = batch.ref_logps[sides].abs()
-        logs["tokens"] = batch.response_tokens[sides]
+    inputs = batch.loss_inputs(response_scores(token_logps, batch))
+    value, sums = objective.loss(inputs, batch.denominators)
+    logs: dict[str, Any] = {
+        "loss": value.detach(),
+        "sums": sums,
+        "extremes": objective.extremes(inputs),
+    }
+    if is_first and batch.ref_logps is not None:
+        logs["start"], logs["slopes"] = objective.start(inputs, batch.denominators)
+        logs["logratios"] = (inputs.scores.detach() - batch.ref_logps).abs()
+        logs["ref_logps"] = batch.ref_logps.abs()
     share = batch.params.share
     counts_pairs = share is None or share.group.rank() == 0  # one rank of those that share the row
     num_pairs = len(batch.pairs) if counts_pairs else 0
     count = torch.full((), num_pairs, dtype=torch.int, device=token_logps.device)
-    return weighted / batch.step_weight, count, logs
+    return value, count, logs
 
 
 def sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: object) -> None:
@@ -116,12 +122,16 @@ def sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: objec
 
 
 def run_schedule(
-    model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch], objective: Objective
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[TrainBatch],
+    objective: Objective,
+    is_first: bool = False,
 ) -> list[dict[str, Any]]:
     """Forward and backward over rows; `preference_loss`'s values of every row, in their order and
     on every pipeline stage."""
+    forward = partial(_forward, objective=objective, is_first=is_first)
     with torch.enable_grad():
-        logs = _schedule(partial(_forward, objective=objective), model, batches)
+        logs = _schedule(forward, model, batches)
     return from_last_stage(logs, batches[0].tokens.device)
 
 

@@ -26,7 +26,7 @@ from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
 from megatron_prefix.model.hf import HFModel
 from megatron_prefix.objectives import Objective, check
-from megatron_prefix.train import training_sampler
+from megatron_prefix.train import run_sharing, training_sampler
 
 STEPS_READ = 8
 """First steps of the run whose rows are read."""
@@ -186,10 +186,17 @@ def _data(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[st
         "longest_row": max(lengths),
         "tokens_per_row": sum(lengths) / len(lengths),
         "sharing": {
-            mode: _cost(config.model.kind, sampler.dataset, groups, mode, steps, model)
-            for mode in SHARING_MODES
+            mode: _cost(config.model.kind, sampler.dataset, groups, laid_out, steps, model)
+            for mode, laid_out in _modes(config).items()
         },
     }
+
+
+def _modes(config: Config) -> dict[str, str]:
+    """The sharing modes that the run may have, each with the one in which its rows are laid out."""
+    objective = check(config.loss, config.model.kind)
+    modes = [x for x in SHARING_MODES if not (objective.needs_sets and x == "pair")]
+    return {mode: run_sharing(objective, mode) for mode in modes}
 
 
 def _cost(

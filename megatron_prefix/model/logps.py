@@ -64,6 +64,28 @@ class _VocabParallelLogps(torch.autograd.Function):
         return grad_UV.to(ctx.dtype), None, None, None, None
 
 
+@torch.no_grad()
+def vocab_parallel_collisions(
+    logits_UV: Tensor, vocab_size: int, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
+    """log of the sum over the vocabulary of the squared probabilities, float32 [U], no gradient.
+
+    It is the log-probability that two draws from the distribution are the same token. `logits_UV`
+    and `vocab_size` are as in `vocab_parallel_logps`.
+    """
+    rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+    scores_UV = logits_UV.to(torch.promote_types(logits_UV.dtype, torch.float32), copy=True)
+    scores_UV[:, max(vocab_size - rank * logits_UV.size(1), 0) :] = -torch.inf
+    top_U = scores_UV.amax(dim=1)
+    if size > 1:
+        torch.distributed.all_reduce(top_U, torch.distributed.ReduceOp.MAX, group)
+    exp_UV = scores_UV.sub_(top_U[:, None]).exp_()
+    sums_2U = torch.stack([exp_UV.sum(dim=1), exp_UV.square_().sum(dim=1)])
+    if size > 1:
+        torch.distributed.all_reduce(sums_2U, group=group)
+    return sums_2U[1].log() - 2 * sums_2U[0].log()
+
+
 def vocab_parallel_logps(
     logits_UV: Tensor,
     logit_N: Tensor,
@@ -90,8 +112,12 @@ def token_logps(
     chunk_size: int,
     offsets: np.ndarray | None = None,
     group: torch.distributed.ProcessGroup | None = None,
+    with_collisions: bool = False,
 ) -> Tensor:
     """Project hidden states to logits and take the targets' log-probabilities, float32 [N].
+
+    With `with_collisions`, [2, N]: the second line has `vocab_parallel_collisions` of the token
+    that predicts each target.
 
     `logit_N` ascends. At most `chunk_size` tokens are projected at a time; if there are more,
     backward projects each chunk again, so that logits are freed with their chunk. Hidden state u
@@ -100,7 +126,11 @@ def token_logps(
     """
 
     def chunk_logps(hidden: Tensor, logit: Tensor, target: Tensor) -> Tensor:
-        return vocab_parallel_logps(project(hidden), logit, target, vocab_size, group)
+        logits = project(hidden)
+        logps = vocab_parallel_logps(logits, logit, target, vocab_size, group)
+        if not with_collisions:
+            return logps
+        return torch.stack([logps, vocab_parallel_collisions(logits, vocab_size, group)[logit]])
 
     num_logits = hidden_UC.size(0)
     if num_logits <= chunk_size:
@@ -120,7 +150,7 @@ def token_logps(
         )
         for i, hidden in enumerate(hidden_UC.split(chunk_size))
     ]
-    return torch.cat(parts)
+    return torch.cat(parts, dim=-1)
 
 
 def response_logps(token_logps_N: Tensor, order_N: Tensor, offsets: Tensor) -> Tensor:

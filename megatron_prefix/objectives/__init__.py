@@ -1,19 +1,23 @@
-"""Objectives: pure functions of a table of responses and pairs, one record each.
+"""Objectives: pure functions of a table of responses, pairs and sets, one record each.
 
-The loss is computed in pairwise.py (language models) and reward.py (reward models).
+The table is in table.py, the losses by family: pairwise.py, sides.py, reference_free.py and
+ranking.py for language models, reward.py for reward models.
 """
 
+from megatron_prefix.objectives.checking import check
+from megatron_prefix.objectives.objective import Objective
 from megatron_prefix.objectives.pairwise import dpo_loss, ipo_loss
-from megatron_prefix.objectives.record import LossInputs, LossOutputs
-from megatron_prefix.objectives.registry import Objective, check
-from megatron_prefix.objectives.reward import bradley_terry_loss
+from megatron_prefix.objectives.record import LossOutputs
+from megatron_prefix.objectives.registry import register_objective
+from megatron_prefix.objectives.table import LossInputs, ScoreParts
 
 __all__ = [
     "LossInputs",
     "LossOutputs",
     "Objective",
-    "bradley_terry_loss",
+    "ScoreParts",
     "check",
     "dpo_loss",
     "ipo_loss",
+    "register_objective",
 ]

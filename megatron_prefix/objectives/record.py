@@ -1,76 +1,28 @@
-"""What an objective is: one record, the table that it reads, the values that it returns.
+"""What an objective is: one record, the values that its function returns, and shared helpers.
 
-Shapes: R responses, P pairs. Nothing in this package imports torch before a loss is computed, so
-that a configuration is checked without it.
+Shapes: P pairs, S comparison sets, R responses. Nothing in this package imports torch before a loss
+is computed, so that a configuration is checked without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Unit = Literal["pair"]
-"""The unit that has one loss value; the mean is over these units."""
+Unit = Literal["pair", "set", "response", "token"]
+"""What has one loss value each, and what the mean is over:
 
+    pair      the loss of a pair [P]; the denominator is the sum of the pairs' weights
+    set       the loss of a comparison set [S]; the number of sets with a pair
+    response  the loss of a response [R]; the number of labels
+    token     the sum over the tokens of a pair's chosen response [P]; the weighted number of these
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LossInputs:
-    """Table of responses and their pairs: a row's in training, a data set's in evaluation.
-
-    A loss names the columns that it takes: a field, or a property that is one side of the pairs.
-    """
-
-    scores: Tensor
-    """Float64 [R]: log-probabilities under the policy in nats, or the rewards of a reward model."""
-    ref_logps: Tensor | None
-    """Float64 [R]: log-probabilities under the reference; None if there is no reference."""
-    num_tokens: Tensor
-    """Int64 [R]: each response's own tokens, which are those with loss."""
-    pairs: Tensor
-    """Int64 [P, 2]: (chosen, rejected) as indices of responses."""
-    margins: Tensor
-    """Float64 [P]: NaN if the data has no margin for the pair."""
-
-    @property
-    def chosen_logps(self) -> Tensor:
-        return self.scores[self.pairs[:, 0]]
-
-    @property
-    def rejected_logps(self) -> Tensor:
-        return self.scores[self.pairs[:, 1]]
-
-    @property
-    def chosen_rewards(self) -> Tensor:
-        return self.scores[self.pairs[:, 0]]
-
-    @property
-    def rejected_rewards(self) -> Tensor:
-        return self.scores[self.pairs[:, 1]]
-
-    @property
-    def ref_chosen_logps(self) -> Tensor:
-        return self._reference()[self.pairs[:, 0]]
-
-    @property
-    def ref_rejected_logps(self) -> Tensor:
-        return self._reference()[self.pairs[:, 1]]
-
-    @property
-    def chosen_num_tokens(self) -> Tensor:
-        return self.num_tokens[self.pairs[:, 0]]
-
-    @property
-    def rejected_num_tokens(self) -> Tensor:
-        return self.num_tokens[self.pairs[:, 1]]
-
-    def _reference(self) -> Tensor:
-        if self.ref_logps is None:
-            raise ValueError("the batch has no ref_logps: add them with TrainBatch.with_reference")
-        return self.ref_logps
+Every denominator is that of the whole step and known before it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,9 +30,13 @@ class LossOutputs:
     """Values of a loss, by name."""
 
     losses: Tensor
-    """[P]: the loss of every pair, before weights."""
+    """[P], [S] or [R] by the objective's unit: the loss of every unit, before weights."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """[P] each, without gradient, by the name under which their mean over pairs is logged."""
+    set_metrics: dict[str, Tensor] = field(default_factory=dict)
+    """[S] each, without gradient; logged is the mean over sets with a pair."""
+    label_metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Sum and count, without gradient; logged is the sum over the count of the whole step."""
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -88,6 +44,12 @@ def log_sigmoid(x: Tensor) -> Tensor:
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(x)
+
+
+def smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - s) log sigmoid(x) - s log sigmoid(-x): labels are wrong with probability s."""
+    s = label_smoothing
+    return -(1 - s) * log_sigmoid(logits) - s * log_sigmoid(-logits)
 
 
 def reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
@@ -115,20 +77,39 @@ class Option:
     column: str | None = None
     """None: the option is passed to the function, under its own name. A column of `LossInputs`: the
     option is a switch; if it is true, this column is passed to the function instead."""
+    is_outside: bool = False
+    """The option acts outside of the function and is not passed to it."""
+    of_all: bool = False
+    """In a list of loss types, every member must take the option."""
+    spares_likelihoods: bool = True
+    """A likelihood in that list is left as it is."""
+    needs: tuple[str, Any] | None = None
+    """(option, value): this option has an effect only if that one has this value."""
+
+
+PAIR_OPTIONS = {
+    "ld_alpha": Option(is_outside=True, of_all=True),
+    "use_weighting": Option(default=False, is_outside=True, of_all=True, spares_likelihoods=False),
+}
+"""Options of every loss over the pairs of a language model with a reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstValue:
-    """Loss of each pair at the first step, when policy and reference are the same model."""
+    """Loss of the first step, when policy and reference are the same model."""
 
     formula: str
-    value: Callable[..., float]
-    """Of the options, by name."""
-    steepness: Callable[..., float]
-    """Of the options, by name. Largest slope at the first step: change of the loss per unit by
-    which both rewards move, in the same or opposite directions."""
-    per_token: bool = False
-    """Whether the rewards enter per token: a reward of n tokens has an n-th of that slope."""
+    value: Callable[..., float | None] | None = None
+    """Of the options, by name; None if it depends on the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """Another objective that is part of this one: its loss is added."""
+
+    name: str
+    weight: str | None = None
+    """The option, of those that act outside of the function, that multiplies it; None: 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +125,35 @@ class ObjectiveRecord:
     options: Mapping[str, Option]
     model: Literal["lm", "reward"]
     """The `model.kind` that it trains."""
-    unit: Unit = "pair"
+    unit: Unit | Callable[..., Unit] = "pair"
+    """A function of the options, by name, if it depends on them."""
     rewards_per_nat: Callable[..., float] | None = None
     """Of the options, by name: reward per nat of log-ratio. None: 1."""
     first: FirstValue | None = None
-    """None if the first value depends on the data, or there is no reference."""
+    """None if there is no first value that is known before the step."""
+    adds: Added | None = None
+    is_likelihood: bool = False
+    """The negative log-likelihood of chosen responses, a term beside preference losses: logged as
+    `nll_loss`; rewards are those of another member of the list."""
+    may_omit_reference: bool = False
+    """With `loss.reference: none` the reference's log-probabilities count as 0."""
+    reward_variant: ObjectiveRecord | None = None
+    """The objective of the same name for reward models, if there is one."""
+
+    def needs_reference(self) -> bool:
+        return any(column.startswith(("ref_", "set_ref_")) for column in self.columns)
+
+    def unit_of(self, options: Mapping[str, Any]) -> Unit:
+        return self.unit(**options) if callable(self.unit) else self.unit
+
+    def variant(self, model_kind: str | None) -> ObjectiveRecord:
+        """The record for this kind of model, if there are two of this name."""
+        other = self.reward_variant
+        return other if other is not None and model_kind == other.model else self
+
+    def all_columns(self, options: Mapping[str, Any]) -> Iterator[str]:
+        """The columns that the function reads under these options."""
+        yield from self.columns
+        for name, option in self.options.items():
+            if option.column is not None and options[name]:
+                yield option.column

@@ -1,6 +1,7 @@
-"""Losses of reward models over (chosen, rejected) pairs: a function and a record each.
+"""Losses of reward models over pairs and over single responses: a function and a record each.
 
-Shapes: P pairs. Rewards are what the model gives a response, float64.
+Shapes: P pairs, R responses. Rewards are what the model gives a response, float64. Losses over
+ranked sets are in ranking.py.
 """
 
 from __future__ import annotations
@@ -46,15 +47,67 @@ def bradley_terry_loss(
     return LossOutputs(losses=losses, metrics=reward_metrics(chosen_rewards, rejected_rewards))
 
 
+def scaled_bradley_terry_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, margins: Tensor
+) -> LossOutputs:
+    """Bradley and Terry's loss, multiplied by the margin that the data gives a pair.
+
+        loss = -m log sigmoid(r_chosen - r_rejected)
+
+    Wang et al. 2024 (HelpSteer2-Preference, arXiv 2410.01257), equation 3; NeMo-Aligner's
+    `scaled_bt`. The mean is over pairs, and not over the sum of margins. All tensors are [P].
+    """
+    losses = -margins * log_sigmoid(chosen_rewards - rejected_rewards)
+    return LossOutputs(losses=losses, metrics=reward_metrics(chosen_rewards, rejected_rewards))
+
+
+def regression_loss(
+    scores: Tensor, labels: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor
+) -> LossOutputs:
+    """Squared error of the reward against the score that the data gives.
+
+        loss = (r - score)^2
+
+    Wang et al. 2024 (HelpSteer2, arXiv 2406.08673), section 4. `scores` and `labels` are [R]; a
+    label of NaN is unknown, and takes no part. The mean is over all labels of the step; NeMo takes
+    it per micro batch.
+    """
+    is_known = ~labels.isnan()
+    losses = (scores - labels.nan_to_num()).square().where(is_known, 0.0)
+    mse = losses.detach().sum(), is_known.sum().to(losses.dtype)
+    return LossOutputs(
+        losses=losses,
+        metrics=reward_metrics(chosen_rewards, rejected_rewards),
+        label_metrics={"mse": mse},
+    )
+
+
+PAIR = ("chosen_rewards", "rejected_rewards")
+
 RECORDS = (
     ObjectiveRecord(
         name="bradley_terry",
         function=bradley_terry_loss,
-        columns=("chosen_rewards", "rejected_rewards"),
+        columns=PAIR,
         options={
             "margin": Option(default=False, column="margins"),
             "center_rewards_coefficient": Option(),
         },
         model="reward",
+    ),
+    ObjectiveRecord(
+        name="scaled_bradley_terry",
+        function=scaled_bradley_terry_loss,
+        columns=(*PAIR, "margins"),
+        options={},
+        model="reward",
+    ),
+    ObjectiveRecord(
+        name="regression",
+        function=regression_loss,
+        columns=("scores", "labels", *PAIR),
+        options={},
+        model="reward",
+        unit="response",
     ),
 )

@@ -24,9 +24,9 @@ from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import Feed, StepRows, TrainBatch, build_model, score_rows
 from megatron_prefix.model import TreeTransformerConfig, unwrap
-from megatron_prefix.objectives import Objective
+from megatron_prefix.objectives import Objective, ScoreParts
 from megatron_prefix.platform import on_device
-from megatron_prefix.reference.sidecars import PartialScores, read_sidecar
+from megatron_prefix.reference.sidecars import PartialScores, read_heads, read_sidecar
 
 SAVE_STEPS = 32
 """Steps of scoring between two saves of the scores so far."""
@@ -57,12 +57,13 @@ class ModelReference:
     chunks: list[torch.nn.Module]
     world: World
     rounding: float
+    parts: ScoreParts = ScoreParts()
 
     def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
         return with_reference(self.chunks, batches)
 
     def score(self, sampler: Sampler) -> np.ndarray:
-        return score_dataset(self.chunks, sampler, self.world)
+        return score_dataset(self.chunks, sampler, self.world, parts=self.parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +74,18 @@ class PrecomputedReference:
     dataset: PreferenceDataset
     logps: dict[str, np.ndarray]
     rounding: float = 0.0
+    heads: dict[str, np.ndarray] | None = None
+    """Of both sides of all pairs, float64 [pairs, 2], if the objective needs them."""
 
     @classmethod
     def read(
-        cls, path: str, fingerprint: str, datasets: list[PreferenceDataset], rounding: float = 0.0
+        cls,
+        path: str,
+        fingerprint: str,
+        datasets: list[PreferenceDataset],
+        rounding: float = 0.0,
+        *,
+        with_heads: bool = False,
     ) -> PrecomputedReference:
         """From a file that `score` wrote with the model of this fingerprint (`model_fingerprint`).
 
@@ -90,19 +99,30 @@ class PrecomputedReference:
             )
             for data in datasets
         }
-        return cls(datasets[0], logps, rounding)
+        heads = None
+        if with_heads:
+            heads = {
+                data.fingerprint: np.concatenate([read_heads(path, part) for part in data.parts])
+                for data in datasets
+            }
+        return cls(datasets[0], logps, rounding, heads)
 
     def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
-        logps = self.logps[self.dataset.fingerprint]
-        return [
-            batch.with_reference(
-                on_device(logps[response_index(self.dataset, row)], batch.tokens.device)
-            )
-            for row, batch in zip(rows, batches, strict=True)
-        ]
+        name = self.dataset.fingerprint
+        attached = []
+        for row, batch in zip(rows, batches, strict=True):
+            device, heads = batch.tokens.device, None
+            logps = self.logps[name][response_index(self.dataset, row)]
+            if self.heads is not None:
+                heads = on_device(self.heads[name][pair_index(self.dataset, row)], device)
+            attached.append(batch.with_reference(on_device(logps, device), heads))
+        return attached
 
     def score(self, sampler: Sampler) -> np.ndarray:
-        return self.logps[sampler.dataset.fingerprint]
+        name = sampler.dataset.fingerprint
+        if self.heads is None:
+            return self.logps[name]
+        return np.concatenate([self.logps[name], self.heads[name].ravel()])
 
 
 @dataclass(frozen=True)
@@ -137,12 +157,13 @@ def open_reference(
     if objective.reference == "precomputed":
         path = config.loss.ref_logps
         assert path is not None and fingerprint is not None
-        return PrecomputedReference.read(path, fingerprint, datasets, rounding)
+        heads = objective.parts.heads
+        return PrecomputedReference.read(path, fingerprint, datasets, rounding, with_heads=heads)
     chunks = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
     initial.load(chunks)
     # Policy and reference run the same rows, and float32 gives both the same values.
     rounding = 0.0 if config.model.dtype == "float32" else rounding
-    return ModelReference(chunks, world, rounding)
+    return ModelReference(chunks, world, rounding, ScoreParts(heads=objective.parts.heads))
 
 
 def frozen_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
@@ -159,10 +180,20 @@ def response_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
     return np.asarray(dataset.group_responses)[groups] + responses
 
 
+def pair_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
+    """A row's pairs as indices among all of the data set, int64 [P]."""
+    whole = dataset.whole or dataset
+    return np.asarray(whole.group_pairs)[row.pair_ids[:, 0]] + row.pair_ids[:, 1]
+
+
 def with_reference(chunks: list[torch.nn.Module], batches: list[TrainBatch]) -> list[TrainBatch]:
     """The same rows with the reference model's log-probabilities, from one pass over them."""
-    logps = score_rows(chunks, batches)
-    return [b.with_reference(x) for b, x in zip(batches, logps, strict=True)]
+    own = [batch.for_reference() for batch in batches]
+    attached = []
+    for batch, row, vector in zip(batches, own, score_rows(chunks, own), strict=True):
+        logps, heads, _ = row.parts.split(vector, len(row.response_tokens))
+        attached.append(batch.with_reference(logps, heads))
+    return attached
 
 
 def score_dataset(
@@ -170,9 +201,10 @@ def score_dataset(
     sampler: Sampler,
     world: World,
     saved: PartialScores | None = None,
+    parts: ScoreParts | None = None,
 ) -> np.ndarray:
     """Log-probability of every response of the sampler's data set, or a reward model's score of
-    it, float64 [responses].
+    it, float64 [responses], and what `parts` adds, for the pairs and responses of the data set.
 
     Responses are numbered through the whole data set in its order. A response that runs several
     times (several pairs with sharing `none`) gets the mean. A response that never runs (one without
@@ -181,13 +213,15 @@ def score_dataset(
     """
     dataset = sampler.dataset
     first, sums = world.once(lambda: (saved.step, saved.sums) if saved else (0, None))
+    parts = parts or ScoreParts()
+    places = ScorePlaces(dataset.whole or dataset, parts)
     if sums is None:
-        sums = np.zeros((2, len(dataset.response_lengths)))
+        sums = np.zeros((2, places.size))
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     num_steps = sampler.composition.num_steps(1)
-    with closing(Feed(sampler, world, unwrap(chunks[0]).config, num_steps)) as feed:
+    with closing(Feed(sampler, world, unwrap(chunks[0]).config, num_steps, parts)) as feed:
         for start in range(first, num_steps, SAVE_STEPS):
             stop = min(start + SAVE_STEPS, num_steps)
             # Summed over ranks once per SAVE_STEPS steps. `sums` is then the same on every rank, so
@@ -195,7 +229,7 @@ def score_dataset(
             local_sums = np.zeros_like(sums)
             for step in range(start, stop):
                 world.beat(f"scoring, step {step + 1} of {num_steps}")
-                _add_scores(chunks, dataset, feed.step(step), local_sums)
+                _add_scores(chunks, places, feed.step(step), local_sums)
             sums += world.sum(torch.from_numpy(local_sums).to(world.device)).cpu().numpy()
             if saved is not None:
                 saved.sums = sums
@@ -207,15 +241,38 @@ def score_dataset(
         return sums[0] / sums[1]
 
 
+@dataclass(frozen=True, eq=False)
+class ScorePlaces:
+    """Where what a model computes of a row belongs among that of the whole data set."""
+
+    dataset: PreferenceDataset
+    parts: ScoreParts
+
+    @property
+    def size(self) -> int:
+        """Entries of the whole data set."""
+        heads = 2 * len(self.dataset.pair_weights) if self.parts.heads else 0
+        responses = len(self.dataset.response_lengths)
+        return responses + heads + (responses if self.parts.alignments else 0)
+
+    def of(self, row: MicroBatch) -> np.ndarray:
+        """The places of a row's entries, in their order."""
+        responses = response_index(self.dataset, row)
+        places = [responses]
+        if self.parts.heads:
+            sides = 2 * pair_index(self.dataset, row)[:, None] + np.arange(2)
+            places.append(len(self.dataset.response_lengths) + sides.ravel())
+        if self.parts.alignments:
+            places.append(self.size - len(self.dataset.response_lengths) + responses)
+        return np.concatenate(places)
+
+
 def _add_scores(
-    chunks: list[torch.nn.Module],
-    dataset: PreferenceDataset,
-    step: StepRows,
-    sums: np.ndarray,
+    chunks: list[torch.nn.Module], places: ScorePlaces, step: StepRows, sums: np.ndarray
 ) -> None:
-    """Add this rank's rows of a step to `sums` [2, responses]: scores, and times each ran."""
+    """Add this rank's rows of a step to `sums` [2, entries]: scores, and times each ran."""
     for row, scores in zip(step.rows, score_rows(chunks, step.batches), strict=True):
-        index = response_index(dataset, row)
+        index = places.of(row)
         # A response may be several times in a row, so `sums[0][index] += scores` would count it
         # once.
         np.add.at(sums[0], index, scores.cpu().numpy())

@@ -28,13 +28,20 @@ FORMAT = "megatron_prefix reference log-probabilities"
 VERSION = "1"
 HEADER = "megatron_prefix"
 """Key of the file's metadata: JSON of format, version, model, datasets and a checksum."""
+HEADS = ".heads"
+"""After a data set's fingerprint: the part of both sides' log-probabilities that is of their first
+tokens, as many as the shorter side has; for `loss.ld_alpha`, of which it does not depend."""
 
 
 def write_sidecar(
-    path: str, model: str, scores: list[tuple[PreferenceDataset, np.ndarray]]
+    path: str,
+    model: str,
+    scores: list[tuple[PreferenceDataset, np.ndarray]],
+    heads: list[np.ndarray] | None = None,
 ) -> None:
     """Write the log-probabilities, float64 [responses] per data set, of the model whose
-    fingerprint is `model`. `path` is replaced in one step."""
+    fingerprint is `model`, and `heads` [pairs, 2] of the same data sets if they are given. `path`
+    is replaced in one step."""
     described = {
         data.fingerprint: {
             "prefix": data.prefix.name,
@@ -46,6 +53,8 @@ def write_sidecar(
     header = {"format": FORMAT, "version": VERSION, "model": model, "datasets": described}
     temporary = f"{path}.tmp"
     arrays = {data.fingerprint: np.ascontiguousarray(logps) for data, logps in scores}
+    for (data, _), own in zip(scores, heads or [], strict=heads is not None):
+        arrays[data.fingerprint + HEADS] = np.ascontiguousarray(own)
     header["sha256"] = _digest(header, arrays)
     try:  # one key: safetensors writes several keys in any order
         save_file(arrays, temporary, {HEADER: json.dumps(header)})
@@ -110,6 +119,22 @@ def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarra
     if not (np.isfinite(logps).all() and (logps <= 0).all()):
         raise InputError(f"{path}: has values that are not log-probabilities; score again")
     return logps
+
+
+def read_heads(path: str, dataset: PreferenceDataset) -> np.ndarray:
+    """The heads of both sides of `dataset`'s pairs, float64 [pairs, 2], of a file that
+    `read_sidecar` has read. Raises InputError if they are not in the file."""
+    with safe_open(path, "numpy") as file:
+        name = dataset.fingerprint + HEADS
+        if name not in set(file.keys()):
+            raise InputError(
+                f"{path}: made without loss.ld_alpha, which needs the log-probabilities of "
+                "responses' first tokens: score again with loss.ld_alpha in the configuration"
+            )
+        heads = file.get_tensor(name)
+    if heads.shape != (len(dataset.pair_weights), 2) or not np.isfinite(heads).all():
+        raise InputError(f"{path}: the heads do not fit {dataset.prefix}; score again")
+    return heads
 
 
 def _check_origin(

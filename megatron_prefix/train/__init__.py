@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_prefix.faces import lazy_face
 
 if TYPE_CHECKING:
+    from megatron_prefix.train.data_checks import check_columns, run_sharing
     from megatron_prefix.train.evaluation import evaluate
     from megatron_prefix.train.run import train
     from megatron_prefix.train.samplers import training_sampler
@@ -14,10 +15,18 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_face(
         __name__,
+        data_checks=["check_columns", "run_sharing"],
         evaluation=["evaluate"],
         run=["train"],
         samplers=["training_sampler"],
         scoring=["score_reference"],
     )
 
-__all__ = ["evaluate", "score_reference", "train", "training_sampler"]
+__all__ = [
+    "check_columns",
+    "evaluate",
+    "run_sharing",
+    "score_reference",
+    "train",
+    "training_sampler",
+]

@@ -26,19 +26,15 @@ from megatron_prefix.data.steps import Sampler, loss_weights
 from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives import LossInputs, Objective, check
+from megatron_prefix.objectives import LossInputs, Objective, ScoreParts, check
 from megatron_prefix.reference import (
     PrecomputedReference,
     frozen_model,
     model_fingerprint,
     score_dataset,
 )
-from megatron_prefix.train.samplers import (
-    check_columns,
-    evaluation_sampler,
-    open_valid_sets,
-    valid_setting,
-)
+from megatron_prefix.train.data_checks import check_columns
+from megatron_prefix.train.samplers import evaluation_sampler, open_valid_sets, valid_setting
 
 PER_RESPONSE = {"lm": "logp", "reward": "reward"}
 """Key of a response's score in `--per-response`, by `model.kind`."""
@@ -58,7 +54,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
     with open_session(config) as world:
-        datasets = open_valid_sets(config, world)
+        datasets = open_valid_sets(config, world, needs_pairs=objective.needs_pairs)
         check_one_vocabulary([*datasets.values()])
         initial = resolve_starting_model(config.model, [*datasets.values()])
         samplers = [
@@ -69,22 +65,27 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         for name, dataset in datasets.items():
             check_columns(objective, dataset, valid_setting(name))
         if objective.reference == "none":
-            scores = _own_scores(config, initial, model, weights, samplers, world)
+            scores = _own_scores(objective, config, initial, model, weights, samplers, world)
             ref_logps: Sequence[np.ndarray | None] = [None] * len(samplers)
         else:
             scores, ref_logps = _logps(objective, config, initial, model, weights, samplers, world)
         if per_response is not None:
             key = PER_RESPONSE[config.model.kind]
-            world.once(lambda: _write_records(per_response, datasets, scores, key))
+            logps = [
+                objective.parts.split(own, len(dataset.response_lengths))[0]
+                for own, dataset in zip(scores, datasets.values(), strict=True)
+            ]
+            world.once(lambda: _write_records(per_response, datasets, logps, key))
     metrics: dict[str, float] = {}
-    for (name, dataset), own, reference in zip(datasets.items(), scores, ref_logps, strict=True):
+    for name, sampler, own, reference in zip(datasets, samplers, scores, ref_logps, strict=True):
         prefix = f"{name}/" if name else ""
-        values = preference_metrics(objective, dataset, own, reference)
+        values = preference_metrics(objective, sampler.dataset, own, reference)
         metrics |= {f"{prefix}{key}": value for key, value in values.items()}
     return metrics
 
 
 def _own_scores(
+    objective: Objective,
     config: Config,
     initial: StartingModel,
     model: list[torch.nn.Module],
@@ -100,7 +101,8 @@ def _own_scores(
         initial.load(model)
         if world.is_main and (note := initial.note(config.train.seed)) is not None:
             print(note, file=sys.stderr)
-    return [score_dataset(model, sampler, world) for sampler in samplers]
+    parts = objective.parts
+    return [score_dataset(model, sampler, world, parts=parts) for sampler in samplers]
 
 
 def _logps(
@@ -119,15 +121,19 @@ def _logps(
         path = config.loss.ref_logps
         assert path is not None
         fingerprint, datasets = model_fingerprint(model), [s.dataset for s in samplers]
-        reference = PrecomputedReference.read(path, fingerprint, datasets, rounding=0.0)
+        reference = PrecomputedReference.read(
+            path, fingerprint, datasets, with_heads=objective.parts.heads
+        )
         ref_logps = [reference.score(sampler) for sampler in samplers]
     else:
-        ref_logps = [score_dataset(model, sampler, world) for sampler in samplers]
-        if weights is None:
+        parts = ScoreParts(heads=objective.parts.heads)
+        ref_logps = [score_dataset(model, sampler, world, parts=parts) for sampler in samplers]
+        if weights is None and not objective.parts.alignments:
             return ref_logps, ref_logps
     if weights is not None:
         load_weights(weights, model)
-    return [score_dataset(model, sampler, world) for sampler in samplers], ref_logps
+    parts = objective.parts
+    return [score_dataset(model, sampler, world, parts=parts) for sampler in samplers], ref_logps
 
 
 def pair_responses(dataset: PreferenceDataset) -> np.ndarray:
@@ -147,30 +153,79 @@ def preference_metrics(
     scores: np.ndarray,
     ref_logps: np.ndarray | None,
 ) -> dict[str, float]:
-    """Weighted mean loss, and means over pairs of the objective's metrics.
+    """The loss of the whole data set as one step, and the means of the objective's metrics.
 
-    `scores` and `ref_logps` are float64 [responses], as `score_dataset` returns them; None if there
-    is no reference.
+    `scores` and `ref_logps` are as `score_dataset` returns them for the objective's parts, the
+    reference's without alignments; None if there is no reference.
     """
+    inputs = dataset_inputs(objective, dataset, scores, ref_logps)
+    loss, sums = objective.loss(inputs)
+    extremes = objective.extremes(inputs).items()
+    return {
+        "loss": float(loss),
+        **{name: float(total / count) for name, (total, count) in sums.items() if count},
+        **{name: -float(x) if name.endswith("/min") else float(x) for name, x in extremes},
+        "num_pairs": len(inputs.pairs),
+    }
+
+
+def dataset_inputs(
+    objective: Objective,
+    dataset: PreferenceDataset,
+    scores: np.ndarray,
+    ref_logps: np.ndarray | None,
+) -> LossInputs:
+    """A whole data set as one table."""
+    num_responses = len(dataset.response_lengths)
+    own, heads, alignments = objective.parts.split(scores, num_responses)
+    ref_heads = None
+    if ref_logps is not None:
+        ref_parts = ScoreParts(heads=objective.parts.heads)
+        ref_logps, ref_heads, _ = ref_parts.split(ref_logps, num_responses)
+    if heads is not None and ref_heads is not None and dataset.pair_numbers is not None:
+        heads, ref_heads = heads[dataset.pair_numbers], ref_heads[dataset.pair_numbers]
     pairs = pair_responses(dataset)
-    weights = np.concatenate(
-        [loss_weights(dataset, g, objective.weighting) for g in range(len(dataset))]
-    )
-    inputs = LossInputs(
-        scores=torch.from_numpy(scores),
-        ref_logps=None if ref_logps is None else torch.from_numpy(ref_logps),
+    weights = [loss_weights(dataset, g, objective.weighting) for g in range(len(dataset))]
+    members = dataset_members(dataset)
+    has_pair = np.zeros(num_responses + 1)  # the last entry is that of the members that fill up
+    has_pair[pairs.ravel()] = 1.0
+    return LossInputs(
+        scores=torch.from_numpy(own),
+        ref_logps=_tensor(ref_logps),
         num_tokens=torch.from_numpy(own_tokens(dataset)),
         pairs=torch.from_numpy(pairs),
         margins=torch.from_numpy(np.array(dataset.pair_margins)),
+        pair_weights=torch.from_numpy(np.concatenate(weights)),
+        ranks=torch.from_numpy(np.array(dataset.response_ranks, np.int64)),
+        labels=torch.from_numpy(np.array(dataset.response_scores)),
+        members=torch.from_numpy(members),
+        set_weights=torch.from_numpy(has_pair[members].max(axis=1)),
+        heads=_tensor(heads),
+        ref_heads=_tensor(ref_heads),
+        alignments=_tensor(alignments),
     )
-    outputs = objective.outputs(inputs)
-    return {
-        "loss": float(np.average(outputs.losses.numpy(), weights=weights)),
-        **{name: float(x.mean()) for name, x in outputs.metrics.items()},
-        # NumPy sums in another order than torch; it has always been NumPy for these.
-        **{name: float(x.numpy().mean()) for name, x in objective.logp_metrics(inputs).items()},
-        "num_pairs": len(pairs),
-    }
+
+
+def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
+    return None if values is None else torch.from_numpy(values)
+
+
+def dataset_members(dataset: PreferenceDataset) -> np.ndarray:
+    """The responses of every comparison set among all of the data set, [S, K] filled up with -1.
+
+    Groups of sets [0, 0, 1] and [0, 0]: [[0, 1], [2, -1], [3, 4]].
+    """
+    firsts = np.asarray(dataset.group_responses)
+    group = np.repeat(np.arange(len(dataset)), np.diff(firsts))
+    sets = np.asarray(dataset.response_sets, np.int64)
+    keys = group * (int(sets.max(initial=0)) + 1) + sets
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    sizes = np.diff(np.append(starts, len(keys)))
+    members = np.full((len(starts), int(sizes.max(initial=1))), -1, np.int64)
+    row = np.repeat(np.arange(len(starts)), sizes)
+    members[row, np.arange(len(keys)) - np.repeat(starts, sizes)] = order
+    return members
 
 
 def own_tokens(dataset: PreferenceDataset) -> np.ndarray:

@@ -10,39 +10,41 @@ from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference
 
 TOLERANCE = 1e-5
-"""Of a reward."""
+"""Of a reward, and of the loss."""
+BEND = 2.0
+"""What the first-order bound of the loss is multiplied by, because a loss is not straight."""
 
 
 def check_first_step(
     loss: float, logs: list[dict], objective: Objective, reference: Reference, world: World
 ) -> None:
-    """Raise RunError unless all rewards are 0 and the loss is the objective's first value.
+    """Raise RunError unless all rewards are 0 and the loss is that of the reference itself.
 
     A reward may be off by `TOLERANCE`, and by |ref_logp| times the reference's relative rounding,
-    in units of reward; the loss by that times its steepness, if that is above 1, and per token if
-    the objective divides by tokens. Collective; `logs` are those of this rank's rows.
+    in units of reward. The loss may be off by what these budgets change of it, to first order.
+    Collective; `logs` are those of this rank's rows, from `preference_loss` with `is_first`.
     """
     # beta 0.1, a relative rounding of 2^-20, a response of -200 nats: its reward may be off by 1e-5
     # + 0.1 * 200 * 2^-20 = 2.9e-5.
     scale = objective.rewards_per_nat
-    rewards = scale * torch.cat([log["logratios"] for log in logs])
-    ref_logps = torch.cat([log["ref_logps"] for log in logs])
+    rewards, ref_logps, slopes = (
+        torch.cat([log[name] for log in logs]) for name in ("logratios", "ref_logps", "slopes")
+    )
+    rewards = scale * rewards
     budgets = TOLERANCE + scale * reference.rounding * ref_logps
-    shares = budgets
-    if objective.is_first_per_token:
-        shares = budgets / torch.cat([log["tokens"] for log in logs])
     worst = [
-        x.max() if len(x) else rewards.new_zeros(())
-        for x in (rewards / budgets, rewards, budgets, shares)
+        x.max() if len(x) else rewards.new_zeros(()) for x in (rewards / budgets, rewards, budgets)
     ]
-    excess, reward, budget, share = world.max(torch.stack(worst)).tolist()
-    expected = objective.first_value
-    tolerance = share * max(1.0, objective.first_steepness)
-    is_expected = expected is None or abs(loss - expected) <= tolerance
+    excess, reward, budget = world.max(torch.stack(worst)).tolist()
+    start = torch.stack([log["start"] for log in logs]).sum()
+    bound = (slopes * budgets).sum() / scale
+    expected, change = world.sum(torch.stack([start, bound])).tolist()
+    tolerance = TOLERANCE + BEND * change
+    is_expected = not objective.has_first_value or abs(loss - expected) <= tolerance
     if excess <= 1 and is_expected:
         return
     known = f"rewards of 0 (within {budget:.1e})"
-    if expected is not None:
+    if objective.has_first_value:
         formula = objective.first_formula
         known = f"a loss of {formula} = {expected:.8f} (within {tolerance:.1e}) and {known}"
     raise RunError(

@@ -13,8 +13,10 @@ from megatron_prefix.engine import TrainBatch
 
 
 def finite_rows(logs: list[dict]) -> list[bool]:
-    """Whether the sums of each row are finite."""
-    return [bool(torch.stack([*log["sums"].values()]).isfinite().all()) for log in logs]
+    """Whether the loss and the sums of each row are finite."""
+    return [
+        bool(torch.cat([log["loss"][None], *log["sums"].values()]).isfinite().all()) for log in logs
+    ]
 
 
 def file_name(step: int, rank: int | str) -> str:
@@ -29,7 +31,8 @@ def save_rows(
 
     `row0_tokens`, `row0_lengths` and `row0_parents` (the layout's segments), the targets, the
     pairs with their weights and margins, `row0_response_ids` (group, response) with
-    `row0_response_tokens`, and `row0_ref_logps` if there is a reference. Raises OSError.
+    `row0_response_tokens`, ranks and labels, the members of the comparison sets, and
+    `row0_ref_logps` if there is a reference. Raises OSError.
     """
     arrays: dict[str, Any] = {"step": np.array(step)}
     for i, (row, batch) in enumerate(zip(rows, batches, strict=True)):
@@ -43,8 +46,12 @@ def save_rows(
             "response_ids": row.response_ids,
             "response_tokens": row.response_tokens,
             "pairs": row.pairs,
+            "pair_ids": row.pair_ids,
             "pair_weights": row.pair_weights,
             "pair_margins": row.pair_margins,
+            "ranks": row.ranks,
+            "labels": row.labels,
+            "members": row.members,
         }
         if batch.ref_logps is not None:
             own["ref_logps"] = batch.ref_logps.cpu().numpy()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from megatron_prefix.config import Config
 from megatron_prefix.distributed import StopRequest, open_session
 from megatron_prefix.errors import Stopped
+from megatron_prefix.objectives import check
 from megatron_prefix.trackers import Status
 from megatron_prefix.train.samplers import open_plan, open_training_set, open_valid_sets
 from megatron_prefix.train.setup import prepare_trainer
@@ -23,9 +24,10 @@ def train(config: Config) -> None:
     wrong, and Stopped if a signal ended it early.
     """
     with open_session(config) as world, StopRequest(world) as stop:
+        objective = check(config.loss, config.model.kind)
         plan = open_plan(config, world)
-        dataset = open_training_set(config, world, plan)
-        valid = open_valid_sets(config, world)
+        dataset = open_training_set(config, world, plan, needs_pairs=objective.needs_pairs)
+        valid = open_valid_sets(config, world, needs_pairs=objective.needs_pairs)
         trainer = prepare_trainer(config, dataset, valid, world, plan)
         status: Status = "failed"
         try:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.data.steps import TARGETS, CostModel, Sampler
-from megatron_prefix.data.steps.compositions import Composition, InOrder, StepSettings
+from megatron_prefix.data.steps.compositions import (
+    Composition,
+    InOrder,
+    StepSettings,
+    with_comparisons,
+)
 from megatron_prefix.data.steps.packed import PackedSteps
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective
+from megatron_prefix.train.data_checks import run_sharing
 
 if TYPE_CHECKING:
     from megatron_prefix.distributed import World
@@ -23,12 +27,17 @@ EVALUATION_GROUPS = 64
 
 
 def open_verified(
-    prefix: str, setting: str, world: World, plan: PackedSteps | None = None
+    prefix: str,
+    setting: str,
+    world: World,
+    plan: PackedSteps | None = None,
+    *,
+    needs_pairs: bool = True,
 ) -> PreferenceDataset:
     """Open the data set that `setting` names; the main process checks every checksum.
 
     If `pack` checked these very files for `plan`, they are not read again. Raises InputError if
-    the data set is damaged, or has nothing to compare.
+    the data set is damaged, or has nothing to compare although the objective `needs_pairs`.
     """
 
     def verify() -> None:
@@ -42,7 +51,7 @@ def open_verified(
     world.beat(f"checking {setting}")
     world.once(verify)
     dataset = PreferenceDataset(prefix)
-    if not dataset.manifest["counts"]["pairs"]:
+    if needs_pairs and not dataset.manifest["counts"]["pairs"]:
         raise InputError(
             f"{setting}: {prefix} has {len(dataset.response_lengths)} responses and no pair (it "
             "was built from unpaired records), but the loss compares pairs: build from records "
@@ -52,23 +61,25 @@ def open_verified(
 
 
 def open_training_set(
-    config: Config, world: World, plan: PackedSteps | None = None
+    config: Config, world: World, plan: PackedSteps | None = None, *, needs_pairs: bool = True
 ) -> PreferenceDataset:
     """The data set of `data.train`, or those that it lists, joined."""
     sets = config.data.train_sets
     names = [f"data.train[{i}]" for i in range(len(sets))] if len(sets) > 1 else ["data.train"]
     return join_datasets(
         [
-            open_verified(item.prefix, name, world, plan)
+            open_verified(item.prefix, name, world, plan, needs_pairs=needs_pairs)
             for item, name in zip(sets, names, strict=True)
         ]
     )
 
 
-def open_valid_sets(config: Config, world: World) -> dict[str, PreferenceDataset]:
+def open_valid_sets(
+    config: Config, world: World, *, needs_pairs: bool = True
+) -> dict[str, PreferenceDataset]:
     """The held-out data sets by name; the name of a single one is ""."""
     return {
-        name: open_verified(prefix, valid_setting(name), world)
+        name: open_verified(prefix, valid_setting(name), world, needs_pairs=needs_pairs)
         for name, prefix in config.data.valid_sets.items()
     }
 
@@ -94,32 +105,12 @@ def open_plan(config: Config, world: World) -> PackedSteps | None:
     return PackedSteps(path)
 
 
-def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
-    """Refuse a data set that lacks something the objective needs of its pairs: a margin."""
-    if "margins" not in objective.columns:
-        return
-    if len(dataset.parts) > 1:
-        for part in dataset.parts:
-            check_columns(objective, part, setting)
-        return
-    missing = np.flatnonzero(np.isnan(dataset.pair_margins))
-    if len(missing):
-        # group_pairs [0 2 3]: pairs 0 and 1 are of group 0, pair 2 of group 1
-        group = int(np.searchsorted(dataset.group_pairs, missing[0], side="right")) - 1
-        raise InputError(
-            f"{setting}: {len(missing)} of the {len(dataset.pair_margins)} pairs in "
-            f"{dataset.prefix} have no margin (first in group {group}, record "
-            f"{int(dataset.group_records[group])}), but loss.margin: true needs one for each: give "
-            "every record a margin and build again, or remove loss.margin"
-        )
-
-
-def plan_settings(config: Config) -> StepSettings:
+def plan_settings(config: Config, objective: Objective) -> StepSettings:
     """The settings that decide which groups share a step and a row."""
     data = config.data
     return StepSettings(
         seed=data.seed,
-        sharing=data.sharing,
+        sharing=run_sharing(objective, data.sharing),
         row_capacity=data.row_capacity,
         global_batch_size=data.global_batch_size,
         rows_per_step=data.rows_per_step,
@@ -145,11 +136,18 @@ def training_sampler(
     give the work per row, which is balanced over the ranks. Raises InputError if the plan is for
     other data or settings.
     """
-    settings = plan_settings(config)
+    settings = plan_settings(config, objective)
+    selected = _selected(objective, dataset, "data.train")
     if plan is not None:
         plan.check(dataset, settings, config.train.steps)
-    composition = settings.composition(dataset) if plan is None else plan
-    return _sampler(config, objective, dataset, composition, world, sizes)
+        if selected is not dataset and settings.sharing in ("none", "pair"):
+            raise InputError(
+                f"data.plan with loss.comparisons: {objective.comparisons} and data.sharing: "
+                f"{settings.sharing}: the plan has rows for all pairs: remove data.plan, or set "
+                "data.sharing: tree"
+            )
+    composition = settings.composition(selected) if plan is None else plan
+    return _sampler(config, objective, selected, composition, world, sizes)
 
 
 def evaluation_sampler(
@@ -158,10 +156,24 @@ def evaluation_sampler(
     dataset: PreferenceDataset,
     world: World | None = None,
     sizes: ModelSizes | None = None,
+    *,
+    is_scoring: bool = False,
 ) -> Sampler:
-    """All groups once, in the data set's order, in the configuration's rows."""
+    """All groups once, in the data set's order, in the configuration's rows. `is_scoring` takes
+    every response, also if `loss.comparisons` leaves out its pairs."""
+    if not is_scoring:
+        dataset = _selected(objective, dataset, "data.valid")
     batch_size = config.data.global_batch_size or EVALUATION_GROUPS
-    return _sampler(config, objective, dataset, InOrder(len(dataset), batch_size), world, sizes)
+    composition = InOrder(len(dataset), batch_size)
+    return _sampler(config, objective, dataset, composition, world, sizes)
+
+
+def _selected(objective: Objective, dataset: PreferenceDataset, setting: str) -> PreferenceDataset:
+    """The data set with the pairs that enter the loss."""
+    try:
+        return with_comparisons(dataset, objective.comparisons)
+    except InputError as error:
+        raise InputError(f"{setting}: {error}") from None
 
 
 def _sampler(
@@ -177,7 +189,7 @@ def _sampler(
     return Sampler(
         dataset=dataset,
         composition=composition,
-        sharing=data.sharing,
+        sharing=run_sharing(objective, data.sharing),
         weighting=objective.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,

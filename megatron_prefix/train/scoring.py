@@ -9,7 +9,7 @@ from megatron_prefix.config import Config
 from megatron_prefix.data.store import check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives import check
+from megatron_prefix.objectives import ScoreParts, check
 from megatron_prefix.reference import (
     PartialScores,
     frozen_model,
@@ -48,20 +48,27 @@ def score_reference(config: Config, output: str) -> None:
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         initial.load(model)
         fingerprint = model_fingerprint(model)
-        scores = []
+        parts = ScoreParts(heads=objective.parts.heads)
+        scores, heads = [], []
         for dataset in datasets.values():
-            sampler = evaluation_sampler(config, objective, dataset, world, initial.sizes)
+            sampler = evaluation_sampler(
+                config, objective, dataset, world, initial.sizes, is_scoring=True
+            )
             key = {"model": fingerprint, "data": dataset.fingerprint} | _rows(config, world)
+            num_responses = len(dataset.response_lengths)
+            num_heads = 2 * len(dataset.pair_weights) if parts.heads else 0
             partial = PartialScores(
-                output, dataset.fingerprint[:16], key, len(dataset.response_lengths)
+                output, dataset.fingerprint[:16], key, num_responses + num_heads
             )
             if world.is_main and partial.step:
                 print(f"{dataset.prefix}: continuing after step {partial.step}", flush=True)
-            logps = score_dataset(model, sampler, world, partial)
+            vector = score_dataset(model, sampler, world, partial, parts=parts)
+            logps, own, _ = parts.split(vector, num_responses)
             scores.append((dataset, logps))
+            heads += [] if own is None else [own]
             if world.is_main:
                 print(f"{dataset.prefix}: {len(logps):,} responses scored", flush=True)
-        world.once(lambda: write_sidecar(output, fingerprint, scores))
+        world.once(lambda: write_sidecar(output, fingerprint, scores, heads or None))
         if world.is_main:
             partial.discard()
             print(f"wrote {output} (reference model {fingerprint[:16]}…)")

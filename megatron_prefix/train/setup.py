@@ -17,12 +17,8 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.reference import model_fingerprint, open_reference
 from megatron_prefix.trackers import Trackers, configured_trackers
-from megatron_prefix.train.samplers import (
-    check_columns,
-    evaluation_sampler,
-    training_sampler,
-    valid_setting,
-)
+from megatron_prefix.train.data_checks import check_columns
+from megatron_prefix.train.samplers import evaluation_sampler, training_sampler, valid_setting
 from megatron_prefix.train.steps_report import describe_steps
 from megatron_prefix.train.trainer import Trainer
 
@@ -101,12 +97,9 @@ def prepare_trainer(
 
 def _resolved(config: Config, objective: Objective) -> Config:
     """`config` with every setting that the objective uses written out."""
-    loss = replace(
-        config.loss,
-        **objective.options,
-        reference=objective.reference,
-        weighting=objective.weighting,
-    )
+    options = {name: x for name, x in objective.options.items() if x is not False}
+    weighting = objective.weighting if objective.weighs_pairs else None
+    loss = replace(config.loss, **options, reference=objective.reference, weighting=weighting)
     return replace(config, loss=loss)
 
 
@@ -130,6 +123,8 @@ def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | 
         identity |= {"data.sharing": data.sharing, "data.row_capacity": data.row_capacity}
         if data.packing_method != "first-fit":
             identity["data.packing_method"] = data.packing_method
+    if config.loss.comparisons not in (None, "all"):
+        identity["loss.comparisons"] = config.loss.comparisons
     if data.sort_by_length:
         identity["data.sort_by_length"] = True
     for key in ("weights", "set_epochs"):

@@ -56,7 +56,7 @@ class Trainer:
     def feed(self) -> Feed:
         """The run's steps."""
         model_config = unwrap(self.policy.chunks[0]).config
-        return Feed(self.sampler, self.world, model_config, self.num_steps)
+        return Feed(self.sampler, self.world, model_config, self.num_steps, self.objective.parts)
 
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until a signal asks to stop. Raises Stopped then."""
@@ -88,13 +88,14 @@ class Trainer:
             count = self._step_count(rows)
             batches = [batch.with_step_count(count) for batch in batches]
         batches = self.reference.attach(rows, batches)
-        logs = self._gradients(batches)
+        is_first = self.step == 0 and self.objective.reference != "none"
+        logs = self._gradients(batches, is_first)
         means, counts = self._totals(plan, rows, logs)
         if self.config.model.moe_aux_loss_coeff:
             means["moe/aux_loss"] = step_auxiliary(self.policy.chunks, self.world.device)
         if not np.isfinite(list(means.values())).all():
             self._stop_non_finite("loss", rows, batches, finite_rows(logs))
-        if self.step == 0 and self.objective.reference != "none":
+        if is_first:
             check_first_step(means["loss"], logs, self.objective, self.reference, self.world)
         update = self.policy.update()
         if update is None:
@@ -127,7 +128,8 @@ class Trainer:
         self.world.beat(f"the evaluation after step {self.step}")
         if name not in self.valid_ref_logps:
             self.valid_ref_logps[name] = self.reference.score(sampler)
-        scores = score_dataset(self.policy.chunks, sampler, self.world)
+        parts = self.objective.parts
+        scores = score_dataset(self.policy.chunks, sampler, self.world, parts=parts)
         ref_logps = self.valid_ref_logps[name]
         metrics = preference_metrics(self.objective, sampler.dataset, scores, ref_logps)
         if not np.isfinite(list(metrics.values())).all():
@@ -155,29 +157,45 @@ class Trainer:
         self.feed.close()
         self.trackers.finish(status)
 
-    def _gradients(self, batches: list[TrainBatch]) -> list[dict]:
+    def _gradients(self, batches: list[TrainBatch], is_first: bool = False) -> list[dict]:
         """Forward and backward over rows, from zero gradients. Returns the rows' logs."""
-        return self.policy.gradients(batches, self.objective)
+        return self.policy.gradients(batches, self.objective, is_first)
 
     def _totals(
         self, plan: Step, rows: list[MicroBatch], logs: list[dict]
     ) -> tuple[dict[str, float], dict[str, int]]:
-        """Means of the step (the loss over its weight, everything else over pairs) and its token
-        counts, from one sum over ranks, in float64, in which all counts are exact."""
-        dataset, names = self.sampler.dataset, list(logs[0]["sums"])
+        """Loss and mean of every metric of the step, and its token counts, from one sum over ranks,
+        in float64, in which all counts are exact. A metric of which the step has no entry is left
+        out."""
         counts = {
             "tokens/executed": sum(len(row.tokens) for row in rows),
             "tokens/targets": sum(len(row.logit_token) for row in rows),
             "rows/projected": sum(row.num_projected for row in rows),
         }
-        sums = torch.stack([torch.stack([*log["sums"].values()]) for log in logs]).sum(0)
-        own = torch.cat([sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
-        totals = self.world.sum(own).tolist()
-        divisors = [plan.weight] + [plan.num_pairs] * (len(names) - 1)
-        means = {key: s / d for key, s, d in zip(names, totals, divisors, strict=False)}
-        logical = sum(int(pair_lengths(dataset, int(g)).sum()) for g in plan.groups)
-        summed = {key: int(x) for key, x in zip(counts, totals[len(names) :], strict=True)}
+        names = list(logs[0]["sums"])
+        losses = torch.stack([log["loss"] for log in logs]).sum()[None]
+        sums = torch.stack([torch.stack([*log["sums"].values()]) for log in logs]).sum(0).flatten()
+        own = torch.cat([losses, sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
+        loss, *totals = self.world.sum(own).tolist()
+        pairs = zip(totals[0 : 2 * len(names) : 2], totals[1 : 2 * len(names) : 2], strict=True)
+        means = {"loss": loss} | {
+            name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count
+        }
+        means |= self._extremes(logs)
+        logical = logical_tokens(self.sampler.dataset, plan.groups, self.objective.needs_sets)
+        summed = {key: int(x) for key, x in zip(counts, totals[2 * len(names) :], strict=True)}
         return means, {"tokens/logical": logical, **summed}
+
+    def _extremes(self, logs: list[dict]) -> dict[str, float]:
+        """Largest and least values of the step, of all ranks."""
+        names = list(logs[0]["extremes"])
+        if not names:
+            return {}
+        rows = torch.stack([torch.stack([*log["extremes"].values()]) for log in logs])
+        largest = self.world.max(rows.amax(dim=0)).tolist()
+        return {
+            name: -x if name.endswith("/min") else x for name, x in zip(names, largest, strict=True)
+        }
 
     def _step_count(self, rows: list[MicroBatch]) -> float:
         """What the auxiliary loss of experts is divided by: the step's tokens, counted as
@@ -230,6 +248,16 @@ class Trainer:
 
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
+
+
+def logical_tokens(dataset: PreferenceDataset, groups: np.ndarray, is_by_response: bool) -> int:
+    """Tokens of unshared training of these groups: both sides of each pair, each with its whole
+    prompt, or, `is_by_response`, each response once with its own."""
+    if not is_by_response:
+        return sum(int(pair_lengths(dataset, int(g)).sum()) for g in groups)
+    ends = np.asarray(dataset.group_responses)
+    lengths = dataset.response_lengths
+    return sum(int(lengths[ends[g] : ends[g + 1]].sum(dtype=np.int64)) for g in groups)
 
 
 def pair_lengths(dataset: PreferenceDataset, group: int) -> np.ndarray:

@@ -83,8 +83,12 @@ def chain(tokens: np.ndarray, loss_start: int) -> MicroBatch:
         response_ids=np.zeros((1, 2), np.int64),
         response_tokens=np.array([length - loss_start]),
         pairs=np.zeros((0, 2), np.int64),
+        pair_ids=np.zeros((0, 2), np.int64),
         pair_weights=np.zeros(0),
         pair_margins=np.zeros(0),
+        ranks=np.array([-1]),
+        labels=np.array([np.nan]),
+        members=np.array([[0]]),
         num_tokens=length,
     )
 

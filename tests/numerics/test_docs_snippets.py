@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -55,3 +56,29 @@ def test_the_snippets_of_the_library_page_run(tmp_path):
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
     assert '"step": 2' in metrics
     assert (tmp_path / "hf_again" / "config.json").is_file()
+
+
+def test_a_loss_of_ones_own_trains_by_its_place(random_set, tmp_path):
+    """The module of docs/losses.md, on the Python path of the command line."""
+    (code,) = snippets("losses.md")
+    (tmp_path / "own_losses.py").write_text(code, encoding="utf-8")
+    for name, loss_type in (("one", "own_losses:COSH"), ("list", ["sigmoid", "own_losses:COSH"])):
+        config = CONFIG | {
+            "data": CONFIG["data"] | {"train": random_set, "valid": random_set},
+            "loss": {"loss_type": loss_type},
+            "train": {"steps": 3},
+            "logging": {"output": str(tmp_path / name)},
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_prefix", "train", "--config", "run.yaml"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        first = math.cosh(1) + (math.log(2) if name == "list" else 0)
+        assert abs(rows[1]["loss"] - first) < 1e-5 and rows[-1]["eval_loss"] < first
+        assert ("loss/cosh" in rows[1]) == (name == "list")

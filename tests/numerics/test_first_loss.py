@@ -52,8 +52,16 @@ def test_the_first_loss_is_ln_2(random_set, tmp_path, layout, backend, dtype):
         ({"beta": 2.0}, math.log(2)),
         ({"loss_type": "ipo"}, 25.0),
         ({"loss_type": "ipo", "beta": 0.5}, 1.0),
+        ({"loss_type": "sppo_hard"}, 50.0),
+        ({"loss_type": "exo_pair", "label_smoothing": 0.01}, 1.6144631),
+        (
+            {"loss_type": ["sigmoid", "bco_pair", "hinge"], "loss_weights": [0.8, 0.2, 3.0]},
+            1.2 * math.log(2) + 3.0,
+        ),
     ],
-    ids=["smoothing", "group", "beta", "ipo", "ipo, beta"],
+    ids=[
+        *("smoothing", "group", "beta", "ipo", "ipo, beta", "sppo_hard", "exo_pair", "a list"),
+    ],
 )
 def test_whatever_the_loss(random_set, tmp_path, loss, expected):
     first = trained(configure(tmp_path, random_set, loss=loss, train={"steps": 1}))[0]
@@ -65,13 +73,18 @@ def test_whatever_the_loss(random_set, tmp_path, loss, expected):
     [
         ({}, {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0}),
         ({"loss_type": "ipo", "beta": 0.5}, {"loss_type": "ipo", "beta": 0.5}),
+        (
+            {"loss_type": ["hinge", "ipo"], "loss_weights": [0.5, 1.0]},
+            {"loss_type": ["hinge", "ipo"], "loss_weights": [0.5, 1.0], "beta": 0.1},
+        ),
     ],
-    ids=["sigmoid", "ipo"],
+    ids=["sigmoid", "ipo", "a list"],
 )
 def test_config_yaml_has_every_setting_of_the_loss(random_set, tmp_path, loss, written):
     trained(configure(tmp_path, random_set, loss=loss, train={"steps": 1}))
     section = yaml.safe_load((tmp_path / "config.yaml").read_text())["loss"]
-    assert section == written | {"weighting": "pair", "reference": "model"}
+    of_all = {"weighting": "pair", "reference": "model", "f_divergence_type": "reverse_kl"}
+    assert section == written | of_all
     load_config(tmp_path / "config.yaml")  # a run's own file can be read again
 
 

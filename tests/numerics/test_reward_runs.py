@@ -102,7 +102,7 @@ def test_evaluate_equals_the_evaluation_of_the_run(done, random_set, tmp_path):
     )
     assert metrics.keys() == {
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
-        *("rewards/accuracies", "num_pairs"),
+        *("rewards/accuracies", "rewards/mean", "rewards/min", "rewards/max", "num_pairs"),
     }
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert all(

@@ -16,6 +16,7 @@ from megatron_prefix.checkpoint.save_load import TRACKER, iteration_dir
 from megatron_prefix.data.steps.packed import write_packed_steps
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.errors import InputError
+from megatron_prefix.objectives import check
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.evaluation import evaluate
 from megatron_prefix.train.run import train
@@ -83,7 +84,7 @@ def test_another_mixture_does_not_resume(finished, sets, tmp_path):
 def test_a_plan_changes_nothing(finished, sets, tmp_path, kind):
     config = mixture(tmp_path / "run", sets, kind)
     dataset = join_datasets([PreferenceDataset(item.prefix) for item in config.data.train_sets])
-    settings = plan_settings(config)
+    settings = plan_settings(config, check(config.loss))
     write_packed_steps(dataset, settings, tmp_path / "plan", steps=config.train.steps)
     rows = trained(mixture(tmp_path / "run", sets, kind, data={"plan": str(tmp_path / "plan")}))
     assert timeless(rows) == timeless(lines(finished / kind))

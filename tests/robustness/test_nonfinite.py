@@ -60,14 +60,13 @@ def replayed(path: Path, settings: Config, dataset: str) -> tuple[float, list[bo
             for parameter in chunk.parameters():
                 assert torch.isfinite(parameter).all()
         batches = [
-            to_device(row, world.device, weight).with_reference(torch.from_numpy(ref))
+            to_device(row, world.device, {"pair": weight}).with_reference(torch.from_numpy(ref))
             for row, ref in zip(rows, ref_logps, strict=True)
         ]
         model[0].config.grad_scale_func = None
         model[0].config.finalize_model_grads_func = None
         logs = run_schedule(model, batches, check(settings.loss))
-    loss = sum(float(log["sums"]["loss"]) for log in logs)
-    return loss / weight, finite_rows(logs)
+    return sum(float(log["loss"]) for log in logs), finite_rows(logs)
 
 
 def test_a_run_that_diverges_is_stopped_and_replayed(dataset, tmp_path, capsys):
@@ -87,14 +86,14 @@ def poison(monkeypatch, step: int, kind: str) -> None:
     """Make row 1 of a step have a loss, or a gradient, that is not finite."""
     gradients, bad = Trainer._gradients, []
 
-    def poisoned(self, batches):
+    def poisoned(self, batches, is_first=False):
         if self.step + 1 != step:
-            return gradients(self, batches)
+            return gradients(self, batches, is_first)
         if not bad:
             bad.append(batches[1])
-        logs = gradients(self, batches)
+        logs = gradients(self, batches, is_first)
         if kind == "loss":
-            logs[1]["sums"]["loss"].fill_(float("nan"))
+            logs[1]["loss"].fill_(float("nan"))
         elif any(batch is bad[0] for batch in batches):
             parameter = next(p for p in self.policy.chunks[0].parameters() if p.requires_grad)
             parameter.main_grad.view(-1)[0] = float("inf")

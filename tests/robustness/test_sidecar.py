@@ -71,8 +71,12 @@ def test_responses_are_in_the_order_of_the_data_set(dataset, sidecar, tmp_path):
                     response_ids=np.array([[group, response]]),
                     response_tokens=np.array([num_targets]),
                     pairs=np.zeros((0, 2), np.int64),
+                    pair_ids=np.zeros((0, 2), np.int64),
                     pair_weights=np.zeros(0),
                     pair_margins=np.zeros(0),
+                    ranks=np.array([-1]),
+                    labels=np.array([np.nan]),
+                    members=np.array([[0]]),
                     num_tokens=len(tokens),
                 )
             )

@@ -2,7 +2,8 @@
 
 from megatron_prefix.data.steps.collate import TARGETS, MicroBatch
 from megatron_prefix.data.steps.cost import CostModel
-from megatron_prefix.data.steps.rows import group_rows, loss_weights
+from megatron_prefix.data.steps.denominators import loss_weights
+from megatron_prefix.data.steps.rows import group_rows
 from megatron_prefix.data.steps.sampler import Sampler, Step
 from megatron_prefix.data.steps.sharing import SHARING_MODES
 

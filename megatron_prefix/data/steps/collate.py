@@ -46,10 +46,12 @@ class MicroBatch:
     tokens int64 [T], padding included; `layout` covers them all; logit_token, target_token and
     response int64 [N] as above. response_ids int64 [R, 2] are (group, response in the group);
     response_tokens int64 [R] counts each response's own tokens; pairs int64 [P, 2] index this row's
-    responses; pair_weights float64 [P] are what each pair adds to the step's divisor; pair_margins
-    float64 [P], NaN if the data has none. `num_tokens` counts tokens without padding. served
-    int64 [T] is how many of the row's responses each token is part of, 0 for padding; only routers
-    of experts use it.
+    responses; pair_ids int64 [P, 2] are (group, pair among all of the group); pair_weights float64
+    [P] are what each pair adds to the step's divisor; pair_margins float64 [P], NaN if the data has
+    none. ranks int64 [R] and labels float64 [R] are the data's ranks (0 is best, -1 unknown) and
+    scores (NaN unknown); members int64 [S, K] are the responses of each comparison set, filled up
+    with -1. `num_tokens` counts tokens without padding. served int64 [T] is how many of the row's
+    responses each token is part of, 0 for padding; only routers of experts use it.
     """
 
     tokens: np.ndarray
@@ -60,8 +62,12 @@ class MicroBatch:
     response_ids: np.ndarray
     response_tokens: np.ndarray
     pairs: np.ndarray
+    pair_ids: np.ndarray
     pair_weights: np.ndarray
     pair_margins: np.ndarray
+    ranks: np.ndarray
+    labels: np.ndarray
+    members: np.ndarray
     num_tokens: int
     served: np.ndarray | None = None
 
@@ -82,6 +88,8 @@ class RowItem:
     group: int
     view: View
     pair_weights: np.ndarray
+    pair_places: np.ndarray | None = None
+    """The pairs' places in their group with all of its pairs, if some are left out."""
 
 
 def tree_targets(tree: PrefixTree) -> TreeTargets:
@@ -215,7 +223,9 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
     is_real = np.concatenate([np.arange(len(p.tokens)) < p.num_real for p in parts])
     place = np.flatnonzero(is_real)  # token of the data -> token of the row
     logit_tokens, tokens, responses, pairs, margins, served = [], [], [], [], [], []
+    ranks, labels, sets = [], [], []
     ids: list[tuple[int, int]] = []
+    pair_ids: list[tuple[int, int]] = []
     own_tokens: list[int] = []
     num_tokens = num_responses = 0
     for item in items:
@@ -228,8 +238,13 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         own_tokens += [
             int(tree.node_lengths[tree.response_nodes(r)].sum()) for r in range(tree.num_responses)
         ]
+        places = item.view.pairs if item.pair_places is None else item.pair_places
+        pair_ids += [(item.group, int(p)) for p in places]
         pairs.append(tree.pairs.astype(np.int64) + num_responses)
         margins.append(tree.pair_margins)
+        ranks.append(tree.ranks)
+        labels.append(tree.scores)
+        sets += set_members(tree.response_sets, num_responses)
         served.append(responses_served(tree))
         num_tokens += tree.num_tokens
         num_responses += tree.num_responses
@@ -248,11 +263,31 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         response_ids=np.array(ids, np.int64).reshape(-1, 2),
         response_tokens=np.array(own_tokens, np.int64),
         pairs=_concatenate(pairs, np.int64).reshape(-1, 2),
+        pair_ids=np.array(pair_ids, np.int64).reshape(-1, 2),
         pair_weights=_concatenate([item.pair_weights for item in items], np.float64),
         pair_margins=_concatenate(margins, np.float64),
+        ranks=_concatenate(ranks, np.int64),
+        labels=_concatenate(labels, np.float64),
+        members=padded_members(sets),
         num_tokens=num_tokens,
         served=served_T,
     )
+
+
+def set_members(response_sets: np.ndarray, first: int = 0) -> list[np.ndarray]:
+    """The responses of each comparison set of a group, numbered from `first`.
+
+    Sets [0, 0, 1, 0] and first 5: [5, 6, 8], [7].
+    """
+    return [np.flatnonzero(response_sets == s) + first for s in np.unique(response_sets)]
+
+
+def padded_members(sets: Sequence[np.ndarray]) -> np.ndarray:
+    """Sets as one array [S, K] whose rows are filled up with -1; K is at least 1."""
+    members = np.full((len(sets), max(map(len, sets), default=1)), -1, np.int64)
+    for row, responses in zip(members, sets, strict=True):
+        row[: len(responses)] = responses
+    return members
 
 
 def _concatenate(arrays: list[np.ndarray], dtype: DTypeLike) -> np.ndarray:

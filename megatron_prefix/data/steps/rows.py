@@ -13,24 +13,9 @@ from megatron_prefix.data.steps.collate import (
     collate_packed,
     tree_targets,
 )
+from megatron_prefix.data.steps.denominators import loss_weights
 from megatron_prefix.data.steps.sharing import Bundle, bundles_of, view
 from megatron_prefix.data.store import PreferenceDataset
-
-
-def loss_weights(dataset: PreferenceDataset, group: int, weighting: str) -> np.ndarray:
-    """The weight of each pair of a group in the loss, [pairs].
-
-    `pair`: the pair's own weight. `group`: its share of its comparison set, which weighs 1. Pairs
-    with weights [1 3 2], the first two of one set: [1 3 2] under `pair`, [0.25 0.75 1] under
-    `group`.
-    """
-    p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
-    weights = dataset.pair_weights[p0:p1].astype(np.float64)
-    if weighting == "pair":
-        return weights
-    r0 = int(dataset.group_responses[group])
-    sets = np.asarray(dataset.response_sets[r0 + dataset.pair_responses[p0:p1, 0]])
-    return weights / np.bincount(sets, weights)[sets]
 
 
 def row_items(
@@ -41,8 +26,18 @@ def row_items(
     for bundle in bundles:
         part = view(dataset[bundle.group], sharing, bundle.item)
         weights = loss_weights(dataset, bundle.group, weighting)[part.pairs]
-        items.append(RowItem(group=bundle.group, view=part, pair_weights=weights))
+        places = _pair_places(dataset, bundle.group, part.pairs)
+        item = RowItem(group=bundle.group, view=part, pair_weights=weights, pair_places=places)
+        items.append(item)
     return items
+
+
+def _pair_places(dataset: PreferenceDataset, group: int, pairs: np.ndarray) -> np.ndarray | None:
+    """The places of a group's pairs among all of its pairs, if some are left out."""
+    if dataset.whole is None or dataset.pair_numbers is None:
+        return None
+    first = int(dataset.whole.group_pairs[group])
+    return dataset.pair_numbers[int(dataset.group_pairs[group]) + pairs] - first
 
 
 def group_rows(

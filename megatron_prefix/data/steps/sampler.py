@@ -25,9 +25,10 @@ from megatron_prefix.data.steps.collate import (
 )
 from megatron_prefix.data.steps.compositions import Composition, RowBatches
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
+from megatron_prefix.data.steps.denominators import step_denominators
 from megatron_prefix.data.steps.packed import PackedSteps
 from megatron_prefix.data.steps.packing import deal, pack_step
-from megatron_prefix.data.steps.rows import loss_weights, row_items
+from megatron_prefix.data.steps.rows import row_items
 from megatron_prefix.data.steps.sharing import Bundle, all_bundles, bundles_of
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -39,14 +40,14 @@ Row = list[Bundle]
 class Step:
     """One step: `rows[rank]` are the rows of that rank, each a list of bundles.
 
-    `weight` is the sum of pair weights over the whole step: the loss's denominator. `costs[rank]`
+    `denominators` is what the loss of each unit is divided by, over the whole step; `costs[rank]`
     is the cost of that rank's rows, in FLOP of a forward pass, or in tokens without a cost model.
     """
 
     step: int
     groups: np.ndarray
     rows: list[list[Row]]
-    weight: float
+    denominators: dict[str, float]
     num_pairs: int
     costs: list[float]
 
@@ -125,14 +126,13 @@ class Sampler:
         rows = self._rows(step, groups)
         costs = [sum(map(self._cost, row)) for row in rows]
         dealt = deal(costs, self.num_ranks)
-        # The weights of all groups, not of one rank's: every rank divides by the same sum.
-        weights = [loss_weights(self.dataset, int(g), self.weighting) for g in groups]
+        offsets, ends = self.dataset.group_pairs, groups + 1
         return Step(
             step=step,
             groups=groups,
             rows=[[rows[i] for i in share] for share in dealt],
-            weight=float(sum(w.sum() for w in weights)),
-            num_pairs=sum(len(w) for w in weights),
+            denominators=step_denominators(self.dataset, groups, self.weighting),
+            num_pairs=int((offsets[ends] - offsets[ends - 1]).sum()),
             costs=[sum(costs[i] for i in share) for share in dealt],
         )
 

@@ -162,7 +162,16 @@ class PreferenceDataset:
         tokens = self.tokens[token : token + int(lengths.sum(dtype=np.int64))]
         return Block(tokens=tokens, node_lengths=lengths, columns=columns)
 
+    comparisons: str = "all"
+    """Which of the pairs are there; see steps/compositions/comparisons.py."""
+    whole: PreferenceDataset | None = None
+    """The data set with all pairs, if some are left out."""
+    pair_numbers: np.ndarray | None = None
+    """The number of each pair among all of the whole data set, [P]; None if none is left out."""
+
     def __reduce__(self) -> tuple[type[PreferenceDataset], tuple[Path]]:
+        if self.comparisons != "all":
+            raise TypeError(f"{self.prefix} with {self.comparisons} of its pairs cannot be pickled")
         return PreferenceDataset, (self.prefix,)
 
     def _checked(self, group: int) -> int:

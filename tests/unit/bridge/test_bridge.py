@@ -363,13 +363,14 @@ def own_losses(world, prefix, loss) -> list[tuple[float, float]]:
     losses = []
     for step in range(STEPS):
         plan = sampler.step(step)
-        rows = [mp.to_device(r, world.device, plan.weight) for r in sampler.micro_batches(plan)]
+        rows = sampler.micro_batches(plan)
+        rows = [mp.to_device(row, world.device, plan.denominators) for row in rows]
         rows = mp.with_reference([reference], rows)
         policy[0].zero_grad_buffer()
         optimizer.zero_grad()
         logs = run_schedule(policy, rows, objective)
         _, norm, _ = optimizer.step()
-        losses.append((sum(float(log["sums"]["loss"]) for log in logs) / plan.weight, float(norm)))
+        losses.append((sum(float(log["loss"]) for log in logs), float(norm)))
     return losses
 
 

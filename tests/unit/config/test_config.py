@@ -289,3 +289,32 @@ def test_the_timeout_has_to_be_positive():
     sections = {"parallel": {"distributed_timeout_minutes": 0}}
     with pytest.raises(InputError, match="parallel.distributed_timeout_minutes = 0"):
         parse_config(sections)
+
+
+@pytest.mark.parametrize(
+    ("key", "today"),
+    [
+        ("rpo_alpha", r"write loss_type: \[sigmoid, sft\] and loss_weights: \[1.0, X\]"),
+        ("reference_free", "write reference: none"),
+        ("gamma_beta_ratio", "write simpo_gamma: X, which is gamma_beta_ratio times beta"),
+        ("f_divergence_params", "write f_alpha_divergence_coef"),
+    ],
+)
+def test_keys_of_other_programs_are_refused_with_today_s_spelling(key, today):
+    with pytest.raises(InputError, match=rf"unknown key loss.{key} .{today}"):
+        parse_config({**GOOD, "loss": {key: 1.0}})
+
+
+@pytest.mark.parametrize("value", [[], ["sigmoid", 3], 3, {"sigmoid": 1}, None, ["x"] * 17])
+def test_loss_types_are_a_name_or_a_list_of_names(value):
+    with pytest.raises(InputError, match=r"loss.loss_type = .*expected (a name|1 to 16 names)"):
+        parse_config({**GOOD, "loss": {"loss_type": value}})
+
+
+def test_a_list_of_losses_is_read_and_written():
+    loss = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+    config = parse_config({**GOOD, "loss": loss})
+    assert yaml.safe_load(config.to_yaml())["loss"] == loss
+    for weights in ([], [0.0], [-1.0], ["1"], 1.0, [float("nan")]):
+        with pytest.raises(InputError, match="loss.loss_weights"):
+            parse_config({**GOOD, "loss": {**loss, "loss_weights": weights}})

@@ -90,12 +90,18 @@ def test_what_a_reward_model_does_not_have(settings, message):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"loss__margin": True}, "loss.margin = True: .*does not use it"),
+        (
+            {"loss__margin": True, "loss__loss_type": "robust"},
+            "loss.margin = True: .*does not use it",
+        ),
         (
             {"loss__center_rewards_coefficient": 0.01},
             "loss.center_rewards_coefficient = 0.01: .*does not use it",
         ),
-        ({"loss__reference": "none"}, "loss.reference = none: "),
+        (
+            {"loss__reference": "none", "loss__loss_type": "robust"},
+            "loss.reference = none: .*robust compares with a reference",
+        ),
         ({"loss__loss_type": "bradley_terry"}, "loss_type = bradley_terry: needs model.kind"),
         ({"loss__loss_type": "sigmod"}, "loss_type = 'sigmod': unknown .did you mean sigmoid"),
         ({"model__kind": "critic"}, "model.kind = 'critic'"),

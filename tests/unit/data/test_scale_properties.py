@@ -160,7 +160,7 @@ def test_a_run_continues_at_any_step_on_any_number_of_ranks_with_or_without_a_pl
                 for composition in compositions
             ]
             assert steps[0].rows == steps[1].rows == steps[2].rows
-            assert steps[0].weight == steps[2].weight
+            assert steps[0].denominators == steps[2].denominators
             assert len(steps[0].rows) == num_ranks
             for row in (row for share in steps[0].rows for row in share):
                 assert sum(bundle.num_tokens for bundle in row) <= 64

@@ -32,7 +32,7 @@ class Steps:
         self.threads.add(threading.current_thread().name)
         if step == self.failing:
             raise OSError(f"step {step} cannot be read")
-        return SimpleNamespace(step=step, weight=1.0)
+        return SimpleNamespace(step=step, denominators=None)
 
     def micro_batches(self, plan, rank):
         return []

@@ -14,6 +14,7 @@ from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.tree import build_tree
 from megatron_prefix.distributed.world import join_world
 from megatron_prefix.engine import build_model, score_rows
+from megatron_prefix.engine.step import response_scores
 from megatron_prefix.testing import random_group
 
 SIZES = mp.ModelConfig(num_layers=1, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2)
@@ -35,7 +36,7 @@ def rows(world):
     for seed in (0, 1):
         seen = view(build_tree(*random_group(np.random.default_rng(seed))), "tree", 0)
         item = RowItem(group=seed, view=seen, pair_weights=np.ones(len(seen.pairs)))
-        yield mp.to_device(collate_packed([item]), world.device, 2.0)
+        yield mp.to_device(collate_packed([item]), world.device, {"pair": 2.0})
 
 
 def test_a_schedule_outside_scores_rows_with_collect_non_loss_data(world, model):
@@ -79,4 +80,23 @@ def test_without_the_flag_it_is_a_loss(world):
     output, loss_function = mp.forward_step(iter([with_reference]), table, loss=mp.LossConfig())
     value, count, logs = loss_function(output)
     assert value.requires_grad and count == len(batch.pairs)
-    assert value.item() == pytest.approx(logs["sums"]["loss"].item() / 2.0)
+    losses = mp.dpo_loss(
+        *with_reference.loss_inputs(response_scores(logps, batch)).scores[batch.pairs].T,
+        *torch.zeros(2, len(batch.pairs), dtype=torch.float64),
+        beta=0.1,
+    ).losses
+    assert value.item() == logs["loss"].item() == pytest.approx(losses.sum().item() / 2.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [({"ld_alpha": 0.5}, "ld_alpha"), ({"use_weighting": True}, "use_weighting")],
+)
+def test_rows_lack_what_they_were_not_made_with(world, loss, message):
+    batch = next(rows(world))
+    logps = -torch.rand(len(batch.response_order))
+    table = lambda *args, packed_seq_params: logps  # noqa: E731
+    batch = batch.with_reference(torch.zeros(len(batch.response_tokens)).double())
+    output, loss_function = mp.forward_step(iter([batch]), table, loss=mp.LossConfig(**loss))
+    with pytest.raises(ValueError, match=f"loss.{message}: .* parts=objectives.check"):
+        loss_function(output)

@@ -7,7 +7,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.functional import log_softmax
 
-from megatron_prefix.model.logps import response_logps, token_logps, vocab_parallel_logps
+from megatron_prefix.model.logps import (
+    response_logps,
+    token_logps,
+    vocab_parallel_collisions,
+    vocab_parallel_logps,
+)
 
 VOCAB, PADDED, HIDDEN = 11, 16, 6
 
@@ -186,8 +191,9 @@ def _half_of_the_vocabulary(rank, store, results):
     rows, targets = some_targets(5)
     half = draw(5, PADDED).chunk(2, dim=1)[rank].clone().requires_grad_()
     logps = vocab_parallel_logps(half, rows, targets, VOCAB, dist.group.WORLD)
+    collisions = vocab_parallel_collisions(half, VOCAB, dist.group.WORLD)
     (draw(len(rows), seed=1) * logps).sum().backward()
-    torch.save((logps.detach(), half.grad), f"{results}.{rank}")
+    torch.save((logps.detach(), half.grad, collisions), f"{results}.{rank}")
     dist.destroy_process_group()
 
 
@@ -199,7 +205,25 @@ def test_split_over_two_ranks_it_is_the_same(tmp_path):
     expected = expected_logps(logits, rows, targets)
     (draw(len(rows), seed=1) * expected).sum().backward()
     halves = [torch.load(f"{results}.{rank}") for rank in (0, 1)]
-    for logps, _ in halves:
+    squares = logits.detach()[:, :VOCAB].softmax(-1).square().sum(-1)
+    for logps, _, collisions in halves:
         assert torch.allclose(logps, expected, rtol=0, atol=1e-13)
-    together = torch.cat([grad for _, grad in halves], dim=1)
+        assert torch.allclose(collisions, squares.log(), rtol=0, atol=1e-13)
+    together = torch.cat([grad for _, grad, _ in halves], dim=1)
     assert torch.allclose(together, logits.grad, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 100])
+def test_collisions_are_those_of_the_whole_vocabulary(chunk_size):
+    """log of the sum of squared probabilities, of 10 tokens padded to 12, without gradient."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    logit, target = torch.tensor([0, 1, 1, 3, 4]), torch.tensor([9, 0, 3, 3, 7])
+    options = {"vocab_size": 10, "chunk_size": chunk_size}
+    plain = token_logps(hidden, lambda x: x, logit, target, **options)
+    result = token_logps(hidden, lambda x: x, logit, target, **options, with_collisions=True)
+    assert torch.equal(result[0], plain)
+    expected = hidden.detach()[:, :10].softmax(-1).square().sum(-1).log()[logit]
+    assert torch.allclose(result[1], expected, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(result.sum(), hidden)
+    assert torch.equal(gradient, torch.autograd.grad(plain.sum(), hidden)[0])

@@ -1,9 +1,6 @@
-"""DPO and IPO by hand and against autograd; both against the installed TRL."""
+"""DPO and IPO by hand and against autograd. test_by_hand.py has the other losses."""
 
 import math
-from collections import defaultdict
-from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,65 +142,3 @@ class TestIPO:
         assert columns[0].grad.tolist() == pytest.approx([-7.0 / 4], rel=1e-14)
         assert columns[1].grad.tolist() == pytest.approx([7.0 / 5], rel=1e-14)
         assert not any(x.requires_grad for x in ipo_loss(*columns, beta=0.1).metrics.values())
-
-
-def trl_loss(loss_type: str, beta: float, token_logps, ref_logps, mask) -> float:
-    """`DPOTrainer._compute_loss`, with a model that is a table of token log-probabilities [2P, T],
-    the chosen responses first; `mask` [2P, T] has the responses' own tokens."""
-    from trl import DPOTrainer
-
-    zeros = torch.zeros_like(token_logps)
-    outputs = SimpleNamespace(
-        log_probs=token_logps * mask,
-        entropy=zeros,
-        mean_logits=zeros,
-        is_top1=zeros.bool(),
-    )
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(
-            device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
-        ),
-        model=SimpleNamespace(training=True),
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        beta=beta,
-        label_smoothing=0.0,
-        use_weighting=False,
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    prompt = torch.zeros(len(mask), 1, dtype=mask.dtype)
-    whole = torch.cat([prompt, mask], 1)
-    chosen, rejected = ref_logps.chunk(2)
-    inputs = {
-        "input_ids": torch.zeros_like(whole),
-        "attention_mask": torch.ones_like(whole),
-        "completion_mask": whole,
-        "ref_chosen_logps": chosen,
-        "ref_rejected_logps": rejected,
-    }
-    return float(DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False))
-
-
-@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed: pip install trl")
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("loss_type", "beta"), [("sigmoid", 0.1), ("ipo", 0.1), ("ipo", 0.7)])
-def test_the_installed_trl_computes_the_same(loss_type, beta):
-    generator = torch.Generator().manual_seed(3)
-    counts = torch.tensor([4, 1, 7, 3, 9, 2])
-    mask = (torch.arange(9) < counts[:, None]).long()
-    tokens = -3 * torch.rand(6, 9, generator=generator, dtype=torch.float64)
-    ref_logps = -2 * counts.double()
-    logps = (tokens * mask).sum(1)
-    columns = [*logps.chunk(2), *ref_logps.chunk(2)]
-    if loss_type == "ipo":
-        ours = ipo_loss(*columns, *counts.chunk(2), beta=beta)
-    else:
-        ours = dpo_loss(*columns, beta=beta)
-    theirs = trl_loss(loss_type, beta, tokens, ref_logps, mask)
-    assert float(ours.losses.mean()) == pytest.approx(theirs, rel=1e-12)

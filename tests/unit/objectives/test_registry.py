@@ -1,157 +1,121 @@
-"""The registry: every record is whole; a loss section is checked against it."""
+"""The registry: every record is whole; objectives of the user's own code."""
 
-import math
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from loss_tables import objective, split, table
 
 from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives import LossInputs, LossOutputs, check
+from megatron_prefix.objectives import LossOutputs, check, register_objective
 from megatron_prefix.objectives.record import ObjectiveRecord, Option
 from megatron_prefix.objectives.registry import OBJECTIVES
 
-PAIRS = 3
+KINDS = [
+    *((name, record.model) for name, record in OBJECTIVES.items()),
+    *((name, "reward") for name, record in OBJECTIVES.items() if record.reward_variant),
+]
+SIZES = {"pair": 5, "token": 5, "set": 3, "response": 7}
 
 
-def users(option: str) -> str:
-    """The objectives that take an option, as an error lists them."""
-    return ", ".join(sorted(x.name for x in OBJECTIVES.values() if option in x.options))
-
-
-def inputs(ref_is_policy: bool = False) -> LossInputs:
-    """Three pairs over five responses."""
-    generator = torch.Generator().manual_seed(0)
-    scores, ref = (-20 * torch.rand(5, generator=generator, dtype=torch.float64) for _ in range(2))
-    return LossInputs(
-        scores=scores,
-        ref_logps=scores if ref_is_policy else ref,
-        num_tokens=torch.tensor([1, 4, 2, 9, 3]),
-        pairs=torch.tensor([[0, 1], [2, 3], [2, 4]]),
-        margins=torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64),
-    )
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 class TestEveryRecord:
-    def test_names_columns_and_options_that_exist(self, name):
-        record = OBJECTIVES[name]
-        assert all(hasattr(inputs(), column) for column in record.columns)
+    def test_names_columns_and_options_that_exist(self, name, kind):
+        record = OBJECTIVES[name].variant(kind)
+        assert record.model == kind
+        assert all(hasattr(table(), column) for column in record.columns)
         assert set(record.options) <= set(LossConfig.__dataclass_fields__)
         assert record.function.__doc__ and "arXiv" in record.function.__doc__
 
-    def test_gives_a_loss_and_metrics_for_every_pair(self, name):
-        objective = check(LossConfig(loss_type=name))
-        outputs = objective.outputs(inputs())
-        assert outputs.losses.shape == (PAIRS,) and outputs.losses.dtype == torch.float64
-        assert all(x.shape == (PAIRS,) for x in outputs.metrics.values())
+    def test_gives_a_loss_for_every_unit_and_metrics(self, name, kind):
+        for member in objective(kind, loss_type=name).members:
+            outputs = member.outputs(table())
+            assert outputs.losses.shape == (SIZES[member.unit],)
+            assert outputs.losses.dtype == torch.float64 and outputs.losses.isfinite().all()
+            assert all(x.shape == (SIZES["pair"],) for x in outputs.metrics.values())
+            assert all(x.shape == (SIZES["set"],) for x in outputs.set_metrics.values())
+            every = [*outputs.metrics.values(), *outputs.set_metrics.values()]
+            assert not any(x.requires_grad for x in every)
 
-    def test_starts_at_its_first_value(self, name):
-        objective = check(LossConfig(loss_type=name))
-        if objective.record.first is None:
+    def test_starts_at_its_first_value(self, name, kind):
+        own = objective(kind, loss_type=name)
+        if own.first_value is None:
             return
-        losses = objective.outputs(inputs(ref_is_policy=True)).losses
-        assert losses.tolist() == pytest.approx([objective.first_value] * PAIRS, rel=1e-14)
+        loss, _ = own.loss(table(ref_is_policy=True))
+        assert float(loss) == pytest.approx(own.first_value, rel=1e-14)
 
-    def test_is_no_steeper_there_than_it_says(self, name):
-        """Move the rewards of each pair apart, and together."""
-        objective = check(LossConfig(loss_type=name))
-        if objective.record.first is None:
+    def test_the_slopes_of_the_start_bound_the_loss(self, name, kind):
+        """Move the log-probabilities of the responses apart, and together."""
+        own = objective(kind, loss_type=name)
+        if own.reference == "none":
             return
-        start = inputs(ref_is_policy=True)
-        for sign in (1.0, -1.0):
-            step = 1e-6 / objective.rewards_per_nat
-            shift = step * torch.tensor([1.0, sign, 1.0, sign, sign], dtype=torch.float64)
-            moved = replace(start, scores=start.scores + shift)
-            change = (objective.outputs(moved).losses - objective.first_value).abs().max()
-            assert change <= 1e-6 * objective.first_steepness * 1.0001
+        start = table(ref_is_policy=True)
+        value, slopes = own.start(start, None)
+        assert float(value) == float(own.loss(start)[0]) and slopes.shape == (7,)
+        for seed in range(4):
+            signs = torch.randn(7, generator=torch.Generator().manual_seed(seed)).sign().double()
+            moved = replace(start, scores=start.scores + 1e-6 * signs)
+            if own.has_first_value:
+                change = abs(float(own.loss(moved)[0] - value))
+                assert change <= 1e-6 * float(slopes.sum()) * 1.001
+
+    def test_a_table_is_the_sum_of_its_sets(self, name, kind):
+        """Loss, gradient and metrics of a step do not depend on how it is split into rows."""
+        own = objective(kind, loss_type=name)
+        whole = table(scores=table().scores.requires_grad_())
+        loss, sums = own.loss(whole)
+        (gradient,) = torch.autograd.grad(loss, whole.scores)
+        denominators = {unit: float(x) for unit, x in whole.denominators().items()}
+        parts = [own.loss(part, denominators) for part in split(whole)]
+        total = sum(part for part, _ in parts)
+        assert float(total) == pytest.approx(float(loss), rel=1e-12)
+        (other,) = torch.autograd.grad(total, whole.scores)
+        assert torch.allclose(other, gradient, rtol=1e-12, atol=1e-14)
+        assert all(part.keys() == sums.keys() for _, part in parts)
+        for metric, value in sums.items():
+            added = sum(part[metric] for _, part in parts)
+            assert torch.allclose(added, value, rtol=1e-12, atol=1e-12), metric
+
+    def test_a_wrong_denominator_is_found(self, name, kind):
+        """So the test above can fail: dividing each part by its own denominator is another loss."""
+        own = objective(kind, loss_type=name)
+        loss, _ = own.loss(table())
+        alone = sum(float(own.loss(part)[0]) for part in split(table())[:2])
+        assert abs(alone - float(loss)) > 1e-6
+
+    def test_gradients(self, name, kind):
+        own = objective(kind, loss_type=name)
+        scores = table().scores.requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: own.loss(table(scores=x))[0], [scores])
+
+    def test_an_empty_table(self, name, kind):
+        own = objective(kind, loss_type=name)
+        empty = table(scores=table().scores.requires_grad_())
+        nothing = torch.zeros(0, dtype=torch.int64)
+        empty = replace(split(empty)[2], pairs=nothing.reshape(0, 2))
+        whole = {unit: float(x) for unit, x in table().denominators().items()}
+        unlabelled = replace(empty, labels=torch.full_like(empty.labels, torch.nan))
+        loss, sums = own.loss(unlabelled, whole)
+        assert float(loss) == 0.0 and loss.requires_grad
+        assert all(x.isfinite().all() for x in sums.values())
 
 
-def test_first_values():
-    assert check(LossConfig()).first_value == math.log(2)
-    assert check(LossConfig(loss_type="ipo")).first_value == pytest.approx(25.0)
-    assert check(LossConfig(loss_type="ipo", beta=0.5)).first_value == pytest.approx(1.0)
-    assert check(LossConfig(loss_type="bradley_terry")).first_value is None
+def test_the_slopes_of_the_start_see_a_corner():
+    """DPOP's penalty begins where the policy is the reference."""
+    own = objective(dpop_lambda=50.0)
+    start = table(ref_is_policy=True)
+    value, slopes = own.start(start, None)
+    moved = replace(start, scores=start.scores - 1e-6)
+    change = abs(float(own.loss(moved)[0] - value))
+    assert 1e-6 < change <= 1e-6 * float(slopes.sum()) * 1.001
+    plain, _ = objective().start(start, None)
+    assert float(value) == float(plain)
 
 
-def test_what_is_not_given_has_the_record_s_default():
-    objective = check(LossConfig())
-    assert objective.options == {"beta": 0.1, "label_smoothing": 0.0}
-    assert (objective.reference, objective.weighting) == ("model", "pair")
-    reward = check(LossConfig(loss_type="bradley_terry"), "reward")
-    assert (reward.reference, reward.options["margin"]) == ("none", False)
-    assert check(LossConfig(label_smoothing=0.2)).options["label_smoothing"] == 0.2
-
-
-def test_margins_are_a_column_only_if_switched_on():
-    without = check(LossConfig(loss_type="bradley_terry", margin=False))
-    objective = check(LossConfig(loss_type="bradley_terry", margin=True))
-    assert "margins" not in without.columns and "margins" in objective.columns
-    plain, moved = (x.outputs(inputs()).losses for x in (without, objective))
-    assert (moved - plain)[2] == 0 and (moved - plain)[0] > 0
-
-
-def test_a_reference_that_is_missing():
-    with pytest.raises(ValueError, match="TrainBatch.with_reference"):
-        check(LossConfig()).outputs(replace(inputs(), ref_logps=None))
-
-
-@pytest.mark.parametrize(
-    ("loss", "kind", "message"),
-    [
-        ({"loss_type": "sigmoyd"}, "lm", "loss_type = 'sigmoyd': unknown .did you mean sigmoid"),
-        ({"loss_type": "x"}, "lm", f"known: {', '.join(sorted(OBJECTIVES))}.$"),
-        (
-            {"loss_type": "ipo", "label_smoothing": 0.1},
-            "lm",
-            f"label_smoothing = 0.1: .*ipo does not use it, only {users('label_smoothing')}:",
-        ),
-        ({"margin": True}, "lm", f"loss.margin = True: .*does not use it, only {users('margin')}:"),
-        ({"center_rewards_coefficient": 0.01}, "lm", "center_rewards_coefficient = 0.01: "),
-        ({"reference": "none"}, "lm", "loss.reference = none: .*sigmoid compares with a reference"),
-        ({"loss_type": "bradley_terry"}, "lm", "needs model.kind: reward, and model.kind is lm"),
-        ({"loss_type": "sigmoid"}, "reward", "needs model.kind: lm.*takes .*bradley_terry"),
-        (
-            {"loss_type": "bradley_terry", "beta": 0.1},
-            "reward",
-            f"beta = 0.1: .*does not use it, only {users('beta')}: remove",
-        ),
-        ({"loss_type": "bradley_terry", "reference": "model"}, "reward", "has no reference"),
-    ],
-)
-def test_what_is_refused(loss, kind, message):
-    with pytest.raises(InputError, match=message):
-        check(LossConfig(**loss), kind)
-
-
-def test_every_fault_is_named_at_once():
-    with pytest.raises(InputError, match="margin = True.*reference = none"):
-        check(LossConfig(loss_type="ipo", margin=True, reference="none"))
-
-
-@pytest.mark.parametrize("name", sorted(OBJECTIVES))
-def test_rewards_are_what_the_record_declares_per_nat(name):
-    """A nat more of each log-ratio moves every reward by that much."""
-    options = {"beta": 0.3} if "beta" in OBJECTIVES[name].options else {}
-    objective, start = check(LossConfig(loss_type=name, **options)), inputs()
-    moved = replace(start, scores=start.scores + 1.0)
-    before, after = (objective.outputs(x).metrics["rewards/chosen"] for x in (start, moved))
-    assert (after - before).tolist() == pytest.approx([objective.rewards_per_nat] * PAIRS)
-
-
-def test_rewards_per_nat_do_not_depend_on_the_name_of_an_option():
-    record = replace(OBJECTIVES["sigmoid"], name="other", rewards_per_nat=None)
-    loss, records = LossConfig(loss_type="other", beta=0.3), {**OBJECTIVES, "other": record}
-    assert check(loss, "lm", records).rewards_per_nat == 1.0
-    declared = replace(record, rewards_per_nat=lambda beta, label_smoothing: 2 * beta)
-    assert check(loss, "lm", {**records, "other": declared}).rewards_per_nat == 0.6
-
-
-def test_an_objective_is_a_record_and_nothing_else():
-    """A new one, whose option is narrower than the schema's and which logs another name."""
+def test_a_new_objective_is_a_record_and_nothing_else():
+    """One whose option is narrower than the schema's and which logs another name."""
 
     def squares(chosen_logps, rejected_logps, *, beta):
         losses = beta * (chosen_logps - rejected_logps - 1).square()
@@ -165,19 +129,78 @@ def test_an_objective_is_a_record_and_nothing_else():
         model="lm",
     )
     records = {**OBJECTIVES, "squares": record}
-    objective = check(LossConfig(loss_type="squares"), "lm", records)
-    assert objective.reference == "none" and objective.first_value is None
-    outputs = objective.outputs(inputs())
-    assert set(outputs.metrics) == {"gap"}
-    assert set(objective.logp_metrics(inputs())) == {"logps/chosen", "logps/rejected"}
+    own = check(LossConfig(loss_type="squares"), "lm", records)
+    assert own.reference == "none" and own.first_value is None
+    _, sums = own.loss(table())
+    assert set(sums) == {"gap", "logps/chosen", "logps/rejected"}
     with pytest.raises(InputError, match="loss.beta = 0.5: with squares it must be above 1"):
         check(LossConfig(loss_type="squares", beta=0.5), "lm", records)
 
 
-def test_a_loss_section_is_checked_without_torch():
-    code = (
-        "import sys; from megatron_prefix.config.schema import LossConfig; "
-        "from megatron_prefix.objectives import check; check(LossConfig()); "
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+MODULE = """
+from megatron_prefix import LossOutputs, ObjectiveRecord, Option
+
+def half(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta):
+    gap = chosen_logps - ref_chosen_logps - rejected_logps + ref_rejected_logps
+    return LossOutputs(losses=beta * (gap - 1).abs() / 2)
+
+COLUMNS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+RECORD = ObjectiveRecord(
+    name="half", function=half, columns=COLUMNS, options={"beta": Option(default=0.5)}, model="lm"
+)
+OTHER = ObjectiveRecord(
+    name="other", function=half, columns=("tokens",), options={}, model="lm"
+)
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module of the user's on the Python path."""
+    (tmp_path / "own_losses.py").write_text(MODULE)
+    (tmp_path / "broken_losses.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_losses"
+    sys.modules.pop("own_losses", None)
+
+
+def test_an_objective_by_its_place(module):
+    own = check(LossConfig(loss_type=f"{module}:RECORD"), "lm")
+    assert (own.reference, own.options) == ("model", {"beta": 0.5})
+    both = check(LossConfig(loss_type=["sigmoid", f"{module}:RECORD"], beta=0.25))
+    parts = [x.outputs(table()).losses for x in both.members]
+    weights = table().pair_weights
+    expected = sum((weights * x).sum() / weights.sum() for x in parts)
+    assert float(both.loss(table())[0]) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("no_such_module:RECORD", "cannot be imported .ModuleNotFoundError"),
+        ("own_losses:NOTHING", "cannot be imported .AttributeError"),
+        ("broken_losses:RECORD", "cannot be imported .ZeroDivisionError"),
+        ("own_losses:NUMBER", "is a int, not an ObjectiveRecord"),
+        ("own_losses:OTHER", r"reads columns that no table has: \['tokens'\]"),
+        ("own_losses.py:RECORD", "cannot be imported"),
+        ("/tmp/own_losses:RECORD", "unknown"),
+        ("own_losses:RECORD()", "unknown"),
+    ],
+)
+def test_a_place_that_has_no_objective(module, place, message):
+    with pytest.raises(InputError, match=message):
+        check(LossConfig(loss_type=place))
+
+
+def test_registered_objectives(monkeypatch):
+    monkeypatch.setattr("megatron_prefix.objectives.registry.OBJECTIVES", dict(OBJECTIVES))
+    from megatron_prefix.objectives.registry import OBJECTIVES as known
+
+    record = replace(OBJECTIVES["hinge"], name="mine")
+    assert register_objective(record) is record and register_objective(record) is record
+    assert check(LossConfig(loss_type="mine"), "lm", known).first_value == 1.0
+    with pytest.raises(ValueError, match="'hinge' is registered already"):
+        register_objective(replace(record, name="hinge"))
+    with pytest.raises(ValueError, match="options that the loss section does not have"):
+        register_objective(replace(record, name="new", options={"gamma": Option()}))

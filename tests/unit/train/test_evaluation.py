@@ -14,6 +14,8 @@ from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.train.evaluation import (
+    dataset_inputs,
+    dataset_members,
     evaluate,
     own_tokens,
     pair_responses,
@@ -38,12 +40,23 @@ DATASET = TwoGroups(
     pair_margins=np.full(3, np.nan),
     response_lengths=np.array([9, 8, 7, 6, 5], np.int32),
     response_prompts=np.array([4, 4, 2, 2, 2], np.int32),
+    response_sets=np.array([0, 0, 0, 0, 1], np.int32),
+    response_ranks=np.array([0, 1, 0, 0, 1], np.int32),
+    response_scores=np.array([1.0, 0.0, 0.5, np.nan, 0.25]),
 )
 
 
 def test_pairs_are_numbered_through_the_data_set():
     assert pair_responses(DATASET).tolist() == [[0, 1], [2, 4], [3, 4]]
     assert own_tokens(DATASET).tolist() == [5, 4, 5, 4, 3]
+
+
+def test_sets_are_numbered_through_the_data_set():
+    """The pairs of group 1 cross its sets here, so both of them have a pair."""
+    assert dataset_members(DATASET).tolist() == [[0, 1], [2, 3], [4, -1]]
+    inputs = dataset_inputs(check(LossConfig()), DATASET, np.zeros(5), np.zeros(5))
+    assert inputs.set_weights.tolist() == [1.0, 1.0, 1.0]
+    assert inputs.denominators() == {"pair": 5.0, "set": 3.0, "response": 4.0, "token": 5 + 5 + 12}
 
 
 def test_metrics_by_hand():

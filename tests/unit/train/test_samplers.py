@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from tiny_models import tiny_config
 
@@ -16,7 +15,6 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.samplers import (
-    check_columns,
     evaluation_sampler,
     open_plan,
     open_verified,
@@ -55,24 +53,6 @@ def test_unpaired_responses_have_nothing_to_compare(tmp_path):
         open_verified(str(tmp_path / "set"), "data.train", ALONE)
 
 
-def test_an_objective_with_margins_needs_one_for_each_pair(prefix):
-    dataset = PreferenceDataset(prefix)
-    check_columns(SimpleNamespace(columns=()), dataset, "data.train")
-    with pytest.raises(InputError, match=r"data\.valid: .* have no margin \(first in group 0"):
-        check_columns(SimpleNamespace(columns=("margins",)), dataset, "data.valid")
-    margins = np.zeros(dataset.pair_margins.shape)
-    margins[int(dataset.group_pairs[4])] = np.nan
-    given = SimpleNamespace(
-        pair_margins=margins,
-        group_pairs=dataset.group_pairs,
-        group_records=dataset.group_records,
-        group_num_records=dataset.group_num_records,
-        prefix=dataset.prefix,
-    )
-    with pytest.raises(InputError, match=f"1 of the {len(margins)} pairs .* group 4, record 4"):
-        check_columns(SimpleNamespace(columns=("margins",)), given, "data.train")
-
-
 def test_a_plan_that_is_not_there_is_refused(prefix, tmp_path):
     assert open_plan(tiny_config(prefix, tmp_path), ALONE) is None
     config = tiny_config(prefix, tmp_path, data={"plan": str(tmp_path / "absent")})
@@ -84,10 +64,10 @@ def test_samplers_follow_the_configuration(prefix, tmp_path):
     data = {"global_batch_size": 2, "sharing": "pair", "seed": 9, "packing_method": "best-fit"}
     config = tiny_config(prefix, tmp_path, data=data, loss={"weighting": "group"})
     dataset = PreferenceDataset(prefix)
-    settings = plan_settings(config)
+    objective = check(config.loss)
+    settings = plan_settings(config, objective)
     assert (settings.seed, settings.global_batch_size, settings.row_capacity) == (9, 2, 512)
     ranks = {"num_ranks": 2, "row_multiple": 4, "count_multiple": 3}
-    objective = check(config.loss)
     sampler = training_sampler(config, objective, dataset, SimpleNamespace(sampler_layout=ranks))
     assert (sampler.sharing, sampler.weighting) == ("pair", "group")
     assert (sampler.packing_method, sampler.cost is None) == ("best-fit", False)

@@ -12,6 +12,7 @@ Nothing here depends on the number of ranks, and nothing has a state.
 """
 
 from megatron_prefix.data.steps.compositions.batches import Composition, GroupBatches, InOrder
+from megatron_prefix.data.steps.compositions.comparisons import with_comparisons
 from megatron_prefix.data.steps.compositions.mixtures import RepeatedSets, WeightedSets
 from megatron_prefix.data.steps.compositions.row_batches import RowBatches
 from megatron_prefix.data.steps.compositions.settings import StepSettings
@@ -24,4 +25,5 @@ __all__ = [
     "RowBatches",
     "StepSettings",
     "WeightedSets",
+    "with_comparisons",
 ]

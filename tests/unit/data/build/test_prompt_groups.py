@@ -208,4 +208,4 @@ def test_batches_of_a_data_set(tmp_path):
     assert isinstance(group_batches(separate, 2, 1), GroupBatches)
     sampler = Sampler(dataset=merged, composition=group_batches(merged, 4, 1), row_capacity=99)
     plan = sampler.step(0)
-    assert plan.num_pairs == 4 and plan.weight == 3.5
+    assert plan.num_pairs == 4 and plan.denominators["pair"] == 3.5

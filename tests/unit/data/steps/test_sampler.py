@@ -205,9 +205,9 @@ def test_every_pair_once_a_step_over_all_ranks(
         wanted = [(g, p.chosen, g, p.rejected) for g in plan.groups.tolist() for p in groups[g][1]]
         assert sorted(pairs) == sorted(wanted)
         assert plan.num_pairs == len(wanted)
-        assert weight == pytest.approx(plan.weight, rel=1e-12)
+        assert weight == pytest.approx(plan.denominators["pair"], rel=1e-12)
         by_hand = sum(loss_weights(dataset, g, weighting).sum() for g in plan.groups)
-        assert plan.weight == pytest.approx(by_hand, rel=1e-12)
+        assert plan.denominators["pair"] == pytest.approx(by_hand, rel=1e-12)
         assert len({len(rank) for rank in rows}) == 1
         assert len(rows[0]) % count_multiple == 0
         empty = sum(row.num_tokens == 0 for rank in rows for row in rank)
@@ -219,11 +219,11 @@ def test_a_plan_is_a_pure_function_and_ranks_share_its_groups(dataset, how):
     for step in (5, 0, 2):
         plan = samplers(dataset, "tree", how).step(step)
         again = samplers(dataset, "tree", how).step(step)
-        assert plan.rows == again.rows and plan.weight == again.weight
+        assert plan.rows == again.rows and plan.denominators == again.denominators
         for num_ranks in (2, 4):
             other = samplers(dataset, "tree", how, num_ranks=num_ranks).step(step)
             assert other.groups.tolist() == plan.groups.tolist()
-            assert other.weight == plan.weight
+            assert other.denominators == plan.denominators
 
 
 def test_all_modes_see_the_same_groups(dataset):
@@ -231,7 +231,7 @@ def test_all_modes_see_the_same_groups(dataset):
         hows = [(sharing, how) for sharing in SHARING_MODES for how in ("packed", "unpacked")]
         plans = [samplers(dataset, sharing, how).step(step) for sharing, how in hows]
         assert len({tuple(plan.groups.tolist()) for plan in plans}) == 1
-        assert len({plan.weight for plan in plans}) == 1
+        assert len({tuple(plan.denominators.values()) for plan in plans}) == 1
 
 
 def test_another_sharing_mode_on_the_same_row_plan(dataset):
@@ -245,7 +245,8 @@ def test_another_sharing_mode_on_the_same_row_plan(dataset):
     ):
         sampler = Sampler(dataset=dataset, composition=order, **unshared)
         plan = sampler.step(1)
-        assert plan.groups.tolist() == tree.groups.tolist() and plan.weight == tree.weight
+        assert plan.groups.tolist() == tree.groups.tolist()
+        assert plan.denominators == tree.denominators
         for row, batch in zip(plan.rows[0], sampler.micro_batches(plan), strict=True):
             if "micro_batch_size" in unshared:
                 sequences = len(row) * (2 if unshared["sharing"] == "none" else 1)

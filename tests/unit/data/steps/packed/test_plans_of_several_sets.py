@@ -87,7 +87,7 @@ def test_a_plan_has_the_steps_of_the_run(folder, tmp_path, kind, capsys):
     for step in range(num_steps):
         ours, theirs = own.step(step), packed.step(step)
         assert ours.groups.tolist() == theirs.groups.tolist()
-        assert (ours.rows, ours.weight) == (theirs.rows, theirs.weight)
+        assert (ours.rows, ours.denominators) == (theirs.rows, theirs.denominators)
 
 
 def test_a_plan_of_another_mixture_is_refused(folder, tmp_path):

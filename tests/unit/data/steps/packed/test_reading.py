@@ -66,7 +66,7 @@ def test_a_plan_has_the_steps_of_a_run_without_it(
             ours, theirs = with_plan.step(step), alone.step(step)
             assert ours.groups.tolist() == theirs.groups.tolist()
             assert ours.rows == theirs.rows
-            assert (ours.weight, ours.costs) == (theirs.weight, theirs.costs)
+            assert (ours.denominators, ours.costs) == (theirs.denominators, theirs.costs)
             np.add.at(seen, ours.groups, num_ranks == 1)
     assert seen.tolist() == [2] * GROUPS
     assert 0 < manifest["fill"] <= 1 and manifest["row_max_over_mean"] >= 1

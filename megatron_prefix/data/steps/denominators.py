@@ -1,0 +1,53 @@
+"""What the loss of a step is divided by, for losses of every unit, known before the step.
+
+Each is a sum over the step's groups of columns of the data set, so it does not depend on packing,
+micro batches or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from megatron_prefix.data.store import PreferenceDataset
+
+
+def loss_weights(dataset: PreferenceDataset, group: int, weighting: str) -> np.ndarray:
+    """The weight of each pair of a group in the loss, [pairs].
+
+    `pair`: the pair's own weight. `group`: its share of its comparison set, which weighs 1. Pairs
+    with weights [1 3 2], the first two of one set: [1 3 2] under `pair`, [0.25 0.75 1] under
+    `group`.
+    """
+    p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
+    weights = dataset.pair_weights[p0:p1].astype(np.float64)
+    if weighting == "pair":
+        return weights
+    r0 = int(dataset.group_responses[group])
+    sets = np.asarray(dataset.response_sets[r0 + dataset.pair_responses[p0:p1, 0]])
+    return weights / np.bincount(sets, weights)[sets]
+
+
+def step_denominators(
+    dataset: PreferenceDataset, groups: Iterable[int], weighting: str
+) -> dict[str, float]:
+    """The denominators of a step of these groups; a group that is there twice counts twice.
+
+    pair      sum of the pairs' weights
+    set       number of comparison sets with a pair
+    response  number of responses with a score
+    token     tokens of chosen responses, weighted: the sum over pairs of weight times tokens
+    """
+    totals = dict.fromkeys(("pair", "set", "response", "token"), 0.0)
+    for group in groups:
+        weights = loss_weights(dataset, int(group), weighting)
+        p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
+        r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
+        chosen = r0 + dataset.pair_responses[p0:p1, 0].astype(np.int64)
+        own = dataset.response_lengths[chosen].astype(np.int64) - dataset.response_prompts[chosen]
+        totals["pair"] += float(weights.sum())
+        totals["set"] += len(np.unique(dataset.response_sets[chosen]))
+        totals["response"] += int((~np.isnan(dataset.response_scores[r0:r1])).sum())
+        totals["token"] += float((weights * own).sum())
+    return totals

@@ -1,0 +1,123 @@
+"""Whether a data set has what the objective and its sharing mode need."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.errors import InputError
+from megatron_prefix.objectives import Objective
+
+
+def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
+    """Refuse a data set that lacks something the objective reads: margins, scores or ranks.
+
+    The message counts what is missing and names the first group.
+    """
+    if len(dataset.parts) > 1:
+        for part in dataset.parts:
+            check_columns(objective, part, setting)
+        return
+    columns = set(objective.columns)
+    group_of_pair = np.repeat(np.arange(len(dataset)), np.diff(dataset.group_pairs))
+    if "margins" in columns:
+        _refuse_missing(
+            np.isnan(dataset.pair_margins),
+            group_of_pair,
+            dataset,
+            setting,
+            f"pairs in {dataset.prefix} have no margin",
+            f"{_asker(objective, 'margin')} needs one for each: give every record a margin and "
+            "build again, or remove loss.margin",
+        )
+    group = np.repeat(np.arange(len(dataset)), np.diff(dataset.group_responses))
+    if columns & {"chosen_labels", "rejected_labels"}:
+        firsts = np.asarray(dataset.group_responses)[group_of_pair]
+        sides = np.asarray(dataset.pair_responses, np.int64) + firsts[:, None]
+        _refuse_missing(
+            np.isnan(dataset.response_scores)[sides].any(axis=1),
+            group_of_pair,
+            dataset,
+            setting,
+            f"pairs in {dataset.prefix} have a response without a score",
+            f"loss.loss_type: {objective.name} needs one for both: give every response a score "
+            "and build again",
+        )
+    for column, values, word in (
+        ("set_labels", np.isnan(dataset.response_scores), "score"),
+        ("set_ranks", np.asarray(dataset.response_ranks) < 0, "rank"),
+    ):
+        if column not in columns:
+            continue
+        missing = values & _is_compared(dataset, group)
+        if word == "rank":  # an unranked response takes no part, but a set needs two
+            missing = missing & _is_in_pair(dataset)
+        _refuse_missing(
+            missing,
+            group,
+            dataset,
+            setting,
+            f"responses in {dataset.prefix} have no {word}",
+            f"loss.loss_type: {objective.name} needs one for each: build from records whose "
+            f"responses have {word}s",
+        )
+    if "labels" in columns and np.isnan(dataset.response_scores).all():
+        raise InputError(
+            f"{setting}: no response in {dataset.prefix} has a score, but loss.loss_type: "
+            f"{objective.name} learns scores: build from records whose responses have scores"
+        )
+
+
+def _asker(objective: Objective, option: str) -> str:
+    if objective.options.get(option):
+        return f"loss.{option}: true"
+    return f"loss.loss_type: {objective.name}"
+
+
+def _refuse_missing(
+    missing: np.ndarray,
+    group: np.ndarray,
+    dataset: PreferenceDataset,
+    setting: str,
+    fault: str,
+    remedy: str,
+) -> None:
+    """`missing` and `group` have an entry for each pair or response."""
+    if not missing.any():
+        return
+    first = int(group[np.argmax(missing)])
+    raise InputError(
+        f"{setting}: {int(missing.sum())} of the {len(missing)} {fault} (first in group {first}, "
+        f"record {int(dataset.group_records[first])}), but {remedy}"
+    )
+
+
+def _is_in_pair(dataset: PreferenceDataset) -> np.ndarray:
+    """Whether each response is in a pair, [R]."""
+    group_of_pair = np.repeat(np.arange(len(dataset)), np.diff(dataset.group_pairs))
+    firsts = np.asarray(dataset.group_responses)[group_of_pair]
+    sides = np.asarray(dataset.pair_responses, np.int64) + firsts[:, None]
+    is_in = np.zeros(len(dataset.response_sets), bool)
+    is_in[sides.ravel()] = True
+    return is_in
+
+
+def _is_compared(dataset: PreferenceDataset, group: np.ndarray) -> np.ndarray:
+    """Whether each response is in a comparison set that has a pair, [R]."""
+    sets = np.asarray(dataset.response_sets, np.int64)
+    keys = group * (int(sets.max(initial=0)) + 1) + sets
+    return np.isin(keys, keys[_is_in_pair(dataset)])
+
+
+def run_sharing(objective: Objective, sharing: str) -> str:
+    """The sharing mode in which the rows are laid out: an objective that needs whole comparison
+    sets has no pairs to lay out, so `none` is one sequence per response."""
+    if not objective.needs_sets:
+        return sharing
+    if sharing == "pair":
+        raise InputError(
+            f"data.sharing = pair: loss.loss_type: {objective.name} needs all responses of a "
+            "comparison set in one row, and pair lays out each pair by itself: use tree, response "
+            "or none"
+        )
+    return "response" if sharing == "none" else sharing
