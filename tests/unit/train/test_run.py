@@ -31,7 +31,8 @@ def test_the_trackers_get_the_status(tmp_path, monkeypatch, end, status):
     config = tiny_config(write_random_set(tmp_path / "set", 0, 4), tmp_path, data={"valid": valid})
 
     def prepare(given, dataset, valid, world, plan):
-        assert (given, len(dataset), len(valid), plan) == (config, 4, 2, None)
+        assert (given, len(dataset), plan) == (config, 4, None)
+        assert [len(held_out) for held_out in valid.values()] == [2]
         return Run()
 
     monkeypatch.setattr(run, "prepare_trainer", prepare)

@@ -44,14 +44,15 @@ def refused(config, world, valid=None) -> str:
 
 
 def test_data_sets_of_two_tokenizers_are_refused(world, prefix, tmp_path):
-    described = {**load_tokenizer("bytes").describe(), "name": "other", "fingerprint": "ab" * 32}
+    other_ids = {"name": "other", "fingerprint": "ab" * 32, "vocabulary": "cd" * 32}
+    described = load_tokenizer("bytes").describe() | other_ids
     dataset = PreferenceDataset(prefix)
     with DatasetWriter(tmp_path / "other", described) as writer:
         writer.add(dataset[0], 0)
         writer.finish()
     other = PreferenceDataset(tmp_path / "other")
-    message = refused(tiny_config(prefix, tmp_path / "run"), world, other)
-    assert "data.valid was built with tokenizer other" in message and "build both" in message
+    message = refused(tiny_config(prefix, tmp_path / "run"), world, {"": other})
+    assert "has tokenizer other" in message and "build all data sets with one" in message
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(world, prefix, tmp_path):
@@ -77,7 +78,7 @@ def test_a_trainer_is_ready_for_its_first_step(world, prefix, tmp_path, capsys):
     config = tiny_config(prefix, tmp_path / "run", train=train)
     trainer = prepare_trainer(config, PreferenceDataset(prefix), None, world)
     trainer.close()
-    assert (trainer.step, trainer.num_steps, trainer.valid) == (0, 2, None)
+    assert (trainer.step, trainer.num_steps, trainer.valid) == (0, 2, {})
     printed = capsys.readouterr().out
     assert "steps: 2, " in printed and "starting from scratch" in printed
     assert (tmp_path / "run" / "config.yaml").exists()
