@@ -158,7 +158,8 @@ def against_trl(
         texts = dialogues
         if template:
             texts = [theirs.apply_chat_template(turns, tokenize=False) for turns in dialogues]
-        encode = AutoTokenizer.from_pretrained(spec).backend_tokenizer.encode_batch_fast
+        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+        encode = tokenizer.backend_tokenizer.encode_batch_fast
         encoding = cpu(lambda e=encode, t=texts: [e([x], add_special_tokens=False) for x in t])
         ratios.append(trl / build)
         alone.append(build / encoding)
