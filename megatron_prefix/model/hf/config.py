@@ -31,6 +31,13 @@ LM, REWARD = "ForCausalLM", "ForSequenceClassification"
 SCALINGS = ("linear", "llama3")
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """Files that are fetched from the Hub: weights without pickles, configuration, tokenizer."""
+CHECKED: dict[str, tuple[type, str]] = {
+    "architectures": (list, "a list of names"),
+    "layer_types": (list, "a list of names"),
+    "max_window_layers": (int, "a number of layers"),
+    "num_hidden_layers": (int, "a number of layers"),
+}
+"""Keys whose values are used before the sizes are checked, with their type."""
 QWEN3_HEAD_DIM = 128
 MIXTRAL_ROPE_THETA = 1e6
 """Defaults of transformers if a Qwen3 or a Mixtral configuration gives no value."""
@@ -62,6 +69,10 @@ class HFModel:
             raise InputError(f"{path}: not JSON ({error}): fetch the model again") from None
         if not isinstance(config, dict):
             raise InputError(f"{path}: not a Hugging Face model's configuration")
+        for key, (kinds, expected) in CHECKED.items():
+            value = config.get(key)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise InputError(f"{path}: {key} is {str(value)[:100]!r}, expected {expected}")
         return cls(directory, config)
 
     @property
@@ -106,11 +117,11 @@ class HFModel:
         if config.get("model_type") == "llama" or type(window) is not int:
             return None
         if config.get("model_type") in ("qwen2", "qwen3", "qwen3_moe"):
-            first = config.get("max_window_layers", 0)
+            first = config.get("max_window_layers") or 0
             types = config.get("layer_types") or ["sliding_attention"]
             if (
                 not config.get("use_sliding_window")
-                or first >= config["num_hidden_layers"]
+                or first >= _count(config, "num_hidden_layers", self.source)
                 or "sliding_attention" not in types
             ):
                 return None
@@ -173,9 +184,14 @@ def sizes_from_hf(config: dict[str, Any], source: str) -> ModelSizes:
             **(_experts_from_hf(config, source) if kind in MIXTURES else {}),
         )
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        setting = ".".join(str(part) for part in fault["loc"])
-        raise InputError(f"{source}: {setting} = {fault['input']!r}: {fault['msg']}") from None
+        raise InputError(_fault(error, source)) from None
+
+
+def _fault(error: ValidationError, source: str) -> str:
+    """The first value out of bounds, as a message."""
+    fault = error.errors(include_url=False)[0]
+    setting = ".".join(str(part) for part in fault["loc"])
+    return f"{source}: {setting} = {str(fault['input'])[:100]}: {fault['msg']}"
 
 
 def _experts_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
@@ -267,4 +283,7 @@ def _rope_from_hf(config: dict[str, Any], source: str) -> dict[str, Any]:
         scaling[name] = _count(rope if name in rope else config, name, source)
         if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
             raise InputError(f"{source}: high_freq_factor must exceed low_freq_factor in {rope}")
-    return sizes | {"rope_scaling": RopeScaling(**scaling)}
+    try:
+        return sizes | {"rope_scaling": RopeScaling(**scaling)}
+    except ValidationError as error:
+        raise InputError(_fault(error, source)) from None
