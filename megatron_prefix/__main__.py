@@ -1,7 +1,7 @@
 """The program `megatron-prefix COMMAND …`: runs one command and returns its exit code.
 
     0    success
-    1    RunError, with one message on standard error; or an internal failure, with its traceback
+    1    RunError, or a fault of this program (faults.py), with one message on standard error
     2    bad usage or bad input, with one message on standard error
     130  interrupted from the keyboard
     143  training that a signal ended after a step
@@ -13,6 +13,7 @@ different ways, failure detection chooses the rank that prints (see distributed/
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_prefix.errors import InputError, RunError, Stopped
+from megatron_prefix.faults import describe_fault
 from megatron_prefix.platform import end_with_parent
 
 COMMANDS = (
@@ -48,7 +50,9 @@ def _prints(error: InputError | RunError | Stopped) -> bool:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if _is_first_rank():
-            super().error(message)
+            self.print_usage(sys.stderr)
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+        _mark_refusal()
         sys.exit(2)
 
 
@@ -61,6 +65,14 @@ def _end_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     end_with_parent()
+
+
+def _mark_refusal() -> None:
+    """Make the file that MEGATRON_PREFIX_REFUSED names, if a launch script set it: torchrun hides
+    exit codes, and wrong input should not be started again."""
+    if path := os.environ.get("MEGATRON_PREFIX_REFUSED"):
+        with contextlib.suppress(OSError):
+            open(path, "a").close()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -77,31 +89,49 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. On bad usage argparse exits by itself."""
-    _end_with_launcher()
-    parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or any(x.startswith("-") for x in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides after a flag: argparse does not join them to those before it
-        args.overrides += rest
+    """Run one command and return its exit code. On bad usage argparse exits by itself.
+
+    No exception but SystemExit leaves this function.
+    """
+    command = ""
     try:
+        _end_with_launcher()
+        args = _parse(argv)
+        command = f" {args.command}"
         code = args.run(args)
         sys.stdout.flush()
         return code or 0
     except (InputError, RunError) as error:
         if _prints(error):
-            print(f"megatron-prefix {args.command}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+            print(f"megatron-prefix{command}: error: {error}", file=sys.stderr)
+        if isinstance(error, InputError):
+            _mark_refusal()
+            return 2
+        return 1
     except Stopped as stopped:
         if _prints(stopped):
-            print(f"megatron-prefix {args.command}: {stopped}", file=sys.stderr)
+            print(f"megatron-prefix{command}: {stopped}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output is gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit:
+        raise
+    except BaseException as error:  # also a panic of a library in Rust, which is no Exception
+        print(f"megatron-prefix{command}: error: {describe_fault(error)}", file=sys.stderr)
+        return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(x.startswith("-") for x in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides after a flag: argparse does not join them to those before it
+        args.overrides += rest
+    return args
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_prefix.checkpoint.flushing import flush, flush_tree
 from megatron_prefix.checkpoint.save_load import resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
 from megatron_prefix.checkpoint.torch_dist import (
@@ -174,9 +175,11 @@ def _new_directory(target: Path, flag: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        flush_tree(partial)
         if target.exists():
             target.rmdir()
         os.replace(partial, target)
+        flush(target.absolute().parent)
     except OSError as error:
         raise InputError(f"{flag} {target} cannot be written: {error}") from error
     finally:

@@ -13,6 +13,12 @@ GROUP_SCHEDULES = ("max_lr", "min_lr", "start_wd", "end_wd")
 """Settings of a group that follow from the configuration, which may differ from the saved run's."""
 
 
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether ranks share the optimizer's state, which is then saved in another form."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return any(isinstance(part, DistributedOptimizer) for part in parts)
+
+
 def sharded_optimizer_state(
     optimizer: MegatronOptimizer, model_state: dict, is_loading: bool
 ) -> dict:

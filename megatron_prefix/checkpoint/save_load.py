@@ -3,8 +3,9 @@
     ROOT/iter_0000100/                        see torch_dist.py; `metadata.json` is written last
     ROOT/latest_checkpointed_iteration.txt    "100", replaced after the folder is in place
 
-A checkpoint is first written into a folder whose name no other run uses, and then renamed. So a
-kill at any moment leaves the previous checkpoint whole. A run needs nothing else to resume: the
+A checkpoint is first written into a folder whose name no other run uses, flushed to the disk, and
+then renamed. So a kill at any moment leaves the previous checkpoint whole, and so does a power cut
+if the disk keeps what it has confirmed. A run needs nothing else to resume: the
 order of the data is a function of the step, and after the initial weights no random number is
 drawn.
 """
@@ -12,6 +13,7 @@ drawn.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -23,7 +25,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.checkpoint import torch_dist
-from megatron_prefix.checkpoint.optimizer_state import restore_optimizer, sharded_optimizer_state
+from megatron_prefix.checkpoint.flushing import flush, flush_tree
+from megatron_prefix.checkpoint.optimizer_state import (
+    is_distributed,
+    restore_optimizer,
+    sharded_optimizer_state,
+)
 from megatron_prefix.checkpoint.torch_dist import COMPLETE
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
@@ -35,6 +42,15 @@ _OF_HEADS = ("kind", "untie_embeddings_and_output_weights")
 
 def iteration_dir(root: str | Path, step: int) -> Path:
     return Path(root) / f"iter_{step:07d}"
+
+
+def complete_steps(root: str | Path) -> list[int]:
+    """Steps of the checkpoints in `root` that were written to the end, in ascending order."""
+    return sorted(
+        int(folder.name.removeprefix("iter_"))
+        for folder in Path(root).glob("iter_*")
+        if re.fullmatch(r"iter_[0-9]{7,9}", folder.name) and (folder / COMPLETE).exists()
+    )
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -65,12 +81,19 @@ class RunCheckpoints:
         """
         tracker = Path(self.root) / TRACKER
         if not tracker.exists():
+            # A kill within the first save leaves one checkpoint that no tracker file names.
+            if len(steps := complete_steps(self.root)) > 1:
+                raise InputError(
+                    f"{tracker} is missing, and there are checkpoints, the newest of step "
+                    f"{steps[-1]}: write the step to resume from, or move them away to start from "
+                    "scratch"
+                )
             return None
         text = tracker.read_text(encoding="utf-8", errors="replace").strip()
         if not (text.isascii() and text.isdecimal() and len(text) < 10):
             raise InputError(
                 f"{tracker}: {text[:40]!r} is not a step; write the step of an iter_… directory, "
-                "or remove the file to start from scratch"
+                "or move the directories and the file away to start from scratch"
             )
         folder = iteration_dir(self.root, int(text))
         if not (folder / COMPLETE).exists():
@@ -89,13 +112,54 @@ class RunCheckpoints:
             )
         return self.latest_step() or 0
 
+    def whole_step_to_resume(self, once: Callable, takes_older: bool) -> int:
+        """The step of the checkpoint to resume from, 0 if there is none. Collective.
+
+        If the newest checkpoint is damaged, this is the newest whole one if `takes_older`, else
+        an InputError that names it. `once` is `World.once`. Raises InputError also if no
+        checkpoint is whole.
+        """
+        step = None
+        try:
+            step = once(self.step_to_resume)
+            if step:
+                torch_dist.check_whole(iteration_dir(self.root, step))
+            return step
+        except InputError as error:
+            fault = error
+        older = self._newest_whole(once, step)
+        if older is None:
+            raise fault
+        folder = iteration_dir(self.root, older)
+        if not takes_older:
+            raise InputError(
+                f"{fault}. The newest whole checkpoint is {folder}: to resume from it, add "
+                "train.load_fallback=true to the command"
+            )
+        once(lambda: print(f"{fault}. Resuming from {folder} (train.load_fallback)", flush=True))
+        return older
+
+    def _newest_whole(self, once: Callable, damaged: int | None) -> int | None:
+        """The newest step whose checkpoint is whole; not `damaged`. Collective."""
+        for step in reversed(once(lambda: complete_steps(self.root))):
+            folder = iteration_dir(self.root, step)
+            # A checkpoint of ours without checksums is not whole.
+            if step == damaged or not once((folder / torch_dist.CHECKSUMS).exists):
+                continue
+            try:
+                torch_dist.check_whole(folder)
+            except InputError:
+                continue
+            return step
+        return None
+
     def claim(self, load: str | None) -> None:
         """Get `train.save` ready for a run that resumes from `load`: remove incomplete saves of
         killed runs, and raise InputError if the folder has checkpoints of another run."""
         for partial in Path(self.root).glob(".iter_*.partial-*"):
             shutil.rmtree(partial, ignore_errors=True)
         is_resumed = load is not None and Path(load).resolve() == Path(self.root).resolve()
-        if self.latest_step() is not None and not is_resumed:
+        if not is_resumed and self.latest_step() is not None:
             raise InputError(
                 f"train.save = {self.root} already has the checkpoints of a run: resume that run "
                 f"with train.load: {self.root}, or name another directory"
@@ -125,9 +189,11 @@ class RunCheckpoints:
             state = _sharded_state(chunks, optimizer)
             state |= {"scheduler": scheduler.state_dict(), "step": step, "run": identity}
             state["model_sizes"] = model_sizes(chunks)
+            state["use_distributed_optimizer"] = is_distributed(optimizer)
             torch_dist.save(state, partial)
             torch_dist.on_main(lambda: attach(partial))
             torch_dist.write_checksums(partial)
+            torch_dist.on_main(lambda: flush_tree(partial))
             torch_dist.on_main(lambda: _publish(Path(self.root), partial, target, step))
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -156,6 +222,7 @@ class RunCheckpoints:
         _check_kind(path, model_sizes(chunks)["kind"])
         _check_agreement(path, "run", common.get("run"), identity)
         _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
+        _check_optimizer(path, common, is_distributed(optimizer))
         request = _sharded_state(chunks, optimizer, is_loading=True)
         state = torch_dist.load(request, path, common=common)
         _load_model(chunks, state)
@@ -177,9 +244,13 @@ def _make_room(partial: Path) -> None:
 
 def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
     """Move a complete checkpoint to its place, then the tracker file that names it."""
-    if target.exists():  # complete or not, the tracker file never named it
-        shutil.rmtree(target)
+    replaced = None
+    if target.exists():  # the tracker file did not name it, or it was damaged
+        replaced = target.with_name(f".{target.name}.partial-replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(target, replaced)
     os.replace(partial, target)
+    flush(root)
     # A kill before the last line leaves the old tracker file, which names the checkpoint before.
     pointer = root / f".{TRACKER}"
     with pointer.open("w", encoding="utf-8") as file:
@@ -187,6 +258,9 @@ def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(pointer, root / TRACKER)
+    flush(root)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bool = False) -> None:
@@ -287,6 +361,17 @@ def _check_agreement(path: Path, owner: str, saved: object, ours: dict) -> None:
             "model": "give the sizes and the data set's tokenizer that it was trained with",
         }[owner]
         raise InputError(f"{path}: saved by another {owner} ({differing}); {remedy}")
+
+
+def _check_optimizer(path: Path, common: dict, ours: bool) -> None:
+    """Refuse the state of the other kind of optimizer; older checkpoints do not name theirs."""
+    saved = common.get("use_distributed_optimizer", ours)
+    if saved != ours:
+        raise InputError(
+            f"{path}: saved with parallel.use_distributed_optimizer: {str(saved).lower()}, and "
+            f"this run has {str(ours).lower()}: the optimizer's state has another form. Resume "
+            "with the saved setting, or start from the weights with model.checkpoint"
+        )
 
 
 def _sharded_state(

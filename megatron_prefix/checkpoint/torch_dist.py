@@ -211,6 +211,13 @@ def write_checksums(path: Path) -> None:
         (path / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
 
 
+def check_whole(path: Path) -> None:
+    """Raise InputError, on every process, if the checkpoint `path` cannot be read. Collective."""
+    load_common(path)
+    check_format(path)
+    check_harmless(path)
+
+
 def check_checksums(path: Path) -> None:
     """Raise InputError, on every process, if a file differs from what was written. Collective.
 
@@ -308,7 +315,8 @@ def load(request: dict, path: Path, unread: Sequence[str] = (), common: dict | N
     `load_common` gave, with the loaded tensors. Raises InputError if the checkpoint is damaged,
     could execute code, or belongs to another model.
     """
-    check_checksums(path)
+    if common is None:  # else `load_common` has compared them
+        check_checksums(path)
     check_format(path)
     check_harmless(path)
     check_same_tensors(request, path, unread)

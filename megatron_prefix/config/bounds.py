@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 KNOWN_KEYS = ConfigDict(extra="forbid")
 """A section refuses keys that it does not have."""
@@ -22,7 +22,9 @@ LEAST_FLOAT = 1.2e-38
 Switch = Annotated[bool, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
-"""Groups, rows, sequences or tokens."""
+"""Tokens."""
+PerStep = Annotated[int, Field(strict=True, ge=1, le=2**20)]
+"""Groups, rows or sequences of one step."""
 Steps = Annotated[int, Field(strict=True, ge=1, lt=10**9)]
 WarmupSteps = Annotated[int, Field(strict=True, ge=0, lt=10**9)]
 Epochs = Annotated[int, Field(strict=True, ge=1, le=10**6)]
@@ -39,7 +41,7 @@ Width = Annotated[int, Field(strict=True, ge=1, le=2**24)]
 """Channels of a layer."""
 NoneOrWidth = Annotated[int, Field(strict=True, ge=0, le=2**24)]
 Processes = Annotated[int, Field(strict=True, ge=1, le=2**20)]
-Minutes = Annotated[float, Field(strict=True, gt=0, le=35_000, allow_inf_nan=False)]
+Minutes = Annotated[float, Field(strict=True, ge=0.001, le=35_000, allow_inf_nan=False)]
 
 Positive = Annotated[float, Field(strict=True, gt=0, le=LARGEST_FLOAT, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, le=LARGEST_FLOAT, allow_inf_nan=False)]
@@ -49,3 +51,23 @@ Factor = Annotated[float, Field(strict=True, ge=1e-6, le=1e6, allow_inf_nan=Fals
 """A ratio of two quantities of the same kind."""
 RotaryBase = Annotated[float, Field(strict=True, ge=1, le=1e15, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
+
+
+def _check_path(path: str) -> str:
+    if not path or "\0" in path or len(path) > LONGEST_PATH or not _is_unicode(path):
+        raise ValueError(
+            f"expected a path of 1 to {LONGEST_PATH} characters without zero characters; leave "
+            "the setting out, or set null, for none"
+        )
+    return path
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether `text` has no half of a surrogate pair, which no file name can have."""
+    return not any(0xD800 <= ord(character) < 0xDC00 for character in text)
+
+
+LONGEST_PATH = 4095
+"""Linux's limit, in bytes there."""
+PathText = Annotated[str, AfterValidator(_check_path)]
+"""A path or a name of a model; the empty text is none."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
-from megatron_prefix.config.bounds import KNOWN_KEYS, NonNegative, Positive, Switch
+from megatron_prefix.config.bounds import KNOWN_KEYS, NonNegative, PathText, Positive, Switch
 
 MOST_MEMBERS = 16
 """Loss types of a list."""
@@ -96,7 +96,7 @@ class LossConfig:
     log-probabilities that `score` wrote, read from `ref_logps`; `none`: no reference; with
     `sigmoid`, `hinge` and `ipo` its log-probabilities then count as 0. Default: `model` if an
     objective has a reference, else `none`."""
-    ref_logps: str | None = None
+    ref_logps: PathText | None = None
     """Sidecar for `data.train` that `score --output` wrote; with `reference: precomputed`."""
 
 

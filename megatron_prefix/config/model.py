@@ -25,6 +25,7 @@ from megatron_prefix.config.bounds import (
     NoneOrHeads,
     NoneOrWidth,
     NonNegative,
+    PathText,
     Positive,
     RotaryBase,
     Switch,
@@ -114,10 +115,10 @@ class ModelConfig:
     kind: Literal["lm", "reward"] = "lm"
     """`lm`: a language model, trained as a policy; `reward`: a scalar head on each response's
     last token. A reward model may start from a language model; its head is then drawn."""
-    hf: str | None = None
+    hf: PathText | None = None
     """Hugging Face model (directory or id) that gives sizes and weights to policy and
     reference: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE. No size may be given with it."""
-    checkpoint: str | None = None
+    checkpoint: PathText | None = None
     """Distributed checkpoint whose weights the policy and the reference start from. Sizes may
     be left out if `convert import` wrote it. Without it and `hf`, both start from weights drawn
     from `train.seed`."""

@@ -165,5 +165,7 @@ def _run_faults(config: Config) -> Iterator[str]:
         yield f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}"
     if train.save_interval is not None and train.save is None:
         yield "train.save_interval is set but train.save is not: name a directory"
+    if train.load_fallback and train.load is None:
+        yield "train.load_fallback is set but train.load is not: name a directory, or remove it"
     if train.eval_interval is not None and config.data.valid is None:
         yield "train.eval_interval is set but data.valid is not: name a data set"

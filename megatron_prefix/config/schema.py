@@ -19,6 +19,8 @@ from megatron_prefix.config.bounds import (
     Epsilon,
     Fraction,
     NonNegative,
+    PathText,
+    PerStep,
     Positive,
     Seed,
     SetEpochs,
@@ -39,7 +41,7 @@ Sharing = Literal["tree", "pair", "response", "none"]
 class TrainSet:
     """One of several data sets to train on."""
 
-    prefix: str
+    prefix: PathText
     """The PREFIX given to `build --output`."""
     weight: Share | None = None
     """Share of the groups of each step, as a proportion: weights 3 and 1 give three quarters and a
@@ -57,11 +59,11 @@ def _form(value: object) -> str:
 
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 TrainSets = Annotated[
-    Annotated[str, Tag("(one)")] | Annotated[tuple[TrainSet, ...], Tag("(list)")],
+    Annotated[PathText, Tag("(one)")] | Annotated[tuple[TrainSet, ...], Tag("(list)")],
     Discriminator(lambda value: "(one)" if _form(value) == "(names)" else _form(value)),
 ]
 ValidSets = Annotated[
-    Annotated[str | None, Tag("(one)")] | Annotated[dict[SetName, str], Tag("(names)")],
+    Annotated[PathText | None, Tag("(one)")] | Annotated[dict[SetName, PathText], Tag("(names)")],
     Discriminator(lambda value: "(one)" if _form(value) == "(list)" else _form(value)),
 ]
 
@@ -78,7 +80,7 @@ class DataConfig:
     there is no evaluation."""
     seed: Seed = 1234
     """Seed of the order of the groups."""
-    plan: str | None = None
+    plan: PathText | None = None
     """Packed steps of `train` that `pack --output` wrote for these settings; without them the run
     packs the same steps by itself."""
     sharing: Sharing = "tree"
@@ -90,11 +92,11 @@ class DataConfig:
     row_capacity: Count | None = None
     """Largest number of tokens in a row. Needed with packing; without packing an optional bound
     on one sequence. A longer tree or sequence is an error that names its group."""
-    micro_batch_size: Count | None = None
+    micro_batch_size: PerStep | None = None
     """Sequences of a micro batch. Needed without packing, refused with it."""
-    global_batch_size: Count | None = None
+    global_batch_size: PerStep | None = None
     """Groups per step, over all data-parallel ranks. Give this or `rows_per_step`."""
-    rows_per_step: Count | None = None
+    rows_per_step: PerStep | None = None
     """Packed rows per step, over all data-parallel ranks; packing decides which groups share a
     step."""
     packing_method: Literal["first-fit", "best-fit"] = "first-fit"
@@ -157,11 +159,13 @@ class TrainConfig:
     """Passes over `data.train`; the last step takes the groups that remain."""
     seed: Seed = 1234
     """Seed of the initial weights."""
-    save: str | None = None
+    save: PathText | None = None
     """Directory for checkpoints (`iter_0000100/`, `latest_checkpointed_iteration.txt`)."""
-    load: str | None = None
+    load: PathText | None = None
     """Checkpoint directory to resume from; if it does not exist, training starts from scratch and
     prints so."""
+    load_fallback: Switch = False
+    """If the newest checkpoint of `load` is damaged, resume from the newest whole one."""
     save_interval: Steps | None = None
     """Steps between checkpoints; if `save` is set, the last step is always saved."""
     eval_interval: Steps | None = None
@@ -173,7 +177,7 @@ class TrainConfig:
 class LoggingConfig:
     """Where the run writes `config.yaml` and `metrics.jsonl`."""
 
-    output: str
+    output: PathText
     tensorboard: Switch = False
     """Also write TensorBoard event files under `output`/tensorboard."""
 

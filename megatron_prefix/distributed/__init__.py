@@ -1,4 +1,5 @@
-"""Processes of a run: joining them, stopping them by a signal, noticing that one has failed."""
+"""Processes of a run: joining them, stopping them by a signal, noticing that one has failed; the
+output directories that belong to them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_prefix.faces import lazy_face
 
 if TYPE_CHECKING:
+    from megatron_prefix.distributed.ownership import owned
     from megatron_prefix.distributed.session import open_session
     from megatron_prefix.distributed.signals import StopRequest
     from megatron_prefix.distributed.world import World, join_world
@@ -14,10 +16,11 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_face(
         __name__,
+        ownership=["owned"],
         session=["open_session"],
         signals=["StopRequest"],
         world=["World", "join_world"],
         world_size=["world_faults"],
     )
 
-__all__ = ["StopRequest", "World", "join_world", "open_session", "world_faults"]
+__all__ = ["StopRequest", "World", "join_world", "open_session", "owned", "world_faults"]

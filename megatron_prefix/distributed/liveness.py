@@ -6,6 +6,8 @@
 3. On each rank a watchdog thread answers, also while the main thread is blocked.
 4. A rank that reported no failure and does not answer has ended or hangs. The lowest rank that
    answers prints this, and all ranks end.
+5. Calls of the store may block for ever if the network fails. So a second thread, which uses
+   neither the store nor a socket, ends the process a few seconds after the others should have.
 
     error: rank 1 ended or hangs (no answer; last in step 4). …
 """
@@ -18,7 +20,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
@@ -34,8 +36,10 @@ from megatron_prefix.distributed.verdict import (
 )
 from megatron_prefix.errors import InputError, RunError, Stopped
 
-ANSWER_S = 5.0
+ANSWER_S = 3.0
 """Seconds that a rank may take to answer, in addition to two rounds of its watchdog."""
+LAST_S = 9.0
+"""Seconds after the timeout at which a process ends, whatever its other threads wait for."""
 HOLD_S = 2.0
 """Seconds that the other ranks give a failed rank, and themselves, to print its own message."""
 ENDING_S = 20.0
@@ -45,12 +49,14 @@ MARGIN_S = 60.0
 
 PLAIN_ERRORS = (InputError, RunError, Stopped)
 """Errors that are printed as one message, without a traceback."""
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that end a command; within training steps they first finish the step."""
 SignalHandler = Callable[[int, FrameType | None], Any] | int | None
 """What `signal.signal` takes and returns."""
 
 
 class Terminated(Stopped):
-    """SIGTERM outside training steps, where there is no step to finish."""
+    """A signal outside training steps, where there is no step to finish."""
 
 
 class FailureDetection:
@@ -66,12 +72,14 @@ class FailureDetection:
         self._store = PrefixStore("alive", own_connection)
         self._store.set_timeout(timedelta(seconds=ANSWER_S))
         self._rank, self._size, self._timeout_s = rank, size, timeout_s
-        # A timeout of 10 minutes is watched every 2 seconds, one of 5 seconds every 0.5.
-        self._interval = min(2.0, timeout_s / 10)
+        # A timeout of 10 minutes is watched every second, one of 5 seconds every 0.5.
+        self._interval = min(1.0, timeout_s / 10)
         self._main_thread = threading.get_ident()
         self._doing, self._num_beats = "starting", 0
         self._is_ending, self._is_closed = threading.Event(), threading.Event()
-        self._previous: SignalHandler = signal.SIG_DFL
+        self._is_told = threading.Event()
+        """The states of the ranks are known, so that one of them prints a message."""
+        self._previous: dict[int, SignalHandler] = {}
 
     def beat(self, doing: str) -> None:
         """Heartbeat: report the activity that begins, such as "step 12", and restart the
@@ -81,9 +89,10 @@ class FailureDetection:
         self._store.set(f"doing/{self._rank}", doing)
 
     def __enter__(self) -> FailureDetection:
-        self._previous = self._on_sigterm(_terminate)
+        self._previous = self._on_signals(dict.fromkeys(ENDING_SIGNALS, _terminate))
         self.beat("starting")
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        threading.Thread(target=self._end_at_last, name="last deadline", daemon=True).start()
         return self
 
     def __exit__(
@@ -97,21 +106,26 @@ class FailureDetection:
             with contextlib.suppress(DistError):
                 self._report("done" if is_own_end else "failed", text=type(error).__name__)
             self.close()
-            self._on_sigterm(self._previous)
+            self._on_signals(self._previous)
             return
         # The launcher sends SIGTERM when the first rank has ended: the message comes first.
-        self._on_sigterm(signal.SIG_IGN)
+        self._on_signals(dict.fromkeys(ENDING_SIGNALS, signal.SIG_IGN))
         self._is_ending.set()
         explained = self._explain(error)
+        self._is_told.set()
         if explained is not error:
             raise explained from error
 
-    def _on_sigterm(self, handler: SignalHandler) -> SignalHandler:
-        """Set the handler of SIGTERM and return the previous one. Python allows this in the main
-        thread only; elsewhere nothing changes."""
+    def _on_signals(self, handlers: Mapping[int, SignalHandler]) -> dict[int, SignalHandler]:
+        """Set handlers by signal and return the previous ones. A signal that is ignored stays so
+        (nohup). Python allows this in the main thread only; elsewhere nothing changes."""
         if threading.current_thread() is not threading.main_thread():
-            return signal.SIG_DFL
-        return signal.signal(signal.SIGTERM, handler)
+            return {}
+        return {
+            number: signal.signal(number, handler)
+            for number, handler in handlers.items()
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN
+        }
 
     def close(self) -> None:
         """Stop the watchdog."""
@@ -145,7 +159,10 @@ class FailureDetection:
 
     def _explain_loss(self, error: Exception) -> Exception:
         """A signal or a lost connection ended this rank: ask the others who failed."""
-        self._report("signalled" if isinstance(error, Terminated) else "answers")
+        if isinstance(error, Terminated):
+            self._report("signalled", text=str(error))
+        else:
+            self._report("answers")
         self._store.compare_set("asked", "", "lost")
         states = self._states()
         text = self._failure_message(states, "lost")
@@ -159,11 +176,48 @@ class FailureDetection:
         return explained
 
     def _watch(self) -> None:
-        """The watchdog: answer if asked; ask if this rank made no progress for the timeout.
+        """The watchdog: answer if asked; ask if this rank made no progress for the timeout."""
+        for idle in self._idle_times():
+            if self._is_ending.is_set():
+                continue
+            with contextlib.suppress(DistError):  # the main thread will see it, or has ended
+                if idle >= self._timeout_s:
+                    self._store.compare_set("asked", "", "late")
+                if self._store.check(["asked"]):
+                    self._conclude(self._store.get("asked").decode(), idle)
+
+    def _end_at_last(self) -> None:
+        """The last deadline: end this process LAST_S after the timeout, or if its end takes too
+        long. Nothing in this thread can block."""
+        ending, longest_end = 0.0, ANSWER_S + HOLD_S + ENDING_S + 4 * self._interval
+        longest_end = min(longest_end, self._timeout_s + LAST_S)
+        for idle in self._idle_times():
+            is_told = self._is_told.is_set()
+            if self._is_ending.is_set():
+                ending += self._interval
+                is_over = ending > longest_end
+            else:
+                is_over = idle >= self._timeout_s + LAST_S + (HOLD_S if is_told else 0.0)
+            if is_over:
+                if not is_told:
+                    os.write(2, f"megatron-prefix: error: {self._cut_off()}\n".encode())
+                os._exit(1)
+
+    def _cut_off(self) -> str:
+        """The message of a rank that can neither ask nor answer."""
+        return (
+            f"rank {self._rank} is cut off in {self._doing}: the process groups' store does not "
+            f"answer, and there was no progress for {self._timeout_s / 60:g} minutes "
+            "(parallel.distributed_timeout_minutes). Look at the network between the nodes and at "
+            "the node of rank 0"
+        )
+
+    def _idle_times(self) -> Iterator[float]:
+        """Seconds since the last heartbeat, after each interval until this context is closed.
 
         Time in which the operating system had stopped this process does not count.
         """
-        beats, idle, ending, before = -1, 0.0, 0.0, time.monotonic()
+        beats, idle, before = -1, 0.0, time.monotonic()
         while not self._is_closed.wait(self._interval):
             now = time.monotonic()
             # A process that was stopped for an hour returns with one long round: it counts as two
@@ -171,16 +225,7 @@ class FailureDetection:
             passed, before = min(now - before, 2 * self._interval), now
             idle = idle + passed if beats == self._num_beats else 0.0
             beats = self._num_beats
-            if self._is_ending.is_set():
-                ending += passed
-                if ending > ANSWER_S + HOLD_S + ENDING_S + 4 * self._interval:
-                    os._exit(1)
-                continue
-            with contextlib.suppress(DistError):  # the main thread will see it, or has ended
-                if idle >= self._timeout_s:
-                    self._store.compare_set("asked", "", "late")
-                if self._store.check(["asked"]):
-                    self._conclude(self._store.get("asked").decode(), idle)
+            yield idle
 
     def _conclude(self, asked: str, idle: float) -> None:
         """Answer for the main thread. If that thread does not end by itself, print which rank
@@ -189,10 +234,12 @@ class FailureDetection:
         if self._is_ending.wait(HOLD_S) or self._is_closed.is_set():
             return
         states = self._states()
+        self._is_told.set()
         text = self._failure_message(states, asked)
-        is_signal = text is None and any(s["kind"] == "signalled" for s in states.values())
+        signals = [s["text"] for s in states.values() if s["kind"] == "signalled"]
+        is_signal = text is None and bool(signals)
         if self._claim(0.0 if self._rank == first_alive(states) else HOLD_S):
-            default = "ended by SIGTERM" if is_signal else "connections between ranks broke"
+            default = signals[0] if is_signal else "connections between ranks broke"
             os.write(2, f"megatron-prefix: error: {text or default}\n".encode())
         else:
             time.sleep(HOLD_S)  # so that the launcher sees the failed rank end first
@@ -232,7 +279,7 @@ class FailureDetection:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)
-    raise Terminated("ended by SIGTERM")
+    raise Terminated(f"ended by {signal.Signals(number).name}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""Stop a run from outside: after SIGTERM or SIGINT it finishes the current step, then ends."""
+"""Stop a run from outside: after a signal it finishes the current step, then ends.
+
+The signals are SIGTERM, SIGINT, SIGHUP (a closed terminal) and SIGUSR1 (Slurm, before its limit).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,15 @@ import torch
 from megatron_prefix.distributed.liveness import SignalHandler
 from megatron_prefix.distributed.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Context in which SIGTERM or SIGINT on any rank asks all ranks to stop. A second signal has
-    its usual effect at once."""
+    """Context in which one of SIGNALS on any rank asks all ranks to stop.
+
+    A second SIGTERM, or SIGINT after any signal, ends this process at once. SIGHUP and SIGUSR1
+    never do: a closed terminal sends SIGHUP twice. SIGHUP stays ignored if it was (nohup).
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -24,6 +30,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -38,7 +46,10 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGTERM:
+            signal.signal(number, self._previous[number])
+        # Python's own handler of SIGINT waits until code in C returns; the kernel does not.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def is_asked(self) -> bool:
         """Whether any rank has received a signal. Collective: all ranks get the same answer."""

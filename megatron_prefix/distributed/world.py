@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.random import (
 
 from megatron_prefix.attention.context_parallel import ContextCost, ContextParallel
 from megatron_prefix.config import ParallelConfig
+from megatron_prefix.distributed.attempt import store_of_attempt
 from megatron_prefix.distributed.liveness import MARGIN_S, FailureDetection
 from megatron_prefix.distributed.world_size import world_faults
 from megatron_prefix.errors import InputError, RunError
@@ -186,8 +187,17 @@ def join_world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int]:
     """The store shared by the processes that `torchrun` started, or one for this process alone,
-    and this process's rank."""
+    and this process's rank. Raises RunError if the others do not come."""
     if "WORLD_SIZE" not in os.environ:
         return dist.HashStore(), 0
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            store = store_of_attempt(store, rank, size, timeout)
+    except dist.DistError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(
+            f"the {os.environ['WORLD_SIZE']} processes of the run did not meet within "
+            f"{timeout.total_seconds() / 60:g} minutes ({reason}). Look at the other nodes' logs"
+        ) from error
     return store, rank

@@ -28,7 +28,7 @@ def read_metrics(run: str | Path) -> list[dict]:
         try:
             line = json.loads(text)
             line["step"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number == len(texts):
                 break  # cut short when the run was killed
             raise InputError(f"{path}, line {number}: not a metrics line") from None
@@ -80,7 +80,7 @@ def _cut_back(path: Path, step: int) -> None:
     """Keep the complete lines up to `step`."""
     remaining = []
     for line in path.read_bytes().splitlines(keepends=True):
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 remaining.append(line)
     temporary = path.with_suffix(".tmp")

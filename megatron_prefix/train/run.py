@@ -1,6 +1,6 @@
 """A training run from beginning to end.
 
-1. Join the process groups and check the data sets.
+1. Join the process groups, check the data sets, and own the output directories.
 2. Plan the steps, build reference and policy from the same initial weights, resume if asked to
    (setup.py).
 3. Step, evaluate and save until the last step or a signal (trainer.py).
@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 from megatron_prefix.config import Config
-from megatron_prefix.distributed import StopRequest, open_session
+from megatron_prefix.distributed import StopRequest, open_session, owned
 from megatron_prefix.errors import Stopped
 from megatron_prefix.objectives import check
 from megatron_prefix.trackers import Status
 from megatron_prefix.train.samplers import open_plan, open_training_set, open_valid_sets
-from megatron_prefix.train.setup import prepare_trainer
+from megatron_prefix.train.setup import make_outputs, prepare_trainer
+from megatron_prefix.train.trainer import Trainer
 
 
 def train(config: Config) -> None:
@@ -28,13 +29,18 @@ def train(config: Config) -> None:
         plan = open_plan(config, world)
         dataset = open_training_set(config, world, plan, needs_pairs=objective.needs_pairs)
         valid = open_valid_sets(config, world, needs_pairs=objective.needs_pairs)
-        trainer = prepare_trainer(config, dataset, valid, world, plan)
-        status: Status = "failed"
-        try:
-            trainer.run(stop)
-            status = "done"
-        except Stopped:
-            status = "stopped"
-            raise
-        finally:
-            trainer.close(status)
+        world.beat("preparation")
+        with owned(make_outputs(config, world), world):
+            _run(prepare_trainer(config, dataset, valid, world, plan), stop)
+
+
+def _run(trainer: Trainer, stop: StopRequest) -> None:
+    status: Status = "failed"
+    try:
+        trainer.run(stop)
+        status = "done"
+    except Stopped:
+        status = "stopped"
+        raise
+    finally:
+        trainer.close(status)

@@ -32,10 +32,12 @@ def prepare_trainer(
 ) -> Trainer:
     """A trainer before its next step, resumed if `train.load` has a checkpoint; collective.
 
-    `valid` are the held-out data sets by name. Raises InputError if the parts do not fit.
+    `valid` are the held-out data sets by name. The directories of `make_outputs` should belong to
+    this run. Raises InputError if the parts do not fit.
     """
     world.beat("preparation")
-    _check_outputs(config, world)
+    make_outputs(config, world)
+    _claim_checkpoints(config, world)
     valid = valid or {}
     datasets = [dataset, *valid.values()]
     check_one_vocabulary(datasets)
@@ -72,7 +74,7 @@ def prepare_trainer(
     step = 0
     if config.train.load is not None:
         checkpoints = RunCheckpoints(config.train.load)
-        step = world.once(checkpoints.step_to_resume)
+        step = checkpoints.whole_step_to_resume(world.once, config.train.load_fallback)
         if step:
             world.beat(f"loading the checkpoint of step {step}")
             checkpoints.load(step, policy.chunks, policy.optimizer, policy.scheduler, identity)
@@ -133,18 +135,29 @@ def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | 
     return identity
 
 
-def _check_outputs(config: Config, world: World) -> None:
-    """Directories can be written, and a new run does not overwrite the checkpoints of another."""
+def make_outputs(config: Config, world: World) -> dict[str, str]:
+    """The directories that a run writes, made and tested; their paths by setting. Collective.
 
-    def check() -> None:
-        train = config.train
-        _probe("logging.output", config.logging.output)
-        if train.save is None:
-            return
-        _probe("train.save", train.save)
-        RunCheckpoints(train.save).claim(train.load)
+    Raises InputError if one cannot be written.
+    """
+    outputs = {"logging.output": config.logging.output}
+    if config.train.save is not None:
+        outputs["train.save"] = config.train.save
 
-    world.once(check)
+    def make() -> None:
+        for setting, directory in outputs.items():
+            _probe(setting, directory)
+
+    world.once(make)
+    return outputs
+
+
+def _claim_checkpoints(config: Config, world: World) -> None:
+    """A new run does not overwrite the checkpoints of another."""
+    train = config.train
+    if train.save is not None:
+        checkpoints = RunCheckpoints(train.save)
+        world.once(lambda: checkpoints.claim(train.load))
 
 
 def _probe(setting: str, directory: str) -> None:

@@ -216,6 +216,28 @@ SCONTROL = """#!/usr/bin/env bash
 """
 
 
+@pytest.mark.parametrize(
+    ("action", "code", "starts"),
+    [
+        ("exit 0", 0, 1),
+        ("exit 1", 1, 3),
+        ('touch "$MEGATRON_PREFIX_REFUSED"; exit 1', 2, 1),
+        ("[ $(wc -l <starts) -eq 2 ] && exit 0; exit 1", 0, 2),
+    ],
+)
+def test_failures_are_started_again_and_wrong_input_is_not(tmp_path, action, code, starts):
+    """In the place of Python stands a script that counts its starts."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/bash\necho >>starts\n{action}\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "MAX_RESTARTS": "2"}
+    run = subprocess.run(
+        ["bash", LAUNCH / "torchrun.sh", "train"], env=environment, cwd=tmp_path, timeout=60
+    )
+    assert run.returncode == code
+    assert (tmp_path / "starts").read_text().count("\n") == starts
+
+
 def slurm(folder: Path, nodes: int, arguments: list[str], **env: str) -> subprocess.Popen:
     """Start slurm.sbatch as Slurm would, with srun and scontrol of this test."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

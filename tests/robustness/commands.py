@@ -108,9 +108,9 @@ class Launched:
     def ranks(self) -> list[int]:
         return [pid for pid in self.pids() if pid != self.process.pid]
 
-    def wait(self) -> int:
+    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         try:
-            return self.process.wait(TIMEOUT_S)
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"no end: {self.log.read_text()[-2000:]}") from None
@@ -129,16 +129,20 @@ class Launched:
 
 
 def launch(
-    argv: list[str], log: Path, program: tuple[str, ...] = ("-m", "megatron_prefix")
+    argv: list[str],
+    log: Path,
+    program: tuple[str, ...] = ("-m", "megatron_prefix"),
+    flags: tuple[str, ...] = (),
 ) -> Launched:
-    """Start a program on two processes, in a process group of their launcher's own."""
+    """Start a program on two processes, in a process group of their launcher's own; `flags` are
+    torchrun's."""
     from megatron_prefix.testing import free_port
 
     mark = uuid.uuid4().hex
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*torchrun, f"--master-port={free_port()}", *program, *argv],
+            [*torchrun, f"--master-port={free_port()}", *flags, *program, *argv],
             env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark},
             stdout=file,
             stderr=subprocess.STDOUT,

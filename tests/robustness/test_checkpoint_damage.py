@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import SIZES, refused, write_config
+from commands import SIZES, lines, refused, write_config
 
+from megatron_prefix.__main__ import main
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.writer import DatasetWriter
 
@@ -86,6 +87,45 @@ def test_a_damaged_checkpoint_is_refused(finished, dataset, tmp_path, capsys, da
     assert not (tmp_path / "out").exists()
 
 
+FALLBACKS = {
+    **{name: damage for name, damage in DAMAGES.items() if "onfig" not in name},
+    "no tracker": lambda root: (root / TRACKER).unlink(),
+    "no directory": lambda root: shutil.rmtree(root / STEP),
+    "an empty tracker after a power cut": tracked(b"\0" * 7),
+}
+
+
+@pytest.mark.parametrize("damage", FALLBACKS.values(), ids=FALLBACKS.keys())
+def test_an_older_checkpoint_is_named_and_taken_on_request(
+    finished, dataset, tmp_path, capsys, damage
+):
+    """It is resumed exactly: the metrics are those of the undamaged run, and of one step more."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    damage(run / "saved")
+    config = write_config(tmp_path / "c.yaml", dataset, run, train={"steps": 3})
+    argv = ["train", "--config", config]
+    message = refused(argv, capsys, run / "saved", "add train.load_fallback=true to the command")
+    assert "The newest whole checkpoint is" in message
+    assert main([*argv, "train.load_fallback=true"]) == 0
+    printed = capsys.readouterr().out
+    assert "(train.load_fallback)" in printed and "resumed from" in printed
+    assert lines(run)[:2] == lines(finished)[:2] and [x["step"] for x in lines(run)] == [1, 2, 3]
+    assert (run / "saved" / TRACKER).read_text() == "3"
+    assert not list((run / "saved").glob(".iter*"))
+    assert main([*argv, "train.steps=4"]) == 0, "every checkpoint is whole again"
+
+
+def test_without_a_whole_checkpoint_the_damage_alone_is_named(finished, dataset, tmp_path, capsys):
+    saved = tmp_path / "saved"
+    shutil.copytree(finished / "saved", saved)
+    for step in ("iter_0000001", STEP):
+        (saved / step / "common.pt").unlink()
+    argv = ways(tmp_path, dataset, saved, **SIZES)["train.load"]
+    for more in ([], ["train.load_fallback=true"]):
+        assert "whole checkpoint" not in refused([*argv, *more], capsys, saved / STEP)
+
+
 OTHER_MODELS = {
     "num_layers": 3,
     "hidden_size": 16,
@@ -137,8 +177,6 @@ def test_an_import_is_checked_as_well(tmp_path, capsys, dataset):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "hf")
-    from megatron_prefix.__main__ import main
-
     saved = tmp_path / "imported"
     assert main(["convert", "import", "--hf", str(tmp_path / "hf"), "--output", str(saved)]) == 0
     path = max(saved.glob("*.distcp"), key=lambda p: p.stat().st_size)

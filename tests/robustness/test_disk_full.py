@@ -85,6 +85,24 @@ def test_a_full_disk_for_metrics(dataset, tmp_path, capsys):
     assert f"logging.output = {tmp_path / 'run'}: the metrics of step" in message
 
 
+def test_a_full_disk_for_tensorboard(dataset, tmp_path, capfd):
+    """One message, and no traceback of a thread: event files grow faster than metrics."""
+    pytest.importorskip("tensorboard")
+    path = write_config(
+        tmp_path / "run.yaml",
+        dataset,
+        tmp_path / "run",
+        train={"steps": 40, "save": None, "load": None, "save_interval": None},
+        logging={"tensorboard": True},
+    )
+    with files_up_to(6000):
+        assert main(["train", "--config", path]) == 1
+    printed = capfd.readouterr()
+    (message,) = printed.err.splitlines()
+    assert f"logging.output = {tmp_path / 'run'}: the metrics of step" in message
+    assert "Traceback" not in printed.out and lines(tmp_path / "run")
+
+
 @pytest.fixture
 def records(tmp_path) -> Path:
     path = tmp_path / "in.jsonl"

@@ -85,7 +85,7 @@ def read_manifest(
     """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): {remedy}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != format:
         raise InputError(f"{path} is not a manifest that megatron-prefix {command} wrote")

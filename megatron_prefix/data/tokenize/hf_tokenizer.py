@@ -13,6 +13,7 @@ To find such places, the messages are rendered a second time with a mark in the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -28,7 +29,7 @@ from megatron_prefix.data.tokenize.base import Rendered, Tokenizer, vocabulary_d
 from megatron_prefix.data.tokenize.fragments import Fragments
 from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
 from megatron_prefix.data.tokenize.tool_arguments import ArgumentForm
-from megatron_prefix.errors import InputError
+from megatron_prefix.errors import InputError, Stopped
 
 TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab*", "tekken.json", "spiece*")
 
@@ -59,15 +60,16 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"tokenizer {spec!r} cannot be loaded: the directory has no file of a tokenizer, "
                 "such as tokenizer.json; give the directory that has it"
             )
-        try:
+        remedy = (
+            "give bytes, a SentencePiece model file, a directory with a Hugging Face tokenizer, "
+            "or a hub id that can be downloaded"
+        )
+        with _explained(f"tokenizer {spec!r} cannot be loaded", remedy):
             self._tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"tokenizer {spec!r} cannot be loaded ({first_line}): give bytes, a SentencePiece "
-                "model file, a directory with a Hugging Face tokenizer, or a hub id that can be "
-                "downloaded"
-            ) from error
+            self._prepare(spec, parse_special)
+
+    def _prepare(self, spec: str, parse_special: bool) -> None:
+        path = Path(spec)
         self._tokenizer.model_max_length = 1 << 40  # --max-length is the only limit
         self.name = str(path.resolve()) if path.is_dir() else spec
         pieces = self._tokenizer.get_vocab()
@@ -135,9 +137,10 @@ class HuggingFaceTokenizer(Tokenizer):
             if self._fragments is not None and self._fragments.is_exact:
                 return self._fragments.encode(rendered.text)
             return self._encode(rendered.text)
-        encoding = self._tokenizer(
-            rendered.text, add_special_tokens=False, return_offsets_mapping=True
-        )
+        with _explained("the tokenizer cannot encode a text", "give another tokenizer"):
+            encoding = self._tokenizer(
+                rendered.text, add_special_tokens=False, return_offsets_mapping=True
+            )
         ids: list[int] = []
         spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
         for token, (start, end) in spans:
@@ -148,17 +151,19 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(ids, np.int64)
 
     def _encode(self, text: str, **options: bool) -> np.ndarray:
-        if self._backend is None or options:
-            ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
-        else:
+        if self._backend is not None and not options:
             (ids,) = self._encode_all([text])
-        return np.array(ids, np.int64)
+            return np.array(ids, np.int64)
+        with _explained("the tokenizer cannot encode a text", "give another tokenizer"):
+            ids = self._tokenizer.encode(text, add_special_tokens=False, **options)
+            return np.array(ids, np.int64)
 
     def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         assert self._backend is not None, "tokenizers without a backend encode one text at a time"
         self._backend.encode_special_tokens = False  # a call with options may have set it
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        with _explained("the tokenizer cannot encode a text", "give another tokenizer"):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def _as_text(self, text: str) -> list[int]:
         """The characters of a special token as ordinary tokens, as they are after other text."""
@@ -199,18 +204,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._with_literals(text, turns, functions, options)
 
     def _apply(self, turns: Any, tools: Any, options: dict[str, Any]) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
+        roles = ", ".join(turn["role"] for turn in turns)
+        remedy = f"their roles are {roles}; change the messages, or give another tokenizer"
+        with _explained("the tokenizer's chat template refuses the messages", remedy):
             return self._tokenizer.apply_chat_template(
                 turns, tools=tools, tokenize=False, **options
             )
-        except (TemplateError, TypeError, KeyError) as error:
-            raise InputError(
-                f"the tokenizer's chat template refuses the messages ({error}); their roles are "
-                f"{', '.join(turn['role'] for turn in turns)}: change the messages, or give "
-                "another tokenizer"
-            ) from error
 
     def _with_literals(
         self, text: str, turns: Any, tools: Any, options: dict[str, Any]
@@ -237,6 +236,21 @@ class HuggingFaceTokenizer(Tokenizer):
             assert token is not None, "a mark follows the first character of its token"
             literal.append(token.span())
         return Rendered(text, tuple(literal))
+
+
+@contextlib.contextmanager
+def _explained(fault: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a tokenizer's files or template raise into the InputError of their fault.
+
+    A panic of the library `tokenizers` is a BaseException.
+    """
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit, Stopped):
+        raise
+    except BaseException as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{fault} ({text}): {remedy}") from error
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:

@@ -57,7 +57,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise InputError(
                 f"tokenizer {path} needs the package sentencepiece: pip install sentencepiece"
             ) from error
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"tokenizer {path}: {error.strerror}") from None
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:

@@ -171,9 +171,14 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
             **(_experts(settings, family.experts, source) if family.experts else {}),
         )
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        setting = ".".join(str(part) for part in fault["loc"])
-        raise InputError(f"{source}: {setting} = {fault['input']!r}: {fault['msg']}") from None
+        raise InputError(_fault(error, source)) from None
+
+
+def _fault(error: ValidationError, source: str) -> str:
+    """The first value out of bounds, as a message."""
+    fault = error.errors(include_url=False)[0]
+    setting = ".".join(str(part) for part in fault["loc"])
+    return f"{source}: {setting} = {str(fault['input'])[:100]}: {fault['msg']}"
 
 
 def _experts(settings: Any, key: str, source: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from tiny_models import tiny_config
 
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.errors import InputError
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.setup import prepare_trainer
 
@@ -61,3 +62,17 @@ def test_the_state_comes_back_with_the_new_settings(world, prefix, tmp_path, is_
     assert len({id(step) for step in steps}) == len(steps), "one tensor would be counted up often"
     rates = {group["lr"] for group in second.policy.optimizer.param_groups}
     assert rates == {1e-4}
+
+
+@pytest.mark.parametrize("is_distributed", [False, True])
+def test_the_state_of_the_other_kind_is_refused_with_both_values(
+    world, prefix, tmp_path, is_distributed
+):
+    first = prepared(world, prefix, tmp_path, is_distributed, lr=1e-3)
+    first.train_step()
+    first.save(str(tmp_path))
+    first.close()
+    saved, ours = (str(x).lower() for x in (is_distributed, not is_distributed))
+    text = f"parallel.use_distributed_optimizer: {saved}, and this run has {ours}"
+    with pytest.raises(InputError, match=text):
+        prepared(world, prefix, tmp_path, not is_distributed, lr=1e-3)

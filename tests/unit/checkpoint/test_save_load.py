@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_prefix.checkpoint import RunCheckpoints, resolve_checkpoint
+from megatron_prefix.checkpoint.flushing import flush_tree
 from megatron_prefix.checkpoint.save_load import (
     COMPLETE,
     TRACKER,
@@ -41,6 +43,49 @@ def test_without_a_tracker_there_is_no_checkpoint(tmp_path):
         assert RunCheckpoints(root).step_to_resume() == 0
         with pytest.raises(InputError, match=f"{root}: there is no checkpoint; .*{TRACKER}"):
             resolve_checkpoint(root)
+
+
+def test_several_checkpoints_and_no_tracker_are_no_fresh_start(tmp_path):
+    root = write(tmp_path / "saved", None, 3, 12)
+    with pytest.raises(InputError, match=f"{TRACKER} is missing, .* the newest of step 12: write"):
+        RunCheckpoints(root).step_to_resume()
+
+
+def test_everything_is_on_the_disk_before_the_tracker_names_it(tmp_path, monkeypatch):
+    """The order of flushes and renames: contents, their folders, the rename, the tracker."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushing(descriptor):
+        events.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def replacing(source, target):
+        events.append(("rename", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(os, "replace", replacing)
+    root = write(tmp_path / "saved", "2", 2)
+    partial = root / ".iter_0000003.partial-0"
+    (partial / "hf").mkdir(parents=True)
+    (partial / "hf" / "config.json").write_text("{}")
+    (partial / COMPLETE).write_text("{}")
+    flush_tree(partial)
+    _publish(root, partial, iteration_dir(root, 3), 3)
+    assert [name for kind, name in events if kind == "flush"][:2] == [
+        str(partial / "hf" / "config.json"),
+        str(partial / "hf"),
+    ]
+    assert events[2:] == [
+        ("flush", str(partial / COMPLETE)),
+        ("flush", str(partial)),
+        ("rename", str(iteration_dir(root, 3))),
+        ("flush", str(root)),
+        ("flush", str(root / f".{TRACKER}")),
+        ("rename", str(root / TRACKER)),
+        ("flush", str(root)),
+    ]
 
 
 @pytest.mark.parametrize("text", ["newest", "", "-3", "3.0", "٣", "1234567890", "\udcff"])

@@ -98,6 +98,19 @@ def test_a_number_has_bounds(path):
         assert f"{'.'.join(path)} = {shown}" in str(caught.value), value
 
 
+PATHS = [
+    *("data.train", "data.valid", "data.plan", "loss.ref_logps", "train.save", "train.load"),
+    *("logging.output", "model.hf", "model.checkpoint"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("value", ["", "a\0b", "a" * 5000, "\ud800"])
+def test_no_path(path, value):
+    with pytest.raises(InputError, match=f"{path} = .*expected a path"):
+        parse_config(with_value(tuple(path.split(".")), value))
+
+
 @pytest.mark.parametrize("path", NUMBERS, ids=".".join)
 def test_the_message_names_the_bound(path):
     value = 1e39 if path[-1] in WIDE or path[0] == "loss" else 2**63
@@ -112,6 +125,7 @@ def test_the_message_names_the_bound(path):
         ("train.seed", 2**63 - 1),
         ("data.row_capacity", 2**31 - 1),
         ("train.steps", 999_999_999),
+        ("data.global_batch_size", 1_000_000),
         ("optimizer.lr", 1e30),
         ("optimizer.adam_eps", 1e-37),
         ("optimizer.adam_beta1", 0.0),
@@ -126,6 +140,12 @@ def test_the_message_names_the_bound(path):
 )
 def test_what_runs_use_is_within_the_bounds(path, value):
     parse_config(with_value(tuple(path.split(".")), value))
+
+
+@pytest.mark.parametrize("key", ["global_batch_size", "rows_per_step", "micro_batch_size"])
+def test_a_step_that_would_never_end_is_refused(key):
+    with pytest.raises(InputError, match=f"data.{key} = 2147483647: .* 1048576"):
+        parse_config(with_value(("data", key), 2**31 - 1))
 
 
 def test_keys_that_are_not_text():

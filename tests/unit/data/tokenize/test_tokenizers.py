@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import numpy as np
@@ -252,6 +253,66 @@ def test_template_that_refuses_the_roles_is_bad_input(hf_dir, tmp_path):
     turns = (message("system", "s"), message("user", "q"))
     with pytest.raises(InputError, match="user first.*system, user"):
         encode(tokenizer, pair_example(turns, *answers("a", "b")))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages.foo() }}",
+        "{{ 1 // 0 }}",
+        "{{ ''.join(1) }}",
+        "{{ '%d' % 'x' }}",
+        "{{ messages[0]['content'].encode('ascii', 'x') }}{{ 'é'.encode('ascii') }}",
+        "{{ messages[9]['content'] }}",
+        "{{ '{0.__class__}'.format(messages) }}{{ messages.__class__() }}",
+        "{% for m in",
+    ],
+)
+def test_any_error_of_a_template_is_bad_input(hf_dir, tmp_path, template):
+    tokenizer = load_tokenizer(edit_template(hf_dir, tmp_path, template))
+    turns = (message("user", "q"),)
+    with pytest.raises(InputError, match="chat template refuses the messages .*roles are user"):
+        encode(tokenizer, pair_example(turns, *answers("a", "b")))
+
+
+def test_a_text_that_the_tokenizer_cannot_encode(tmp_path):
+    from tokenizers import Tokenizer as Core
+    from tokenizers import models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Core(models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>"))  # which it lacks
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a").tolist() == [0]
+    with pytest.raises(InputError, match="cannot encode a text"):
+        tokenizer.encode("b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "{}",
+        "[]",
+        "5",
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
+        '{"model": {"type": "WordLevel", "vocab": 5, "unk_token": ""}}',
+        '{"added_tokens": 5, "model": {}}',
+    ],
+)
+def test_a_damaged_tokenizer_file_is_bad_input(hf_dir, tmp_path, text):
+    import shutil
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        folder = shutil.copytree(hf_dir, tmp_path / name)
+        (folder / name).write_text(text)
+        with contextlib.suppress(InputError):
+            load_tokenizer(folder).encode("a")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_tokenizers_that_cannot_be_loaded(tmp_path, monkeypatch):

@@ -226,8 +226,32 @@ def test_layers_of_other_kinds_are_refused(keys, named, opened):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architectures", 5),
+        ("architectures", "LlamaForSequenceClassification"),
+        ("layer_types", 3),
+        ("max_window_layers", "2"),
+        ("num_hidden_layers", [2]),
+    ],
+)
+def test_a_key_of_another_type_is_named(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps(config("qwen2", **{key: value})))
+    with pytest.raises(InputError, match=f"config.json: {key} is "):
+        HFModel.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "5", "", "{" * 9, "\0"])
+def test_a_file_that_is_no_configuration(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json: not "):
+        HFModel.read(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"rope_scaling": {"type": "linear", "factor": 1e299}}, "factor = 1e+299"),
         ({"kind": "gemma"}, "model_type 'gemma'"),
         ({"kind": ["llama"]}, "model_type"),
         ({"hidden_size": "64"}, "hidden_size"),
