@@ -72,9 +72,11 @@ class HFModel:
     @cached_property
     def kind(self) -> str:
         """`reward` for a sequence classifier with one label, else `lm`. Raises InputError for a
-        classifier with more labels."""
+        classifier with more labels, and for names of another form."""
         names = self.config.get("architectures") or []
-        if not any(isinstance(name, str) and name.endswith(REWARD) for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"{self.source}: architectures is {names!r}, expected a list of names")
+        if not any(name.endswith(REWARD) for name in names):
             return "lm"
         if (count := self.settings.num_labels) != 1:
             raise InputError(
