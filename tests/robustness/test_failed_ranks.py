@@ -44,10 +44,10 @@ def fail():
     elif fault == "defect":
         raise KeyError("a defect")
 
-def stepping(self, batches):
+def stepping(self, *given):
     if self.step == 2:
         fail()
-    return gradients(self, batches)
+    return gradients(self, *given)
 
 def scoring(chunks, dataset, step, *others):
     if step.plan.step == 2:
@@ -61,9 +61,9 @@ def writing(self, line):
         raise AssertionError("step 1 was meant to be not finite")
     write(self, line)
 
-def poisoned(self, batches):
-    logs = gradients(self, batches)
-    logs[0]["sums"]["loss"].fill_(float("nan"))
+def poisoned(self, *given):
+    logs = gradients(self, *given)
+    logs[0]["loss"].fill_(float("nan"))
     return logs
 
 JsonlTracker._write = writing
@@ -123,7 +123,9 @@ def log_of(run: Launched) -> str:
 def only_message(text: str) -> str:
     """The one message of the program, which printed no traceback."""
     assert "megatron_prefix/train" not in text, text[-4000:]
-    (line,) = (x for x in text.splitlines() if x.startswith("megatron-prefix"))
+    lines = [x for x in text.splitlines() if x.startswith("megatron-prefix")]
+    assert len(lines) == 1, lines
+    (line,) = lines
     return line
 
 
@@ -187,10 +189,13 @@ def test_a_rank_that_hangs_in_its_own_code_is_named_with_the_place(dataset, tmp_
 
 @pytest.mark.slow
 def test_a_defect_on_one_rank_shows_its_traceback_and_is_named(dataset, tmp_path):
+    """The rank's own message, with the file of its traceback, and the one of all ranks."""
     text = log_of(start(tmp_path, dataset, "defect"))
-    (message,) = (x for x in text.splitlines() if x.startswith("megatron-prefix"))
-    assert "rank 1 failed in step 3: KeyError: 'a defect'" in message
-    assert "[rank1]: KeyError" in text and "[rank0]:" not in text
+    messages = [x for x in text.splitlines() if x.startswith("megatron-prefix")]
+    assert any("rank 1 failed in step 3: KeyError: 'a defect'" in x for x in messages), messages
+    (own,) = (x for x in messages if "error: rank 1: KeyError: 'a defect'" in x)
+    assert "a defect" in Path(own.split("which is in ")[1]).read_text(encoding="utf-8")
+    assert "[rank0]:" not in text
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.errors import InputError
 
 
 def loss_weights(dataset: PreferenceDataset, group: int, weighting: str) -> np.ndarray:
@@ -24,9 +25,24 @@ def loss_weights(dataset: PreferenceDataset, group: int, weighting: str) -> np.n
     weights = dataset.pair_weights[p0:p1].astype(np.float64)
     if weighting == "pair":
         return weights
-    r0 = int(dataset.group_responses[group])
-    sets = np.asarray(dataset.response_sets[r0 + dataset.pair_responses[p0:p1, 0]])
+    sets = np.asarray(dataset.response_sets[_chosen_responses(dataset, group)])
     return weights / np.bincount(sets, weights)[sets]
+
+
+def _chosen_responses(dataset: PreferenceDataset, group: int) -> np.ndarray:
+    """The chosen response of each pair of a group, as an index among all, int64 [pairs].
+
+    Raises InputError if a pair names a response that its group does not have.
+    """
+    p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
+    r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
+    chosen = dataset.pair_responses[p0:p1, 0].astype(np.int64)
+    if len(chosen) and not 0 <= chosen.min() <= chosen.max() < r1 - r0:
+        raise InputError(
+            f"{dataset.prefix}: group {group}: a pair has a response that the group does not "
+            "have; the data set is damaged: build it again"
+        )
+    return r0 + chosen
 
 
 def step_denominators(
@@ -42,9 +58,8 @@ def step_denominators(
     totals = dict.fromkeys(("pair", "set", "response", "token"), 0.0)
     for group in groups:
         weights = loss_weights(dataset, int(group), weighting)
-        p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
         r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
-        chosen = r0 + dataset.pair_responses[p0:p1, 0].astype(np.int64)
+        chosen = _chosen_responses(dataset, int(group))
         own = dataset.response_lengths[chosen].astype(np.int64) - dataset.response_prompts[chosen]
         totals["pair"] += float(weights.sum())
         totals["set"] += len(np.unique(dataset.response_sets[chosen]))
