@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.core import save_config
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -47,6 +47,7 @@ from megatron_prefix.checkpoint.save_load import resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
 from megatron_prefix.checkpoint.torch_dist import (
     FORMAT,
+    Writer,
     check_checksums,
     check_harmless,
     write_checksums,
@@ -85,7 +86,7 @@ def import_hf(hf: str, output: str | Path) -> Converted:
     tensors.match(weights.hf_shapes(), is_tied)
     items = _write_items(weights, tensors)
     with _new_directory(Path(output), "--output") as partial:
-        writer = FileSystemWriter(partial, single_file_per_rank=False, thread_count=1)
+        writer = Writer(partial, single_file_per_rank=False, thread_count=1)
         writer.set_up_storage_writer(True)
         [plan], metadata = create_default_global_save_plan([SavePlan([item for item, _ in items])])
         plan = writer.prepare_global_plan([writer.prepare_local_plan(plan)])[0]

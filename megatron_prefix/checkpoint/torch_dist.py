@@ -20,6 +20,7 @@ import json
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from megatron_prefix.data.files import sha256
 from megatron_prefix.errors import InputError
@@ -269,6 +271,15 @@ def _files(path: Path) -> list[str]:
     )
 
 
+class Writer(dcp.FileSystemWriter):
+    """torch's writer, whose `.metadata` every Python reads: a path is pickled under another module
+    name from Python 3.13 on, so it is saved as text."""
+
+    def storage_meta(self) -> StorageMeta | None:
+        meta = super().storage_meta()
+        return meta and replace(meta, checkpoint_id=str(meta.checkpoint_id))
+
+
 def save(state: dict, path: Path) -> None:
     """Write `state` into the empty directory `path`. Collective. Raises OSError."""
     tensors, common = save_preprocess(state)
@@ -280,7 +291,7 @@ def save(state: dict, path: Path) -> None:
         on_main(lambda: torch.save(common, path / "common.pt"))
         dcp.save(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=dcp.FileSystemWriter(path, thread_count=1),
+            storage_writer=Writer(path, thread_count=1),
             planner=MCoreSavePlanner(flatten_state_dict=False),
         )
         on_main(lambda: save_config(FORMAT, str(path)))

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_prefix.checkpoint.torch_dist import (
     CHECKSUMS,
     COMPLETE,
+    Writer,
     check_checksums,
     check_harmless,
     load_common,
@@ -152,6 +153,15 @@ def test_what_is_beside_the_tensors_is_a_dictionary(checkpoint):
     write_checksums(checkpoint)
     with pytest.raises(InputError, match="common.pt: not a dictionary"):
         load_common(checkpoint)
+
+
+def test_metadata_is_read_by_every_python(tmp_path):
+    """A path would be pickled by its module, which has another name from Python 3.13 on."""
+    writer = Writer(tmp_path)
+    writer.reset(tmp_path)
+    meta = writer.storage_meta()
+    assert meta is not None and meta.checkpoint_id == str(tmp_path)
+    assert b"pathlib" not in pickle.dumps(meta)
 
 
 def test_a_failure_of_the_main_process_is_raised(world):
