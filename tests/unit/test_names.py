@@ -65,3 +65,9 @@ def test_every_way_to_assign_is_seen():
     for line in lines:
         assert "found" in [name for _, name in assigned_names(line)], line
     assert assigned_names("print(found, what=self.here)") == []
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them as top-level modules, and would refuse the second one."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
