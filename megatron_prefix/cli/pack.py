@@ -126,9 +126,8 @@ FLAGS = (
 
 def _from_config(args: argparse.Namespace) -> Request:
     from megatron_prefix.config import load_config
-    from megatron_prefix.data.steps.compositions import StepSettings
     from megatron_prefix.objectives import check
-    from megatron_prefix.train import run_sharing
+    from megatron_prefix.train import plan_settings
 
     for name in FLAGS:
         if getattr(args, name) is not None:
@@ -140,18 +139,7 @@ def _from_config(args: argparse.Namespace) -> Request:
     data = config.data
     if not data.packing:
         raise InputError(f"{args.config}: data.packing is false, so there are no rows to plan")
-    settings = StepSettings(
-        seed=data.seed,
-        sharing=run_sharing(check(config.loss, config.model.kind), data.sharing),
-        row_capacity=data.row_capacity,
-        global_batch_size=data.global_batch_size,
-        rows_per_step=data.rows_per_step,
-        sort_by_length=data.sort_by_length,
-        packing_method=data.packing_method,
-        epochs=config.train.epochs,
-        weights=data.weights,
-        set_epochs=data.set_epochs,
-    )
+    settings = plan_settings(config, check(config.loss, config.model.kind))
     return [item.prefix for item in data.train_sets], settings, config.train.steps
 
 
