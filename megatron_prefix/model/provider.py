@@ -40,15 +40,7 @@ def transformer_config(
     divide the model, or if the attention backend cannot run here.
     """
     parallel = parallel or ParallelConfig()
-    sizes = sizes or model.sizes()
-    if model.hf is not None and (sizes is None or vocab_size is None):
-        source = HFModel.open(model.hf)
-        sizes, vocab_size = sizes or source.sizes, vocab_size or source.vocab_size
-    if sizes is None or vocab_size is None:
-        missing = "model.num_layers" if sizes is None else "vocab_size"
-        raise InputError(
-            f"{missing} is missing: give the model's sizes and vocabulary, or model.hf"
-        )
+    sizes, vocab_size = _resolved(model, sizes, vocab_size)
     parallel.check_model(model, sizes)
     on_cuda = torch.cuda.is_available()
     own_gate = not (has_transformer_engine() or sizes.num_moe_experts)  # see swiglu.py
@@ -107,6 +99,22 @@ def transformer_config(
         init_seed=seed,
         head_seed=head_seed if model.kind == "reward" else None,
     )
+
+
+def _resolved(
+    model: ModelConfig, sizes: ModelSizes | None, vocab_size: int | None
+) -> tuple[ModelSizes, int]:
+    """Sizes and vocabulary as given, else those of `model`, else those of `model.hf`."""
+    sizes = sizes or model.sizes()
+    if model.hf is not None and (sizes is None or vocab_size is None):
+        source = HFModel.open(model.hf)
+        sizes, vocab_size = sizes or source.sizes, vocab_size or source.vocab_size
+    if sizes is None or vocab_size is None:
+        missing = "model.num_layers" if sizes is None else "vocab_size"
+        raise InputError(
+            f"{missing} is missing: give the model's sizes and vocabulary, or model.hf"
+        )
+    return sizes, vocab_size
 
 
 def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
