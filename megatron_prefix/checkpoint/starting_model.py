@@ -78,8 +78,18 @@ class StartingModel:
     def note(self, seed: int) -> str | None:
         """Messages for the user about the weights and the vocabulary, one a line, if there are
         any."""
-        notes = [self.vocabulary_note, self._head_note(seed)]
+        notes = [self.vocabulary_note, self._origin_note(), self._head_note(seed)]
         return "\n".join(note for note in notes if note is not None) or None
+
+    def _origin_note(self) -> str | None:
+        path = self.config.checkpoint
+        if path is None or not torch_dist.is_foreign(resolve_checkpoint(path)):
+            return None
+        return (
+            f"model.checkpoint = {path} has no checksums and no sizes of a model: names and shapes "
+            "of its tensors are compared with the model section, other sizes (norm_epsilon, "
+            "rotary_base, …) are those given"
+        )
 
     def _head_note(self, seed: int) -> str | None:
         if not self.draws_head:

@@ -12,8 +12,9 @@ import torch
 from megatron.core import dist_checkpointing
 from small_models import make_model
 
-from megatron_prefix.checkpoint import load_weights
-from megatron_prefix.config import ParallelConfig
+from megatron_prefix.checkpoint import StartingModel, load_weights
+from megatron_prefix.checkpoint.torch_dist import write_checksums
+from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.distributed.world import join_world
 
 pytestmark = pytest.mark.sample
@@ -27,6 +28,16 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
+
+
+def starting_from(folder: Path) -> StartingModel:
+    config = ModelConfig(
+        checkpoint=str(folder),
+        **{"num_layers": 3, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 6},
+    )
+    sizes = config.sizes()
+    assert sizes is not None
+    return StartingModel(config=config, sizes=sizes, vocab_size=61, source=None, longest=9)
 
 
 def test_the_weights_of_megatron_cores_own_saver_are_read(tmp_path):
@@ -49,6 +60,10 @@ def test_the_weights_of_megatron_cores_own_saver_are_read(tmp_path):
             text = (folder / ".metadata").read_bytes()
             assert b"BytesStorageMetadata" in text and b"common_state" in text
         load_weights(folder, [ours])
+        note = starting_from(folder).note(1)
+        assert note is not None and "compared with the model section" in note
+        write_checksums(folder)
+        assert starting_from(folder).note(1) is None, "a checkpoint of this package has checksums"
         assert b"SavePlan" in (folder / ".metadata").read_bytes()
         weights = dict(theirs.named_parameters())
         for name, parameter in ours.named_parameters():
