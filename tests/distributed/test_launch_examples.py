@@ -226,7 +226,7 @@ SCONTROL = """#!/usr/bin/env bash
     ],
 )
 def test_failures_are_started_again_and_wrong_input_is_not(tmp_path, action, code, starts):
-    """In the place of Python stands a script that counts its starts."""
+    """A script that counts its starts takes the place of Python."""
     python = tmp_path / "python"
     python.write_text(f"#!/bin/bash\necho >>starts\n{action}\n")
     python.chmod(0o755)

@@ -236,7 +236,7 @@ CASES = {
         flags=("--max-length", "100", "--overflow", "truncate-prompt"),
     ),
 }
-"""File -> what is right; None stands for any text."""
+"""File -> what is right; None is any text."""
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ def system(text):
 
 
 def row(prompt, chosen, rejected, **more):
-    """A record of TRL; texts stand for one message."""
+    """A record of TRL; a text is one message."""
     prompt = [user(prompt)] if isinstance(prompt, str) else prompt
     sides = [[assistant(s)] if isinstance(s, str) else s for s in (chosen, rejected)]
     return {"prompt": prompt, "chosen": sides[0], "rejected": sides[1], **more}
