@@ -59,6 +59,8 @@ class TreePackedSeqParams(PackedSeqParams):
     """[T], for routers: how many of the row's responses a token is part of; 0 for padding."""
     with_collisions: bool = False
     """Whether the head also gives log(sum over the vocabulary of p^2) for every target."""
+    with_scales: bool = False
+    """Whether the head also gives the size of what is rounded on the way to every target."""
     step_count: float = 0.0
     """For routers: the sum of what counts, over the step's rows on all ranks."""
 

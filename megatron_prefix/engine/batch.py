@@ -57,6 +57,10 @@ class TrainBatch:
     def with_reference(self, ref_logps: Tensor, ref_heads: Tensor | None = None) -> TrainBatch:
         return replace(self, ref_logps=ref_logps, ref_heads=ref_heads)
 
+    def with_scales(self) -> TrainBatch:
+        """The same row, for which the head also gives scales (see TreePackedSeqParams)."""
+        return replace(self, params=replace(self.params, with_scales=True))
+
     def for_reference(self) -> TrainBatch:
         """The same row without what is asked of the policy only."""
         if not self.parts.alignments:

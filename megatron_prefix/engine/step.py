@@ -68,8 +68,9 @@ def _forward(
 def response_scores(token_logps: Tensor, batch: TrainBatch) -> Tensor:
     """Log-probability of each response of the row, float64 [R], or a reward model's score of it,
     and what `batch.parts` adds, in one vector; summed over the context-parallel ranks that share
-    the row. `token_logps` is [N], or [2, N] with the targets' collisions (see logps.py)."""
-    logps = token_logps[0] if batch.parts.alignments else token_logps
+    the row. `token_logps` is [N], or [lines, N] with the targets' collisions or scales (logps.py).
+    """
+    logps = token_logps[0] if token_logps.dim() > 1 else token_logps
     columns = [response_logps(logps, batch.response_order, batch.response_offsets)]
     if batch.head_order is not None and batch.head_offsets is not None:
         columns.append(response_logps(logps, batch.head_order, batch.head_offsets))
@@ -80,6 +81,18 @@ def response_scores(token_logps: Tensor, batch: TrainBatch) -> Tensor:
     scores = torch.cat(columns)
     share = batch.params.share
     return scores if share is None else share.sum(scores)
+
+
+def response_noise(token_logps: Tensor, batch: TrainBatch) -> Tensor:
+    """By how much two ways to compute each response's score may differ, in units of the relative
+    rounding of the precision: the root of the sum over its tokens of their squared scales, float64
+    [R]. It is 0 if the head gave no scales. The roundings of tokens are independent."""
+    if not batch.params.with_scales:
+        return torch.zeros(len(batch.response_tokens), device=token_logps.device).double()
+    squares = token_logps[-1].detach().double().square()
+    sums = response_logps(squares, batch.response_order, batch.response_offsets)
+    share = batch.params.share
+    return (sums if share is None else share.sum(sums)).sqrt()
 
 
 def preference_loss(
@@ -96,7 +109,7 @@ def preference_loss(
     start      share of the loss that the step has if the policy is the reference
     slopes     |slope| of that share for each response's log-probability [R]
     logratios  |logp - ref_logp| of each response [R]
-    ref_logps  |ref_logp| of the same
+    noise      `response_noise` of the same
     """
     inputs = batch.loss_inputs(response_scores(token_logps, batch))
     value, sums = objective.loss(inputs, batch.denominators)
@@ -108,7 +121,7 @@ def preference_loss(
     if is_first and batch.ref_logps is not None:
         logs["start"], logs["slopes"] = objective.start(inputs, batch.denominators)
         logs["logratios"] = (inputs.scores.detach() - batch.ref_logps).abs()
-        logs["ref_logps"] = batch.ref_logps.abs()
+        logs["noise"] = response_noise(token_logps, batch)
     share = batch.params.share
     counts_pairs = share is None or share.group.rank() == 0  # one rank of those that share the row
     num_pairs = len(batch.pairs) if counts_pairs else 0

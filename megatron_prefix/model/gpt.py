@@ -217,7 +217,7 @@ class TreeGPTModel(LanguageModule):
         return (cos.bfloat16(), sin.bfloat16()) if config.bf16 else (cos, sin)
 
     def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
-        """Log-probability of every target, float32 [N]; [2, N] with collisions."""
+        """Log-probability of every target, float32 [N]; [lines, N] with collisions or scales."""
         assert params.logit_of_target is not None and params.target_tokens is not None
         weight = None
         if self.share_embeddings_and_output_weights:
@@ -232,6 +232,7 @@ class TreeGPTModel(LanguageModule):
             chunk_size=self.config.lm_head_chunk_size,
             group=self.pg_collection.tp,
             with_collisions=params.with_collisions,
+            scale_layers=self.config.num_layers if params.with_scales else None,
         )
 
     def sharded_state_dict(

@@ -35,6 +35,18 @@ class RewardHead(torch.nn.Module):
         dtype = torch.promote_types(hidden_UC.dtype, torch.float32)
         return torch.nn.functional.linear(hidden_UC.to(dtype), self.weight.to(dtype)).squeeze(1)
 
+    @torch.no_grad()
+    def scales(self, hidden_UC: Tensor, num_layers: int) -> Tensor:
+        """Size of what is rounded on the way to each score, [U], without gradient.
+
+            scale = sqrt(1 + num_layers) * sqrt(sum over c of (weight_c hidden_c)^2)
+
+        The last norm and each layer round every channel of the hidden state, independently.
+        """
+        dtype = torch.promote_types(hidden_UC.dtype, torch.float32)
+        products_UC = hidden_UC.to(dtype) * self.weight.to(dtype)
+        return (1 + num_layers) ** 0.5 * products_UC.norm(dim=1)
+
 
 class TreeRewardModel(TreeGPTModel):
     """A reward model whose attention and positions follow `TreePackedSeqParams`.
@@ -54,9 +66,13 @@ class TreeRewardModel(TreeGPTModel):
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
 
     def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
-        """Score of every target, float32 [N]."""
+        """Score of every target, float32 [N]; with scales [2, N]."""
         assert params.logit_of_target is not None
-        return self.score(hidden_UC).index_select(0, params.logit_of_target)
+        lines_U = [self.score(hidden_UC)]
+        if params.with_scales:
+            lines_U.append(self.score.scales(hidden_UC, self.config.num_layers))
+        lines = torch.stack(lines_U).index_select(1, params.logit_of_target)
+        return lines if params.with_scales else lines[0]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

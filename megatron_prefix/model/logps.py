@@ -86,6 +86,35 @@ def vocab_parallel_collisions(
     return sums_2U[1].log() - 2 * sums_2U[0].log()
 
 
+@torch.no_grad()
+def vocab_parallel_scales(
+    logits_UV: Tensor,
+    vocab_size: int,
+    num_layers: int,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """Size of what is rounded on the way to each token's log-probability, float32 [U], no gradient.
+
+        scale = sqrt(max logit^2 + num_layers * mean logit^2)
+
+    Times the relative rounding of the precision, it is by how much two ways to compute the
+    log-probability may differ: the logit is rounded once, by its own size, and the hidden state
+    once or more in each layer, which moves a logit by a share of the logits' root mean square; the
+    roundings of layers are independent. `logits_UV` and `vocab_size` are as in
+    `vocab_parallel_logps`.
+    """
+    rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+    own_UV = logits_UV[:, : max(vocab_size - rank * logits_UV.size(1), 0)]
+    squares_UV = own_UV.to(torch.promote_types(own_UV.dtype, torch.float32)).square()
+    sums_U = squares_UV.sum(dim=1)
+    # a rank whose columns are all padding has no largest one
+    tops_U = squares_UV.amax(dim=1) if squares_UV.size(1) else torch.zeros_like(sums_U)
+    if size > 1:
+        torch.distributed.all_reduce(sums_U, group=group)
+        torch.distributed.all_reduce(tops_U, torch.distributed.ReduceOp.MAX, group)
+    return (tops_U + num_layers / vocab_size * sums_U).sqrt()
+
+
 def vocab_parallel_logps(
     logits_UV: Tensor,
     logit_N: Tensor,
@@ -113,11 +142,13 @@ def token_logps(
     offsets: np.ndarray | None = None,
     group: torch.distributed.ProcessGroup | None = None,
     with_collisions: bool = False,
+    scale_layers: int | None = None,
 ) -> Tensor:
     """Project hidden states to logits and take the targets' log-probabilities, float32 [N].
 
-    With `with_collisions`, [2, N]: the second line has `vocab_parallel_collisions` of the token
-    that predicts each target.
+    With more lines than one, [lines, N]: after the log-probabilities come, with `with_collisions`,
+    `vocab_parallel_collisions` of the token that predicts each target and, with `scale_layers` (the
+    model's layers), its `vocab_parallel_scales`.
 
     `logit_N` ascends. At most `chunk_size` tokens are projected at a time; if there are more,
     backward projects each chunk again, so that logits are freed with their chunk. Hidden state u
@@ -128,9 +159,12 @@ def token_logps(
     def chunk_logps(hidden: Tensor, logit: Tensor, target: Tensor) -> Tensor:
         logits = project(hidden)
         logps = vocab_parallel_logps(logits, logit, target, vocab_size, group)
-        if not with_collisions:
-            return logps
-        return torch.stack([logps, vocab_parallel_collisions(logits, vocab_size, group)[logit]])
+        lines = [logps]
+        if with_collisions:
+            lines.append(vocab_parallel_collisions(logits, vocab_size, group)[logit])
+        if scale_layers is not None:
+            lines.append(vocab_parallel_scales(logits, vocab_size, scale_layers, group)[logit])
+        return torch.stack(lines) if len(lines) > 1 else logps
 
     num_logits = hidden_UC.size(0)
     if num_logits <= chunk_size:

@@ -31,7 +31,8 @@ from megatron_prefix.reference.sidecars import PartialScores, read_heads, read_s
 SAVE_STEPS = 32
 """Steps of scoring between two saves of the scores so far."""
 ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
-"""Relative difference of a response's log-probability between two ways to compute it."""
+"""Relative rounding of a log-probability between two ways to compute it, in units of what is
+rounded (see `engine.step.response_noise`)."""
 
 
 class Reference(Protocol):
@@ -39,8 +40,8 @@ class Reference(Protocol):
 
     @property
     def rounding(self) -> float:
-        """Relative difference that the policy's own log-probabilities may have from these while
-        both are the same model."""
+        """Relative rounding by which the policy's own log-probabilities may differ from these while
+        both are the same model; 0 if both are computed in the same way."""
 
     def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
         """The same rows with reference log-probabilities."""

@@ -13,6 +13,8 @@ TOLERANCE = 1e-5
 """Of a reward, and of the loss."""
 BEND = 2.0
 """What the first-order bound of the loss is multiplied by, because a loss is not straight."""
+DEVIATIONS = 4.0
+"""Roundings of tokens add as a random walk; a response may be this many times its size off."""
 
 
 def check_first_step(
@@ -20,18 +22,19 @@ def check_first_step(
 ) -> None:
     """Raise RunError unless all rewards are 0 and the loss is that of the reference itself.
 
-    A reward may be off by `TOLERANCE`, and by |ref_logp| times the reference's relative rounding,
-    in units of reward. The loss may be off by what these budgets change of it, to first order.
-    Collective; `logs` are those of this rank's rows, from `preference_loss` with `is_first`.
+    A reward may be off by `TOLERANCE`, and by `DEVIATIONS` times the response's noise times the
+    reference's relative rounding, in units of reward. The loss may be off by what these budgets
+    change of it, to first order. Collective; `logs` are those of this rank's rows, from
+    `preference_loss` with `is_first`.
     """
-    # beta 0.1, a relative rounding of 2^-20, a response of -200 nats: its reward may be off by 1e-5
-    # + 0.1 * 200 * 2^-20 = 2.9e-5.
+    # beta 0.1, a relative rounding of 2^-8, a response of 400 tokens whose scales are 20: its noise
+    # is 20 * sqrt(400) = 400, so its reward may be off by 1e-5 + 4 * 0.1 * 400 * 2^-8.
     scale = objective.rewards_per_nat
-    rewards, ref_logps, slopes = (
-        torch.cat([log[name] for log in logs]) for name in ("logratios", "ref_logps", "slopes")
+    rewards, noise, slopes = (
+        torch.cat([log[name] for log in logs]) for name in ("logratios", "noise", "slopes")
     )
     rewards = scale * rewards
-    budgets = TOLERANCE + scale * reference.rounding * ref_logps
+    budgets = TOLERANCE + DEVIATIONS * scale * reference.rounding * noise
     worst = [
         x.max() if len(x) else rewards.new_zeros(()) for x in (rewards / budgets, rewards, budgets)
     ]

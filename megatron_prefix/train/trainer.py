@@ -89,6 +89,8 @@ class Trainer:
             batches = [batch.with_step_count(count) for batch in batches]
         batches = self.reference.attach(rows, batches)
         is_first = self.step == 0 and self.objective.reference != "none"
+        if is_first and self.reference.rounding:
+            batches = [batch.with_scales() for batch in batches]
         logs = self._gradients(batches, is_first)
         means, counts = self._totals(plan, rows, logs)
         if self.config.model.moe_aux_loss_coeff:

@@ -12,6 +12,7 @@ from megatron_prefix.model.logps import (
     token_logps,
     vocab_parallel_collisions,
     vocab_parallel_logps,
+    vocab_parallel_scales,
 )
 
 VOCAB, PADDED, HIDDEN = 11, 16, 6
@@ -193,7 +194,8 @@ def _half_of_the_vocabulary(rank, store, results):
     logps = vocab_parallel_logps(half, rows, targets, VOCAB, dist.group.WORLD)
     collisions = vocab_parallel_collisions(half, VOCAB, dist.group.WORLD)
     (draw(len(rows), seed=1) * logps).sum().backward()
-    torch.save((logps.detach(), half.grad, collisions), f"{results}.{rank}")
+    scales = vocab_parallel_scales(half, VOCAB, 3, dist.group.WORLD)
+    torch.save((logps.detach(), half.grad, collisions, scales), f"{results}.{rank}")
     dist.destroy_process_group()
 
 
@@ -206,10 +208,13 @@ def test_split_over_two_ranks_it_is_the_same(tmp_path):
     (draw(len(rows), seed=1) * expected).sum().backward()
     halves = [torch.load(f"{results}.{rank}") for rank in (0, 1)]
     squares = logits.detach()[:, :VOCAB].softmax(-1).square().sum(-1)
-    for logps, _, collisions in halves:
+    size = logits.detach()[:, :VOCAB].square()
+    for logps, _, collisions, scales in halves:
+        expected_scales = (size.amax(-1) + 3 * size.mean(-1)).sqrt()
+        assert torch.allclose(scales, expected_scales, rtol=1e-13, atol=0)
         assert torch.allclose(logps, expected, rtol=0, atol=1e-13)
         assert torch.allclose(collisions, squares.log(), rtol=0, atol=1e-13)
-    together = torch.cat([grad for _, grad, _ in halves], dim=1)
+    together = torch.cat([half[1] for half in halves], dim=1)
     assert torch.allclose(together, logits.grad, rtol=0, atol=1e-13)
 
 
@@ -225,5 +230,24 @@ def test_collisions_are_those_of_the_whole_vocabulary(chunk_size):
     assert torch.equal(result[0], plain)
     expected = hidden.detach()[:, :10].softmax(-1).square().sum(-1).log()[logit]
     assert torch.allclose(result[1], expected, rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(result.sum(), hidden)
+    assert torch.equal(gradient, torch.autograd.grad(plain.sum(), hidden)[0])
+
+
+@pytest.mark.parametrize("chunk_size", [2, 100])
+def test_scales_are_those_of_the_whole_vocabulary(chunk_size):
+    """The largest logit and the root mean square of 10 tokens padded to 12; logps are the same."""
+    hidden = draw(5, 12).requires_grad_()
+    hidden.data[:, 10:] = 1e6  # padding
+    logit, target = torch.tensor([0, 1, 1, 3, 4]), torch.tensor([9, 0, 3, 3, 7])
+    options = {"vocab_size": 10, "chunk_size": chunk_size}
+    plain = token_logps(hidden, lambda x: x, logit, target, **options)
+    result = token_logps(
+        hidden, lambda x: x, logit, target, **options, with_collisions=True, scale_layers=7
+    )
+    assert torch.equal(result[0], plain)
+    squares = hidden.detach()[:, :10].square()
+    expected = (squares.amax(-1) + 7 * squares.mean(-1)).sqrt()[logit]
+    assert torch.allclose(result[2], expected, rtol=1e-12, atol=0)
     (gradient,) = torch.autograd.grad(result.sum(), hidden)
     assert torch.equal(gradient, torch.autograd.grad(plain.sum(), hidden)[0])

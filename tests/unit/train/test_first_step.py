@@ -23,16 +23,17 @@ def log_of(
     num_tokens: list[int] | None = None,
     logratios: list[float] | None = None,
 ) -> dict:
-    """The log of one row with one pair if policy and reference are equal, but for `logratios`."""
+    """The log of one row with one pair if policy and reference are equal, but for `logratios`;
+    a quarter of each log-probability is the response's noise."""
     ref = torch.tensor(ref_logps, dtype=torch.float64)
     start, slopes = own.start(one_pair(ref, torch.tensor(num_tokens or [9, 8])), None)
     moved = torch.tensor(logratios or [0.0, 0.0], dtype=torch.float64)
-    return {"start": start, "slopes": slopes, "logratios": moved, "ref_logps": ref.abs()}
+    return {"start": start, "slopes": slopes, "logratios": moved, "noise": ref.abs() / 4}
 
 
 def empty_log() -> dict:
     nothing = torch.zeros(0, dtype=torch.float64)
-    return {"start": nothing.sum()} | dict.fromkeys(("slopes", "logratios", "ref_logps"), nothing)
+    return {"start": nothing.sum()} | dict.fromkeys(("slopes", "logratios", "noise"), nothing)
 
 
 def test_rewards_of_0_and_ln_2_pass(world):
@@ -62,7 +63,7 @@ def test_another_loss_or_reward_does_not(world, loss, logratio):
     ids=["ipo", "sppo_hard", "exo_pair", "a list", "a margin"],
 )
 def test_the_tolerance_follows_the_slope_of_the_loss(world, loss, near, far, expected):
-    """In bfloat16 a response of 400 nats may be off by 1.6. Where tokens divide, a loss may be off
+    """In bfloat16 a response of noise 100 may be off by 1.6. Where tokens divide, a loss may be off
     by less: a loss of 24 instead of 25 must not pass because responses are long."""
     own = objective(**loss)
     logs = [log_of(own, [-400.0, -300.0], [200, 150])]
