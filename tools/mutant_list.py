@@ -153,8 +153,8 @@ MUTANTS = (
     Mutant(
         "run of other data resumed",
         "checkpoint/save_load.py",
-        '        _check_agreement(path, "run", common.get("run"), identity)\n',
-        "",
+        "        unnamed = check_run(path, common.get(RUN), identity)\n",
+        "        unnamed = []\n",
         "numerics/test_resume.py",
     ),
     Mutant(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
@@ -11,6 +15,10 @@ GROUP_KINDS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 """What distinguishes the parameter groups of one optimizer."""
 GROUP_SCHEDULES = ("max_lr", "min_lr", "start_wd", "end_wd")
 """Settings of a group that follow from the configuration, which may differ from the saved run's."""
+STATE = "optimizer.state."
+MAIN_WEIGHTS = (f"{STATE}param.", f"{STATE}fp32_param.")
+"""Before the name of a weight: its float32 copy, in the distributed optimizer, and in the plain one
+of a bfloat16 model. The plain one of a float32 model has no copy."""
 
 
 def is_distributed(optimizer: MegatronOptimizer) -> bool:
@@ -29,13 +37,31 @@ def sharded_optimizer_state(
     return optimizer.sharded_state_dict(dict(model_state), is_loading=is_loading, metadata=METADATA)
 
 
-def restore_optimizer(optimizer: MegatronOptimizer, state: dict, saved: dict, step: int) -> None:
+def request_main_weights(request: dict, saved_names: Iterable[str]) -> None:
+    """Ask for the float32 weights under the name that the checkpoint has them under, in place.
+
+    Plain and distributed optimizer differ in it alone; a float32 model's are the weights
+    themselves. `request` is what `sharded_optimizer_state` gives, `saved_names` are the tensors of
+    the checkpoint.
+    """
+    names = list(saved_names)
+    saved = next((p for p in MAIN_WEIGHTS if any(name.startswith(p) for name in names)), "")
+    for tensor in nested_values(request):
+        if isinstance(tensor, ShardedTensor | ShardedTensorFactory):
+            for own in MAIN_WEIGHTS:
+                if tensor.key.startswith(own):
+                    tensor.key = saved + tensor.key.removeprefix(own)
+
+
+def restore_optimizer(
+    optimizer: MegatronOptimizer, state: dict, saved_parts: int | None, step: int
+) -> None:
     """Restore the state after `step` steps; the settings of the parameter groups stay the same.
 
-    `state` was loaded as `sharded_optimizer_state` requests it. `saved` is what the checkpoint
-    has beside the tensors, which shows how many parts the saved optimizer had.
+    `state` was loaded as `sharded_optimizer_state` requests it. `saved_parts` is how many parts
+    the saved optimizer had, None if it was of the other kind, plain or distributed.
     """
-    if len(_by_part(saved)) != len(optimizer.chained_optimizers):
+    if saved_parts != len(optimizer.chained_optimizers):
         state = _with_own_groups(optimizer, state, step)
     # Loading overwrites the groups' settings with the saved ones; the configuration's are put back.
     settings = [_settings(group) for group in optimizer.param_groups]
@@ -70,14 +96,19 @@ def _distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOptimize
     return [p for p in parts if isinstance(p, DistributedOptimizer) and not HAVE_APEX_OR_TE]
 
 
+def num_parts(saved: dict) -> int:
+    """How many parts the optimizer of a checkpoint had; `saved` is what it has beside tensors."""
+    return len(_by_part(saved))
+
+
 def _by_part(state: dict) -> list[dict]:
     """Optimizer state by part: one part, or a second one if ranks share experts."""
     return [state[i] for i in range(len(state))] if 0 in state else [state]
 
 
 def _with_own_groups(optimizer: MegatronOptimizer, state: dict, step: int) -> dict:
-    """`state` with the parameter groups of this run's optimizer, if only one of the saved run and
-    this run shares experts over ranks.
+    """`state` with the parameter groups of this run's optimizer, if the saved one was of the other
+    kind, or only one of both runs shares experts over ranks.
 
     Tensors are found by name, whichever part they were saved in. Beside them a part has its
     groups, whose settings come from the configuration anyway, and the number of steps, which is

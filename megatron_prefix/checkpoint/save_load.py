@@ -18,6 +18,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,19 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.checkpoint import torch_dist
+from megatron_prefix.checkpoint.agreement import (
+    MODEL,
+    RUN,
+    SCHEDULE,
+    check_model,
+    check_run,
+    schedule_changes,
+)
 from megatron_prefix.checkpoint.flushing import flush, flush_tree
 from megatron_prefix.checkpoint.optimizer_state import (
     is_distributed,
+    num_parts,
+    request_main_weights,
     restore_optimizer,
     sharded_optimizer_state,
 )
@@ -171,12 +182,14 @@ class RunCheckpoints:
         chunks: list[torch.nn.Module],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
-        identity: dict,
+        identity: dict[str, Any],
+        schedule: dict[str, Any],
         attach: Callable[[Path], None],
     ) -> None:
         """Write the state after `step` steps. Collective.
 
-        A resumed run must have the same `identity`. `attach` puts more files into the folder.
+        A resumed run must have the same `identity`, and is told where its `schedule` differs.
+        `attach` puts more files into the folder.
         Raises RunError if the disk cannot take it; the previous checkpoint is then unchanged.
         """
         # All ranks write into one folder, so its random name comes from one of them.
@@ -187,8 +200,8 @@ class RunCheckpoints:
         try:
             torch_dist.on_main(lambda: _make_room(partial))
             state = _sharded_state(chunks, optimizer)
-            state |= {"scheduler": scheduler.state_dict(), "step": step, "run": identity}
-            state["model_sizes"] = model_sizes(chunks)
+            state |= {"scheduler": scheduler.state_dict(), "step": step}
+            state |= {RUN: identity, SCHEDULE: schedule, MODEL: model_sizes(chunks)}
             state["use_distributed_optimizer"] = is_distributed(optimizer)
             torch_dist.save(state, partial)
             torch_dist.on_main(lambda: attach(partial))
@@ -209,25 +222,37 @@ class RunCheckpoints:
         chunks: list[torch.nn.Module],
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler,
-        identity: dict,
-    ) -> None:
+        identity: dict[str, Any],
+        schedule: dict[str, Any],
+    ) -> list[str]:
         """Restore the state after `step` steps. Collective.
 
-        The settings of optimizer and schedule are those of this run's configuration. Raises
-        InputError if another run saved the checkpoint, or if it is damaged.
+        The settings of optimizer and schedule are those of this run's configuration; returns what
+        differs from the saved run's, and what could not be compared, as texts. Raises InputError
+        if another run saved the checkpoint, or if it is damaged.
         """
         path = iteration_dir(self.root, step)
         # Kind, run and sizes are compared before any weight is read.
         common = torch_dist.load_common(path)
         _check_kind(path, model_sizes(chunks)["kind"])
-        _check_agreement(path, "run", common.get("run"), identity)
-        _check_agreement(path, "model", common.get("model_sizes"), model_sizes(chunks))
-        _check_optimizer(path, common, is_distributed(optimizer))
+        unnamed = check_run(path, common.get(RUN), identity)
+        check_model(path, common.get(MODEL), model_sizes(chunks))
         request = _sharded_state(chunks, optimizer, is_loading=True)
-        state = torch_dist.load(request, path, common=common)
+        request_main_weights(request["optimizer"], torch_dist.tensor_names(path))
+        # Older checkpoints do not say which kind of optimizer they are of: the run's own.
+        ours = is_distributed(optimizer)
+        saved_parts = None
+        if common.get("use_distributed_optimizer", ours) == ours:
+            saved_parts = num_parts(common["optimizer"])
+        beside = {k: x for k, x in common.items() if saved_parts is not None or k != "optimizer"}
+        state = torch_dist.load(request, path, common=beside)
         _load_model(chunks, state)
-        restore_optimizer(optimizer, state["optimizer"], common["optimizer"], step)
+        restore_optimizer(optimizer, state["optimizer"], saved_parts, step)
         scheduler.load_state_dict(common["scheduler"])
+        changes = schedule_changes(common.get(SCHEDULE), schedule)
+        if unnamed:
+            changes.append(f"the checkpoint does not name its {', '.join(unnamed)}")
+        return changes
 
 
 def _make_room(partial: Path) -> None:
@@ -273,7 +298,7 @@ def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bo
     path = resolve_checkpoint(path)
     ours, saved = model_sizes(chunks), None
     if not torch_dist.is_foreign(path):
-        saved = torch_dist.load_common(path).get("model_sizes")
+        saved = torch_dist.load_common(path).get(MODEL)
     state = model_state(chunks)
     unread: tuple[str, ...] = ()
     if keeps_head:
@@ -284,7 +309,7 @@ def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bo
     else:
         _check_kind(path, ours["kind"])
     if saved is not None:
-        _check_agreement(path, "model", saved, ours)
+        check_model(path, saved, ours)
     _load_model(chunks, torch_dist.load(state, path, unread))
 
 
@@ -345,33 +370,6 @@ def _expert_sizes(config: TreeTransformerConfig) -> dict:
         "moe_router_topk": config.moe_router_topk,
         "moe_router_pre_softmax": config.moe_router_pre_softmax,
     }
-
-
-def _check_agreement(path: Path, owner: str, saved: object, ours: dict) -> None:
-    """Refuse a checkpoint of another run or model (`owner`), and name every difference."""
-    saved = saved if isinstance(saved, dict) else {}
-    differing = ", ".join(
-        f"{key}: {saved.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
-        for key in {**ours, **saved}
-        if saved.get(key) != ours.get(key)
-    )
-    if differing:
-        remedy = {
-            "run": "resume with the same settings, or start from its weights with model.checkpoint",
-            "model": "give the sizes and the data set's tokenizer that it was trained with",
-        }[owner]
-        raise InputError(f"{path}: saved by another {owner} ({differing}); {remedy}")
-
-
-def _check_optimizer(path: Path, common: dict, ours: bool) -> None:
-    """Refuse the state of the other kind of optimizer; older checkpoints do not name theirs."""
-    saved = common.get("use_distributed_optimizer", ours)
-    if saved != ours:
-        raise InputError(
-            f"{path}: saved with parallel.use_distributed_optimizer: {str(saved).lower()}, and "
-            f"this run has {str(ours).lower()}: the optimizer's state has another form. Resume "
-            "with the saved setting, or start from the weights with model.checkpoint"
-        )
 
 
 def _sharded_state(

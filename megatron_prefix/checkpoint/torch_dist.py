@@ -112,6 +112,12 @@ def _read_entries(path: Path) -> dict:
         raise InputError(_refusal(metadata_path, error)) from None
 
 
+def tensor_names(path: Path) -> set[str]:
+    """The names of the tensors of the checkpoint `path`. Raises InputError."""
+    entries = _read_entries(path).items()
+    return {key for key, entry in entries if type(entry).__name__ == "TensorStorageMetadata"}
+
+
 def model_kind(path: Path) -> str:
     """`reward` if the checkpoint has a reward model's head, else `lm`. Raises InputError."""
     return "reward" if REWARD_HEAD in _read_entries(path) else "lm"
@@ -183,9 +189,7 @@ def check_same_tensors(request: dict, path: Path, unread: Sequence[str] = ()) ->
     }
     parts: list[set] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, own)
-    entries = _read_entries(path).items()
-    tensors = {key for key, entry in entries if type(entry).__name__ == "TensorStorageMetadata"}
-    saved = tensors - set(unread)
+    saved = tensor_names(path) - set(unread)
     surplus = sorted(n for n in saved - set().union(*parts) if not n.startswith("optimizer."))
     if surplus:
         raise InputError(
@@ -335,12 +339,15 @@ def load(request: dict, path: Path, unread: Sequence[str] = (), common: dict | N
 
 
 def _load_tensors(request: dict, path: Path, common: dict) -> dict:
-    sharded, nonpersistent, factories = load_preprocess(request)
-    tensors, _ = extract_matching_values(sharded, lambda x: isinstance(x, ShardedTensor))
     state = copy.deepcopy(common)
-    merge(state, nonpersistent)
-    merge(state, TorchDistLoadShardedStrategy().load(tensors, path))
-    return apply_factory_merges(state, factories)
+    # Part by part, because model and optimizer may ask for the same tensor.
+    for name, part in request.items():
+        sharded, nonpersistent, factories = load_preprocess({name: part})
+        tensors, _ = extract_matching_values(sharded, lambda x: isinstance(x, ShardedTensor))
+        merge(state, nonpersistent)
+        merge(state, TorchDistLoadShardedStrategy().load(tensors, path))
+        state = apply_factory_merges(state, factories)
+    return state
 
 
 def is_foreign(path: Path) -> bool:

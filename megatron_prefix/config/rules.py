@@ -153,7 +153,7 @@ def _model_faults(model: ModelConfig) -> Iterator[str]:
 
 
 def _run_faults(config: Config) -> Iterator[str]:
-    train, optimizer, loss = config.train, config.optimizer, config.loss
+    train, loss = config.train, config.loss
     if (loss.reference == "precomputed") != (loss.ref_logps is not None):
         yield (
             f"loss.ref_logps = {loss.ref_logps}: needed with loss.reference: precomputed, "
@@ -161,8 +161,7 @@ def _run_faults(config: Config) -> Iterator[str]:
         )
     if (train.steps is None) == (train.epochs is None):
         yield f"train.steps = {train.steps} and train.epochs = {train.epochs}: give exactly one"
-    if optimizer.min_lr > optimizer.lr:
-        yield f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}"
+    yield from config.optimizer.faults()
     if train.save_interval is not None and train.save is None:
         yield "train.save_interval is set but train.save is not: name a directory"
     if train.load_fallback and train.load is None:

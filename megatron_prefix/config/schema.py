@@ -16,22 +16,18 @@ from megatron_prefix.config.bounds import (
     KNOWN_KEYS,
     Count,
     Epochs,
-    Epsilon,
-    Fraction,
-    NonNegative,
     PathText,
     PerStep,
-    Positive,
     Seed,
     SetEpochs,
     Share,
     Steps,
     Switch,
-    WarmupSteps,
 )
 from megatron_prefix.config.kinds import NOT_OF_REWARD
 from megatron_prefix.config.loss import LossConfig
 from megatron_prefix.config.model import SIZES, ModelConfig
+from megatron_prefix.config.optimizer import OptimizerConfig
 from megatron_prefix.config.parallel import ParallelConfig
 
 Sharing = Literal["tree", "pair", "response", "none"]
@@ -128,25 +124,6 @@ class DataConfig:
         """The epochs of a list in `train`, if it has epochs."""
         epochs = [item.epochs for item in self.train_sets if item.epochs is not None]
         return tuple(epochs) or None
-
-
-@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
-class OptimizerConfig:
-    """Adam with decoupled weight decay, and the schedule of its learning rate."""
-
-    lr: Positive
-    min_lr: NonNegative = 0.0
-    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
-    """Decay from `lr` to `min_lr` over the run's steps."""
-    lr_warmup_steps: WarmupSteps = 0
-    """Steps of linear warm-up from a learning rate of 0."""
-    weight_decay: NonNegative = 0.0
-    """Applied to matrices, not to biases and norms."""
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
-    adam_eps: Epsilon = 1e-8
-    clip_grad: NonNegative = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)

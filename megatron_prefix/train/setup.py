@@ -18,6 +18,7 @@ from megatron_prefix.objectives import Objective, check
 from megatron_prefix.reference import model_fingerprint, open_reference
 from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.data_checks import check_columns
+from megatron_prefix.train.identity import run_identity, run_schedule
 from megatron_prefix.train.samplers import evaluation_sampler, training_sampler, valid_setting
 from megatron_prefix.train.steps_report import describe_steps
 from megatron_prefix.train.trainer import Trainer
@@ -56,11 +57,8 @@ def prepare_trainer(
     if num_steps is None:
         assert config.train.epochs is not None  # one of them is given
         num_steps = sampler.composition.num_steps(config.train.epochs)
-    if config.optimizer.lr_warmup_steps >= num_steps:
-        raise InputError(
-            f"optimizer.lr_warmup_steps = {config.optimizer.lr_warmup_steps} does not end "
-            f"within the run's {num_steps} steps: lower it"
-        )
+    for fault in config.optimizer.run_faults(num_steps):
+        raise InputError(fault)
     if world.is_main:
         print(describe_steps(sampler, num_steps), flush=True)
     model_config = initial.transformer_config(config.train.seed, config.parallel)
@@ -70,15 +68,19 @@ def prepare_trainer(
     fingerprint = model_fingerprint(chunks) if objective.reference != "none" else None
     reference = open_reference(objective, config, initial, fingerprint, datasets, world)
     policy = build_policy(chunks, model_config, config, num_steps)
-    identity = run_identity(config, dataset, fingerprint)
-    step = 0
+    identity = run_identity(config, objective, dataset, fingerprint)
+    schedule = run_schedule(config, num_steps)
+    step, changes = 0, []
     if config.train.load is not None:
         checkpoints = RunCheckpoints(config.train.load)
         step = checkpoints.whole_step_to_resume(world.once, config.train.load_fallback)
         if step:
             world.beat(f"loading the checkpoint of step {step}")
-            checkpoints.load(step, policy.chunks, policy.optimizer, policy.scheduler, identity)
-    _print_start(config, initial, step, world)
+            changes = checkpoints.load(
+                step, policy.chunks, policy.optimizer, policy.scheduler, identity, schedule
+            )
+    if world.is_main:
+        _print_start(config, initial, step, changes)
     trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
     world.once(lambda: trackers.start(_resolved(config, objective), step))
     return Trainer(
@@ -93,6 +95,7 @@ def prepare_trainer(
         num_steps=num_steps,
         step=step,
         identity=identity,
+        schedule=schedule,
         trackers=trackers,
     )
 
@@ -103,36 +106,6 @@ def _resolved(config: Config, objective: Objective) -> Config:
     weighting = objective.weighting if objective.weighs_pairs else None
     loss = replace(config.loss, **options, reference=objective.reference, weighting=weighting)
     return replace(config, loss=loss)
-
-
-def run_identity(config: Config, dataset: PreferenceDataset, fingerprint: str | None) -> dict:
-    """The settings that decide the order of the data and the rewards; a resumed run must have the
-    same.
-
-    `fingerprint` is the reference model's, None if there is none.
-    """
-    data = config.data
-    identity = {
-        "data.train fingerprint": dataset.fingerprint,
-        "data.seed": data.seed,
-        "data.global_batch_size": data.global_batch_size,
-        "data.rows_per_step": data.rows_per_step,
-        "train.epochs": config.train.epochs,
-    }
-    if fingerprint is not None:
-        identity["reference model fingerprint"] = fingerprint
-    if data.rows_per_step:
-        identity |= {"data.sharing": data.sharing, "data.row_capacity": data.row_capacity}
-        if data.packing_method != "first-fit":
-            identity["data.packing_method"] = data.packing_method
-    if config.loss.comparisons not in (None, "all"):
-        identity["loss.comparisons"] = config.loss.comparisons
-    if data.sort_by_length:
-        identity["data.sort_by_length"] = True
-    for key in ("weights", "set_epochs"):
-        if (values := getattr(data, key)) is not None:
-            identity[f"data.train {key.removeprefix('set_')}"] = list(values)
-    return identity
 
 
 def make_outputs(config: Config, world: World) -> dict[str, str]:
@@ -172,14 +145,14 @@ def _probe(setting: str, directory: str) -> None:
         ) from None
 
 
-def _print_start(config: Config, initial: StartingModel, step: int, world: World) -> None:
+def _print_start(config: Config, initial: StartingModel, step: int, changes: list[str]) -> None:
     load, note = config.train.load, initial.note(config.train.seed)
-    if world.is_main and note is not None and not step:
+    if note is not None and not step:
         print(note, flush=True)
-    if world.is_main and load is not None:
+    if load is not None:
         text = (
             f"resumed from {load} after step {step}"
             if step
             else f"no checkpoint in {load}: starting from scratch"
         )
-        print(text, flush=True)
+        print("; ".join([text, *changes]), flush=True)

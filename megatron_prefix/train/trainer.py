@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -48,7 +48,10 @@ class Trainer:
     policy: Policy
     num_steps: int
     step: int
-    identity: dict
+    identity: dict[str, Any]
+    """Settings that a run resumed from this one must have, see identity.py."""
+    schedule: dict[str, Any]
+    """Settings that it may change."""
     trackers: Trackers
     valid_ref_logps: dict[str, np.ndarray | None] = field(default_factory=dict)
 
@@ -151,6 +154,7 @@ class Trainer:
             self.policy.optimizer,
             self.policy.scheduler,
             self.identity,
+            self.schedule,
             attach=self.initial.attach,
         )
 

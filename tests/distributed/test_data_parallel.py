@@ -52,6 +52,7 @@ def runs(tmp_path_factory) -> Runs:
     assert main(runs.train("mixed one", **mixed)) == 0
     runs.cut("one zero", "zero 1 to 2")
     runs.cut("one", "plain 1 to 2")
+    runs.cut("one", "plain 1 to zero 2")
     commands = [
         runs.train("plain"),
         runs.train("zero", **ZERO),
@@ -59,18 +60,22 @@ def runs(tmp_path_factory) -> Runs:
         runs.train("mixed", **ZERO, **mixed),
         runs.train("zero 1 to 2", **ZERO),
         runs.train("plain 1 to 2"),
+        runs.train("plain 1 to zero 2", **ZERO),
         ["score", "--config", runs.config("score"), "--output", str(runs.folder / "ref-2")],
     ]
     on_processes(2, runs.folder, commands, TIMEOUT_S)
     runs.cut("zero", "zero 2 to 1")
     runs.cut("plain", "plain 2 to 1")
+    runs.cut("zero", "zero 2 to plain 1")
     assert main(runs.train("zero 2 to 1", **ZERO)) == 0
     assert main(runs.train("plain 2 to 1")) == 0
+    assert main(runs.train("zero 2 to plain 1")) == 0
     return runs
 
 
 NAMES = ["plain", "zero", "precomputed"]
 RESUMED = ["plain 1 to 2", "zero 1 to 2", "plain 2 to 1", "zero 2 to 1"]
+RESUMED += ["plain 1 to zero 2", "zero 2 to plain 1"]
 
 
 def assert_same_lines(rows: list[dict], expected: list[dict]) -> None:

@@ -66,6 +66,8 @@ RESUMED = {  # name: the run that was cut, the layout it goes on in, sizes besid
     "ep to ep": ("ep2", EP2, {}),
     "ep to ep zero": ("ep2 zero qwen full", {**EP2, **ZERO}, QWEN),
     "one to ep": ("one", EP2, {}),
+    "one to ep zero": ("one", {**EP2, **ZERO}, {}),
+    "ep zero to one": ("ep2 zero qwen full", {}, QWEN),
     "pp to ep": ("pp2", EP2, {}),
     "dp to ep zero": ("dp2 zero qwen", {**EP2, **ZERO}, QWEN),
     "ep to one": ("ep2", {}, {}),

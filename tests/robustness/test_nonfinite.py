@@ -141,7 +141,7 @@ def test_weights_that_are_not_finite_stop_the_first_step(dataset, finished, tmp_
         parameters = policy.chunks[0].named_parameters()
         next(p for n, p in parameters if "final_layernorm" in n).data[0] = float("nan")
         RunCheckpoints(source).save(
-            1, policy.chunks, policy.optimizer, policy.scheduler, {}, lambda directory: None
+            1, policy.chunks, policy.optimizer, policy.scheduler, {}, {}, lambda directory: None
         )
         run.close()
     path = config(tmp_path, dataset, model={"checkpoint": str(source)})

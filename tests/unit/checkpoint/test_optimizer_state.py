@@ -9,7 +9,6 @@ import torch
 from tiny_models import tiny_config
 
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.errors import InputError
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.setup import prepare_trainer
 
@@ -19,11 +18,14 @@ def prefix(tmp_path_factory) -> str:
     return write_random_set(tmp_path_factory.mktemp("optimizer") / "set", 0, 8)
 
 
-def prepared(world, prefix: str, folder: Path, is_distributed: bool, lr: float):
+def prepared(
+    world, prefix: str, folder: Path, is_distributed: bool, lr: float, dtype: str = "float32"
+):
     """A run that resumes from `folder`, if a checkpoint is there."""
     config = tiny_config(
         prefix,
         folder / "run",
+        model={"dtype": dtype},
         parallel={"use_distributed_optimizer": is_distributed},
         optimizer={"lr": lr, "weight_decay": 0.1},
         train={"steps": 3, "save": str(folder), "load": str(folder)},
@@ -64,15 +66,19 @@ def test_the_state_comes_back_with_the_new_settings(world, prefix, tmp_path, is_
     assert rates == {1e-4}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_distributed", [False, True])
-def test_the_state_of_the_other_kind_is_refused_with_both_values(
-    world, prefix, tmp_path, is_distributed
-):
-    first = prepared(world, prefix, tmp_path, is_distributed, lr=1e-3)
+def test_a_run_goes_on_under_the_other_optimizer(world, prefix, tmp_path, is_distributed, dtype):
+    """Steps 2 and 3 of a run that resumes under the other kind of optimizer are those of one that
+    keeps its own."""
+    first = prepared(world, prefix, tmp_path, is_distributed, lr=1e-3, dtype=dtype)
     first.train_step()
     first.save(str(tmp_path))
+    rest = [first.train_step() for _ in range(2)]
     first.close()
-    saved, ours = (str(x).lower() for x in (is_distributed, not is_distributed))
-    text = f"parallel.use_distributed_optimizer: {saved}, and this run has {ours}"
-    with pytest.raises(InputError, match=text):
-        prepared(world, prefix, tmp_path, not is_distributed, lr=1e-3)
+    second = prepared(world, prefix, tmp_path, not is_distributed, lr=1e-3, dtype=dtype)
+    assert second.step == 1
+    for expected in rest:
+        values = second.train_step()
+        assert values["loss"] == expected["loss"] and values["grad_norm"] == expected["grad_norm"]
+    second.close()

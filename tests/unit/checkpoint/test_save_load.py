@@ -12,7 +12,6 @@ from megatron_prefix.checkpoint.flushing import flush_tree
 from megatron_prefix.checkpoint.save_load import (
     COMPLETE,
     TRACKER,
-    _check_agreement,
     _publish,
     iteration_dir,
 )
@@ -138,18 +137,3 @@ def test_publishing_replaces_a_folder_that_the_tracker_never_named(tmp_path):
     assert sorted(path.name for path in root.iterdir()) == [
         *("iter_0000003", "iter_0000004", TRACKER)
     ]
-
-
-def test_every_difference_of_another_run_is_named():
-    ours = {"data.seed": 7, "data.rows_per_step": 2, "train.epochs": None}
-    _check_agreement(Path("iter"), "run", dict(ours), ours)
-    saved = {"data.seed": 1234, "train.epochs": None, "old": 1}
-    with pytest.raises(InputError) as refused:
-        _check_agreement(Path("iter"), "run", saved, ours)
-    assert str(refused.value).startswith(
-        "iter: saved by another run (data.seed: 1234 in the checkpoint, 7 now, "
-        "data.rows_per_step: None in the checkpoint, 2 now, old: 1 in the checkpoint, None now); "
-        "resume with the same settings"
-    )
-    with pytest.raises(InputError, match="saved by another model .* give the sizes"):
-        _check_agreement(Path("iter"), "model", "nonsense", ours)

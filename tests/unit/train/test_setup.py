@@ -1,8 +1,6 @@
-"""A run is checked before it is built, and its identity has what decides data and rewards."""
+"""A run is checked before it is built."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 from tiny_models import tiny_config
@@ -12,29 +10,12 @@ from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.errors import InputError
 from megatron_prefix.testing import write_random_set
-from megatron_prefix.train.setup import prepare_trainer, run_identity
+from megatron_prefix.train.setup import prepare_trainer
 
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory) -> str:
     return write_random_set(tmp_path_factory.mktemp("setup") / "set", 0, 6)
-
-
-def test_the_identity_of_a_run(tmp_path):
-    dataset = SimpleNamespace(fingerprint="ab")
-
-    def identity(fingerprint: str | None = "cd", **data) -> dict:
-        return run_identity(tiny_config("set", tmp_path, data=data), dataset, fingerprint)
-
-    plain = identity()
-    assert plain["data.train fingerprint"] == "ab"
-    assert plain["reference model fingerprint"] == "cd"
-    assert "reference model fingerprint" not in identity(None)
-    assert identity(sharing="pair") == plain, "rows do not decide which groups share a step"
-    assert identity(seed=7) != plain and identity(sort_by_length=True) != plain
-    rows = {"global_batch_size": None, "rows_per_step": 2}
-    assert identity(**rows) != identity(**rows, sharing="pair"), "here they do"
-    assert identity(**rows) != identity(**rows, packing_method="best-fit")
 
 
 def refused(config, world, valid=None) -> str:
