@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,21 @@ from megatron_prefix.checkpoint.agreement import (
     schedule_changes,
 )
 from megatron_prefix.checkpoint.flushing import flush, flush_tree
+from megatron_prefix.checkpoint.keeping import (
+    BEST,
+    Keeping,
+    note_best,
+    read_best,
+    remove,
+    surplus,
+)
+from megatron_prefix.checkpoint.model_weights import (
+    check_kind,
+    load_model,
+    load_only_weights,
+    model_sizes,
+    model_state,
+)
 from megatron_prefix.checkpoint.optimizer_state import (
     is_distributed,
     num_parts,
@@ -43,12 +58,10 @@ from megatron_prefix.checkpoint.optimizer_state import (
     sharded_optimizer_state,
 )
 from megatron_prefix.checkpoint.torch_dist import COMPLETE
+from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_OF_HEADS = ("kind", "untie_embeddings_and_output_weights")
-"""Keys of `model_sizes` that describe the head."""
 
 
 def iteration_dir(root: str | Path, step: int) -> Path:
@@ -79,11 +92,35 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return iteration_dir(path, step)
 
 
+def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bool = False) -> None:
+    """Load only the weights of a checkpoint, as `resolve_checkpoint` finds it. Collective.
+
+    With `keeps_head`, a reward model loads a language model's checkpoint and keeps its own head.
+    Raises InputError.
+    """
+    load_only_weights(resolve_checkpoint(path), chunks, keeps_head)
+
+
 class RunCheckpoints:
     """The checkpoints of one run, in the folder `root`."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, keeping: Keeping | None = None) -> None:
         self.root = root
+        self.keeping = keeping or Keeping()
+
+    @classmethod
+    def of_run(cls, config: Config) -> RunCheckpoints:
+        """Those that a run writes to `train.save`, which must be set."""
+        train = config.train
+        assert train.save is not None
+        best = train.keep_best
+        chosen: dict = {} if best is None else {"metric": best.metric, "mode": best.mode}
+        return cls(train.save, Keeping(last=train.keep_last, **chosen))
+
+    def value(self, metrics: Mapping[str, float]) -> float | None:
+        """The value by which the best checkpoint is chosen, of an evaluation; None if none is
+        chosen. Raises InputError if the evaluation does not have it."""
+        return self.keeping.value(metrics)
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None if there is no checkpoint yet.
@@ -185,11 +222,13 @@ class RunCheckpoints:
         identity: dict[str, Any],
         schedule: dict[str, Any],
         attach: Callable[[Path], None],
+        value: float | None = None,
     ) -> None:
-        """Write the state after `step` steps. Collective.
+        """Write the state after `step` steps, and remove what is not kept. Collective.
 
         A resumed run must have the same `identity`, and is told where its `schedule` differs.
-        `attach` puts more files into the folder.
+        `attach` puts more files into the folder. `value` is the metric that decides which
+        checkpoint is the best, if the state was evaluated.
         Raises RunError if the disk cannot take it; the previous checkpoint is then unchanged.
         """
         # All ranks write into one folder, so its random name comes from one of them.
@@ -215,6 +254,28 @@ class RunCheckpoints:
                 f"({error}); earlier checkpoints are unchanged. Free some space, and resume with "
                 "train.load"
             ) from error
+        torch_dist.on_main(lambda: self._keep(step, value))
+
+    def _keep(self, step: int, value: float | None) -> None:
+        """Note whether the newest checkpoint is the best, and remove those that are not kept.
+
+        Raises RunError.
+        """
+        root = Path(self.root)
+        try:
+            if value is not None:
+                note_best(root, step, value, self.keeping)
+            best = read_best(root)
+            steps = complete_steps(root)
+            kept = best["step"] if best is not None and self.keeping.metric is not None else None
+            for old in surplus(steps, step, kept, self.keeping.last):
+                remove(iteration_dir(root, old))
+        except OSError as error:
+            raise RunError(
+                f"train.save = {self.root}: an old checkpoint could not be removed, or "
+                f"{BEST} could not be written ({error}); the newest checkpoint is whole. Mend "
+                "it, and resume with train.load"
+            ) from error
 
     def load(
         self,
@@ -234,7 +295,7 @@ class RunCheckpoints:
         path = iteration_dir(self.root, step)
         # Kind, run and sizes are compared before any weight is read.
         common = torch_dist.load_common(path)
-        _check_kind(path, model_sizes(chunks)["kind"])
+        check_kind(path, model_sizes(chunks)["kind"])
         unnamed = check_run(path, common.get(RUN), identity)
         check_model(path, common.get(MODEL), model_sizes(chunks))
         request = _sharded_state(chunks, optimizer, is_loading=True)
@@ -246,7 +307,7 @@ class RunCheckpoints:
             saved_parts = num_parts(common["optimizer"])
         beside = {k: x for k, x in common.items() if saved_parts is not None or k != "optimizer"}
         state = torch_dist.load(request, path, common=beside)
-        _load_model(chunks, state)
+        load_model(chunks, state)
         restore_optimizer(optimizer, state["optimizer"], saved_parts, step)
         scheduler.load_state_dict(common["scheduler"])
         changes = schedule_changes(common.get(SCHEDULE), schedule)
@@ -288,100 +349,9 @@ def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bool = False) -> None:
-    """Load only the weights of a checkpoint. Collective.
-
-    With `keeps_head`, a reward model loads a language model's checkpoint and keeps its own head.
-    Of another program's checkpoint only the tensors are read, so only their names and shapes are
-    compared with this model. Raises InputError.
-    """
-    path = resolve_checkpoint(path)
-    ours, saved = model_sizes(chunks), None
-    if not torch_dist.is_foreign(path):
-        saved = torch_dist.load_common(path).get(MODEL)
-    state = model_state(chunks)
-    unread: tuple[str, ...] = ()
-    if keeps_head:
-        unread = ("output_layer.weight",)
-        state = {name: _without_head(tensors) for name, tensors in state.items()}
-        ours = {key: value for key, value in ours.items() if key not in _OF_HEADS}
-        saved = saved and {key: value for key, value in saved.items() if key not in _OF_HEADS}
-    else:
-        _check_kind(path, ours["kind"])
-    if saved is not None:
-        check_model(path, saved, ours)
-    _load_model(chunks, torch_dist.load(state, path, unread))
-
-
-def _without_head(tensors: dict) -> dict:
-    return {name: x for name, x in tensors.items() if name != REWARD_HEAD}
-
-
-def _check_kind(path: Path, kind: str) -> None:
-    saved = torch_dist.model_kind(path)
-    if (saved, kind) == ("reward", "lm"):
-        raise InputError(
-            f"{path}: a reward model's checkpoint has no language-model head, but model.kind is "
-            "lm: set model.kind: reward, or give a language model's checkpoint"
-        )
-    if (saved, kind) == ("lm", "reward"):
-        raise InputError(
-            f"{path}: a language model's checkpoint has no reward head, but model.kind is reward: "
-            "give a reward model's checkpoint, or train one from this one with model.checkpoint"
-        )
-
-
-def model_state(chunks: list[torch.nn.Module]) -> dict:
-    """Sharded tensors of the models' parameters, to save or to request."""
-    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return torch_dist.tensors_only(
-        {name: unwrap(c).sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
-    )
-
-
-def model_sizes(chunks: list[torch.nn.Module]) -> dict:
-    """Sizes and settings that give the weights their meaning: a checkpoint must have the same."""
-    config = unwrap(chunks[0]).config
-    scaling = config.rope_scaling
-    return {
-        "kind": config.kind,
-        "vocab_size": config.vocab_size,
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_query_groups,
-        "kv_channels": config.kv_channels,
-        "rotary_base": config.rotary_base,
-        "rope_scaling": None if scaling is None else dict(vars(scaling)),
-        "norm_epsilon": config.layernorm_epsilon,
-        "add_qkv_bias": config.add_qkv_bias,
-        "qk_layernorm": config.qk_layernorm,
-        "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
-        **_expert_sizes(config),
-    }
-
-
-def _expert_sizes(config: TreeTransformerConfig) -> dict:
-    if config.num_moe_experts is None:
-        return {}
-    return {
-        "num_moe_experts": config.num_moe_experts,
-        "moe_router_topk": config.moe_router_topk,
-        "moe_router_pre_softmax": config.moe_router_pre_softmax,
-    }
-
-
 def _sharded_state(
     chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool = False
 ) -> dict:
     state = model_state(chunks)
     state["optimizer"] = sharded_optimizer_state(optimizer, state, is_loading)
     return state
-
-
-def _load_model(chunks: list[torch.nn.Module], state: dict) -> None:
-    for i, chunk in enumerate(chunks):
-        # Two virtual chunks per stage are saved as `model0` and `model1`, one chunk as `model`.
-        weights = state["model" if len(chunks) == 1 else f"model{i}"]
-        unwrap(chunk).load_state_dict(weights, strict=False)

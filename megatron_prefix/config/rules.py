@@ -164,6 +164,11 @@ def _run_faults(config: Config) -> Iterator[str]:
     yield from config.optimizer.faults()
     if train.save_interval is not None and train.save is None:
         yield "train.save_interval is set but train.save is not: name a directory"
+    for key in ("keep_last", "keep_best"):
+        if getattr(train, key) is not None and train.save is None:
+            yield f"train.{key} is set but train.save is not: name a directory, or remove it"
+    if train.keep_best is not None and config.data.valid is None:
+        yield "train.keep_best is set but data.valid is not: name a data set, or remove keep_best"
     if train.load_fallback and train.load is None:
         yield "train.load_fallback is set but train.load is not: name a directory, or remove it"
     if train.eval_interval is not None and config.data.valid is None:

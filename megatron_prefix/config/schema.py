@@ -53,6 +53,7 @@ def _form(value: object) -> str:
     return "(list)" if isinstance(value, list | tuple) else "(one)"
 
 
+MetricName = Annotated[str, Field(pattern=r"^eval_[A-Za-z0-9_./-]{1,200}$")]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 TrainSets = Annotated[
     Annotated[PathText, Tag("(one)")] | Annotated[tuple[TrainSet, ...], Tag("(list)")],
@@ -127,6 +128,16 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
+class BestConfig:
+    """Which checkpoint is the best."""
+
+    metric: MetricName
+    """A metric of the evaluation with its name in metrics.jsonl, e.g. eval_rewards/accuracies."""
+    mode: Literal["max", "min"] = "max"
+    """Whether a high or a low value is good."""
+
+
+@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
 class TrainConfig:
     """Length of the run, checkpoints and evaluation."""
 
@@ -145,6 +156,11 @@ class TrainConfig:
     """If the newest checkpoint of `load` is damaged, resume from the newest whole one."""
     save_interval: Steps | None = None
     """Steps between checkpoints; if `save` is set, the last step is always saved."""
+    keep_last: Steps | None = None
+    """Checkpoints that stay in `save`: the newest ones, so many; without it all stay."""
+    keep_best: BestConfig | None = None
+    """The best checkpoint among those of evaluated steps stays in `save`, too, and
+    best_checkpoint.json names it."""
     eval_interval: Steps | None = None
     """Steps between evaluations on `data.valid`; there is also one before the first step and one
     after the last."""

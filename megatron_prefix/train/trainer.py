@@ -54,6 +54,13 @@ class Trainer:
     """Settings that it may change."""
     trackers: Trackers
     valid_ref_logps: dict[str, np.ndarray | None] = field(default_factory=dict)
+    evaluated: tuple[int, float | None] = (-1, None)
+    """The step of the last evaluation, and its value of `train.keep_best`'s metric."""
+
+    @cached_property
+    def checkpoints(self) -> RunCheckpoints | None:
+        """Where the run saves; None if it does not."""
+        return RunCheckpoints.of_run(self.config) if self.config.train.save else None
 
     @cached_property
     def feed(self) -> Feed:
@@ -73,10 +80,8 @@ class Trainer:
             is_asked = stop is not None and stop.is_asked()
             if is_last or _is_due(self.step, settings.eval_interval):
                 self.evaluate()  # before saving, so that what is saved is complete
-            if settings.save and (
-                is_last or is_asked or _is_due(self.step, settings.save_interval)
-            ):
-                self.save(settings.save)
+            if is_last or is_asked or _is_due(self.step, settings.save_interval):
+                self.save()
             if is_asked and not is_last:
                 state = f"saved in {settings.save}" if settings.save else "train.save is not set"
                 raise Stopped(f"stopped by a signal after step {self.step} ({state})")
@@ -119,13 +124,15 @@ class Trainer:
         }
 
     def evaluate(self) -> None:
-        """Score the held-out sets and write an evaluation line."""
+        """Score the held-out sets, write an evaluation line, and keep its value for `save`."""
         if not self.valid:
             return
         values: dict[str, float] = {}
         for name, sampler in self.valid.items():
             prefix = f"eval_{name}/" if name else "eval_"
             values |= {f"{prefix}{key}": x for key, x in self._evaluated(name, sampler).items()}
+        if self.checkpoints is not None:
+            self.evaluated = (self.step, self.checkpoints.value(values))
         self.trackers.log(self.step, values)
 
     def _evaluated(self, name: str, sampler: Sampler) -> dict[str, float]:
@@ -144,11 +151,14 @@ class Trainer:
             )
         return metrics
 
-    def save(self, root: str) -> None:
-        """Write a checkpoint of this step below `root`."""
+    def save(self) -> None:
+        """Write a checkpoint of this step to `train.save`, if that is set."""
+        if self.checkpoints is None:
+            return
         self.world.beat(f"the save of step {self.step}")
         self.policy.finish_param_gather()
-        RunCheckpoints(root).save(
+        step, value = self.evaluated
+        self.checkpoints.save(
             self.step,
             self.policy.chunks,
             self.policy.optimizer,
@@ -156,6 +166,7 @@ class Trainer:
             self.identity,
             self.schedule,
             attach=self.initial.attach,
+            value=value if step == self.step else None,
         )
 
     def close(self, status: Status = "done") -> None:

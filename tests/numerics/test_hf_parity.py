@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.convert import export_hf, import_hf
-from megatron_prefix.checkpoint.save_load import model_state
+from megatron_prefix.checkpoint.model_weights import model_state
 from megatron_prefix.checkpoint.starting_model import resolve_starting_model
 from megatron_prefix.config import Config, ModelConfig, load_config, parse_config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset

@@ -49,7 +49,7 @@ def test_the_state_comes_back_with_the_new_settings(world, prefix, tmp_path, is_
     first = prepared(world, prefix, tmp_path, is_distributed, lr=1e-3)
     first.train_step()
     first.train_step()
-    first.save(str(tmp_path))
+    first.save()
     first.close()
     second = prepared(world, prefix, tmp_path, is_distributed, lr=1e-4)
     second.close()
@@ -73,7 +73,7 @@ def test_a_run_goes_on_under_the_other_optimizer(world, prefix, tmp_path, is_dis
     keeps its own."""
     first = prepared(world, prefix, tmp_path, is_distributed, lr=1e-3, dtype=dtype)
     first.train_step()
-    first.save(str(tmp_path))
+    first.save()
     rest = [first.train_step() for _ in range(2)]
     first.close()
     second = prepared(world, prefix, tmp_path, not is_distributed, lr=1e-3, dtype=dtype)

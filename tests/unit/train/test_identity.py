@@ -59,7 +59,7 @@ def saved(world, prefix: str, folder) -> dict:
         tiny_config(prefix, folder / "run", train=train), PreferenceDataset(prefix), None, world
     )
     trainer.train_step()
-    trainer.save(train["save"])
+    trainer.save()
     trainer.close()
     return {"train": train}
 

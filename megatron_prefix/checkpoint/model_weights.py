@@ -1,0 +1,107 @@
+"""A model's weights in a checkpoint: sharded tensors, also loaded without the rest of the state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_prefix.checkpoint import torch_dist
+from megatron_prefix.checkpoint.agreement import MODEL, check_model
+from megatron_prefix.errors import InputError
+from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
+
+_OF_HEADS = ("kind", "untie_embeddings_and_output_weights")
+"""Keys of `model_sizes` that describe the head."""
+
+
+def load_only_weights(path: Path, chunks: list[torch.nn.Module], keeps_head: bool) -> None:
+    """Load the weights of the checkpoint in the folder `path`. Collective.
+
+    With `keeps_head`, a reward model loads a language model's checkpoint and keeps its own head.
+    Of another program's checkpoint only the tensors are read, so only their names and shapes are
+    compared with this model. Raises InputError.
+    """
+    ours, saved = model_sizes(chunks), None
+    if not torch_dist.is_foreign(path):
+        saved = torch_dist.load_common(path).get(MODEL)
+    state = model_state(chunks)
+    unread: tuple[str, ...] = ()
+    if keeps_head:
+        unread = ("output_layer.weight",)
+        state = {name: _without_head(tensors) for name, tensors in state.items()}
+        ours = {key: value for key, value in ours.items() if key not in _OF_HEADS}
+        saved = saved and {key: value for key, value in saved.items() if key not in _OF_HEADS}
+    else:
+        check_kind(path, ours["kind"])
+    if saved is not None:
+        check_model(path, saved, ours)
+    load_model(chunks, torch_dist.load(state, path, unread))
+
+
+def _without_head(tensors: dict) -> dict:
+    return {name: x for name, x in tensors.items() if name != REWARD_HEAD}
+
+
+def check_kind(path: Path, kind: str) -> None:
+    """Refuse a checkpoint of the other `model.kind`. Raises InputError."""
+    saved = torch_dist.model_kind(path)
+    if (saved, kind) == ("reward", "lm"):
+        raise InputError(
+            f"{path}: a reward model's checkpoint has no language-model head, but model.kind is "
+            "lm: set model.kind: reward, or give a language model's checkpoint"
+        )
+    if (saved, kind) == ("lm", "reward"):
+        raise InputError(
+            f"{path}: a language model's checkpoint has no reward head, but model.kind is reward: "
+            "give a reward model's checkpoint, or train one from this one with model.checkpoint"
+        )
+
+
+def model_state(chunks: list[torch.nn.Module]) -> dict:
+    """Sharded tensors of the models' parameters, to save or to request."""
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    return torch_dist.tensors_only(
+        {name: unwrap(c).sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
+    )
+
+
+def model_sizes(chunks: list[torch.nn.Module]) -> dict:
+    """Sizes and settings that give the weights their meaning: a checkpoint must have the same."""
+    config = unwrap(chunks[0]).config
+    scaling = config.rope_scaling
+    return {
+        "kind": config.kind,
+        "vocab_size": config.vocab_size,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.moe_ffn_hidden_size or config.ffn_hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "kv_channels": config.kv_channels,
+        "rotary_base": config.rotary_base,
+        "rope_scaling": None if scaling is None else dict(vars(scaling)),
+        "norm_epsilon": config.layernorm_epsilon,
+        "add_qkv_bias": config.add_qkv_bias,
+        "qk_layernorm": config.qk_layernorm,
+        "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+        **_expert_sizes(config),
+    }
+
+
+def _expert_sizes(config: TreeTransformerConfig) -> dict:
+    if config.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": config.num_moe_experts,
+        "moe_router_topk": config.moe_router_topk,
+        "moe_router_pre_softmax": config.moe_router_pre_softmax,
+    }
+
+
+def load_model(chunks: list[torch.nn.Module], state: dict) -> None:
+    """Put loaded tensors into the models; `state` was loaded as `model_state` requests it."""
+    for i, chunk in enumerate(chunks):
+        # Two virtual chunks per stage are saved as `model0` and `model1`, one chunk as `model`.
+        weights = state["model" if len(chunks) == 1 else f"model{i}"]
+        unwrap(chunk).load_state_dict(weights, strict=False)
