@@ -1,6 +1,7 @@
 """The same run in `megatron_prefix` and in TRL, compared step by step.
 
-DPO is compared with TRL's `DPOTrainer`; with `--kind reward`, a reward model with `RewardTrainer`.
+Losses with a reference are compared with TRL's `DPOTrainer`, `cpo` and `simpo` with `CPOTrainer`,
+`orpo` with `ORPOTrainer`; with `--kind reward`, a reward model with `RewardTrainer`.
 
 1. Take pairs of text from a preference file. If no model is given, make a random one.
 2. Ours: build, train from the Hugging Face model (trees shared, packed into rows), export.
@@ -9,6 +10,7 @@ DPO is compared with TRL's `DPOTrainer`; with `--kind reward`, a reward model wi
 
     python tools/compare_trl.py
     python tools/compare_trl.py --input pairs.jsonl.gz --hf DIR --label-smoothing 0.1
+    python tools/compare_trl.py --loss-type simpo --beta 2
     python tools/compare_trl.py --kind reward --margin --center 0.01
 
 Needs TRL: pip install trl
@@ -42,6 +44,7 @@ from trl_common import (
     text_pairs,
     with_margins,
 )
+from trl_reference_free import REFERENCE_FREE, reference_free_parts, tokens_of_steps
 
 from megatron_prefix.config import Config, parse_config
 from megatron_prefix.data.build import build_dataset
@@ -124,9 +127,7 @@ def load(directory: Path, kind: str) -> torch.nn.Module:
 
 def trl_arguments(setting: Setting) -> dict:
     """Arguments of TRL's configuration for the same run."""
-    own = _reward_arguments(setting) if setting.kind == "reward" else _dpo_arguments(setting)
     return {
-        **own,
         "max_steps": setting.steps,
         "learning_rate": setting.lr,
         "lr_scheduler_type": "constant",
@@ -136,7 +137,6 @@ def trl_arguments(setting: Setting) -> dict:
         "adam_epsilon": 1e-8,
         "weight_decay": 0.0,
         "max_grad_norm": setting.clip_grad,
-        "max_length": None,
         "train_sampling_strategy": "sequential",
         "bf16": False,
         "gradient_checkpointing": False,
@@ -154,6 +154,7 @@ def _dpo_arguments(setting: Setting) -> dict:
     names = [setting.loss_type] if isinstance(setting.loss_type, str) else [*setting.loss_type]
     smoothed = setting.label_smoothing > 0 and names == ["sigmoid"]
     return {
+        "max_length": None,
         "per_device_train_batch_size": 1 if smoothed else setting.batch_size,
         "gradient_accumulation_steps": setting.batch_size if smoothed else 1,
         "loss_type": ["aot"] if smoothed else names,
@@ -167,30 +168,45 @@ def _dpo_arguments(setting: Setting) -> dict:
 def _reward_arguments(setting: Setting) -> dict:
     """Arguments of `RewardConfig` only. It uses margins if the data has them."""
     return {
+        "max_length": None,
         "per_device_train_batch_size": setting.batch_size,
         "center_rewards_coefficient": setting.center,
         "disable_dropout": True,
     }
 
 
+def trl_parts(setting: Setting) -> tuple[type, type, dict]:
+    """TRL's configuration and trainer for a setting, and the arguments that only they have."""
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    if setting.loss_type in REFERENCE_FREE:
+        config, trainer, own = reference_free_parts(setting)
+        return config, trainer, {"per_device_train_batch_size": setting.batch_size, **own}
+    if setting.kind == "reward":
+        return RewardConfig, RewardTrainer, _reward_arguments(setting)
+    return DPOConfig, DPOTrainer, _dpo_arguments(setting)
+
+
 def run_trl(pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path) -> Outcome:
     """TRL's run on `pairs` in this order: the first `batch_size` are the first step."""
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback
-    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-    is_reward = setting.kind == "reward"
-    config = (RewardConfig if is_reward else DPOConfig)(
+    config_class, trainer_class, own = trl_parts(setting)
+    config = config_class(
         output_dir=str(folder),
         logging_steps=1,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         **trl_arguments(setting),
+        **own,
     )
-    reference = {} if is_reward else {"ref_model": load(hf, "lm")}
+    is_free = setting.loss_type in REFERENCE_FREE
+    has_reference = setting.kind == "lm" and not is_free
+    reference = {"ref_model": load(hf, "lm")} if has_reference else {}
     with _without_bars():
-        trainer = (RewardTrainer if is_reward else DPOTrainer)(
+        trainer = trainer_class(
             model=load(hf, setting.kind),
             args=config,
             train_dataset=Dataset.from_list(list(pairs)),
@@ -200,8 +216,11 @@ def run_trl(pairs: Sequence[TextPair], hf: Path, setting: Setting, folder: Path)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     rows = [row for row in trainer.state.log_history if "grad_norm" in row]
-    totals = [0, *(int(row["num_tokens"]) for row in rows)]
-    num_tokens = [b - a for a, b in zip(totals, totals[1:], strict=False)]
+    if is_free:
+        num_tokens = tokens_of_steps(trainer.train_dataset, setting)
+    else:
+        totals = [0, *(int(row["num_tokens"]) for row in rows)]
+        num_tokens = [b - a for a, b in zip(totals, totals[1:], strict=False)]
     return Outcome(
         losses=[row["loss"] for row in rows],
         grad_norms=[row["grad_norm"] for row in rows],
@@ -242,9 +261,12 @@ def report(ours: Outcome, theirs: Outcome, setting: Setting) -> str:
         for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1)
     ]
     objective = (
-        f"beta {setting.beta:g}, label smoothing {setting.label_smoothing:g}, reference "
+        f"{setting.loss_type}, beta {setting.beta:g}, label smoothing "
+        f"{setting.label_smoothing:g}, reference "
         f"{'precomputed' if setting.precomputed else 'in memory'}"
     )
+    if setting.loss_type in REFERENCE_FREE:
+        objective = f"{setting.loss_type}, beta {setting.beta:g}"
     if setting.kind == "reward":
         objective = f"Bradley-Terry, margins {setting.margin}, centring {setting.center or 0:g}"
     notes = (
@@ -293,6 +315,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=default.steps, help="(default: 8)")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="(default: 8)")
     parser.add_argument("--lr", type=float, default=default.lr, help="(default: 1e-4)")
+    parser.add_argument(
+        "--loss-type",
+        choices=("sigmoid", "ipo", "robust", *REFERENCE_FREE),
+        default=default.loss_type,
+        help="a loss that both programs have (default: sigmoid)",
+    )
     parser.add_argument("--beta", type=float, default=default.beta, help="(default: 0.1)")
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="(default: 0)")
     parser.add_argument(
@@ -311,7 +339,7 @@ def main() -> None:
         "--center", type=float, metavar="C", help="for reward models: center_rewards_coefficient"
     )
     args = parser.parse_args()
-    own = ("beta", "label_smoothing", "precomputed") if args.kind == "reward" else ()
+    own = ("beta", "label_smoothing", "precomputed", "loss_type") if args.kind == "reward" else ()
     own = own or ("margin", "center")
     if given := [name for name in own if getattr(args, name) != parser.get_default(name)]:
         parser.error(
@@ -322,7 +350,7 @@ def main() -> None:
     if not args.input.is_file():
         parser.error(f"{args.input}: no such file; give --input or set MEGATRON_PREFIX_DATA")
     names = ("steps", "batch_size", "lr", "beta", "label_smoothing", "precomputed")
-    names += ("kind", "margin", "center")
+    names += ("kind", "margin", "center", "loss_type")
     setting = Setting(**{name: getattr(args, name) for name in names})
     setting = replace(setting, row_capacity=max(setting.row_capacity, 2 * args.max_length))
     try:

@@ -48,9 +48,12 @@ SETTINGS = {
     "mixed": Setting(
         loss_type=("sigmoid", "bco_pair", "sft"), loss_weights=(0.8, 0.2, 1.0), lr=3e-5
     ),
+    "simpo": Setting(loss_type="simpo", beta=2.0, lr=3e-4),
+    "cpo": Setting(loss_type="cpo", label_smoothing=0.1),
+    "orpo": Setting(loss_type="orpo", beta=1.0),
 }
 FIRST = {"sigmoid": math.log(2), "ipo": 25.0, "robust": math.log(2)}
-"""Loss of the first step; that of `mixed` depends on the model."""
+"""Loss of the first step; the others depend on the model."""
 
 REWARD = Setting(kind="reward", lr=3e-4)
 REWARDS = {
@@ -167,6 +170,16 @@ def test_a_different_run_is_detected(change, pairs_change, made_pairs, model, ru
         num_tokens=theirs.num_tokens,
         weights=theirs.weights,
     )
+    with pytest.raises(AssertionError):
+        assert_same_run(ours, theirs)
+
+
+@pytest.mark.parametrize(("name", "beta"), [("simpo", 2.004), ("orpo", 1.002)])
+def test_a_different_run_without_a_reference_is_detected(
+    name, beta, made_pairs, model, run, tmp_path
+):
+    ours, taken = run("made", made_pairs, SETTINGS[name])
+    theirs = run_trl(taken, model, replace(SETTINGS[name], beta=beta), tmp_path)
     with pytest.raises(AssertionError):
         assert_same_run(ours, theirs)
 
