@@ -236,6 +236,11 @@ def preference_data(
             "Bridge only policies with a reference are trained; use megatron-prefix train for "
             "reward models"
         )
+    if objective.needs_step:
+        raise ValueError(
+            f"loss.loss_type = {objective.name}: looks at all responses of a step, which needs two "
+            "passes over it, and Bridge's loop has one: use megatron-prefix train"
+        )
     if objective.reference == "precomputed" and not (loss.ref_logps and ref_fingerprint):
         raise ValueError(
             f"loss.ref_logps = {loss.ref_logps} and ref_fingerprint = {ref_fingerprint}: "

@@ -32,8 +32,9 @@ class TrainBatch:
     those of the step, None if the row is the whole step; ref_logps float64 [R] and ref_heads
     float64 [P, 2] are None if there is no reference. With `parts.heads`, head_order and
     head_offsets [2P + 1] are like those of responses, for the first tokens of each side of a pair.
-    With `params.share`, tokens and targets are those that this rank owns; responses,
-    pairs and sets are always the whole row's.
+    slopes are, in the second pass over a step, the slope of the step's loss for each value of
+    `response_scores`, float64; else None. With `params.share`, tokens and targets are those that
+    this rank owns; responses, pairs and sets are always the whole row's.
     """
 
     tokens: Tensor
@@ -53,6 +54,10 @@ class TrainBatch:
     head_offsets: Tensor | None = None
     ref_logps: Tensor | None = None
     ref_heads: Tensor | None = None
+    slopes: Tensor | None = None
+
+    def with_slopes(self, slopes: Tensor) -> TrainBatch:
+        return replace(self, slopes=slopes)
 
     def with_reference(self, ref_logps: Tensor, ref_heads: Tensor | None = None) -> TrainBatch:
         return replace(self, ref_logps=ref_logps, ref_heads=ref_heads)
@@ -60,6 +65,11 @@ class TrainBatch:
     def with_scales(self) -> TrainBatch:
         """The same row, for which the head also gives scales (see TreePackedSeqParams)."""
         return replace(self, params=replace(self.params, with_scales=True))
+
+    def reference_scores(self) -> Tensor:
+        """What the reference gives in the place of `response_scores`, float64; no alignments."""
+        parts = [x.flatten() for x in (self.ref_logps, self.ref_heads) if x is not None]
+        return torch.cat(parts)
 
     def for_reference(self) -> TrainBatch:
         """The same row without what is asked of the policy only."""

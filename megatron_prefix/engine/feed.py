@@ -16,6 +16,7 @@ from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.data.steps import MicroBatch, Sampler, Step
 from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch, to_device
+from megatron_prefix.engine.table import StepTable
 from megatron_prefix.model import TreeTransformerConfig
 from megatron_prefix.objectives import ScoreParts
 
@@ -27,14 +28,16 @@ class StepRows:
     plan: Step
     rows: list[MicroBatch]
     batches: list[TrainBatch]
+    table: StepTable | None = None
+    """The step as one table, if the objective looks at all of it."""
 
 
 class Feed:
     """Steps of one sampler for this rank. A request for one starts the preparation of the next.
 
     `config` is the model's, which decides how keys travel and what its attention reads; `parts` is
-    what the objective needs of it. Steps from `num_steps` on are not prepared. Close it, so that
-    the thread ends.
+    what the objective needs of it; `with_table` prepares the step's table too. Steps from
+    `num_steps` on are not prepared. Close it, so that the thread ends.
     """
 
     def __init__(
@@ -44,9 +47,12 @@ class Feed:
         config: TreeTransformerConfig,
         num_steps: int,
         parts: ScoreParts | None = None,
+        *,
+        with_table: bool = False,
     ) -> None:
         self._sampler, self._world, self._config = sampler, world, config
         self._context, self._num_steps, self._parts = world.context(config), num_steps, parts
+        self._with_table = with_table
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[int, Future[StepRows]] | None = None
 
@@ -84,7 +90,11 @@ class Feed:
                 config.params_dtype,
                 config.kv_channels,
             )
-        return StepRows(plan=plan, rows=rows, batches=batches)
+        table = None
+        if self._with_table:
+            parts = self._parts or ScoreParts()
+            table = StepTable.of(self._sampler, plan, self._world.data_rank, parts)
+        return StepRows(plan=plan, rows=rows, batches=batches, table=table)
 
     def _share(self, row: MicroBatch) -> ContextShare | None:
         """This rank's part of a row; None without context parallelism."""

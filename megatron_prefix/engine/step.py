@@ -9,7 +9,7 @@ Shapes: T tokens, N targets, R responses of the row, P pairs of the row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_prefix.config import LossConfig
 from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.model import response_logps
-from megatron_prefix.objectives import Objective, check
+from megatron_prefix.objectives import LossInputs, Objective, check
 
 Forward = Callable[[Iterator[TrainBatch], torch.nn.Module], tuple[Tensor, Callable]]
 """Megatron-Core's forward step: the model's output, and a function that makes a loss of it."""
@@ -59,6 +59,8 @@ def _forward(
     def loss_function(token_logps: Tensor, non_loss_data: bool = False) -> Any:
         if non_loss_data:
             return response_scores(token_logps, batch).detach()
+        if batch.slopes is not None:
+            return sloped_loss(token_logps, batch, is_first)
         assert objective is not None, "a loss needs an objective"
         return preference_loss(token_logps, batch=batch, objective=objective, is_first=is_first)
 
@@ -111,22 +113,61 @@ def preference_loss(
     logratios  |logp - ref_logp| of each response [R]
     noise      `response_noise` of the same
     """
+    if objective.needs_step:
+        raise ValueError(
+            f"loss.loss_type: {objective.name} looks at the whole step, and a row has only its own "
+            "responses: use Trainer, which runs a step in two passes"
+        )
     inputs = batch.loss_inputs(response_scores(token_logps, batch))
-    value, sums = objective.loss(inputs, batch.denominators)
+    value, logs = objective_logs(objective, inputs, batch.denominators)
+    if is_first and batch.ref_logps is not None:
+        logs["start"], logs["slopes"] = objective.start(inputs, batch.denominators)
+        logs |= _first_logs(token_logps, inputs.scores, batch)
+    return value, _pair_count(batch, token_logps.device), logs
+
+
+def objective_logs(
+    objective: Objective,
+    inputs: LossInputs,
+    denominators: Mapping[str, float] | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """A table's share of the step's loss, and its `loss`, `sums` and `extremes` as
+    `preference_loss` returns them."""
+    value, sums = objective.loss(inputs, denominators)
     logs: dict[str, Any] = {
         "loss": value.detach(),
         "sums": sums,
         "extremes": objective.extremes(inputs),
     }
+    return value, logs
+
+
+def sloped_loss(
+    token_logps: Tensor, batch: TrainBatch, is_first: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The row's sum of slope times score, whose gradient is that of the step's loss, its pair
+    count, and for logging `scores`: what `response_scores` returns, without gradient. With
+    `is_first` also `logratios` and `noise`, as `preference_loss` returns them."""
+    assert batch.slopes is not None
+    scores = response_scores(token_logps, batch)
+    logs = {"scores": scores.detach()}
     if is_first and batch.ref_logps is not None:
-        logs["start"], logs["slopes"] = objective.start(inputs, batch.denominators)
-        logs["logratios"] = (inputs.scores.detach() - batch.ref_logps).abs()
-        logs["noise"] = response_noise(token_logps, batch)
+        logs |= _first_logs(token_logps, scores[: len(batch.response_tokens)], batch)
+    return (batch.slopes * scores).sum(), _pair_count(batch, token_logps.device), logs
+
+
+def _first_logs(token_logps: Tensor, scores: Tensor, batch: TrainBatch) -> dict[str, Tensor]:
+    assert batch.ref_logps is not None
+    return {
+        "logratios": (scores.detach() - batch.ref_logps).abs(),
+        "noise": response_noise(token_logps, batch),
+    }
+
+
+def _pair_count(batch: TrainBatch, device: torch.device) -> Tensor:
     share = batch.params.share
     counts_pairs = share is None or share.group.rank() == 0  # one rank of those that share the row
-    num_pairs = len(batch.pairs) if counts_pairs else 0
-    count = torch.full((), num_pairs, dtype=torch.int, device=token_logps.device)
-    return value, count, logs
+    return torch.full((), len(batch.pairs) if counts_pairs else 0, dtype=torch.int, device=device)
 
 
 def sum_gradients(model: list, num_tokens: Tensor | None = None, **kwargs: object) -> None:

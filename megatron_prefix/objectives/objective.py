@@ -121,6 +121,11 @@ class Objective:
         return ScoreParts(heads=self.ld_alpha is not None, alignments=self.use_weighting)
 
     @property
+    def needs_step(self) -> bool:
+        """Whether it needs all responses of a step at once."""
+        return any(member.record.scope == "step" for member in self.members)
+
+    @property
     def needs_pairs(self) -> bool:
         """Whether a data set without pairs has nothing to learn from."""
         return any(member.unit != "response" for member in self.members)

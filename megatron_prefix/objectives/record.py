@@ -135,6 +135,11 @@ class ObjectiveRecord:
     is_likelihood: bool = False
     """The negative log-likelihood of chosen responses, a term beside preference losses: logged as
     `nll_loss`; rewards are those of another member of the list."""
+    scope: Literal["set", "step"] = "set"
+    """`set`: the loss of a step is the sum over any split into comparison sets. `step`: it needs
+    all responses of the step at once, so a step runs in two passes (engine/table.py)."""
+    takes_weights: bool = True
+    """Whether pairs may have weights other than 1."""
     may_omit_reference: bool = False
     """With `loss.reference: none` the reference's log-probabilities count as 0."""
     reward_variant: ObjectiveRecord | None = None

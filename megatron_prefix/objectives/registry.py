@@ -16,11 +16,18 @@ from dataclasses import fields
 
 from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives import pairwise, ranking, reference_free, reward, sides
+from megatron_prefix.objectives import (
+    pairwise,
+    ranking,
+    reference_free,
+    reward,
+    sides,
+    sorted_pairs,
+)
 from megatron_prefix.objectives.record import ObjectiveRecord
 from megatron_prefix.objectives.table import LossInputs
 
-FAMILIES = (pairwise, sides, reference_free, ranking, reward)
+FAMILIES = (pairwise, sides, sorted_pairs, reference_free, ranking, reward)
 OBJECTIVES = {record.name: record for family in FAMILIES for record in family.RECORDS}
 PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """A loss type that names a module and a record in it."""

@@ -5,11 +5,13 @@ Shapes: R responses, P pairs, S comparison sets, K responses of the largest set.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -76,6 +78,40 @@ class LossInputs:
     """What multiplies the log-probability of the tokens after the head; None: they count whole."""
     alignments: Tensor | None = None
     """Float64 [R]: see ScoreParts; None if no objective needs them."""
+
+    @classmethod
+    def of_arrays(cls, columns: Mapping[str, np.ndarray], **tensors: Tensor | None) -> LossInputs:
+        """A table on the CPU, from columns of the data by name, and what a model computed."""
+        import torch
+
+        data = {name: torch.from_numpy(column) for name, column in columns.items()}
+        return cls(**data, **tensors)  # type: ignore[arg-type]
+
+    def part(self, responses: slice, pairs: slice) -> LossInputs:
+        """The table of consecutive responses and pairs, which have only each other."""
+        first, stop = responses.start, responses.stop
+        own_sets = (self.members[:, 0] >= first) & (self.members[:, 0] < stop)
+        members = self.members[own_sets]
+
+        def of(column: Tensor | None, which: slice) -> Any:
+            return None if column is None else column[which]
+
+        return replace(
+            self,
+            scores=self.scores[responses],
+            ref_logps=of(self.ref_logps, responses),
+            num_tokens=self.num_tokens[responses],
+            pairs=self.pairs[pairs] - first,
+            margins=self.margins[pairs],
+            pair_weights=self.pair_weights[pairs],
+            ranks=self.ranks[responses],
+            labels=self.labels[responses],
+            members=members.where(members < 0, members - first),
+            set_weights=self.set_weights[own_sets],
+            heads=of(self.heads, pairs),
+            ref_heads=of(self.ref_heads, pairs),
+            alignments=of(self.alignments, responses),
+        )
 
     @property
     def chosen_logps(self) -> Tensor:

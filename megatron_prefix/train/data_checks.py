@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_prefix.data.steps import StepColumns
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective
@@ -30,6 +31,7 @@ def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str
             f"{_asker(objective, 'margin')} needs one for each: give every record a margin and "
             "build again, or remove loss.margin",
         )
+    _check_weights(objective, dataset, setting)
     group = np.repeat(np.arange(len(dataset)), np.diff(dataset.group_responses))
     if columns & {"chosen_labels", "rejected_labels"}:
         firsts = np.asarray(dataset.group_responses)[group_of_pair]
@@ -66,6 +68,24 @@ def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str
             f"{setting}: no response in {dataset.prefix} has a score, but loss.loss_type: "
             f"{objective.name} learns scores: build from records whose responses have scores"
         )
+
+
+def _check_weights(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
+    """Refuse pairs with weights other than 1 for an objective that has no place for them."""
+    unweighted = [x.name for x in objective.members if not x.record.takes_weights]
+    if not unweighted:
+        return
+    weights = StepColumns.of_dataset(dataset, objective.weighting).pair_weights
+    _refuse_missing(
+        weights != 1,
+        np.repeat(np.arange(len(dataset)), np.diff(dataset.group_pairs)),
+        dataset,
+        setting,
+        f"pairs in {dataset.prefix} have another weight than 1 under loss.weighting: "
+        f"{objective.weighting}",
+        f"loss.loss_type: {unweighted[0]} sorts the pairs of a step, so that no loss "
+        "belongs to one pair: build without weights, or set loss.weighting: pair",
+    )
 
 
 def _asker(objective: Objective, option: str) -> str:

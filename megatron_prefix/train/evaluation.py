@@ -22,7 +22,7 @@ from megatron_prefix.checkpoint import (
     resolve_starting_model,
 )
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps import Sampler, loss_weights
+from megatron_prefix.data.steps import Sampler, StepColumns
 from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
@@ -34,7 +34,13 @@ from megatron_prefix.reference import (
     score_dataset,
 )
 from megatron_prefix.train.data_checks import check_columns
-from megatron_prefix.train.samplers import evaluation_sampler, open_valid_sets, valid_setting
+from megatron_prefix.train.samplers import (
+    EVALUATION_GROUPS,
+    evaluation_block,
+    evaluation_sampler,
+    open_valid_sets,
+    valid_setting,
+)
 
 PER_RESPONSE = {"lm": "logp", "reward": "reward"}
 """Key of a response's score in `--per-response`, by `model.kind`."""
@@ -79,7 +85,8 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     metrics: dict[str, float] = {}
     for name, sampler, own, reference in zip(datasets, samplers, scores, ref_logps, strict=True):
         prefix = f"{name}/" if name else ""
-        values = preference_metrics(objective, sampler.dataset, own, reference)
+        block_size = evaluation_block(config)
+        values = preference_metrics(objective, sampler.dataset, own, reference, block_size)
         metrics |= {f"{prefix}{key}": value for key, value in values.items()}
     return metrics
 
@@ -136,37 +143,50 @@ def _logps(
     return [score_dataset(model, sampler, world, parts=parts) for sampler in samplers], ref_logps
 
 
-def pair_responses(dataset: PreferenceDataset) -> np.ndarray:
-    """(chosen, rejected) of every pair as indices among all responses of the data set, [P, 2].
-
-    Groups of 2 and 3 responses, with pairs [(0, 1)] and [(0, 2), (1, 2)] of their own, start at
-    response 0 and 2: [(0, 1), (2, 4), (3, 4)].
-    """
-    pairs_per_group = np.diff(dataset.group_pairs)
-    first = np.repeat(np.asarray(dataset.group_responses[:-1]), pairs_per_group)
-    return np.asarray(dataset.pair_responses, np.int64) + first[:, None]
-
-
 def preference_metrics(
     objective: Objective,
     dataset: PreferenceDataset,
     scores: np.ndarray,
     ref_logps: np.ndarray | None,
+    block_size: int = EVALUATION_GROUPS,
 ) -> dict[str, float]:
-    """The loss of the whole data set as one step, and the means of the objective's metrics.
+    """The loss of the whole data set as one step, and the means of the objective's metrics. An
+    objective that looks at the whole step sees `block_size` consecutive groups at a time.
 
     `scores` and `ref_logps` are as `score_dataset` returns them for the objective's parts, the
     reference's without alignments; None if there is no reference.
     """
     inputs = dataset_inputs(objective, dataset, scores, ref_logps)
-    loss, sums = objective.loss(inputs)
+    if objective.needs_step:
+        loss, sums = block_loss(objective, inputs, dataset, block_size)
+    else:
+        loss, sums = objective.loss(inputs)
     extremes = objective.extremes(inputs).items()
-    return {
+    metrics = {
         "loss": float(loss),
         **{name: float(total / count) for name, (total, count) in sums.items() if count},
         **{name: -float(x) if name.endswith("/min") else float(x) for name, x in extremes},
         "num_pairs": len(inputs.pairs),
     }
+    return metrics | ({"groups_per_block": block_size} if objective.needs_step else {})
+
+
+def block_loss(
+    objective: Objective, inputs: LossInputs, dataset: PreferenceDataset, block_size: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and sums of a data set in blocks of `block_size` groups, each of which the objective
+    sees as one step; the last may be smaller. The mean is over all of the data set."""
+    denominators = inputs.denominators()
+    total, sums = torch.zeros((), dtype=torch.float64), dict[str, torch.Tensor]()
+    for start in range(0, len(dataset), block_size):
+        stop = min(start + block_size, len(dataset))
+        responses = slice(*(int(dataset.group_responses[g]) for g in (start, stop)))
+        pairs = slice(*(int(dataset.group_pairs[g]) for g in (start, stop)))
+        loss, own = objective.loss(inputs.part(responses, pairs), denominators)
+        total += loss
+        for name, values in own.items():
+            sums[name] = sums.get(name, torch.zeros_like(values)) + values
+    return total, sums
 
 
 def dataset_inputs(
@@ -184,22 +204,11 @@ def dataset_inputs(
         ref_logps, ref_heads, _ = ref_parts.split(ref_logps, num_responses)
     if heads is not None and ref_heads is not None and dataset.pair_numbers is not None:
         heads, ref_heads = heads[dataset.pair_numbers], ref_heads[dataset.pair_numbers]
-    pairs = pair_responses(dataset)
-    weights = [loss_weights(dataset, g, objective.weighting) for g in range(len(dataset))]
-    members = dataset_members(dataset)
-    has_pair = np.zeros(num_responses + 1)  # the last entry is that of the members that fill up
-    has_pair[pairs.ravel()] = 1.0
-    return LossInputs(
+    columns = StepColumns.of_dataset(dataset, objective.weighting)
+    return LossInputs.of_arrays(
+        columns.arrays(),
         scores=torch.from_numpy(own),
         ref_logps=_tensor(ref_logps),
-        num_tokens=torch.from_numpy(own_tokens(dataset)),
-        pairs=torch.from_numpy(pairs),
-        margins=torch.from_numpy(np.array(dataset.pair_margins)),
-        pair_weights=torch.from_numpy(np.concatenate(weights)),
-        ranks=torch.from_numpy(np.array(dataset.response_ranks, np.int64)),
-        labels=torch.from_numpy(np.array(dataset.response_scores)),
-        members=torch.from_numpy(members),
-        set_weights=torch.from_numpy(has_pair[members].max(axis=1)),
         heads=_tensor(heads),
         ref_heads=_tensor(ref_heads),
         alignments=_tensor(alignments),
@@ -208,24 +217,6 @@ def dataset_inputs(
 
 def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
     return None if values is None else torch.from_numpy(values)
-
-
-def dataset_members(dataset: PreferenceDataset) -> np.ndarray:
-    """The responses of every comparison set among all of the data set, [S, K] filled up with -1.
-
-    Groups of sets [0, 0, 1] and [0, 0]: [[0, 1], [2, -1], [3, 4]].
-    """
-    firsts = np.asarray(dataset.group_responses)
-    group = np.repeat(np.arange(len(dataset)), np.diff(firsts))
-    sets = np.asarray(dataset.response_sets, np.int64)
-    keys = group * (int(sets.max(initial=0)) + 1) + sets
-    order = np.argsort(keys, kind="stable")
-    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
-    sizes = np.diff(np.append(starts, len(keys)))
-    members = np.full((len(starts), int(sizes.max(initial=1))), -1, np.int64)
-    row = np.repeat(np.arange(len(starts)), sizes)
-    members[row, np.arange(len(keys)) - np.repeat(starts, sizes)] = order
-    return members
 
 
 def own_tokens(dataset: PreferenceDataset) -> np.ndarray:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_prefix.distributed import World
 
 EVALUATION_GROUPS = 64
-"""Groups scored at a time if the configuration counts steps in rows."""
+"""Groups evaluated at a time if the configuration counts steps in rows."""
 
 
 def open_verified(
@@ -163,9 +163,13 @@ def evaluation_sampler(
     every response, also if `loss.comparisons` leaves out its pairs."""
     if not is_scoring:
         dataset = _selected(objective, dataset, "data.valid")
-    batch_size = config.data.global_batch_size or EVALUATION_GROUPS
-    composition = InOrder(len(dataset), batch_size)
+    composition = InOrder(len(dataset), evaluation_block(config))
     return _sampler(config, objective, dataset, composition, world, sizes)
+
+
+def evaluation_block(config: Config) -> int:
+    """Groups that are evaluated at a time, and that an objective of the whole step sees at once."""
+    return config.data.global_batch_size or EVALUATION_GROUPS
 
 
 def _selected(objective: Objective, dataset: PreferenceDataset, setting: str) -> PreferenceDataset:

@@ -21,7 +21,7 @@ from megatron_prefix.config import Config
 from megatron_prefix.data.steps import MicroBatch, Sampler, Step
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import StopRequest, World
-from megatron_prefix.engine import Feed, Policy, TrainBatch
+from megatron_prefix.engine import Feed, Policy, StepRows, TrainBatch
 from megatron_prefix.errors import RunError, Stopped
 from megatron_prefix.model import unwrap
 from megatron_prefix.model.layers import step_auxiliary
@@ -31,6 +31,8 @@ from megatron_prefix.trackers import Status, Trackers
 from megatron_prefix.train.evaluation import preference_metrics
 from megatron_prefix.train.first_step import check_first_step
 from megatron_prefix.train.non_finite import describe, file_name, finite_rows, save_rows
+from megatron_prefix.train.samplers import evaluation_block
+from megatron_prefix.train.two_passes import ROUNDING, check_passes, first_pass
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,7 +68,14 @@ class Trainer:
     def feed(self) -> Feed:
         """The run's steps."""
         model_config = unwrap(self.policy.chunks[0]).config
-        return Feed(self.sampler, self.world, model_config, self.num_steps, self.objective.parts)
+        return Feed(
+            self.sampler,
+            self.world,
+            model_config,
+            self.num_steps,
+            self.objective.parts,
+            with_table=self.objective.needs_step,
+        )
 
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until a signal asks to stop. Raises Stopped then."""
@@ -91,7 +100,7 @@ class Trainer:
         start = time.monotonic()
         self.world.beat(f"step {self.step + 1}")
         step = self.feed.step(self.step)
-        plan, rows, batches = step.plan, step.rows, step.batches
+        plan, rows, batches, rank = step.plan, step.rows, step.batches, self.world.data_rank
         if self.config.model.moe_aux_loss_coeff:
             count = self._step_count(rows)
             batches = [batch.with_step_count(count) for batch in batches]
@@ -99,17 +108,20 @@ class Trainer:
         is_first = self.step == 0 and self.objective.reference != "none"
         if is_first and self.reference.rounding:
             batches = [batch.with_scales() for batch in batches]
-        logs = self._gradients(batches, is_first)
+        logs, checks, batches, more = self._passes(step, batches, is_first)
         means, counts = self._totals(plan, rows, logs)
+        means |= more
         if self.config.model.moe_aux_loss_coeff:
             means["moe/aux_loss"] = step_auxiliary(self.policy.chunks, self.world.device)
         if not np.isfinite(list(means.values())).all():
-            self._stop_non_finite("loss", rows, batches, finite_rows(logs))
+            is_finite = finite_rows(logs) if step.table is None else [True] * len(rows)
+            self._stop_non_finite("loss", rows, batches, describe(rank, rows, is_finite))
         if is_first:
-            check_first_step(means["loss"], logs, self.objective, self.reference, self.world)
+            check_first_step(means["loss"], checks, self.objective, self.reference, self.world)
         update = self.policy.update()
         if update is None:
-            self._stop_non_finite("gradient", rows, batches, self._finite_gradients(batches))
+            is_finite = self._finite_gradients(batches)
+            self._stop_non_finite("gradient", rows, batches, describe(rank, rows, is_finite))
         grad_norm, learning_rate = update
         self.step += 1
         seconds = time.monotonic() - start
@@ -143,7 +155,8 @@ class Trainer:
         parts = self.objective.parts
         scores = score_dataset(self.policy.chunks, sampler, self.world, parts=parts)
         ref_logps = self.valid_ref_logps[name]
-        metrics = preference_metrics(self.objective, sampler.dataset, scores, ref_logps)
+        block_size = evaluation_block(self.config)
+        metrics = preference_metrics(self.objective, sampler.dataset, scores, ref_logps, block_size)
         if not np.isfinite(list(metrics.values())).all():
             raise RunError(
                 f"the evaluation after step {self.step} is not finite (loss {metrics['loss']}): "
@@ -177,6 +190,25 @@ class Trainer:
     def _gradients(self, batches: list[TrainBatch], is_first: bool = False) -> list[dict]:
         """Forward and backward over rows, from zero gradients. Returns the rows' logs."""
         return self.policy.gradients(batches, self.objective, is_first)
+
+    def _passes(
+        self, step: StepRows, batches: list[TrainBatch], is_first: bool
+    ) -> tuple[list[dict], list[dict], list[TrainBatch], dict[str, float]]:
+        """Forward and backward over a step. Returns logs for `_totals`, those for
+        `check_first_step`, the rows as their gradients were computed, and further metrics."""
+        if step.table is None:
+            logs = self._gradients(batches, is_first)
+            return logs, logs, batches, {}
+        first = first_pass(self.policy.chunks, step, batches, self.objective, self.world, is_first)
+        if first.not_finite:
+            self._stop_non_finite("loss", step.rows, batches, first.not_finite)
+        rows = self._gradients(first.batches, is_first)
+        rounding = ROUNDING[self.config.model.dtype]
+        difference = check_passes(
+            step.rows, first.scores, [row["scores"] for row in rows], rounding, self.world
+        )
+        checks = [row | start for row, start in zip(rows, first.starts, strict=True)]
+        return first.logs, checks, first.batches, {"logps/pass_difference": difference}
 
     def _totals(
         self, plan: Step, rows: list[MicroBatch], logs: list[dict]
@@ -240,9 +272,9 @@ class Trainer:
         quantity: str,
         rows: list[MicroBatch],
         batches: list[TrainBatch],
-        is_finite: list[bool],
+        causes: list[str],
     ) -> NoReturn:
-        """Save the step's rows and raise RunError with those that are not finite."""
+        """Save the step's rows and raise RunError with what this rank knows to be the causes."""
         step, rank = self.step + 1, self.world.data_rank
         output, note = self.config.logging.output, ""
         if self.world.leads_data_rank:
@@ -250,7 +282,7 @@ class Trainer:
                 save_rows(output, step, rank, rows, batches)
             except OSError as error:
                 note = f"could not be saved ({error.strerror})"
-        reports = self.world.gather((describe(rank, rows, is_finite), note))
+        reports = self.world.gather((causes, note))
         lines = sorted({line for part, _ in reports for line in part}) or ["the sum of all rows"]
         file = file_name(step, rank if self.world.data_size == 1 else "*")
         notes = [note for _, note in reports if note]

@@ -12,10 +12,13 @@ from megatron_prefix.data.tokenize.tokenizers import load_tokenizer
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
 
-def write_ranked_set(prefix: Path, seed: int, num_groups: int, *, pairs: bool = True) -> str:
+def write_ranked_set(
+    prefix: Path, seed: int, num_groups: int, *, pairs: bool = True, weighted: bool = True
+) -> str:
     """Conversations of one or two comparison sets of two to five responses. Good responses have
     other tokens than bad ones, so that a ranking can be learned. Some ranks are tied, pairs have
-    weights and margins, every response has a score. Without `pairs` each response is alone."""
+    margins and, if `weighted`, weights; every response has a score. Without `pairs` each response
+    is alone."""
     rng = np.random.default_rng(seed)
     with DatasetWriter(prefix, load_tokenizer("bytes").describe()) as writer:
         for record in range(num_groups):
@@ -40,6 +43,7 @@ def write_ranked_set(prefix: Path, seed: int, num_groups: int, *, pairs: bool = 
                 for i, j in combinations(range(first, len(paths)), 2):
                     if pairs and paths[i].rank < paths[j].rank:
                         weight, margin = float(rng.uniform(0.5, 2)), float(rng.uniform(0, 1))
+                        weight = weight if weighted else 1.0
                         made.append(Pair(chosen=i, rejected=j, weight=weight, margin=margin))
                 prompt = np.concatenate([paths[first].tokens, rng.integers(32, 127, 4)])
             writer.add(build_tree(paths, made), record)

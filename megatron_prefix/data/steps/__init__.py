@@ -2,10 +2,10 @@
 
 from megatron_prefix.data.steps.collate import TARGETS, MicroBatch
 from megatron_prefix.data.steps.cost import CostModel
-from megatron_prefix.data.steps.denominators import loss_weights
 from megatron_prefix.data.steps.rows import group_rows
 from megatron_prefix.data.steps.sampler import Sampler, Step
 from megatron_prefix.data.steps.sharing import SHARING_MODES
+from megatron_prefix.data.steps.step_columns import StepColumns
 
 __all__ = [
     "SHARING_MODES",
@@ -14,6 +14,6 @@ __all__ = [
     "MicroBatch",
     "Sampler",
     "Step",
+    "StepColumns",
     "group_rows",
-    "loss_weights",
 ]

@@ -12,7 +12,7 @@ There is no iterator state: to resume at step s, or on another number of ranks, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from megatron_prefix.data.steps.packed import PackedSteps
 from megatron_prefix.data.steps.packing import deal, pack_step
 from megatron_prefix.data.steps.rows import row_items
 from megatron_prefix.data.steps.sharing import Bundle, all_bundles, bundles_of
+from megatron_prefix.data.steps.step_columns import StepColumns, step_columns
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
@@ -50,6 +51,12 @@ class Step:
     denominators: dict[str, float]
     num_pairs: int
     costs: list[float]
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """All bundles, in an order that does not depend on rows or ranks."""
+        bundles = [bundle for rank in self.rows for row in rank for bundle in row]
+        return sorted(bundles, key=lambda bundle: (bundle.slot, bundle.item))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,6 +143,10 @@ class Sampler:
             costs=[sum(costs[i] for i in share) for share in dealt],
         )
 
+    def columns(self, step: Step) -> StepColumns:
+        """A step as one table of all ranks' responses and pairs."""
+        return step_columns(self.dataset, step.bundles, self.sharing, self.weighting)
+
     def micro_batches(self, step: Step, rank: int = 0) -> list[MicroBatch]:
         """One rank's rows of a step, ready for the model."""
         collate = collate_padded if self.micro_batch_size else collate_packed
@@ -159,7 +170,7 @@ class Sampler:
         # Rows that were packed under another sharing mode may be too long under this one. The step
         # then keeps its groups, and they are packed again.
         if isinstance(composition, RowBatches):
-            rows = [self._bundles(row) for row in composition.rows(step)]
+            rows = self._fixed_rows(composition.rows(step))
             if all(sum(b.num_tokens for b in row) <= self.row_capacity for row in rows):
                 return _with_empty_rows(rows, multiple)
         bundles = self._bundles(groups)
@@ -173,13 +184,23 @@ class Sampler:
         packed = pack_step(tokens, self.row_capacity, multiple, costs, packed, self.packing_method)
         return [[bundles[i] for i in row] for row in packed]
 
+    def _fixed_rows(self, rows: list[np.ndarray]) -> list[Row]:
+        """Rows of groups. Slots count through them: rows [7 4] and [7] have slots [0 1] and [2]."""
+        firsts = np.cumsum([0, *map(len, rows)])
+        return [self._bundles(row, int(first)) for row, first in zip(rows, firsts, strict=False)]
+
     def _cost(self, bundle: Bundle) -> float:
         if self.cost is None:
             return float(bundle.num_tokens)
         return bundle_work(self.dataset, bundle, self.sharing).cost(self.cost)
 
-    def _bundles(self, groups: Iterable[int]) -> Row:
-        return [b for g in groups for b in bundles_of(self.dataset, int(g), self.sharing)]
+    def _bundles(self, groups: Iterable[int], first: int = 0) -> Row:
+        """The bundles of a step's groups in their order; the first group has slot `first`."""
+        return [
+            replace(bundle, slot=slot)
+            for slot, group in enumerate(groups, first)
+            for bundle in bundles_of(self.dataset, int(group), self.sharing)
+        ]
 
     def _fixed_size(self, bundles: Row, micro_batch_size: int) -> list[Row]:
         """Whole bundles in their order, at most `micro_batch_size` sequences per row."""

@@ -25,11 +25,16 @@ SHARING_MODES = ("tree", "pair", "response", "none")
 
 @dataclass(frozen=True)
 class Bundle:
-    """Part `item` of a group: the index of a pair, or of a comparison set, or 0 for the tree."""
+    """Part `item` of a group: the index of a pair, or of a comparison set, or 0 for the tree.
+
+    `slot` is the group's place in its step: a step that crosses the end of an epoch can have a
+    group twice.
+    """
 
     group: int
     item: int
     num_tokens: int
+    slot: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +66,23 @@ def bundles_of(dataset: PreferenceDataset, group: int, sharing: str) -> list[Bun
     if sharing == "pair":
         tokens = tokens - dataset.response_prompts[r0:r1].astype(np.int64)[sides].min(axis=1)
     return [Bundle(group, i, int(n)) for i, n in enumerate(tokens)]
+
+
+def bundle_parts(
+    dataset: PreferenceDataset, bundle: Bundle, sharing: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The responses and the pairs of a bundle, as indices within its group and in the order of its
+    `view`, from the data set's columns alone."""
+    r0, r1 = (int(x) for x in dataset.group_responses[bundle.group : bundle.group + 2])
+    p0, p1 = (int(x) for x in dataset.group_pairs[bundle.group : bundle.group + 2])
+    if sharing == "tree":
+        return np.arange(r1 - r0), np.arange(p1 - p0)
+    sides = np.asarray(dataset.pair_responses[p0:p1], np.int64)
+    if sharing == "response":
+        sets = np.asarray(dataset.response_sets[r0:r1])
+        is_own = sets == bundle.item
+        return np.flatnonzero(is_own), np.flatnonzero(is_own[sides[:, 0]])
+    return sides[bundle.item], np.array([bundle.item])
 
 
 def all_bundles(dataset: PreferenceDataset, sharing: str) -> tuple[np.ndarray, ...]:

@@ -11,14 +11,13 @@ import pytest
 from tiny_models import tiny_config
 
 from megatron_prefix.config import LossConfig
+from megatron_prefix.data.steps.step_columns import dataset_members, pair_responses
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.train.evaluation import (
     dataset_inputs,
-    dataset_members,
     evaluate,
     own_tokens,
-    pair_responses,
     preference_metrics,
     response_records,
 )

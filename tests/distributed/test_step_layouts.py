@@ -1,0 +1,110 @@
+"""Objectives that need the whole step, in layouts of two processes: every one follows one process.
+
+Every rank computes the loss of the same table, and the passes see the same weights, also while
+these are still being gathered.
+"""
+
+from __future__ import annotations
+
+import pytest
+from ranked_sets import write_ranked_set
+from runs import (
+    NUM_GROUPS,
+    NUM_STEPS,
+    TIMEOUT_S,
+    Runs,
+    assert_same_history,
+    assert_same_weights,
+    on_processes,
+)
+
+SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
+SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
+MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24, "num_layers": 2}
+BALANCED = {**MOE, "moe_aux_loss_coeff": 0.05}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2, CP2 = {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+ZERO = {"use_distributed_optimizer": True}
+OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+AOT = {"loss_type": "aot"}
+LIST = {"loss_type": ["aot_unpaired", "sft"], "ld_alpha": 0.25}
+ALONE = {  # name: loss section, model section beside the sizes
+    "aot": (AOT, {}),
+    "list": (LIST, {}),
+    "aot moe": (AOT, MOE),
+    "aot balanced": (AOT, BALANCED),
+}
+OF_TWO = {  # name: layout, what is added to the model, the run of one process
+    "aot tp2sp": (TP2SP, {}, "aot"),
+    "aot pp2 full": (PP2, FULL, "aot"),
+    "aot vpp2": (VPP2, {}, "aot"),
+    "aot cp2": (CP2, {}, "aot"),
+    "aot dp2 overlaps": (OVERLAP, {}, "aot"),
+    "list cp2": ({**CP2, "cp_comm": "all_to_all"}, {}, "list"),
+    "list dp2 zero": (ZERO, {}, "list"),
+    "moe ep2 overlaps": ({**OVERLAP, "expert_model_parallel_size": 2}, {}, "aot moe"),
+    "balanced pp2": (PP2, {}, "aot balanced"),
+}
+OF_FOUR = {
+    "aot tp2pp2sp": ({**TP2SP, **PP2}, {}, "aot"),
+    "aot vpp2dp2 overlaps": ({**VPP2, **OVERLAP}, {}, "aot"),
+    "list dp2cp2 zero": ({**CP2, **ZERO}, {}, "list"),
+}
+
+
+def command(runs: Runs, name: str, layout: dict, added: dict, alone: str) -> list[str]:
+    loss, model = ALONE[alone]
+    return runs.train(name, parallel=layout, model={**SIZES, **model, **added}, loss=loss)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    folder = tmp_path_factory.mktemp("step objectives")
+    data = write_ranked_set(folder / "ranked", 0, NUM_GROUPS, weighted=False)
+    runs = Runs(folder, data, row_capacity=160)
+    runs.valid = write_ranked_set(folder / "held-out", 1, 5, weighted=False)
+    alone = [command(runs, name, {}, {}, name) for name in ALONE]
+    on_processes(1, folder, alone, TIMEOUT_S)
+    of_two = [command(runs, name, *case) for name, case in OF_TWO.items()]
+    on_processes(2, folder, of_two, 2 * TIMEOUT_S)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs_of_four(runs) -> Runs:
+    of_four = [command(runs, name, *case) for name, case in OF_FOUR.items()]
+    on_processes(4, runs.folder, of_four, 2 * TIMEOUT_S)
+    return runs
+
+
+def check(runs: Runs, name: str, follows: str) -> None:
+    ours, theirs = runs.lines(name), runs.lines(follows)
+    assert_same_history(ours, theirs)
+    assert_same_weights(runs, name, follows)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in ("nll_loss", "moe/aux_loss", "rewards/chosen"):
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (a["step"], key)
+    differences = [row["logps/pass_difference"] for row in ours if "loss" in row]
+    assert len(differences) == NUM_STEPS and max(differences) <= 1e-5
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes_follow_one(runs, name):
+    check(runs, name, OF_TWO[name][2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_follow_one(runs_of_four, name):
+    check(runs_of_four, name, OF_FOUR[name][2])
+
+
+def test_the_runs_differ(runs):
+    """So the comparison can fail."""
+    losses = [runs.lines(name)[-1]["eval_loss"] for name in ALONE]
+    assert len({round(loss, 4) for loss in losses}) == len(losses)

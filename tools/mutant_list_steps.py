@@ -1,0 +1,43 @@
+"""Mutants of objectives that need the whole step; see `mutants.py`."""
+
+from __future__ import annotations
+
+from mutant_list import Mutant
+
+STEP_MUTANTS = (
+    Mutant(
+        "the table of a step keyed by group",
+        "data/steps/sampler.py",
+        "replace(bundle, slot=slot)",
+        "replace(bundle, slot=int(group))",
+        "unit/data/steps/test_step_columns.py",
+    ),
+    Mutant(
+        "heads put where the other side's belong",
+        "engine/table.py",
+        "2 * pairs[:, None] + np.arange(2)",
+        "2 * pairs[:, None] + 1 - np.arange(2)",
+        "unit/engine/test_table.py",
+    ),
+    Mutant(
+        "the two passes not compared",
+        "train/two_passes.py",
+        "if excess_of_all <= 1:",
+        "if True:",
+        "numerics/test_step_objectives.py",
+    ),
+    Mutant(
+        "every rank reports the whole step",
+        "train/two_passes.py",
+        "return value if world.data_rank == 0 else torch.zeros_like(value)",
+        "return value",
+        "distributed/test_step_layouts.py",
+    ),
+    Mutant(
+        "a held-out set sorted as a whole",
+        "train/evaluation.py",
+        "for start in range(0, len(dataset), block_size):",
+        "block_size = len(dataset)\n    for start in range(0, len(dataset), block_size):",
+        "numerics/test_step_objectives.py",
+    ),
+)
