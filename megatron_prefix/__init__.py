@@ -33,12 +33,8 @@ if TYPE_CHECKING:
         transformer_config,
     )
     from megatron_prefix.model.spec import tree_layer_spec
-    from megatron_prefix.objectives import (
-        LossOutputs,
-        dpo_loss,
-        ipo_loss,
-        register_objective,
-    )
+    from megatron_prefix.objectives import LossOutputs, register_objective
+    from megatron_prefix.objectives.pairwise import dpo_loss, ipo_loss
     from megatron_prefix.objectives.record import FirstValue, ObjectiveRecord, Option
     from megatron_prefix.objectives.reward import bradley_terry_loss
     from megatron_prefix.reference import PrecomputedReference, model_fingerprint
@@ -65,12 +61,8 @@ else:
             "transformer_config",
         ],
         model__spec=["tree_layer_spec"],
-        objectives=[
-            "LossOutputs",
-            "dpo_loss",
-            "ipo_loss",
-            "register_objective",
-        ],
+        objectives=["LossOutputs", "register_objective"],
+        objectives__pairwise=["dpo_loss", "ipo_loss"],
         objectives__record=["FirstValue", "ObjectiveRecord", "Option"],
         objectives__reward=["bradley_terry_loss"],
         platform=[],

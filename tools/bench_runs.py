@@ -89,7 +89,8 @@ class Built:
         """Reference log-probabilities of the responses in a run's steps, as if read from a sidecar.
         Scoring the whole data set would take too long for a benchmark."""
         from megatron_prefix.engine.batch import to_device
-        from megatron_prefix.reference.model import PrecomputedReference, response_index
+        from megatron_prefix.reference.model import PrecomputedReference
+        from megatron_prefix.reference.places import response_index
 
         for chunk in self.policy.chunks:
             chunk.eval()  # a step makes it train again

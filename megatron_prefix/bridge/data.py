@@ -241,6 +241,11 @@ def preference_data(
             f"loss.loss_type = {objective.name}: looks at all responses of a step, which needs two "
             "passes over it, and Bridge's loop has one: use megatron-prefix train"
         )
+    if objective.mixture is not None:
+        raise ValueError(
+            "loss.references: in Bridge a policy has one reference: set loss.ref_logps, or use "
+            "megatron-prefix train"
+        )
     if objective.reference == "precomputed" and not (loss.ref_logps and ref_fingerprint):
         raise ValueError(
             f"loss.ref_logps = {loss.ref_logps} and ref_fingerprint = {ref_fingerprint}: "

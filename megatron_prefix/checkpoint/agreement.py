@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron_prefix.errors import InputError
 
-RUN, SCHEDULE, MODEL = "run", "schedule", "model_sizes"
+RUN, SCHEDULE, MODEL, OBJECTIVE = "run", "schedule", "model_sizes", "objective_state"
 """Entries of a checkpoint beside its tensors: settings that must stay, settings that may change,
-and the model's sizes."""
+the model's sizes, and what the objective keeps."""
 EARLIER = {
     "loss.comparisons": "all",
+    "loss.references": None,
     "data.sharing": None,
     "data.row_capacity": None,
     "data.packing_method": None,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_prefix.checkpoint import torch_dist
-from megatron_prefix.checkpoint.agreement import MODEL, check_model
+from megatron_prefix.checkpoint.agreement import MODEL, OBJECTIVE, check_model
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
 
@@ -15,16 +15,17 @@ _OF_HEADS = ("kind", "untie_embeddings_and_output_weights")
 """Keys of `model_sizes` that describe the head."""
 
 
-def load_only_weights(path: Path, chunks: list[torch.nn.Module], keeps_head: bool) -> None:
-    """Load the weights of the checkpoint in the folder `path`. Collective.
+def load_only_weights(path: Path, chunks: list[torch.nn.Module], keeps_head: bool) -> dict:
+    """Load the weights of the checkpoint in the folder `path`, and return what its objective kept.
+    Collective.
 
     With `keeps_head`, a reward model loads a language model's checkpoint and keeps its own head.
     Of another program's checkpoint only the tensors are read, so only their names and shapes are
     compared with this model. Raises InputError.
     """
-    ours, saved = model_sizes(chunks), None
-    if not torch_dist.is_foreign(path):
-        saved = torch_dist.load_common(path).get(MODEL)
+    ours = model_sizes(chunks)
+    common = {} if torch_dist.is_foreign(path) else torch_dist.load_common(path)
+    saved = common.get(MODEL)
     state = model_state(chunks)
     unread: tuple[str, ...] = ()
     if keeps_head:
@@ -37,6 +38,7 @@ def load_only_weights(path: Path, chunks: list[torch.nn.Module], keeps_head: boo
     if saved is not None:
         check_model(path, saved, ours)
     load_model(chunks, torch_dist.load(state, path, unread))
+    return dict(common.get(OBJECTIVE, {}))
 
 
 def _without_head(tensors: dict) -> dict:

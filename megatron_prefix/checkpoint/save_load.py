@@ -28,6 +28,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.agreement import (
     MODEL,
+    OBJECTIVE,
     RUN,
     SCHEDULE,
     check_model,
@@ -92,13 +93,14 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return iteration_dir(path, step)
 
 
-def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bool = False) -> None:
-    """Load only the weights of a checkpoint, as `resolve_checkpoint` finds it. Collective.
+def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bool = False) -> dict:
+    """Load only the weights of a checkpoint, as `resolve_checkpoint` finds it, and return what its
+    objective kept. Collective.
 
     With `keeps_head`, a reward model loads a language model's checkpoint and keeps its own head.
     Raises InputError.
     """
-    load_only_weights(resolve_checkpoint(path), chunks, keeps_head)
+    return load_only_weights(resolve_checkpoint(path), chunks, keeps_head)
 
 
 class RunCheckpoints:
@@ -223,12 +225,14 @@ class RunCheckpoints:
         schedule: dict[str, Any],
         attach: Callable[[Path], None],
         value: float | None = None,
+        objective_state: dict[str, Any] | None = None,
     ) -> None:
         """Write the state after `step` steps, and remove what is not kept. Collective.
 
         A resumed run must have the same `identity`, and is told where its `schedule` differs.
         `attach` puts more files into the folder. `value` is the metric that decides which
         checkpoint is the best, if the state was evaluated.
+        `objective_state` are plain values, the same on every rank, which `load` gives back.
         Raises RunError if the disk cannot take it; the previous checkpoint is then unchanged.
         """
         # All ranks write into one folder, so its random name comes from one of them.
@@ -241,6 +245,7 @@ class RunCheckpoints:
             state = _sharded_state(chunks, optimizer)
             state |= {"scheduler": scheduler.state_dict(), "step": step}
             state |= {RUN: identity, SCHEDULE: schedule, MODEL: model_sizes(chunks)}
+            state[OBJECTIVE] = objective_state or {}
             state["use_distributed_optimizer"] = is_distributed(optimizer)
             torch_dist.save(state, partial)
             torch_dist.on_main(lambda: attach(partial))
@@ -285,12 +290,14 @@ class RunCheckpoints:
         scheduler: OptimizerParamScheduler,
         identity: dict[str, Any],
         schedule: dict[str, Any],
+        restore_objective: Callable[[dict[str, Any]], None] | None = None,
     ) -> list[str]:
         """Restore the state after `step` steps. Collective.
 
         The settings of optimizer and schedule are those of this run's configuration; returns what
         differs from the saved run's, and what could not be compared, as texts. Raises InputError
-        if another run saved the checkpoint, or if it is damaged.
+        if another run saved the checkpoint, or if it is damaged. `restore_objective` is called
+        with the objective's state, before any weight is read.
         """
         path = iteration_dir(self.root, step)
         # Kind, run and sizes are compared before any weight is read.
@@ -298,6 +305,8 @@ class RunCheckpoints:
         check_kind(path, model_sizes(chunks)["kind"])
         unnamed = check_run(path, common.get(RUN), identity)
         check_model(path, common.get(MODEL), model_sizes(chunks))
+        if restore_objective is not None:
+            restore_objective(common.get(OBJECTIVE, {}))
         request = _sharded_state(chunks, optimizer, is_loading=True)
         request_main_weights(request["optimizer"], torch_dist.tensor_names(path))
         # Older checkpoints do not say which kind of optimizer they are of: the run's own.

@@ -67,6 +67,8 @@ def _is_unicode(text: str) -> bool:
     return not any(0xD800 <= ord(character) < 0xDC00 for character in text)
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+"""Name of a data set or a reference, in metrics."""
 LONGEST_PATH = 4095
 """Linux's limit, in bytes there."""
 PathText = Annotated[str, AfterValidator(_check_path)]

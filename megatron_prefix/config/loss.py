@@ -7,10 +7,28 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
-from megatron_prefix.config.bounds import KNOWN_KEYS, NonNegative, PathText, Positive, Switch
+from megatron_prefix.config.bounds import (
+    KNOWN_KEYS,
+    Count,
+    NonNegative,
+    PathText,
+    Positive,
+    SetName,
+    Switch,
+)
 
 MOST_MEMBERS = 16
 """Loss types of a list."""
+MOST_REFERENCES = 64
+WEIGHTINGS = (
+    "uniform",
+    "adaptive",
+    "validation_confidence",
+    "validation_accuracy",
+    "sliding_window",
+    "thompson",
+)
+"""How references are weighted, if no list of weights is given."""
 
 
 def _loss_types(value: Any) -> str | list[str]:
@@ -24,8 +42,35 @@ def _loss_types(value: Any) -> str | list[str]:
     return list(value)
 
 
+def _reference_weights(value: Any) -> str | list[float]:
+    """A name, or a list of weights."""
+    if isinstance(value, str):
+        if value in WEIGHTINGS:
+            return value
+    elif isinstance(value, list) and value and all(map(_is_weight, value)):
+        return [float(x) for x in value]
+    raise ValueError(f"expected one of {', '.join(WEIGHTINGS)}, or a list of weights from 0")
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+LARGEST = 1e9
+"""Largest weight of a reference."""
 LossTypes = Annotated[str | list[str], PlainValidator(_loss_types)]
+ReferenceWeights = Annotated[str | list[float], PlainValidator(_reference_weights)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+
+
+@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
+class ReferenceFile:
+    """One of several references."""
+
+    name: SetName
+    """Name in metrics."""
+    ref_logps: PathText
+    """Sidecar for `data.train` that `score --output` wrote, with any model."""
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
@@ -98,6 +143,28 @@ class LossConfig:
     objective has a reference, else `none`."""
     ref_logps: PathText | None = None
     """Sidecar for `data.train` that `score --output` wrote; with `reference: precomputed`."""
+    references: (
+        Annotated[tuple[ReferenceFile, ...], Field(min_length=1, max_length=MOST_REFERENCES)] | None
+    ) = None
+    """Several references, each a sidecar with a name, instead of `reference` and `ref_logps`."""
+    reference_mixture: Literal["multi_dpo", "harmonic", "geometric"] | None = None
+    """How `references` become one: the weighted mean of the losses with each (`multi_dpo`), the
+    weighted harmonic mean of their probabilities (MRPO), or the geometric one. `multi_dpo` if not
+    given."""
+    reference_weights: ReferenceWeights | None = None
+    """Weight of each reference: a list, which is divided by its sum, or the name of a rule.
+    `uniform` if not given."""
+    reference_clip: Positive | None = None
+    """For `harmonic`: by how much a log-probability may differ from the anchor's, relative to it,
+    both sides of a pair together. 0.1 if not given."""
+    reference_clip_split: Switch | None = None
+    """For `harmonic`: `reference_clip` is divided among the sides of a pair (true, if not given),
+    or each side has the whole of it."""
+    reference_anchor: SetName | None = None
+    """The reference that others are clipped around, and from which the first step's rewards are
+    checked. If not given, the one whose model is the initial policy."""
+    reference_window: Count | None = None
+    """For `sliding_window`: how many pairs of earlier steps count. 256 if not given."""
 
 
 RETIRED = {

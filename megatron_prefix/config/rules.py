@@ -153,12 +153,8 @@ def _model_faults(model: ModelConfig) -> Iterator[str]:
 
 
 def _run_faults(config: Config) -> Iterator[str]:
-    train, loss = config.train, config.loss
-    if (loss.reference == "precomputed") != (loss.ref_logps is not None):
-        yield (
-            f"loss.ref_logps = {loss.ref_logps}: needed with loss.reference: precomputed, "
-            "and only there"
-        )
+    train = config.train
+    yield from _reference_faults(config)
     if (train.steps is None) == (train.epochs is None):
         yield f"train.steps = {train.steps} and train.epochs = {train.epochs}: give exactly one"
     yield from config.optimizer.faults()
@@ -173,3 +169,26 @@ def _run_faults(config: Config) -> Iterator[str]:
         yield "train.load_fallback is set but train.load is not: name a directory, or remove it"
     if train.eval_interval is not None and config.data.valid is None:
         yield "train.eval_interval is set but data.valid is not: name a data set"
+
+
+def _reference_faults(config: Config) -> Iterator[str]:
+    """Where the reference's log-probabilities come from; which references is objectives' matter."""
+    loss = config.loss
+    if loss.references is None:
+        if (loss.reference == "precomputed") != (loss.ref_logps is not None):
+            yield (
+                f"loss.ref_logps = {loss.ref_logps}: needed with loss.reference: precomputed, "
+                "and only there"
+            )
+        return
+    if loss.ref_logps is not None:
+        yield (
+            f"loss.ref_logps = {loss.ref_logps} with loss.references, which name their own files: "
+            "remove one"
+        )
+    weights = loss.reference_weights
+    if weights in ("validation_confidence", "validation_accuracy") and config.data.valid is None:
+        yield (
+            f"loss.reference_weights = {weights} and data.valid is not set: name the data set that "
+            "the references are judged on"
+        )

@@ -20,6 +20,7 @@ from megatron_prefix.config.bounds import (
     PerStep,
     Seed,
     SetEpochs,
+    SetName,
     Share,
     Steps,
     Switch,
@@ -54,7 +55,6 @@ def _form(value: object) -> str:
 
 
 MetricName = Annotated[str, Field(pattern=r"^eval_[A-Za-z0-9_./-]{1,200}$")]
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 TrainSets = Annotated[
     Annotated[PathText, Tag("(one)")] | Annotated[tuple[TrainSet, ...], Tag("(list)")],
     Discriminator(lambda value: "(one)" if _form(value) == "(names)" else _form(value)),

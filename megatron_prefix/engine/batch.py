@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_prefix.attention import TreePackedSeqParams, TreePlan
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.data.steps import MicroBatch
-from megatron_prefix.objectives import LossInputs, ScoreParts
+from megatron_prefix.objectives import LossInputs, ReferenceColumns, ScoreParts
 from megatron_prefix.platform import on_device
 
 
@@ -30,7 +30,8 @@ class TrainBatch:
     responses; pair_weights and pair_margins float64 [P], a margin NaN if the data has none;
     ranks int64 [R], labels float64 [R] and members int64 [S, K] as in MicroBatch; denominators are
     those of the step, None if the row is the whole step; ref_logps float64 [R] and ref_heads
-    float64 [P, 2] are None if there is no reference. With `parts.heads`, head_order and
+    float64 [P, 2] are None if there is no reference; with several `references` they are those of
+    the anchor. With `parts.heads`, head_order and
     head_offsets [2P + 1] are like those of responses, for the first tokens of each side of a pair.
     slopes are, in the second pass over a step, the slope of the step's loss for each value of
     `response_scores`, float64; else None. With `params.share`, tokens and targets are those that
@@ -54,6 +55,7 @@ class TrainBatch:
     head_offsets: Tensor | None = None
     ref_logps: Tensor | None = None
     ref_heads: Tensor | None = None
+    references: ReferenceColumns | None = None
     slopes: Tensor | None = None
 
     def with_slopes(self, slopes: Tensor) -> TrainBatch:
@@ -62,13 +64,28 @@ class TrainBatch:
     def with_reference(self, ref_logps: Tensor, ref_heads: Tensor | None = None) -> TrainBatch:
         return replace(self, ref_logps=ref_logps, ref_heads=ref_heads)
 
+    def with_several_references(self, references: ReferenceColumns) -> TrainBatch:
+        heads, anchor = references.heads, references.anchor
+        one = self.with_reference(
+            references.logps[anchor], None if heads is None else heads[anchor]
+        )
+        return replace(one, references=references)
+
     def with_scales(self) -> TrainBatch:
         """The same row, for which the head also gives scales (see TreePackedSeqParams)."""
         return replace(self, params=replace(self.params, with_scales=True))
 
-    def reference_scores(self) -> Tensor:
-        """What the reference gives in the place of `response_scores`, float64; no alignments."""
-        parts = [x.flatten() for x in (self.ref_logps, self.ref_heads) if x is not None]
+    def reference_scores(self, index: int | None = None) -> Tensor:
+        """What the reference, or the one of several with this index, gives in the place of
+        `response_scores`, float64; no alignments."""
+        columns: list[Tensor | None] = [self.ref_logps, self.ref_heads]
+        if index is not None and self.references is not None:
+            several = self.references
+            columns = [
+                several.logps[index],
+                None if several.heads is None else several.heads[index],
+            ]
+        parts = [x.flatten() for x in columns if x is not None]
         return torch.cat(parts)
 
     def for_reference(self) -> TrainBatch:
@@ -101,6 +118,7 @@ class TrainBatch:
             set_weights=weights,
             heads=heads,
             ref_heads=self.ref_heads,
+            references=self.references,
             alignments=alignments,
         )
 

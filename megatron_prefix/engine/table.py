@@ -18,7 +18,7 @@ evaluated on the CPU, where all ranks compute the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from megatron_prefix.data.steps import Sampler, Step, StepColumns
 from megatron_prefix.distributed import World
+from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.engine.step import objective_logs
-from megatron_prefix.objectives import LossInputs, Objective, ScoreParts
+from megatron_prefix.objectives import LossInputs, Objective, ReferenceColumns, ScoreParts
 from megatron_prefix.platform import on_device
 
 
@@ -78,7 +79,33 @@ class StepTable:
             own[on_device(places[: len(values)], own.device)] = values.to(own)
         return world.sum(own).cpu()
 
-    def loss(self, objective: Objective, scores: Tensor, reference: Tensor | None) -> TableLoss:
+    def gather_references(
+        self, batches: Sequence[TrainBatch], world: World
+    ) -> ReferenceColumns | None:
+        """Several references of all rows, on the CPU; None if the rows have one. Collective."""
+        first = batches[0].references
+        if first is None:
+            return None
+        logps, heads = [], []
+        for k in range(len(first.logps)):
+            vector = self.gather([batch.reference_scores(k) for batch in batches], world)
+            own, own_heads, _ = self.parts.split(vector, self.columns.num_entries)
+            logps.append(own)
+            heads.append(own_heads)
+        return replace(
+            first,
+            logps=torch.stack(logps),
+            weights=None if first.weights is None else first.weights.cpu(),
+            heads=None if first.heads is None else torch.stack(heads),
+        )
+
+    def loss(
+        self,
+        objective: Objective,
+        scores: Tensor,
+        reference: Tensor | None,
+        references: ReferenceColumns | None = None,
+    ) -> TableLoss:
         """Loss of the step and its slopes; `scores` and `reference` are tables of `gather`."""
         own = scores.detach().clone().requires_grad_()
         num_entries = self.columns.num_entries
@@ -92,6 +119,7 @@ class StepTable:
             ref_logps=ref_logps,
             heads=heads,
             ref_heads=ref_heads,
+            references=references,
             alignments=alignments,
         )
         with torch.enable_grad():

@@ -8,7 +8,8 @@ from typing import Any
 from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives.objective import Member, Objective
-from megatron_prefix.objectives.record import ObjectiveRecord, Option
+from megatron_prefix.objectives.record import ObjectiveRecord, Option, Unit
+from megatron_prefix.objectives.reference_checks import mixture_faults, mixture_of
 from megatron_prefix.objectives.registry import OBJECTIVES, find_record
 
 MODELS = {"lm": "a language model", "reward": "a reward model"}
@@ -33,13 +34,17 @@ def check(
         *_list_faults(loss, names),
         *(fault for x in chosen for fault in _kind_faults(x, model_kind, records)),
         *_option_faults(loss, chosen, records),
-        *_unit_faults(loss, chosen, records),
+        *_unit_faults(loss, chosen),
         *_reference_faults(loss, chosen),
+        *mixture_faults(loss, chosen, _units(loss, chosen)),
     ]
     if faults:
         raise InputError("; ".join(dict.fromkeys(faults)))
     needs = any(record.needs_reference() for record in chosen)
     reference = loss.reference or ("model" if needs else "none")
+    mixture = mixture_of(loss)
+    if mixture is not None:
+        reference = "precomputed"
     weights = loss.loss_weights or [1.0] * len(chosen)
     return Objective(
         name=" + ".join(names),
@@ -53,6 +58,7 @@ def check(
         comparisons=loss.comparisons or "all",
         ld_alpha=loss.ld_alpha,
         use_weighting=bool(loss.use_weighting),
+        mixture=mixture,
         is_list=not isinstance(loss.loss_type, str),
     )
 
@@ -184,17 +190,20 @@ def _value_faults(
             )
 
 
-def _unit_faults(
-    loss: LossConfig, chosen: Sequence[ObjectiveRecord], records: Mapping[str, ObjectiveRecord]
-) -> Iterator[str]:
-    """Units that do not go together, and settings of pairs without a loss over pairs."""
-    units = {
+def _units(loss: LossConfig, chosen: Sequence[ObjectiveRecord]) -> dict[str, Unit]:
+    """The unit of every objective that is not a likelihood, by name."""
+    return {
         record.name: record.unit_of(
             {name: _value(loss, name, option) for name, option in record.options.items()}
         )
         for record in chosen
         if not record.is_likelihood
     }
+
+
+def _unit_faults(loss: LossConfig, chosen: Sequence[ObjectiveRecord]) -> Iterator[str]:
+    """Units that do not go together, and settings of pairs without a loss over pairs."""
+    units = _units(loss, chosen)
     if len(set(units.values())) > 1:
         listed = ", ".join(f"{name} (per {unit})" for name, unit in units.items())
         yield f"loss.loss_type: a list cannot mix units: {listed}: take losses of one unit"

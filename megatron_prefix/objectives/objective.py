@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_prefix.objectives.record import LossOutputs, ObjectiveRecord, Unit
+from megatron_prefix.objectives.reference_mixtures import ReferenceMixture
 from megatron_prefix.objectives.table import LossInputs, ScoreParts
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class Objective:
     logp - log(sum over the vocabulary of p^2), without gradient. Zhou et al. 2024 (WPO, arXiv
     2406.11827), equation 4; not bounded by 1 as in the authors' code, but as in TRL. The
     denominator stays the sum of the pairs' own weights."""
+    mixture: ReferenceMixture | None = None
+    """How several references become one; None if there is one or none."""
     is_list: bool = False
     """Whether the configuration gives a list of loss types."""
 
@@ -171,13 +174,15 @@ class Objective:
     def first_value(self) -> float | None:
         """That loss, if it does not depend on the data; else None."""
         values = [member.first_value for member in self.members]
-        if self.use_weighting or any(value is None for value in values):
+        if self.use_weighting or self.mixture is not None or any(value is None for value in values):
             return None
         return sum(m.weight * x for m, x in zip(self.members, values, strict=True) if x is not None)
 
     @property
     def first_formula(self) -> str:
         """That loss as a formula."""
+        if self.mixture is not None:
+            return "the loss of the anchor's log-probabilities"
         parts = []
         for member in self.members:
             formula = member.record.first.formula if member.record.first is not None else ""
@@ -211,12 +216,19 @@ class Objective:
             self._log(sums, member, outputs, inputs, (numerator.detach(), own[member.unit]))
         for name, values in self._model_metrics(inputs).items():
             sums[name] = _mean(values)
+        if self.mixture is not None:
+            sums |= {name: _mean(x) for name, x in self.mixture.metrics(inputs).items()}
         return total, sums
 
     def _outputs(self, inputs: LossInputs) -> list[tuple[Member, LossOutputs]]:
         """A likelihood last, so that rewards are those of another member."""
         members = sorted(self.members, key=lambda member: member.record.is_likelihood)
-        return [(member, member.outputs(inputs)) for member in members]
+        return [(member, self._member_outputs(member, inputs)) for member in members]
+
+    def _member_outputs(self, member: Member, inputs: LossInputs) -> LossOutputs:
+        if self.mixture is None or not member.record.needs_reference():
+            return member.outputs(inputs)
+        return self.mixture.outputs(member.outputs, member.unit, inputs)
 
     def _log(
         self,

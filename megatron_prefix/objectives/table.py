@@ -41,6 +41,25 @@ class ScoreParts:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceColumns:
+    """What several references say of a table; K references."""
+
+    logps: Tensor
+    """Float64 [K, R]: log-probabilities under each."""
+    weights: Tensor | None
+    """Float64 [K]: the weights of the step, which sum to 1; None if they are made per pair."""
+    anchor: int
+    """The reference that others are clipped around; also the table's `ref_logps`."""
+    heads: Tensor | None = None
+    """Float64 [K, P, 2]: `ref_heads` under each."""
+
+    def part(self, responses: slice, pairs: slice) -> ReferenceColumns:
+        """Those of a part of the table."""
+        heads = None if self.heads is None else self.heads[:, pairs]
+        return replace(self, logps=self.logps[:, responses], heads=heads)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
     """Table of responses and their pairs: a row's in training, a data set's in evaluation.
 
@@ -74,18 +93,23 @@ class LossInputs:
     many as the shorter side has; None without `tail_weight`."""
     ref_heads: Tensor | None = None
     """Float64 [P, 2]: the same under the reference."""
+    references: ReferenceColumns | None = None
+    """Several references; `ref_logps` and `ref_heads` are then those of the anchor."""
+    ref_sides: Tensor | None = None
+    """Float64 [P, 2]: log-probabilities of both sides of the pairs under a mixture of references;
+    None if they are those of `ref_logps`."""
     tail_weight: float | None = None
     """What multiplies the log-probability of the tokens after the head; None: they count whole."""
     alignments: Tensor | None = None
     """Float64 [R]: see ScoreParts; None if no objective needs them."""
 
     @classmethod
-    def of_arrays(cls, columns: Mapping[str, np.ndarray], **tensors: Tensor | None) -> LossInputs:
+    def of_arrays(cls, columns: Mapping[str, np.ndarray], **tensors: Any) -> LossInputs:
         """A table on the CPU, from columns of the data by name, and what a model computed."""
         import torch
 
         data = {name: torch.from_numpy(column) for name, column in columns.items()}
-        return cls(**data, **tensors)  # type: ignore[arg-type]
+        return cls(**data, **tensors)
 
     def part(self, responses: slice, pairs: slice) -> LossInputs:
         """The table of consecutive responses and pairs, which have only each other."""
@@ -110,6 +134,7 @@ class LossInputs:
             set_weights=self.set_weights[own_sets],
             heads=of(self.heads, pairs),
             ref_heads=of(self.ref_heads, pairs),
+            references=None if self.references is None else self.references.part(responses, pairs),
             alignments=of(self.alignments, responses),
         )
 
@@ -139,10 +164,14 @@ class LossInputs:
 
     @property
     def ref_chosen_logps(self) -> Tensor:
+        if self.ref_sides is not None:
+            return self.ref_sides[:, 0]
         return self._side(self._reference(), self.ref_heads, 0)
 
     @property
     def ref_rejected_logps(self) -> Tensor:
+        if self.ref_sides is not None:
+            return self.ref_sides[:, 1]
         return self._side(self._reference(), self.ref_heads, 1)
 
     @property

@@ -2,17 +2,18 @@
 
 A frozen copy of the initial policy runs over each step's rows (`ModelReference`), or its
 log-probabilities are read from a file (`PrecomputedReference`). A reward model has no reference
-(`NoReference`).
+(`NoReference`). Several references, all from files, are in several.py.
 
 Shapes: R responses of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from megatron_prefix.engine import Feed, StepRows, TrainBatch, build_model, scor
 from megatron_prefix.model import TreeTransformerConfig, unwrap
 from megatron_prefix.objectives import Objective, ScoreParts
 from megatron_prefix.platform import on_device
+from megatron_prefix.reference.places import pair_index, response_index
+from megatron_prefix.reference.several import read_references
 from megatron_prefix.reference.sidecars import PartialScores, read_heads, read_sidecar
 
 SAVE_STEPS = 32
@@ -43,16 +46,65 @@ class Reference(Protocol):
         """Relative rounding by which the policy's own log-probabilities may differ from these while
         both are the same model; 0 if both are computed in the same way."""
 
-    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
-        """The same rows with reference log-probabilities."""
+    @property
+    def starts_policy(self) -> bool:
+        """Whether it is the policy's initial model, so that the first step can be checked."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it adds to the settings that a resumed run must have."""
+
+    @property
+    def anchor(self) -> int:
+        """The one of several references that `ref_logps` are of."""
+
+    def attach(
+        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+    ) -> list[TrainBatch]:
+        """The same rows with reference log-probabilities; `step` counts from 0."""
 
     def score(self, sampler: Sampler) -> np.ndarray | None:
-        """Log-probabilities of every response of the sampler's data set, float64 [responses];
-        None if there is no reference."""
+        """Log-probabilities of every response of the sampler's data set, float64 [responses], or
+        [K, responses] of several references; None if there is no reference."""
+
+    def weights(self, step: int) -> np.ndarray | None:
+        """Weight of each of several references in a step, float64 [K]."""
+
+    def state(self, step: int) -> dict[str, Any] | None:
+        """What a checkpoint after `step` steps has of it."""
+
+    def saved_weights(self, saved: dict[str, Any] | None, checkpoint: str) -> np.ndarray | None:
+        """`weights` from what a checkpoint has of it."""
+
+    def check_state(self, saved: dict[str, Any] | None, step: int) -> None:
+        """Raise InputError if a checkpoint of step `step` does not fit."""
+
+
+class OneReference:
+    """What is the same of a reference that is one model, or none."""
+
+    starts_policy = True
+    anchor = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def weights(self, step: int) -> np.ndarray | None:
+        return None
+
+    def state(self, step: int) -> dict[str, Any] | None:
+        return None
+
+    def saved_weights(self, saved: dict[str, Any] | None, checkpoint: str) -> np.ndarray | None:
+        return None
+
+    def check_state(self, saved: dict[str, Any] | None, step: int) -> None:
+        return
 
 
 @dataclass(frozen=True, eq=False)
-class ModelReference:
+class ModelReference(OneReference):
     """A frozen model, run forward over the rows."""
 
     chunks: list[torch.nn.Module]
@@ -60,7 +112,9 @@ class ModelReference:
     rounding: float
     parts: ScoreParts = ScoreParts()
 
-    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+    def attach(
+        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+    ) -> list[TrainBatch]:
         return with_reference(self.chunks, batches)
 
     def score(self, sampler: Sampler) -> np.ndarray:
@@ -68,7 +122,7 @@ class ModelReference:
 
 
 @dataclass(frozen=True, eq=False)
-class PrecomputedReference:
+class PrecomputedReference(OneReference):
     """Log-probabilities of every response of data sets, float64 [responses] by the data set's
     fingerprint; `dataset` is the one that rows are made of."""
 
@@ -108,7 +162,9 @@ class PrecomputedReference:
             }
         return cls(datasets[0], logps, rounding, heads)
 
-    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+    def attach(
+        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+    ) -> list[TrainBatch]:
         name = self.dataset.fingerprint
         attached = []
         for row, batch in zip(rows, batches, strict=True):
@@ -127,12 +183,14 @@ class PrecomputedReference:
 
 
 @dataclass(frozen=True)
-class NoReference:
+class NoReference(OneReference):
     """For objectives that compare with nothing, such as those of reward models."""
 
     rounding: float = 0.0
 
-    def attach(self, rows: list[MicroBatch], batches: list[TrainBatch]) -> list[TrainBatch]:
+    def attach(
+        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+    ) -> list[TrainBatch]:
         return batches
 
     def score(self, sampler: Sampler) -> None:
@@ -146,15 +204,32 @@ def open_reference(
     fingerprint: str | None,
     datasets: list[PreferenceDataset],
     world: World,
+    *,
+    sampler: Sampler | None = None,
+    valid: Sequence[PreferenceDataset] = (),
 ) -> Reference:
     """The reference that `objective` asks for; collective.
 
     `initial` gives the model's weights and `fingerprint` is that of the model; the first of
-    `datasets` is trained on. Raises InputError if a sidecar is of another model or data set.
+    `datasets` is trained on, in the steps of `sampler`. `valid` are the held-out data sets with
+    the pairs that enter the loss. Raises InputError if a sidecar is of another model or data set.
     """
     if objective.reference == "none":
         return NoReference()
     rounding = ROUNDING[config.model.dtype]
+    if objective.mixture is not None:
+        assert fingerprint is not None
+        return read_references(
+            config.loss,
+            objective.mixture,
+            fingerprint,
+            datasets,
+            rounding,
+            with_heads=objective.parts.heads,
+            sampler=sampler,
+            valid=valid,
+            seed=config.data.seed,
+        )
     if objective.reference == "precomputed":
         path = config.loss.ref_logps
         assert path is not None and fingerprint is not None
@@ -170,21 +245,6 @@ def open_reference(
 def frozen_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
     """This rank's chunks of a model that is never trained: no gradients, evaluation mode."""
     return [chunk.eval().requires_grad_(False) for chunk in build_model(config, world)]
-
-
-def response_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
-    """A row's responses as indices among all of the data set, int64 [R].
-
-    Groups of 2, 3 and 2 responses start at [0, 2, 5]: (group 1, response 2) is number 4.
-    """
-    groups, responses = row.response_ids[:, 0], row.response_ids[:, 1]
-    return np.asarray(dataset.group_responses)[groups] + responses
-
-
-def pair_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
-    """A row's pairs as indices among all of the data set, int64 [P]."""
-    whole = dataset.whole or dataset
-    return np.asarray(whole.group_pairs)[row.pair_ids[:, 0]] + row.pair_ids[:, 1]
 
 
 def with_reference(chunks: list[torch.nn.Module], batches: list[TrainBatch]) -> list[TrainBatch]:

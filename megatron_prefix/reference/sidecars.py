@@ -82,11 +82,17 @@ def _unwritten(path: str, error: Exception) -> RunError:
     )
 
 
-def read_sidecar(path: str, model: str, dataset: PreferenceDataset) -> np.ndarray:
+def sidecar_model(path: str) -> str:
+    """The fingerprint of the model that made a file which `read_sidecar` has read."""
+    with safe_open(path, "numpy") as file:
+        return str(json.loads(file.metadata()[HEADER])["model"])
+
+
+def read_sidecar(path: str, model: str | None, dataset: PreferenceDataset) -> np.ndarray:
     """The log-probabilities of `dataset`'s responses, float64 [responses].
 
     Raises InputError if the file is damaged, or was made with another model, data set or
-    tokenizer; the message has both fingerprints.
+    tokenizer; the message has both fingerprints. With `model` None any model is taken.
     """
     try:
         with safe_open(path, "numpy") as file:
@@ -138,9 +144,9 @@ def read_heads(path: str, dataset: PreferenceDataset) -> np.ndarray:
 
 
 def _check_origin(
-    path: str, saved_model: str, described: dict, model: str, dataset: PreferenceDataset
+    path: str, saved_model: str, described: dict, model: str | None, dataset: PreferenceDataset
 ) -> None:
-    if saved_model != model:
+    if model is not None and saved_model != model:
         raise InputError(
             f"{path}: made with a reference model of fingerprint {saved_model[:16]}…, but this "
             f"run's model has {model[:16]}…: score again with this run's model section, train.seed "

@@ -26,11 +26,17 @@ from megatron_prefix.data.steps import Sampler, StepColumns
 from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives import LossInputs, Objective, ScoreParts, check
+from megatron_prefix.objectives import (
+    LossInputs,
+    Objective,
+    ReferenceColumns,
+    ScoreParts,
+    check,
+)
 from megatron_prefix.reference import (
-    PrecomputedReference,
     frozen_model,
     model_fingerprint,
+    open_reference,
     score_dataset,
 )
 from megatron_prefix.train.data_checks import check_columns
@@ -73,8 +79,11 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         if objective.reference == "none":
             scores = _own_scores(objective, config, initial, model, weights, samplers, world)
             ref_logps: Sequence[np.ndarray | None] = [None] * len(samplers)
+            mixed: dict[str, Any] = {}
         else:
-            scores, ref_logps = _logps(objective, config, initial, model, weights, samplers, world)
+            scores, ref_logps, mixed = _logps(
+                objective, config, initial, model, weights, samplers, world
+            )
         if per_response is not None:
             key = PER_RESPONSE[config.model.kind]
             logps = [
@@ -86,7 +95,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     for name, sampler, own, reference in zip(datasets, samplers, scores, ref_logps, strict=True):
         prefix = f"{name}/" if name else ""
         block_size = evaluation_block(config)
-        values = preference_metrics(objective, sampler.dataset, own, reference, block_size)
+        values = preference_metrics(objective, sampler.dataset, own, reference, block_size, **mixed)
         metrics |= {f"{prefix}{key}": value for key, value in values.items()}
     return metrics
 
@@ -120,27 +129,30 @@ def _logps(
     weights: Path | None,
     samplers: list[Sampler],
     world: World,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, Any]]:
     """Log-probabilities of every response under policy and reference, float64 [responses] per
-    data set."""
+    data set, and the weights and the anchor of several references."""
     initial.load(model)
-    if objective.reference == "precomputed":
-        path = config.loss.ref_logps
-        assert path is not None
-        fingerprint, datasets = model_fingerprint(model), [s.dataset for s in samplers]
-        reference = PrecomputedReference.read(
-            path, fingerprint, datasets, with_heads=objective.parts.heads
-        )
-        ref_logps = [reference.score(sampler) for sampler in samplers]
-    else:
-        parts = ScoreParts(heads=objective.parts.heads)
-        ref_logps = [score_dataset(model, sampler, world, parts=parts) for sampler in samplers]
-        if weights is None and not objective.parts.alignments:
-            return ref_logps, ref_logps
-    if weights is not None:
-        load_weights(weights, model)
     parts = objective.parts
-    return [score_dataset(model, sampler, world, parts=parts) for sampler in samplers], ref_logps
+    mixed: dict[str, Any] = {}
+    if objective.reference == "precomputed":
+        datasets = [sampler.dataset for sampler in samplers]
+        fingerprint = model_fingerprint(model)
+        reference = open_reference(
+            objective, config, initial, fingerprint, datasets, world, valid=datasets
+        )
+        ref_logps = [x for x in map(reference.score, samplers) if x is not None]
+        mixed = {"weights": reference.weights(0), "anchor": reference.anchor}
+    else:
+        ref_parts = ScoreParts(heads=parts.heads)
+        ref_logps = [score_dataset(model, x, world, parts=ref_parts) for x in samplers]
+        if weights is None and not parts.alignments:
+            return ref_logps, ref_logps, {}
+    if weights is not None:
+        saved = load_weights(weights, model).get("references")
+        if objective.mixture is not None and objective.mixture.is_learned:
+            mixed["weights"] = reference.saved_weights(saved, str(weights))
+    return [score_dataset(model, x, world, parts=parts) for x in samplers], ref_logps, mixed
 
 
 def preference_metrics(
@@ -149,14 +161,18 @@ def preference_metrics(
     scores: np.ndarray,
     ref_logps: np.ndarray | None,
     block_size: int = EVALUATION_GROUPS,
+    *,
+    weights: np.ndarray | None = None,
+    anchor: int = 0,
 ) -> dict[str, float]:
     """The loss of the whole data set as one step, and the means of the objective's metrics. An
     objective that looks at the whole step sees `block_size` consecutive groups at a time.
 
     `scores` and `ref_logps` are as `score_dataset` returns them for the objective's parts, the
-    reference's without alignments; None if there is no reference.
+    reference's without alignments; None if there is no reference. Of several references they are
+    [K, …], with the `weights` [K] that they have and the one of them that is the `anchor`.
     """
-    inputs = dataset_inputs(objective, dataset, scores, ref_logps)
+    inputs = dataset_inputs(objective, dataset, scores, ref_logps, weights, anchor)
     if objective.needs_step:
         loss, sums = block_loss(objective, inputs, dataset, block_size)
     else:
@@ -194,25 +210,52 @@ def dataset_inputs(
     dataset: PreferenceDataset,
     scores: np.ndarray,
     ref_logps: np.ndarray | None,
+    weights: np.ndarray | None = None,
+    anchor: int = 0,
 ) -> LossInputs:
-    """A whole data set as one table."""
+    """A whole data set as one table; see `preference_metrics`."""
     num_responses = len(dataset.response_lengths)
     own, heads, alignments = objective.parts.split(scores, num_responses)
-    ref_heads = None
-    if ref_logps is not None:
-        ref_parts = ScoreParts(heads=objective.parts.heads)
-        ref_logps, ref_heads, _ = ref_parts.split(ref_logps, num_responses)
-    if heads is not None and ref_heads is not None and dataset.pair_numbers is not None:
-        heads, ref_heads = heads[dataset.pair_numbers], ref_heads[dataset.pair_numbers]
+    if heads is not None and dataset.pair_numbers is not None:
+        heads = heads[dataset.pair_numbers]
     columns = StepColumns.of_dataset(dataset, objective.weighting)
     return LossInputs.of_arrays(
         columns.arrays(),
         scores=torch.from_numpy(own),
-        ref_logps=_tensor(ref_logps),
+        **_of_references(objective, dataset, ref_logps, weights, anchor),
         heads=_tensor(heads),
-        ref_heads=_tensor(ref_heads),
         alignments=_tensor(alignments),
     )
+
+
+def _of_references(
+    objective: Objective,
+    dataset: PreferenceDataset,
+    ref_logps: np.ndarray | None,
+    weights: np.ndarray | None,
+    anchor: int,
+) -> dict[str, Any]:
+    """The columns of the table that are of one reference or several."""
+    if ref_logps is None:
+        return {"ref_logps": None}
+    parts, num_responses = ScoreParts(heads=objective.parts.heads), len(dataset.response_lengths)
+    logps, heads = [], []
+    for vector in np.atleast_2d(ref_logps):
+        own, own_heads, _ = parts.split(vector, num_responses)
+        logps.append(own)
+        if own_heads is not None:
+            numbers = dataset.pair_numbers
+            heads.append(own_heads if numbers is None else own_heads[numbers])
+    logps_KR = torch.from_numpy(np.stack(logps))
+    heads_KP2 = torch.from_numpy(np.stack(heads)) if heads else None
+    columns: dict[str, Any] = {"ref_logps": logps_KR[anchor]}
+    if heads_KP2 is not None:
+        columns["ref_heads"] = heads_KP2[anchor]
+    if objective.mixture is not None:
+        columns["references"] = ReferenceColumns(
+            logps=logps_KR, weights=_tensor(weights), anchor=anchor, heads=heads_KP2
+        )
+    return columns
 
 
 def _tensor(values: np.ndarray | None) -> torch.Tensor | None:

@@ -32,7 +32,8 @@ def save_rows(
     `row0_tokens`, `row0_lengths` and `row0_parents` (the layout's segments), the targets, the
     pairs with their weights and margins, `row0_response_ids` (group, response) with
     `row0_response_tokens`, ranks and labels, the members of the comparison sets, and
-    `row0_ref_logps` if there is a reference. Raises OSError.
+    `row0_ref_logps` if there is a reference; with several also `row0_references_logps` [K, R] and
+    the step's `row0_references_weights` [K]. Raises OSError.
     """
     arrays: dict[str, Any] = {"step": np.array(step)}
     for i, (row, batch) in enumerate(zip(rows, batches, strict=True)):
@@ -55,6 +56,10 @@ def save_rows(
         }
         if batch.ref_logps is not None:
             own["ref_logps"] = batch.ref_logps.cpu().numpy()
+        if batch.references is not None:
+            own["references_logps"] = batch.references.logps.cpu().numpy()
+            if batch.references.weights is not None:
+                own["references_weights"] = batch.references.weights.cpu().numpy()
         arrays |= {f"row{i}_{name}": array for name, array in own.items()}
     path = Path(directory) / file_name(step, rank)
     with path.open("wb") as file:

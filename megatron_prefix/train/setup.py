@@ -66,9 +66,24 @@ def prepare_trainer(
     world.beat("the initial weights")
     initial.load(chunks)
     fingerprint = model_fingerprint(chunks) if objective.reference != "none" else None
-    reference = open_reference(objective, config, initial, fingerprint, datasets, world)
+    reference = open_reference(
+        objective,
+        config,
+        initial,
+        fingerprint,
+        datasets,
+        world,
+        sampler=sampler,
+        valid=[held_out.dataset for held_out in valid_samplers.values()],
+    )
+    if not reference.starts_policy and world.is_main:
+        print(
+            f"the anchor {config.loss.reference_anchor} is not the policy's initial model: the "
+            "first step has no known loss and is not checked",
+            flush=True,
+        )
     policy = build_policy(chunks, model_config, config, num_steps)
-    identity = run_identity(config, objective, dataset, fingerprint)
+    identity = run_identity(config, objective, dataset, fingerprint) | reference.identity
     schedule = run_schedule(config, num_steps)
     step, changes = 0, []
     if config.train.load is not None:
@@ -77,7 +92,13 @@ def prepare_trainer(
         if step:
             world.beat(f"loading the checkpoint of step {step}")
             changes = checkpoints.load(
-                step, policy.chunks, policy.optimizer, policy.scheduler, identity, schedule
+                step,
+                policy.chunks,
+                policy.optimizer,
+                policy.scheduler,
+                identity,
+                schedule,
+                lambda saved: reference.check_state(saved.get("references"), step),
             )
     if world.is_main:
         _print_start(config, initial, step, changes)
@@ -104,6 +125,8 @@ def _resolved(config: Config, objective: Objective) -> Config:
     """`config` with every setting that the objective uses written out."""
     options = {name: x for name, x in objective.options.items() if x is not False}
     weighting = objective.weighting if objective.weighs_pairs else None
+    if objective.mixture is not None:
+        options |= objective.mixture.settings()
     loss = replace(config.loss, **options, reference=objective.reference, weighting=weighting)
     return replace(config, loss=loss)
 

@@ -77,6 +77,11 @@ class Trainer:
             with_table=self.objective.needs_step,
         )
 
+    @property
+    def checks_first_step(self) -> bool:
+        """Whether policy and reference are the same model before the first step."""
+        return self.objective.reference != "none" and self.reference.starts_policy
+
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until a signal asks to stop. Raises Stopped then."""
         settings = self.config.train
@@ -104,8 +109,8 @@ class Trainer:
         if self.config.model.moe_aux_loss_coeff:
             count = self._step_count(rows)
             batches = [batch.with_step_count(count) for batch in batches]
-        batches = self.reference.attach(rows, batches)
-        is_first = self.step == 0 and self.objective.reference != "none"
+        batches = self.reference.attach(rows, batches, self.step)
+        is_first = self.step == 0 and self.checks_first_step
         if is_first and self.reference.rounding:
             batches = [batch.with_scales() for batch in batches]
         logs, checks, batches, more = self._passes(step, batches, is_first)
@@ -155,8 +160,15 @@ class Trainer:
         parts = self.objective.parts
         scores = score_dataset(self.policy.chunks, sampler, self.world, parts=parts)
         ref_logps = self.valid_ref_logps[name]
-        block_size = evaluation_block(self.config)
-        metrics = preference_metrics(self.objective, sampler.dataset, scores, ref_logps, block_size)
+        metrics = preference_metrics(
+            self.objective,
+            sampler.dataset,
+            scores,
+            ref_logps,
+            evaluation_block(self.config),
+            weights=self.reference.weights(self.step),
+            anchor=self.reference.anchor,
+        )
         if not np.isfinite(list(metrics.values())).all():
             raise RunError(
                 f"the evaluation after step {self.step} is not finite (loss {metrics['loss']}): "
@@ -180,6 +192,7 @@ class Trainer:
             self.schedule,
             attach=self.initial.attach,
             value=value if step == self.step else None,
+            objective_state={"references": self.reference.state(self.step)},
         )
 
     def close(self, status: Status = "done") -> None:

@@ -68,7 +68,8 @@ def first_pass(
     if bad.any():
         names = table.responses(bad.numpy())
         return FirstPass(scores=scores, batches=batches, logs=[], starts=[], not_finite=names)
-    loss = table.loss(objective, own, reference)
+    references = table.gather_references(batches, world)
+    loss = table.loss(objective, own, reference, references)
     device = batches[0].tokens.device
     sloped = [
         batch.with_slopes(loss.slopes[torch.from_numpy(places)].to(device))

@@ -69,6 +69,8 @@ def split(inputs: LossInputs) -> list[LossInputs]:
         columns = {}
         for field in fields(inputs):
             value = getattr(inputs, field.name)
+            if value is None:
+                continue
             if field.name in ("margins", "pair_weights", "heads", "ref_heads"):
                 columns[field.name] = value[is_own]
             elif field.name not in ("pairs", "members", "set_weights", "tail_weight"):

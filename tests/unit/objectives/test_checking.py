@@ -11,9 +11,11 @@ from loss_tables import objective, outputs, table
 from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
+from megatron_prefix.objectives.reference_checks import KEYS
 from megatron_prefix.objectives.registry import OBJECTIVES
 
 SETTINGS = ("loss_type", "loss_weights", "weighting", "reference", "ref_logps", "comparisons")
+SETTINGS += ("references", *KEYS)
 GIVEN = {
     "beta": 0.2,
     "label_smoothing": 0.1,

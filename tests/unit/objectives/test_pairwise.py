@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_prefix.objectives import dpo_loss, ipo_loss
+from megatron_prefix.objectives.pairwise import dpo_loss, ipo_loss
 
 
 def pairs(*rows, requires_grad=False):

@@ -11,13 +11,21 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from mutant_list import MUTANTS  # noqa: E402
 from mutant_list_data import DATA_MUTANTS  # noqa: E402
+from mutant_list_references import REFERENCE_MUTANTS  # noqa: E402
+from mutant_list_steps import STEP_MUTANTS  # noqa: E402
 
-ALL = (*MUTANTS, *DATA_MUTANTS)
+LISTS = {
+    "mutant_list": MUTANTS,
+    "mutant_list_data": DATA_MUTANTS,
+    "mutant_list_references": REFERENCE_MUTANTS,
+    "mutant_list_steps": STEP_MUTANTS,
+}
+ALL = [mutant for mutants in LISTS.values() for mutant in mutants]
 
 
 def test_every_list_is_run():
     lists = {path.stem for path in (ROOT / "tools").glob("mutant_list*.py")}
-    assert lists == {"mutant_list", "mutant_list_data"}, "a list that nobody imports"
+    assert lists == set(LISTS), "a list that nobody imports"
 
 
 def test_names_are_unique():

@@ -1,0 +1,45 @@
+"""Mutants of several references; see `mutants.py`."""
+
+from __future__ import annotations
+
+from mutant_list import Mutant
+
+REFERENCE_MUTANTS = (
+    Mutant(
+        "labels of the step in its own window",
+        "reference/weights.py",
+        "        while step > 0 and missing > 0:\n            step -= 1\n"
+        "            pairs = self.pairs_of_step(step)\n",
+        "        step += 1\n        while step > 0 and missing > 0:\n            step -= 1\n"
+        "            pairs = self.pairs_of_step(step)\n",
+        "unit/reference/test_weights.py",
+    ),
+    Mutant(
+        "labels of the step in its own draw",
+        "reference/weights.py",
+        "weights[self._drawn(step, self._before(step))] = 1.0",
+        "weights[self._drawn(step, self._before(step + 1))] = 1.0",
+        "unit/reference/test_weights.py",
+    ),
+    Mutant(
+        "clip not divided among the sides",
+        "objectives/reference_mixtures.py",
+        "share_rejected = clip - share_chosen",
+        "share_rejected = clip",
+        "unit/objectives/test_reference_mixtures.py",
+    ),
+    Mutant(
+        "adaptive weights exchanged, as in the published code",
+        "objectives/reference_mixtures.py",
+        "decided = (chosen - rejected).abs()",
+        "decided = (chosen - rejected).abs().flip(0)",
+        "unit/objectives/test_reference_mixtures.py",
+    ),
+    Mutant(
+        "weights of the first step in every step",
+        "train/trainer.py",
+        "batches = self.reference.attach(rows, batches, self.step)",
+        "batches = self.reference.attach(rows, batches)",
+        "numerics/test_reference_runs.py",
+    ),
+)
