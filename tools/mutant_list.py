@@ -229,7 +229,7 @@ MUTANTS = (
     ),
     Mutant(
         "language model's checkpoint evaluated as a reward model",
-        "checkpoint/save_load.py",
+        "checkpoint/model_weights.py",
         'if (saved, kind) == ("lm", "reward"):',
         "if False:",
         "numerics/test_reward_runs.py",

@@ -109,7 +109,7 @@ class LossInputs:
         import torch
 
         data = {name: torch.from_numpy(column) for name, column in columns.items()}
-        return cls(**data, **tensors)
+        return cls(**data, **tensors)  # type: ignore[arg-type]
 
     def part(self, responses: slice, pairs: slice) -> LossInputs:
         """The table of consecutive responses and pairs, which have only each other."""
