@@ -49,21 +49,26 @@ LOSSES = {
         "reference_mixture": "geometric",
         "reference_weights": [1.0, 0.0, 3.0],
     },
-    "aot": {
-        "loss_type": ["aot", "sft"],
-        "reference_mixture": "harmonic",
-        "reference_weights": "sliding_window",
-    },
     "validation": {"reference_weights": "validation_accuracy"},
     "uniform": {},
 }
 
 
+STEP_LOSSES = {
+    "aot": {
+        "loss_type": ["aot", "sft"],
+        "reference_mixture": "harmonic",
+        "reference_weights": "sliding_window",
+    },
+    "aot multi": {"loss_type": "aot_unpaired", "reference_weights": "thompson"},
+}
+
+
 class Runs:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, weighted: bool = True) -> None:
         self.folder = folder
-        self.data = write_ranked_set(folder / "train", 0, 10)
-        self.valid = write_ranked_set(folder / "valid", 1, 6)
+        self.data = write_ranked_set(folder / "train", 0, 10, weighted=weighted)
+        self.valid = write_ranked_set(folder / "valid", 1, 6, weighted=weighted)
         self.references = write_references(folder / "references", self.config("score", "tree", {}))
         self.known: dict[tuple[str, str], list[dict]] = {}
 
@@ -84,7 +89,8 @@ class Runs:
         )
 
     def of(self, name: str, layout: str, **train):
-        return self.config(name, layout, {"references": self.references, **LOSSES[name]}, **train)
+        own = {**LOSSES, **STEP_LOSSES}[name]
+        return self.config(name, layout, {"references": self.references, **own}, **train)
 
     def __call__(self, name: str, layout: str = "tree") -> list[dict]:
         if (name, layout) not in self.known:
@@ -97,8 +103,15 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("references"))
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_rows_change_nothing(runs, name):
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Runs:
+    """Runs on pairs without weights."""
+    return Runs(tmp_path_factory.mktemp("plain"), weighted=False)
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *STEP_LOSSES])
+def test_rows_change_nothing(request, name):
+    runs = request.getfixturevalue("plain" if name in STEP_LOSSES else "runs")
     packed, unpacked = runs(name), runs(name, "unpacked")
     for a, b in zip(packed, unpacked, strict=True):
         assert a.keys() == b.keys()

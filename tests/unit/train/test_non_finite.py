@@ -48,7 +48,7 @@ def test_the_message_has_the_groups_of_the_other_rows():
 def test_the_file_has_all_that_makes_a_row(tmp_path, has_reference):
     rows = [row_of(3), row_of(7, 5)]
     ref_logps = [torch.arange(float(row.num_responses)) if has_reference else None for row in rows]
-    batches = [SimpleNamespace(ref_logps=x) for x in ref_logps]
+    batches = [SimpleNamespace(ref_logps=x, references=None) for x in ref_logps]
     path = save_rows(str(tmp_path), 12, 1, rows, batches)
     assert path == tmp_path / file_name(12, 1) == tmp_path / "nonfinite-step0000012-rank1.npz"
     with np.load(path, allow_pickle=False) as saved:
