@@ -16,12 +16,16 @@ import argparse
 import contextlib
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn, get_type_hints
 
 from megatron_prefix.errors import InputError, RunError, Stopped
 from megatron_prefix.faults import describe_fault
+from megatron_prefix.other_names import other_name
 from megatron_prefix.platform import end_with_parent
 
 COMMANDS = (
@@ -56,6 +60,19 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class _Version(argparse.Action):
+    """Prints the versions of this program and of what its results depend on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
+        names = ("megatron-prefix", "megatron-core", "torch", "transformers")
+        installed = []
+        for name in names:
+            with contextlib.suppress(PackageNotFoundError):
+                installed.append(f"{name} {version(name)}")
+        print(", ".join([*installed, f"Python {platform.python_version()}"]))
+        sys.exit(0)
+
+
 def _end_with_launcher() -> None:
     """Under torchrun, make the kernel end this process when the launcher dies.
 
@@ -82,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Exact prefix-sharing preference training on Megatron-Core.",
         epilog="megatron-prefix COMMAND --help lists the flags of a command.",
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         importlib.import_module(f"megatron_prefix.cli.{name}").add_parser(subparsers)
@@ -128,10 +146,34 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(x.startswith("-") for x in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(_unrecognized(rest, hasattr(args, "overrides")))
     if rest:  # overrides after a flag: argparse does not join them to those before it
         args.overrides += rest
     return args
+
+
+def _unrecognized(rest: list[str], takes_settings: bool) -> str:
+    """The message for unknown arguments. `takes_settings`: the command has section.key=value, and
+    flags of other programs are often such settings."""
+    hints = []
+    if takes_settings:
+        flags = [text.split("=")[0] for text in rest if text.startswith("--")]
+        answers = {flag: _setting(flag) or other_name(flag) for flag in flags}
+        hints = [f"for {flag} write {answer}" for flag, answer in answers.items() if answer]
+        if not hints:
+            hints = ["settings are section.key=value, for example optimizer.lr=1e-6"]
+    return "; ".join([f"unrecognized arguments: {' '.join(rest)}", *hints])
+
+
+def _setting(flag: str) -> str | None:
+    """The setting with the name of a flag: `--sequence-parallel` is parallel.sequence_parallel."""
+    from megatron_prefix.config import Config
+
+    name = flag.lstrip("-").replace("-", "_")
+    for section, hint in get_type_hints(Config).items():
+        if name in (field.name for field in fields(hint)):
+            return f"{section}.{name}=…"
+    return None
 
 
 if __name__ == "__main__":

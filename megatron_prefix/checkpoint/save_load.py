@@ -124,6 +124,10 @@ class RunCheckpoints:
         chosen. Raises InputError if the evaluation does not have it."""
         return self.keeping.value(metrics)
 
+    def best(self) -> dict | None:
+        """Step, metric and value of the best checkpoint, or None if none is noted."""
+        return read_best(Path(self.root))
+
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, or None if there is no checkpoint yet.
 

@@ -72,6 +72,11 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="PREFIX", help="write PREFIX.bin, .idx, .tree, .json"
     )
     parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a data set at PREFIX (default: it is an error)",
+    )
+    parser.add_argument(
         "--format",
         choices=("auto", *FORMAT_NAMES),
         default="auto",
@@ -227,6 +232,7 @@ def run(args: argparse.Namespace) -> None:
         on_contradiction=args.on_contradiction,
         on_error=args.on_error,
         strict=args.strict,
+        overwrite=args.overwrite,
         workers=args.workers,
     )
     with _Progress() as progress:

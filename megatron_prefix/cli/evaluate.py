@@ -6,8 +6,13 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
-from megatron_prefix.cli.options import add_config, quiet_megatron, read_config
+from megatron_prefix.cli.options import add_config, quiet_megatron, read_config, tell
+
+if TYPE_CHECKING:
+    from megatron_prefix.config import Config
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -34,9 +39,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+def _for_these_processes(config: Config) -> Config:
+    """One process evaluates any run's configuration: its layout is then that of one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+        return config
+    from megatron_prefix.config import ParallelConfig
+
+    own = config.parallel
+    one = ParallelConfig(distributed_timeout_minutes=own.distributed_timeout_minutes)
+    changed = [
+        f"parallel.{key} = {value}"
+        for key, value in asdict(own).items()
+        if value != getattr(one, key)
+    ]
+    if changed:
+        tell(f"evaluate: one process, so these have no effect: {', '.join(changed)}")
+    return replace(config, parallel=one)
+
+
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print the metrics."""
-    config = read_config(args)
+    config = _for_these_processes(read_config(args))
     quiet_megatron()
     from megatron_prefix.train import evaluate
 

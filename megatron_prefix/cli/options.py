@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -28,12 +30,18 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def tell(text: str) -> None:
+    """Print a line to standard error, of the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
 def read_config(args: argparse.Namespace) -> Config:
     """The checked configuration, its objective too. Raises InputError."""
     from megatron_prefix.config import load_config
     from megatron_prefix.objectives import check
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides, tell)
     try:
         check(config.loss, config.model.kind)
     except InputError as error:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_prefix.cli.options import tell
 from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _from_config(args: argparse.Namespace) -> Request:
             raise InputError(
                 f"--{flag} is set by --config: leave it out, or give {section}.{name}=VALUE"
             )
-    config = load_config(args.config, args.words)
+    config = load_config(args.config, args.words, tell)
     data = config.data
     if not data.packing:
         raise InputError(f"{args.config}: data.packing is false, so there are no rows to plan")

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -29,6 +30,15 @@ from megatron_prefix.config.loss import RETIRED
 from megatron_prefix.config.rules import check_rules
 from megatron_prefix.config.schema import Config
 from megatron_prefix.errors import InputError
+from megatron_prefix.other_names import other_name
+
+DEPENDENTS = {
+    "data.valid": ("train.eval_interval", "train.keep_best"),
+    "train.save": ("train.save_interval", "train.keep_last", "train.keep_best"),
+    "train.load": ("train.load_fallback",),
+    "loss.ref_logps": ("loss.reference",),
+}
+"""Settings that need another one."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -54,10 +64,18 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
     return Loader
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), tell: Callable[[str], None] = _to_stderr
+) -> Config:
     """Read and check a configuration.
 
-    `overrides` are `section.key=value` with the value in YAML. Raises InputError.
+    `overrides` are `section.key=value` with the value in YAML. One with the value null also unsets
+    the keys of the file that need it (DEPENDENTS), and `tell` gets a line about it. Raises
+    InputError.
     """
     try:
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), _yaml_loader())
@@ -69,8 +87,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"config {path}: expected sections (data, model, …), found {_shown(raw)}")
-    for override in overrides:
-        _apply_override(raw, override)
+    given = dict(_apply_override(raw, override) for override in overrides)
+    for setting in [setting for setting, value in given.items() if value is None]:
+        if unset := _unset_dependents(raw, setting, given):
+            tell(f"{setting}=null also unsets {', '.join(unset)}")
     # `loss:` with nothing below it is an empty section
     return parse_config({k: {} if v is None else v for k, v in raw.items()}, str(path))
 
@@ -89,7 +109,21 @@ def parse_config(raw: dict[str, Any], source: str = "config") -> Config:
     return config
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _unset_dependents(raw: dict[str, Any], setting: str, given: Collection[str]) -> list[str]:
+    """Remove what needs `setting` and is not `given` on the command line; returns its names."""
+    unset = []
+    for dependent in DEPENDENTS.get(setting, ()):
+        section, key = dependent.split(".")
+        settings = raw.get(section)
+        if dependent in given or not isinstance(settings, dict) or settings.get(key) is None:
+            continue
+        raw[section] = {name: value for name, value in settings.items() if name != key}
+        unset.append(dependent)
+    return unset
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, Any]:
+    """Returns the setting and its value."""
     path, equals, text = override.partition("=")
     section, dot, key = path.partition(".")
     if not (equals and dot and section and key):
@@ -103,6 +137,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not isinstance(raw.get(section) or {}, dict):
         raise InputError(f"override {_shown(override)}: {section} is not a section in the file")
     raw[section] = {**(raw.get(section) or {}), key: value}
+    return path, value
 
 
 def _explain(fault: ErrorDetails) -> str:
@@ -114,6 +149,8 @@ def _explain(fault: ErrorDetails) -> str:
         known = _known_keys(location[:-1])
         if location[:-1] == ("loss",) and location[-1] in RETIRED:
             return f"unknown key {setting} (write {RETIRED[str(location[-1])]})"
+        if (answer := _elsewhere(location)) is not None:
+            return f"unknown key {setting} (write {answer})"
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known) or 'none'}"
         return f"unknown key {setting} ({hint})"
@@ -121,6 +158,13 @@ def _explain(fault: ErrorDetails) -> str:
         return f"{setting} is missing"
     reason = f"{fault['msg'][0].lower()}{fault['msg'][1:]}"
     return f"{setting} = {_shown(fault['input'])}: {reason}"
+
+
+def _elsewhere(location: tuple[int | str, ...]) -> str | None:
+    """Where the key of `location` is, if it belongs to another section or program."""
+    name = str(location[-1])
+    sections = [key for key in _known_keys(()) if name in _known_keys((key,))]
+    return f"{sections[0]}.{name}" if len(sections) == 1 else other_name(name)
 
 
 def _shown(value: object) -> str:

@@ -13,6 +13,7 @@ from megatron_prefix.distributed import StopRequest, open_session, owned
 from megatron_prefix.errors import Stopped
 from megatron_prefix.objectives import check
 from megatron_prefix.trackers import Status
+from megatron_prefix.train.closing import closing_lines
 from megatron_prefix.train.samplers import open_plan, open_training_set, open_valid_sets
 from megatron_prefix.train.setup import make_outputs, prepare_trainer
 from megatron_prefix.train.trainer import Trainer
@@ -31,7 +32,10 @@ def train(config: Config) -> None:
         valid = open_valid_sets(config, world, needs_pairs=objective.needs_pairs)
         world.beat("preparation")
         with owned(make_outputs(config, world), world):
-            _run(prepare_trainer(config, dataset, valid, world, plan), stop)
+            trainer = prepare_trainer(config, dataset, valid, world, plan)
+            _run(trainer, stop)
+            if world.is_main:
+                print("\n".join(closing_lines(config, trainer.step)), flush=True)
 
 
 def _run(trainer: Trainer, stop: StopRequest) -> None:

@@ -146,7 +146,7 @@ def test_score_continues_when_there_is_room(dataset, tmp_path, capsys, num_bytes
 def test_two_processes_stop_together(dataset, tmp_path, limit):
     """No process waits for one that has failed, and one of them prints the message."""
     argv = config(tmp_path, dataset, steps=2)
-    with files_up_to(LIMITS[limit]):
+    with files_up_to(max(LIMITS[limit], 4000)):  # torchrun's own lines are in the log, too
         run = launch(argv, tmp_path / "log")
         assert run.wait() == 1
     log = run.log.read_text()

@@ -44,6 +44,9 @@ def build_dataset(
     InputError for bad input or settings; then no file remains.
     """
     options, started = options or BuildOptions(), time.monotonic()
+    if not options.overwrite:
+        for prefix in _outputs(output, options):
+            _check_unused(prefix)
     with contextlib.ExitStack() as stack:
         stack.enter_context(single_threaded_tokenizers())
         tables = [
@@ -60,6 +63,15 @@ def build_dataset(
             merge_prompts(sources, tables, report, _outputs(output, options))
     report.seconds = time.monotonic() - started
     return report
+
+
+def _check_unused(prefix: Path) -> None:
+    for suffix in (".json", ".bin", ".idx", ".tree"):
+        if (path := Path(f"{prefix}{suffix}")).exists():
+            raise InputError(
+                f"output {prefix}: {path} is there already: give another --output, or --overwrite "
+                "to replace it"
+            )
 
 
 def _outputs(output: str | Path, options: BuildOptions) -> list[Path]:
@@ -87,7 +99,8 @@ def _build(
     encoder = PathEncoder(tokenizer, options.bos, options.eos)
     report, total = BuildReport(), inputs.num_bytes
     recorded = {**asdict(options), "inputs": [str(path) for path in inputs.paths]}
-    recorded.pop("workers")  # the files do not depend on it
+    for name in ("workers", "overwrite"):  # the files do not depend on them
+        recorded.pop(name)
     state = reader.state
     build_chunk = ChunkBuilder(reader, encoder, options)
     chunks = (  # read as workers ask for them, with the state that is known by then

@@ -42,6 +42,8 @@ class BuildOptions:
     """What happens to wrong records: "stop" or "skip"."""
     strict: bool = False
     """Degenerate records (with nothing to compare) are an error."""
+    overwrite: bool = False
+    """Replace a data set that is there already; without it that is an error."""
     workers: int = 1
     """Processes that share the work; the files do not depend on it."""
 

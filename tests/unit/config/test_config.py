@@ -318,3 +318,22 @@ def test_a_list_of_losses_is_read_and_written():
     for weights in ([], [0.0], [-1.0], ["1"], 1.0, [float("nan")]):
         with pytest.raises(InputError, match="loss.loss_weights"):
             parse_config({**GOOD, "loss": {**loss, "loss_weights": weights}})
+
+
+def test_null_unsets_what_needs_the_setting(tmp_path):
+    path = tmp_path / "run.yaml"
+    best = {"keep_best": {"metric": "eval_loss"}, "keep_last": 2, "save": "s", "save_interval": 2}
+    raw = {**copy.deepcopy(GOOD), "train": {"steps": 2, "eval_interval": 1, **best}}
+    raw["data"]["valid"] = "held"
+    path.write_text(yaml.safe_dump(raw))
+    told: list[str] = []
+    config = load_config(path, ["data.valid=null"], told.append)
+    assert config.train.eval_interval is None and config.train.keep_best is None
+    assert told == ["data.valid=null also unsets train.eval_interval, train.keep_best"]
+    config = load_config(path, ["train.save=null", "train.save_interval=null"], told.append)
+    assert config.train.keep_last is None
+    assert told[1:] == ["train.save=null also unsets train.keep_last, train.keep_best"]
+    with pytest.raises(InputError, match="train.eval_interval is set but data.valid is not"):
+        load_config(path, ["data.valid=null", "train.eval_interval=3"], told.append)
+    load_config(path, ["train.keep_last=null"], told.append)
+    assert len(told) == 3, "the last but one refused after it told"

@@ -20,6 +20,8 @@ def test_the_trackers_get_the_status(tmp_path, monkeypatch, end, status):
     class Run:
         """In the place of a trainer."""
 
+        step = 2
+
         close = staticmethod(statuses.append)
 
         def run(self, stop) -> None:

@@ -28,9 +28,8 @@ def write(tmp_path, *records, name="in.jsonl"):
 
 
 def build(tmp_path, *records, **options):
-    report = build_dataset(
-        [write(tmp_path, *records)], "bytes", tmp_path / "out", BuildOptions(**options)
-    )
+    given = BuildOptions(**{"overwrite": True, **options})
+    report = build_dataset([write(tmp_path, *records)], "bytes", tmp_path / "out", given)
     dataset = PreferenceDataset(tmp_path / "out")
     verify_dataset(dataset)
     return report, dataset
@@ -284,3 +283,25 @@ def test_real_dialogues_come_back_as_they_were(tmp_path, data_dir):
             for response, name in enumerate(("chosen", "rejected")):
                 text = decode(tree.response_tokens(response)[0].tolist())
                 assert text == f"<bos>{record[name]}<eos>", f"group {group}, {name}"
+
+
+def test_a_data_set_is_replaced_only_with_overwrite(tmp_path, capsys):
+    source = write(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"})
+    output = tmp_path / "made"
+    arguments = ["--input", source, "--output", output]
+    assert command(*arguments) == 0
+    before = {path: path.read_bytes() for path in tmp_path.glob("made*") if path.is_file()}
+    assert command(*arguments, "--no-append-eos") == 2
+    assert f"{output}.json is there already" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert command(*arguments, "--overwrite", "--no-append-eos") == 0
+    assert any(path.read_bytes() != content for path, content in before.items())
+
+
+@pytest.mark.parametrize("file", ["made.bin", "made_valid.json"])
+def test_other_files_at_the_prefix_are_not_replaced(tmp_path, file):
+    (tmp_path / file).write_text("of Megatron-LM's preprocessing")
+    source = write(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"})
+    with pytest.raises(InputError, match=f"{file} is there already"):
+        build_dataset([source], "bytes", tmp_path / "made", BuildOptions(holdout=0.5))
+    assert not (tmp_path / "made.json").exists()

@@ -34,7 +34,9 @@ RECORDS = [
 def build(tmp_path, records, name="out", **options):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    report = build_dataset([path], "bytes", tmp_path / name, BuildOptions(**options))
+    report = build_dataset(
+        [path], "bytes", tmp_path / name, BuildOptions(overwrite=True, **options)
+    )
     dataset = PreferenceDataset(tmp_path / name)
     verify_dataset(dataset)
     return report, dataset

@@ -95,6 +95,6 @@ def test_the_summary_counts_both(tmp_path):
     summary = build_dataset([path], "bytes", tmp_path / "x").summary()
     assert "warning  1 pairs whose scores are equal" in summary
     assert "warning  1 pairs whose scores contradict their label" in summary
-    report = build_dataset([path], "bytes", tmp_path / "x", BuildOptions(on_contradiction="drop"))
+    report = build_dataset([path], "bytes", tmp_path / "y", BuildOptions(on_contradiction="drop"))
     assert report.manifest["counts"]["groups"] == 1
     assert report.dropped["scores equal or against the label (--on-contradiction drop)"].groups == 2

@@ -158,7 +158,7 @@ def test_all_sources_make_the_same_data_set(tmp_path):
     }
     fingerprints = set()
     for path, split in sources.items():
-        build_dataset([path], "bytes", tmp_path / "out", BuildOptions(split=split))
+        build_dataset([path], "bytes", tmp_path / "out", BuildOptions(split=split, overwrite=True))
         dataset = PreferenceDataset(tmp_path / "out")
         fingerprints.add(dataset.fingerprint)
         assert dataset.pair_margins.tolist()[0] == 2.0, path

@@ -1,0 +1,29 @@
+"""The lines at the end of a run: where everything is, and the next command."""
+
+from __future__ import annotations
+
+import shlex
+
+from megatron_prefix.checkpoint import RunCheckpoints
+from megatron_prefix.config import Config
+
+
+def closing_lines(config: Config, step: int) -> list[str]:
+    """What a run of `step` steps leaves behind."""
+    output, save = config.logging.output, config.train.save
+    lines = [f"done after {step} steps: configuration and metrics are in {output}"]
+    if save is None:
+        return [*lines, "train.save is not set, so the weights are not kept"]
+    lines[0] += f", checkpoints in {save}"
+    best = RunCheckpoints(save).best() if config.train.keep_best is not None else None
+    if best is not None:
+        lines.append(f"best checkpoint: step {best['step']}, {best['metric']} {best['value']:.6g}")
+    own = f"{output}/config.yaml"
+    if config.data.valid is not None:
+        lines.append(_command("evaluate", "--config", own, "--load", save))
+    lines.append(_command("convert", "export", "--load", save, "--hf", f"{output}/hf"))
+    return lines
+
+
+def _command(*words: str) -> str:
+    return f"next: {shlex.join(['megatron-prefix', *words])}"

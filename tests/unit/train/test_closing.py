@@ -1,0 +1,38 @@
+"""The last lines of a run name what it left, and commands that run."""
+
+from __future__ import annotations
+
+import shlex
+
+from tiny_models import tiny_config
+
+from megatron_prefix.__main__ import make_parser
+from megatron_prefix.checkpoint.keeping import Keeping, note_best
+from megatron_prefix.train.closing import closing_lines
+
+
+def test_without_checkpoints(tmp_path):
+    first, second = closing_lines(tiny_config("set", tmp_path / "run"), 2)
+    assert first == f"done after 2 steps: configuration and metrics are in {tmp_path / 'run'}"
+    assert "weights are not kept" in second
+
+
+def test_the_next_commands_are_ones(tmp_path):
+    saved = tmp_path / "my run"
+    saved.mkdir()
+    best = {"metric": "eval_loss", "mode": "min"}
+    config = tiny_config(
+        "set",
+        tmp_path / "run",
+        data={"valid": "held"},
+        train={"save": str(saved), "keep_best": best},
+    )
+    assert len(closing_lines(config, 2)) == 3, "no checkpoint is noted as the best one"
+    note_best(saved, 1, 0.5, Keeping(**best))
+    first, noted, *commands = closing_lines(config, 2)
+    assert str(saved) in first and noted == "best checkpoint: step 1, eval_loss 0.5"
+    evaluate, export = (shlex.split(line.removeprefix("next: ")) for line in commands)
+    args = make_parser().parse_args(evaluate[1:])
+    assert (args.command, args.load) == ("evaluate", str(saved))
+    args = make_parser().parse_args(export[1:])
+    assert (args.direction, args.load) == ("export", str(saved))
