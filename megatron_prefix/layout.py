@@ -8,6 +8,9 @@ subtree. Query token q sees key token k if and only if
 
     k <= q < subtree_end[k]
 
+A sliding window of w tokens keeps the keys with position(q) - position(k) < w: it counts positions
+along the root path, not tokens of the row.
+
 A prompt of 3 tokens with responses of 2 and 4 tokens, `lengths [3, 2, 4]`, `parents [-1, 0, 0]`:
 
     starts          [0, 3, 5]
@@ -134,37 +137,73 @@ class TreeLayout:
         shift = self.first_positions.astype(np.int64) - self.starts
         return np.arange(self.num_tokens, dtype=np.int64) + np.repeat(shift, self.lengths)
 
-    def root_paths(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def positions_of(self, tokens: np.ndarray) -> np.ndarray:
+        """int64: the position of each of `tokens`, as `position_ids` has it."""
+        segment = np.searchsorted(self.starts, tokens, side="right") - 1
+        return tokens - self.starts[segment].astype(np.int64) + self.first_positions[segment]
+
+    @property
+    def longest_path(self) -> int:
+        """Tokens of the longest root path; 0 in an empty row."""
+        return int((self.first_positions + self.lengths).max(initial=0))
+
+    def root_paths(
+        self, tokens: np.ndarray, since: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The root path of each token, itself included: the paths' tokens from root to leaf, one
-        path after another, int64, and the length of each path, int64 [len(tokens)]."""
+        path after another, int64, and the length of each path, int64 [len(tokens)].
+
+        With `since` a path begins at that position, one for each token and at most its own.
+        """
         # Tokens [4, 8] of lengths [3, 2, 4], parents [-1, 0, 0]; one round per tree level:
         #   own segments   path [0, 1]  segment [1, 2]  length [2, 4]   up to the token itself
         #   parents        path [0, 1]  segment [0, 0]  length [3, 3]   whole segments
         # Sorted by path, then segment:  segments [0, 1, 0, 2], lengths [3, 2, 3, 4], that is
         #   index [0 1 2, 3 4 | 0 1 2, 5 6 7 8], path lengths [5, 7]
+        # With since [1, 4] the root is skipped up to position 1 by the first path, and not
+        # reached by the second, whose own segment starts at position 3:  [1 2, 3 4 | 6 7 8]
         segment = np.searchsorted(self.starts, tokens, side="right") - 1
         length = tokens - self.starts[segment] + 1
         path = np.arange(len(tokens))
-        rounds: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        first = np.zeros(len(tokens), np.int64) if since is None else since
+        rounds: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         while len(segment):
-            rounds.append((path, segment, length))
-            parent = self.parents[segment]
+            position = self.first_positions[segment]
+            skipped = np.maximum(first[path] - position, 0)
+            rounds.append((path, segment, self.starts[segment] + skipped, length - skipped))
+            parent = np.where(position > first[path], self.parents[segment], -1)
             path, segment = path[parent >= 0], parent[parent >= 0]
             length = self.lengths[segment].astype(np.int64)
         if not rounds:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        paths, segments, lengths = (np.concatenate(x) for x in zip(*rounds, strict=True))
+        paths, segments, starts, lengths = (np.concatenate(x) for x in zip(*rounds, strict=True))
         order = np.lexsort((segments, paths))
-        segments, lengths = segments[order], lengths[order]
-        shift = self.starts[segments] - (np.cumsum(lengths) - lengths)
+        starts, lengths = starts[order], lengths[order]
+        shift = starts - (np.cumsum(lengths) - lengths)
         index = np.arange(lengths.sum(), dtype=np.int64) + np.repeat(shift, lengths)
         return index, np.bincount(paths[order], lengths, len(tokens)).astype(np.int64)
 
-    def area(self) -> int:
-        """Number of visible (query, key) entries: a token at position p sees p + 1 keys."""
-        # A segment of n tokens from position p: (p + 1) + … + (p + n) = n p + n (n + 1) / 2.
-        lengths = self.lengths.astype(np.int64)
-        return int((lengths * self.first_positions + lengths * (lengths + 1) // 2).sum())
+    def area(self, window: int | None = None) -> int:
+        """Number of visible (query, key) entries: a token at position p sees p + 1 keys, or the
+        last `window` of them."""
+        return visible_entries(self.first_positions, self.lengths, window)
+
+
+def visible_entries(
+    first_positions: np.ndarray, lengths: np.ndarray, window: int | None = None
+) -> int:
+    """(Query, key) entries that segments see, all together: `lengths` tokens each, the first of
+    them at `first_positions` of its root path. A token sees the last `window` tokens of its path.
+    """
+    # A segment of n tokens from position p: (p + 1) + … + (p + n) = n p + n (n + 1) / 2. With a
+    # window w < p + n its last token loses e = p + n - w entries, the one before it e - 1, …
+    first, lengths = first_positions.astype(np.int64), lengths.astype(np.int64)
+    area = int((lengths * first + lengths * (lengths + 1) // 2).sum())
+    if window is None:
+        return area
+    lost = np.maximum(first + lengths - window, 0)
+    losers = np.minimum(lost, lengths)
+    return area - int((losers * lost - losers * (losers - 1) // 2).sum())
 
 
 def _checked_columns(

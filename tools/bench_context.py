@@ -17,6 +17,7 @@ import torch.distributed as dist
 from bench_common import publish
 
 from megatron_prefix.attention.context_parallel import ContextCost, ContextParallel, ownership
+from megatron_prefix.attention.pieces import needed_tokens
 from megatron_prefix.data.steps.sharing import view
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.layout import TreeLayout
@@ -85,7 +86,7 @@ def balance(layout: TreeLayout, size: int) -> dict[str, tuple[float, float, floa
     for name, rule in RULES.items():
         rows = rule(layout, size)
         area = np.array([ownership.area_of(layout, own) for own in rows])
-        keys = np.array([len(ownership.needed_tokens(layout, own)) - len(own) for own in rows])
+        keys = np.array([len(needed_tokens(layout, own)) - len(own) for own in rows])
         time = COST.per_token * layout.num_tokens / size
         time = time + COST.per_entry * area + COST.per_key * keys
         share = keys.sum() / (layout.num_tokens * (size - 1))

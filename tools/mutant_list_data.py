@@ -177,7 +177,7 @@ DATA_MUTANTS = (
     Mutant(
         "ranks dealt by tokens whatever they cost",
         "data/steps/sampler.py",
-        "return bundle_work(self.dataset, bundle, self.sharing).cost(self.cost)",
+        "return bundle_work(self.dataset, bundle, self.sharing, self.cost).cost(self.cost)",
         "return float(bundle.num_tokens)",
         "unit/data/steps/test_cost.py",
     ),

@@ -5,11 +5,13 @@ Shapes: T tokens, N query heads, G key/value heads, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from megatron_prefix.attention.auto import candidates, read_table
-from megatron_prefix.attention.backends import BACKENDS, load_backend
+from megatron_prefix.attention.backends import BACKENDS, Scoring, load_backend
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
 
@@ -20,13 +22,15 @@ def resolve_backend(
     dtype: torch.dtype,
     head_dim: int | None = None,
     gather_factor: float | None = None,
+    features: Collection[str] = (),
 ) -> str:
     """The backend that `name` means: dense, path, flash, te or flex.
 
-    `auto` is the first entry of auto_table.json that fits the arguments and can run on `device`.
-    An entry with a condition on an argument that is not given does not fit. Raises ValueError,
-    with the remedy, for an unknown name or a backend that cannot run. Call it at start, so that
-    a run fails before it computes anything.
+    `auto` is the first entry of auto_table.json that fits the arguments, can run on `device` and
+    has all `features` (backends.FEATURES: window, softcap, sinks); on CUDA with a soft cap that is
+    `flex` if it can run. An entry with a condition on an argument that is not given does not fit.
+    Raises ValueError, with the remedy, for an unknown name or a backend that cannot run. Call it at
+    start, so that a run fails before it computes anything.
     """
     device = torch.device(device)
     if name != "auto" and name not in BACKENDS:
@@ -35,24 +39,33 @@ def resolve_backend(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype {dtype} cannot be used: attention computes in floating point")
     if name == "auto":
-        # The last entry of the table has no condition, and its backend `path` runs everywhere:
-        # there is always one.
+        # The last entry of the table has no condition, and its backend `path` runs everywhere and
+        # lacks nothing: there is always one.
         fitting = candidates(read_table(), device, dtype, head_dim, gather_factor)
-        return next(x for x in fitting if load_backend(x).why_not(device, dtype, head_dim) is None)
-    if obstacle := load_backend(name).why_not(device, dtype, head_dim):
+        if "softcap" in features:  # the kernels of the table's first choices have none
+            fitting.insert(0, "flex")
+        return next(
+            x for x in fitting if not load_backend(x).obstacle(device, dtype, head_dim, features)
+        )
+    if obstacle := load_backend(name).obstacle(device, dtype, head_dim, features):
         raise ValueError(f"attention_backend {name} cannot be used: {obstacle}")
     return name
 
 
-def prepare_plan(plan: TreePlan, backend: str, dtype: torch.dtype, head_dim: int) -> str:
+def prepare_plan(
+    plan: TreePlan, backend: str, dtype: torch.dtype, head_dim: int, features: Collection[str] = ()
+) -> str:
     """Build what `backend` reads of a plan, once, and return its name, with `auto` resolved.
 
     Attention layers do this themselves. Done earlier, on another thread, it saves them the wait.
+    `features` are those of `resolve_backend`; the plan's window is one without being named.
     """
+    if plan.window is not None:
+        features = {*features, "window"}
     # Only `auto` depends on the gather factor. For a backend given by name the leaf paths are not
     # built here: `dense` and `flex` do not need them.
     factor = plan.path.gather_factor if backend == "auto" else None
-    backend = resolve_backend(backend, plan.device, dtype, head_dim, factor)
+    backend = resolve_backend(backend, plan.device, dtype, head_dim, factor, features)
     load_backend(backend).prepare(plan)
     return backend
 
@@ -64,6 +77,10 @@ def tree_attention(
     layout: TreeLayout | TreePlan,
     backend: str = "auto",
     scale: float | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Exact softmax attention of one row of packed prefix trees, differentiable.
 
@@ -71,14 +88,38 @@ def tree_attention(
     key/value head n // (N / G). The result is [T, N, H]. `layout` defines who sees whom; pass
     the same `TreePlan` to all layers to plan only once. With a plan of some tokens, `q` and the
     result are its queries, `k` and `v` its keys. `scale` multiplies the scores, by default
-    1 / sqrt(H). Raises ValueError if shapes, dtypes, devices, token counts or the backend do not
-    fit.
+    1 / sqrt(H).
+
+    With `window` a token sees only the last `window` tokens of its root path, itself included.
+    `softcap` c turns each scaled score s into c tanh(s / c). `sinks` [N] are further scores in the
+    softmax of each query head, without a value. Raises ValueError if shapes, dtypes, devices, token
+    counts, these settings or the backend do not fit.
     """
     plan = _checked_plan(q, k, v, layout)
-    backend = prepare_plan(plan, backend, q.dtype, q.size(-1))
-    if scale is None:
-        scale = q.size(-1) ** -0.5
-    return load_backend(backend).attend(q, k, v, plan, scale)
+    _check_settings(q, plan, window, softcap, sinks)
+    plan = plan.windowed(window)
+    features = [x for x, given in (("softcap", softcap), ("sinks", sinks)) if given is not None]
+    backend = prepare_plan(plan, backend, q.dtype, q.size(-1), features)
+    scoring = Scoring(q.size(-1) ** -0.5 if scale is None else scale, softcap, sinks)
+    return load_backend(backend).attend(q, k, v, plan, scoring)
+
+
+def _check_settings(
+    q: Tensor, plan: TreePlan, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: a token sees at least itself, so give 1 or more")
+    if window is not None and plan.window not in (None, window):
+        raise ValueError(f"window is {window}, but the plan was built for {plan.window}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap is {softcap}: give a positive number, or None")
+    if sinks is None:
+        return
+    if sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(
+            f"sinks need one number per query head, shape [{q.size(1)}] on {q.device}; got "
+            f"{sinks.dtype} {tuple(sinks.shape)} on {sinks.device}"
+        )
 
 
 def _checked_plan(q: Tensor, k: Tensor, v: Tensor, layout: TreeLayout | TreePlan) -> TreePlan:

@@ -9,13 +9,22 @@ Shapes: T tokens, N query heads, G key/value heads, H head dim, U tokens with lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 from megatron_prefix.attention.api import tree_attention
@@ -64,6 +73,12 @@ class TreePackedSeqParams(PackedSeqParams):
     step_count: float = 0.0
     """For routers: the sum of what counts, over the step's rows on all ranks."""
 
+    def plan_of(self, window: int | None) -> TreePlan:
+        """The plan of layers with a sliding window of so many tokens; None: without one."""
+        if self.share is not None:
+            return self.share.windowed(window).plan
+        return self.plan.windowed(window)
+
     def __post_init__(self) -> None:
         if self.qkv_format is None:
             self.qkv_format = "sbhd"
@@ -77,7 +92,12 @@ class TreePackedSeqParams(PackedSeqParams):
 
 
 class TreeCoreAttention(MegatronModule):
-    """`core_attention` in which each token sees only its ancestors and itself."""
+    """`core_attention` in which each token sees only its ancestors and itself.
+
+    Sliding window, soft cap and sinks are those of the configuration: `window_size`,
+    `window_attn_skip_freq` and `softmax_type` as Megatron-Core has them, and
+    `attn_logit_softcapping`.
+    """
 
     def __init__(
         self,
@@ -103,6 +123,51 @@ class TreeCoreAttention(MegatronModule):
             raise ValueError(f"attention_dropout = {dropout}: tree attention has none; set it to 0")
         self.softmax_scale = softmax_scale
         self.backend = backend
+        is_windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size[0] + 1 if is_windowed else None
+        """Tokens that a token sees along its root path, itself included; None: all."""
+        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        self.softmax_offset: Tensor | None = None
+        if config.softmax_type != "vanilla":
+            self._add_sinks(pg_collection)
+
+    def _add_sinks(self, groups: ProcessGroupCollection | None) -> None:
+        """`softmax_offset` [query heads of this rank], under Megatron-Core's name: one more score
+        of each softmax, learned or 0."""
+        config = self.config
+        self.tp_group = (groups or ProcessGroupCollection.use_mpu_process_groups(["tp"])).tp
+        offset = torch.zeros(
+            config.num_attention_heads // self.tp_group.size(),
+            dtype=config.params_dtype,
+            device="cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
+        )
+        del self.softmax_offset  # a parameter or buffer cannot replace an attribute
+        if config.softmax_type == "off-by-one":
+            self.register_buffer("softmax_offset", offset, persistent=False)
+            return
+        self.softmax_offset = torch.nn.Parameter(offset)
+        set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+        if config.perform_initialization:
+            config.init_method(self.softmax_offset)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """The sinks, divided by heads; nothing without them."""
+        state = self.state_dict(keep_vars=True)
+        if not state:
+            return {}
+        assert metadata is not None
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
     def forward(
         self,
@@ -129,10 +194,18 @@ class TreeCoreAttention(MegatronModule):
         if packed_seq_params.rotation is not None:
             query, key = (rotate(x, packed_seq_params.rotation) for x in (query, key))
             value = value.contiguous()  # a view would keep the unrotated query and key alive
-        qkv = query, key, value
-        if packed_seq_params.share is None:
-            plan, scale = packed_seq_params.plan, self.softmax_scale
-            out = tree_attention(*qkv, plan, backend=self.backend, scale=scale)
-        else:
-            out = packed_seq_params.share.attend(*qkv, self.backend, self.softmax_scale)
+        params = packed_seq_params
+        attend: Callable[..., Tensor] = partial(tree_attention, layout=params.plan)
+        if params.share is not None:
+            attend = params.share.attend
+        out = attend(
+            query,
+            key,
+            value,
+            backend=self.backend,
+            scale=self.softmax_scale,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=self.softmax_offset,
+        )
         return out.flatten(1).unsqueeze(1)

@@ -23,6 +23,11 @@ keys are held for `kv_tokens`. Pieces are then also cut at gaps between queries:
     q_lengths   [2, 2]
     kv_lengths  [5, 6]                      token 7 has the root path 0 1 2 5 6 7
 
+With a sliding window a piece has no keys before the first one that its first query sees, and the
+kernel applies the same window to its bottom-right mask. Window 2, the whole row:
+
+    kv_lengths  [5, 5]                      token 5 sees 2 and 5, so token 2 is copied, 0 and 1 not
+
 Shapes: L queries, S keys, S_kv gathered keys (S = L = T, the row's tokens, in a plan of the whole
 row); G key/value heads, H head dim.
 """
@@ -37,6 +42,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from megatron_prefix.attention.pieces import cut_into_pieces, seen_paths
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.platform import on_device
 
@@ -73,6 +79,8 @@ class PathPlan:
     """S_kv / S; 1.0 if nothing is shared."""
     is_identity: bool
     """Whether every tree is a chain, so that no key needs to be gathered."""
+    window: int | None = None
+    """Keys that a query sees, itself included, at the most; None: all keys of its piece."""
 
     def gather(self, keys: torch.Tensor) -> torch.Tensor:
         """[S, ...] -> [S_kv, ...], every piece's root path; `keys` itself if every tree is a
@@ -100,7 +108,8 @@ class TreePlan:
 
     `q_tokens` and `kv_tokens` are ascending token indices, by default all tokens of the row:
     `q_tokens` are the queries; `kv_tokens` are the keys and values, and hold the root path of
-    every query.
+    every query, or as much of it as the window shows. A query sees the last `window` tokens of its
+    root path, itself included; None is all of them.
     """
 
     def __init__(
@@ -109,12 +118,28 @@ class TreePlan:
         device: torch.device | str,
         q_tokens: np.ndarray | None = None,
         kv_tokens: np.ndarray | None = None,
+        window: int | None = None,
     ):
         self.layout = layout
         self.device = torch.device(device)
         self.q_tokens = q_tokens
         self.kv_tokens = kv_tokens
+        self.window = window
         self._built: dict[str, Any] = {}
+
+    def windowed(self, window: int | None) -> TreePlan:
+        """The same queries and keys with a sliding window, planned once; the plan itself if no root
+        path is longer than the window."""
+        if window is None or window >= self.longest_path or window == self.window:
+            return self
+        assert self.window is None, (self.window, window)
+        arguments = self.layout, self.device, self.q_tokens, self.kv_tokens, window
+        return self.once(f"window {window}", lambda _: TreePlan(*arguments))
+
+    @cached_property
+    def longest_path(self) -> int:
+        """Tokens of the longest root path of the row."""
+        return self.layout.longest_path
 
     @property
     def num_queries(self) -> int:
@@ -127,7 +152,7 @@ class TreePlan:
     @cached_property
     def path(self) -> PathPlan:
         """The leaf-path plan, for the backends `path`, `flash` and `te`."""
-        return build_path_plan(self.layout, self.device, self.q_tokens, self.kv_tokens)
+        return build_path_plan(self.layout, self.device, self.q_tokens, self.kv_tokens, self.window)
 
     def once(self, name: str, build: Callable[[TreePlan], T]) -> T:
         """`build(self)`, computed at the first call with this `name` and then kept."""
@@ -141,10 +166,11 @@ def build_path_plan(
     device: torch.device | str,
     q_tokens: np.ndarray | None = None,
     kv_tokens: np.ndarray | None = None,
+    window: int | None = None,
 ) -> PathPlan:
     """Cut `layout` after every leaf, and at gaps of `q_tokens`; see the module's example."""
-    q_lengths, last_tokens = _pieces(layout, q_tokens)
-    kv_index, kv_lengths = layout.root_paths(last_tokens)
+    q_lengths, last_tokens = cut_into_pieces(layout, q_tokens)
+    kv_index, kv_lengths = seen_paths(layout, q_lengths, last_tokens, window)
     num_keys = layout.num_tokens
     if kv_tokens is not None:
         # From token indices to indices among the held keys: kv_tokens [0, 1, 2, 5, 6, 7] has
@@ -172,22 +198,8 @@ def build_path_plan(
         copy_offsets=on_device(_cumulative(copies, np.int64), device),
         gather_factor=len(kv_index) / num_keys if num_keys else 1.0,
         is_identity=np.array_equal(kv_index, np.arange(num_keys)),
+        window=window,
     )
-
-
-def _pieces(layout: TreeLayout, q_tokens: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Number of queries of each piece, and its last token, int64 [pieces] each."""
-    # lengths [3, 2, 4], parents [-1, 0, 0]:  leaf_ends [5, 9]
-    # whole row: lengths [5, 4], last tokens [4, 8]
-    # q_tokens [3, 4, 6, 8]:  leaf_of [0, 0, 1, 1];  a piece ends at a gap or with its leaf, so
-    # is_last [0, 1, 1, 1], lengths [2, 1, 1], last tokens [4, 6, 8]
-    leaf_ends = (layout.starts + layout.lengths)[layout.leaf_mask].astype(np.int64)
-    if q_tokens is None:
-        return np.diff(leaf_ends, prepend=0), leaf_ends - 1
-    leaf_of = np.searchsorted(leaf_ends, q_tokens, side="right")
-    is_last = (np.diff(q_tokens, append=-2) != 1) | (np.diff(leaf_of, append=-1) != 0)
-    lasts = np.flatnonzero(is_last)
-    return np.diff(lasts, prepend=-1), np.asarray(q_tokens, np.int64)[lasts]
 
 
 def _ancestor_starts(

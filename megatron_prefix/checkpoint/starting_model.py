@@ -136,13 +136,6 @@ def resolve_starting_model(
             _check_vocabulary(dataset, vocab_size, source.directory)
         if not model.allow_other_tokenizer:
             vocabulary_note = compare_vocabularies(source.directory, datasets)
-        window = source.sliding_window
-        if window is not None and longest > window:
-            raise InputError(
-                f"the model in {source.directory} attends to the last {window} tokens "
-                f"(sliding_window) and the data's longest path has {longest}: build the data set "
-                f"with --max-length {window}"
-            )
     return StartingModel(
         config=model,
         sizes=sizes,

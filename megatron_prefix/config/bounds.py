@@ -7,7 +7,7 @@ for a step of nine digits, a network timeout is counted in milliseconds of 31 bi
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -23,6 +23,8 @@ Switch = Annotated[bool, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 """Tokens."""
+WindowSize = tuple[Annotated[int, Field(strict=True, ge=0, lt=2**31 - 1)], Literal[0]]
+"""Tokens that attention sees before a token and after it."""
 PerStep = Annotated[int, Field(strict=True, ge=1, le=2**20)]
 """Groups, rows or sequences of one step."""
 Steps = Annotated[int, Field(strict=True, ge=1, lt=10**9)]
@@ -34,6 +36,7 @@ Share = Annotated[float, Field(strict=True, ge=1e-6, le=1e9, allow_inf_nan=False
 Layers = Annotated[int, Field(strict=True, ge=1, le=10**4)]
 MOST_CHANNELS = 2**16
 """Channels of a head."""
+LayerPeriod = Annotated[int, Field(strict=True, ge=2, le=10**4)]
 Heads = Annotated[int, Field(strict=True, ge=1, le=MOST_CHANNELS)]
 """Heads, their channels, or experts."""
 NoneOrHeads = Annotated[int, Field(strict=True, ge=0, le=2**16)]

@@ -21,6 +21,7 @@ from megatron_prefix.config.bounds import (
     Epsilon,
     Factor,
     Heads,
+    LayerPeriod,
     Layers,
     NoneOrHeads,
     NoneOrWidth,
@@ -30,6 +31,7 @@ from megatron_prefix.config.bounds import (
     RotaryBase,
     Switch,
     Width,
+    WindowSize,
 )
 from megatron_prefix.errors import InputError
 
@@ -87,6 +89,20 @@ class ModelSizes:
     moe_ffn_hidden_size: NoneOrWidth = 0
     """Channels of an expert; 0 for a model without experts."""
     moe_router_pre_softmax: Switch = False
+    window_size: WindowSize | None = None
+    window_attn_skip_freq: tuple[Literal[0, 1], ...] | None = None
+    """1 for each layer with the window, 0 for each without; None: all layers have it."""
+    attn_logit_softcapping: Positive | None = None
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """For each layer the tokens that a token sees along its root path, itself included; None:
+        all of them."""
+        if self.window_size is None:
+            return (None,) * self.num_layers
+        kinds = self.window_attn_skip_freq or (1,) * self.num_layers
+        return tuple(self.window_size[0] + 1 if kind else None for kind in kinds)
 
     def faults(self) -> Iterator[str]:
         """Sizes that do not fit each other."""
@@ -100,6 +116,19 @@ class ModelSizes:
             yield (
                 f"a head of {self.kv_channels} channels is odd and rotary embedding rotates "
                 "pairs: change model.hidden_size or model.kv_channels"
+            )
+        kinds = self.window_attn_skip_freq
+        if kinds is None:
+            return
+        if self.window_size is None:
+            yield (
+                f"model.window_attn_skip_freq = {kinds} without model.window_size: give both, or "
+                "neither"
+            )
+        elif len(kinds) != self.num_layers or 1 not in kinds:
+            yield (
+                f"model.window_attn_skip_freq = {kinds} needs one entry for each of "
+                f"model.num_layers = {self.num_layers} layers, and a 1 for at least one of them"
             )
 
 
@@ -148,6 +177,18 @@ class ModelConfig:
     moe_router_pre_softmax: Switch = False
     """Weigh the chosen experts by their probability among all experts; without it, among the
     chosen ones."""
+    window_size: WindowSize | None = None
+    """Sliding window as [tokens before, tokens after] of a token, after is always 0: with [4095, 0]
+    a token sees itself and 4095 tokens before it on its root path. transformers' `sliding_window`
+    4096 is [4095, 0]. Without it every layer sees the whole path."""
+    window_attn_skip_freq: LayerPeriod | tuple[Literal[0, 1], ...] | None = None
+    """Layers with the window: a number N, every layer but each Nth; a list with 1 for each layer
+    with the window and 0 for each without. By default all layers have it."""
+    attn_logit_softcapping: Positive | None = None
+    """Bound c of attention scores s, which become c tanh(s / c)."""
+    softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
+    """`learnable`: each query head has a sink, one more score in the softmax without a value;
+    `off-by-one`: the sinks are 0 and not learned."""
     moe_aux_loss_coeff: NonNegative = 0.0
     """Weight of the auxiliary loss that spreads tokens over experts; see docs/design.md."""
     moe_count: Literal["tokens", "responses"] = "tokens"
@@ -193,6 +234,14 @@ class ModelConfig:
         given["moe_ffn_hidden_size"] = (
             (self.moe_ffn_hidden_size or self.ffn_hidden_size) if self.num_moe_experts else 0
         )
+        # 4 layers, every 2nd without the window -> [1, 0, 1, 0], as Megatron-Core counts from 1
+        period = self.window_attn_skip_freq
+        if isinstance(period, int):
+            given["window_attn_skip_freq"] = tuple(
+                int(layer % period != 0) for layer in range(1, self.num_layers + 1)
+            )
+        if self.window_size and set(given["window_attn_skip_freq"] or ()) == {1}:
+            given["window_attn_skip_freq"] = None
         if (channels := given["kv_channels"]) > MOST_CHANNELS:
             raise InputError(
                 f"model.hidden_size = {self.hidden_size} and model.num_attention_heads = "

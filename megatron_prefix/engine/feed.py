@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_prefix.attention import prepare_plan
+from megatron_prefix.attention import prepare_attention
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.data.steps import MicroBatch, Sampler, Step
 from megatron_prefix.distributed import World
@@ -81,15 +81,8 @@ class Feed:
             to_device(row, device, plan.denominators, share=self._share(row), parts=self._parts)
             for row in rows
         ]
-        config = self._config
         for batch in batches:
-            assert batch.params.plan is not None
-            prepare_plan(
-                batch.params.plan,
-                config.tree_attention_backend,
-                config.params_dtype,
-                config.kv_channels,
-            )
+            prepare_attention(batch.params, self._config)
         table = None
         if self._with_table:
             parts = self._parts or ScoreParts()

@@ -31,11 +31,12 @@ class ForwardFlops:
 def forward_flops(
     sizes: ModelSizes, vocab_size: int, batch: MicroBatch, kind: str = "lm"
 ) -> ForwardFlops:
-    """Operations of one forward pass over a row: linear layers on every token of it, attention
-    on its visible (q, k) entries, the head on the tokens that predict. `kind` is the model's."""
+    """Operations of one forward pass over a row: linear layers on every token of it, attention on
+    its visible (q, k) entries in each layer's window, the head on the tokens that predict. `kind`
+    is the model's."""
     cost = CostModel.of_model(sizes, vocab_size, kind)
     return ForwardFlops(
         linear=cost.per_token * len(batch.tokens),
-        attention=cost.per_entry * batch.layout.area(),
+        attention=cost.per_entry * cost.area(batch.layout.first_positions, batch.layout.lengths),
         head=cost.per_logit_token * batch.num_projected,
     )

@@ -49,6 +49,7 @@ def parameter_counts(sizes: ModelSizes, vocab_size: int, kind: str = "lm") -> di
     # 40.
     qkv = (heads + 2 * groups) * head_dim
     attention = width * qkv + heads * head_dim * width + (qkv if sizes.add_qkv_bias else 0)
+    attention += heads if sizes.softmax_type == "learnable" else 0
     norms = 2 * width + (2 * head_dim if sizes.qk_layernorm else 0)
     counts = {"embedding": vocab_size * width, "attention": layers * attention}
     if sizes.num_moe_experts:

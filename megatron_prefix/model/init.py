@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
-from megatron_prefix.model.names import VOCABULARY
+from megatron_prefix.model.names import SINKS, VOCABULARY
 from megatron_prefix.model.parameters import canonical_parameters, partition_dim, tensor_group
 
 
@@ -43,7 +43,7 @@ def _initial(
     """This rank's part of an initial parameter."""
     if name.endswith("bias"):
         return torch.zeros_like(parameter)
-    if parameter.dim() == 1:
+    if parameter.dim() == 1 and not name.endswith(SINKS):
         return torch.ones_like(parameter)
     shape, dim = list(parameter.shape), partition_dim(parameter)
     if dim is not None:

@@ -14,6 +14,8 @@ VOCABULARY = (EMBEDDING, OUTPUT_LAYER)
 """Matrices with one row per token of the vocabulary, which may be padded."""
 REWARD_HEAD = "score.weight"
 """A reward model's head; Megatron-Core, checkpoints and Hugging Face name it the same."""
+SINKS = "self_attention.core_attention.softmax_offset"
+"""The sinks of a layer, one for each query head."""
 TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",

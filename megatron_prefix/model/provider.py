@@ -45,12 +45,7 @@ def transformer_config(
     on_cuda = torch.cuda.is_available()
     own_gate = not (has_transformer_engine() or sizes.num_moe_experts)  # see swiglu.py
     dtype = DTYPES[model.dtype]
-    device = torch.device("cuda" if on_cuda else "cpu")
-    try:
-        resolve_backend(model.attention_backend, device, dtype, sizes.kv_channels)
-    except ValueError as error:
-        raise InputError(f"model.{error}") from None
-    return TreeTransformerConfig(
+    config = TreeTransformerConfig(
         num_layers=sizes.num_layers,
         hidden_size=sizes.hidden_size,
         ffn_hidden_size=sizes.ffn_hidden_size,
@@ -60,6 +55,10 @@ def transformer_config(
         layernorm_epsilon=sizes.norm_epsilon,
         add_qkv_bias=sizes.add_qkv_bias,
         qk_layernorm=sizes.qk_layernorm,
+        window_size=sizes.window_size,
+        window_attn_skip_freq=list(sizes.window_attn_skip_freq or ()) or None,
+        softmax_type=sizes.softmax_type,
+        attn_logit_softcapping=sizes.attn_logit_softcapping,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -99,6 +98,19 @@ def transformer_config(
         init_seed=seed,
         head_seed=head_seed if model.kind == "reward" else None,
     )
+    _check_backend(config)
+    return config
+
+
+def _check_backend(config: TreeTransformerConfig) -> None:
+    """Raise InputError if the attention backend cannot run here, or not this attention."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, dtype = config.tree_attention_backend, config.params_dtype
+    features = config.attention_features
+    try:
+        resolve_backend(name, device, dtype, config.kv_channels, features=features)
+    except ValueError as error:
+        raise InputError(f"model.{error}") from None
 
 
 def _resolved(

@@ -6,7 +6,7 @@ import torch
 from budget import DTYPES, FORESTS, check_backend, forward_backward, needs_cuda, skip_without
 
 from megatron_prefix.attention import TreePlan, tree_attention
-from megatron_prefix.attention.context_parallel.ownership import needed_tokens
+from megatron_prefix.attention.pieces import needed_tokens
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads
 

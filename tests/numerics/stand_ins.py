@@ -6,18 +6,20 @@ Shapes: L queries, S keys of a piece, N query heads, G key/value heads, H head d
 
 import torch
 
+from megatron_prefix.attention.backends import Scoring
 from megatron_prefix.attention.backends.flash import Operators, flash_attention
 from megatron_prefix.attention.backends.te import te_attention
 from megatron_prefix.attention.plan import build_path_plan
 
 
-def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale):
-    """Stand-in for the flash operator: bottom-right causal pieces, densely."""
-    assert causal and not debug and dropout == 0.0
+def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale, **window):
+    """Stand-in for the flash operator: bottom-right causal pieces, densely; a window is causal by
+    its right side."""
+    assert not debug and dropout == 0.0
     assert max_q >= cu_q.diff().max() and max_k == cu_k.diff().max()
     out, lse = torch.empty_like(q), q.new_empty(q.size(1), q.size(0))
     for q_rows, k_rows in pieces(cu_q, cu_k):
-        scores = piece_scores(q[q_rows], k[k_rows], scale)
+        scores = piece_scores(q[q_rows], k[k_rows], scale, causal, **window)
         lse[:, q_rows] = scores.logsumexp(-1)
         out[q_rows] = torch.einsum("nqk,knh->qnh", scores.softmax(-1), grouped(v[k_rows], q))
     marker = torch.tensor([len(cu_q), len(cu_k)])
@@ -25,14 +27,30 @@ def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *,
 
 
 def varlen_backward(
-    grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng, unused, *, scale
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    dropout,
+    causal,
+    rng,
+    unused,
+    *,
+    scale,
+    **window,
 ):
     """Its gradient, written out; insists on the forward's random state coming back."""
     assert rng.tolist() == unused.tolist() == [len(cu_q), len(cu_k)]
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for q_rows, k_rows in pieces(cu_q, cu_k):
         qp, kp, g = q[q_rows], k[k_rows], grad_out[q_rows]
-        weights = (piece_scores(qp, kp, scale) - lse[:, q_rows, None]).exp()
+        weights = (piece_scores(qp, kp, scale, causal, **window) - lse[:, q_rows, None]).exp()
         d_weights = torch.einsum("qnh,knh->nqk", g, grouped(v[k_rows], q))
         mean = (g * out[q_rows]).sum(-1).T.unsqueeze(-1)
         d_scores = weights * (d_weights - mean) * scale
@@ -53,39 +71,65 @@ def grouped(x, q):
     return x.repeat_interleave(q.size(1) // x.size(1), 1)
 
 
-def piece_scores(q, k, scale):
+def piece_scores(q, k, scale, causal, window_size_left=None, window_size_right=None):
+    """Scores of one piece; `None` is no bound, as -1 is for the kernels."""
     scores = torch.einsum("qnh,knh->nqk", q, grouped(k, q)) * scale
-    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.size(0) - q.size(0))
+    shift = k.size(0) - q.size(0)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    if causal or window_size_right is not None:
+        assert not window_size_right
+        seen = seen.tril(shift)
+    if window_size_left is not None:
+        seen = seen.triu(shift - window_size_left)
     return scores.masked_fill(~seen, float("-inf"))
 
 
-def stand_in_flash(layout, *rows):
-    plan = build_path_plan(layout, "cpu", *rows)
+def stand_in_flash(layout, *rows, window=None, sinks=None):
+    plan = build_path_plan(layout, "cpu", *rows, window=window)
     operators = Operators(varlen_forward, varlen_backward)
-    return lambda q, k, v: flash_attention(q, k, v, plan, q.size(-1) ** -0.5, operators)
+
+    def attention(q, k, v):
+        scoring = Scoring(q.size(-1) ** -0.5, sinks=sinks)
+        return flash_attention(q, k, v, plan, scoring, operators)
+
+    return attention
 
 
 class VarlenAttention(torch.autograd.Function):
     """Saves what it is given and what it computes, as kernels with a backward of their own do."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, scale):
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, scale, window):
         out, lse, *states, _ = varlen_forward(
-            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, scale=scale
+            q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, scale=scale, **window
         )
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, *states)
-        ctx.rest = (max_q, max_k, scale)
+        ctx.rest = (max_q, max_k, scale, window)
         return out.flatten(1)
 
     @staticmethod
     def backward(ctx, grad_out):
         q, k, v, out, lse, cu_q, cu_k, *states = ctx.saved_tensors
-        max_q, max_k, scale = ctx.rest
+        max_q, max_k, scale, window = ctx.rest
         grad_out = grad_out.view_as(out)
         grads = varlen_backward(
-            grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, 0.0, True, *states, scale=scale
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_q,
+            cu_k,
+            max_q,
+            max_k,
+            0.0,
+            True,
+            *states,
+            scale=scale,
+            **window,
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def te_module(num_heads, num_groups, head_dim, scale, is_deterministic):
@@ -98,12 +142,15 @@ def te_module(num_heads, num_groups, head_dim, scale, is_deterministic):
         assert rest.pop("pad_between_seqs") is False
         names = ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
         sizes = [rest.pop(name) for name in names]
+        left, right = rest.pop("window_size", (None, 0))
+        window = {} if left is None else {"window_size_left": left, "window_size_right": right}
         assert not rest and all(type(x) is int for x in sizes[2:])
-        return VarlenAttention.apply(query_layer, key_layer, value_layer, *sizes, scale)
+        inputs = query_layer, key_layer, value_layer, *sizes
+        return VarlenAttention.apply(*inputs, scale, window)
 
     return forward
 
 
-def stand_in_te(layout, *rows):
-    plan = build_path_plan(layout, "cpu", *rows)
-    return lambda q, k, v: te_attention(q, k, v, plan, q.size(-1) ** -0.5, te_module)
+def stand_in_te(layout, *rows, window=None):
+    plan = build_path_plan(layout, "cpu", *rows, window=window)
+    return lambda q, k, v: te_attention(q, k, v, plan, Scoring(q.size(-1) ** -0.5), te_module)

@@ -9,6 +9,7 @@ import torch
 from stand_ins import stand_in_flash, stand_in_te, varlen_backward, varlen_forward
 
 from megatron_prefix.attention import TreePlan, resolve_backend, tree_attention
+from megatron_prefix.attention.backends import Scoring
 from megatron_prefix.attention.backends.dense import masked_attention, visibility
 from megatron_prefix.attention.backends.flash import Operators, flash_attention, why_not_head_dim
 from megatron_prefix.attention.backends.path import CPU_FLASH, PLAIN, PLAIN_BLOCK, _PathAttention
@@ -41,7 +42,12 @@ def assert_close(actual, expected, tolerance=EXACT):
 def path_with(kernel):
     def engine(layout, *rows):
         plan = build_path_plan(layout, "cpu", *rows)
-        return lambda q, k, v: _PathAttention.apply(q, k, v, plan, q.size(-1) ** -0.5, kernel)
+
+        def attention(q, k, v):
+            scoring = Scoring(q.size(-1) ** -0.5)
+            return _PathAttention.apply(q, k, v, None, plan, scoring, kernel)
+
+        return attention
 
     return engine
 
@@ -300,7 +306,7 @@ def test_flash_launch_bound_avoids_the_decoding_route():
     layout = TreeLayout.from_parents([1, 1], [-1, -1])
     q, k, v, _ = random_heads(2)
     plan = build_path_plan(layout, "cpu")
-    flash_attention(q, k, v, plan, 1.0, Operators(forward, varlen_backward))
+    flash_attention(q, k, v, plan, Scoring(1.0), Operators(forward, varlen_backward))
     assert plan.max_seqlen_q == 1 and seen == [2]
 
 

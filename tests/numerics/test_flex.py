@@ -6,7 +6,7 @@ import torch
 from test_partial_plans import some_rows
 
 from megatron_prefix.attention import TreePlan, tree_attention
-from megatron_prefix.attention.backends import flex
+from megatron_prefix.attention.backends import Scoring, flex
 from megatron_prefix.attention.backends.flex import (
     BLOCK,
     block_mask,
@@ -16,7 +16,7 @@ from megatron_prefix.attention.backends.flex import (
     plan_block_mask,
     query_intervals,
 )
-from megatron_prefix.attention.context_parallel.ownership import needed_tokens
+from megatron_prefix.attention.pieces import needed_tokens
 from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads, visibility_by_walking
@@ -126,7 +126,7 @@ def test_forward_equals_dense_and_is_compiled_once(once):
         _, k, v, _ = random_heads(plan.num_keys, 4, 2, 16, seed=9, dtype=torch.float32)
         q, k, v = (x.detach() for x in (q, k, v))
         with torch.no_grad():
-            out = flex_tree_attention(q, k, v, plan_block_mask(plan), 0.25)
+            out = flex_tree_attention(q, k, v, plan_block_mask(plan), Scoring(0.25))
             expected = tree_attention(q, k, v, plan, backend="dense", scale=0.25)
         assert out.shape == expected.shape
         assert (out - expected).abs().max() <= 1e-5
@@ -143,7 +143,7 @@ def test_one_form_too_many_is_refused_and_never_computed_densely(once, monkeypat
 
     def attend(dtype):
         q, k, v = (x.detach() for x in random_heads(190, 4, 2, 16, dtype=dtype)[:3])
-        return flex_tree_attention(q, k, v, plan_block_mask(plan), 0.25)
+        return flex_tree_attention(q, k, v, plan_block_mask(plan), Scoring(0.25))
 
     with torch._dynamo.config.patch(recompile_limit=1):
         attend(torch.float32)
@@ -157,6 +157,6 @@ def test_one_form_too_many_is_refused_and_never_computed_densely(once, monkeypat
 def test_empty_row_and_training_on_cpu():
     layout = TreeLayout.concat([])
     q, k, v, _ = random_heads(0)
-    assert flex_tree_attention(q, k, v, None, 1.0).shape == (0, 4, 8)
+    assert flex_tree_attention(q, k, v, None, Scoring(1.0)).shape == (0, 4, 8)
     with pytest.raises(ValueError, match="on CPU FlexAttention has no backward pass; use .* path"):
         tree_attention(q, k, v, layout, backend="flex")

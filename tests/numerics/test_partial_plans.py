@@ -6,7 +6,7 @@ import torch
 from test_attention import ENGINES, assert_close, forward_backward
 
 from megatron_prefix.attention import TreePlan, tree_attention
-from megatron_prefix.attention.context_parallel.ownership import needed_tokens
+from megatron_prefix.attention.pieces import needed_tokens
 from megatron_prefix.attention.plan import build_path_plan
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, random_heads, visibility_by_walking

@@ -10,6 +10,7 @@ from stand_ins import te_module
 from test_attention import assert_close, forward_backward
 
 from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention.backends import Scoring
 from megatron_prefix.attention.backends.regather import KeyGather, attend_gathered
 from megatron_prefix.attention.backends.te import te_attention
 from megatron_prefix.attention.plan import build_path_plan
@@ -56,7 +57,7 @@ def case(seed=4):
 
 
 def te_over(plan):
-    return lambda q, k, v: te_attention(q, k, v, plan, q.size(-1) ** -0.5, te_module)
+    return lambda q, k, v: te_attention(q, k, v, plan, Scoring(q.size(-1) ** -0.5), te_module)
 
 
 def test_nested_calls_save_only_own_keys():
@@ -81,7 +82,7 @@ def test_gathered_keys_of_te_are_not_saved():
 
         return forward
 
-    out = te_attention(q, k, v, plan, 0.3, spy)
+    out = te_attention(q, k, v, plan, Scoring(0.3), spy)
     gc.collect()
     assert len(gathered) == 2 and all(ref() is None for ref in gathered)
     torch.autograd.grad(out, (q, k, v), grad)

@@ -5,7 +5,7 @@ A backend's module has one record, `BACKEND`, and is imported by `load_backend` 
 `flash_versions.py` selects the FlashAttention that torch's operators call.
 """
 
-from megatron_prefix.attention.backends.backend import BACKENDS, load_backend
+from megatron_prefix.attention.backends.backend import BACKENDS, Scoring, load_backend
 from megatron_prefix.attention.backends.flash_versions import flash_version, resolve_flash_version
 from megatron_prefix.attention.backends.regather import KeyGather, KeysAndValues, attend_gathered
 
@@ -13,6 +13,7 @@ __all__ = [
     "BACKENDS",
     "KeyGather",
     "KeysAndValues",
+    "Scoring",
     "attend_gathered",
     "flash_version",
     "load_backend",

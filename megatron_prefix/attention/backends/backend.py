@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,23 @@ from megatron_prefix.attention.plan import TreePlan
 
 BACKENDS = ("dense", "path", "flash", "te", "flex")
 """Module names of this package; each module has a record `BACKEND`."""
+
+
+FEATURES = ("window", "softcap", "sinks")
+"""What attention may need beyond plain softmax over root paths."""
+
+
+class Scoring(NamedTuple):
+    """How scores become weights: `softmax` over keys of `softcap(scale * q k)`.
+
+    A soft cap c maps a score s to c tanh(s / c). A sink is one more score in the denominator of
+    the softmax, without a value. The sliding window is the plan's.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """[N]: one sink per query head, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +42,21 @@ class Backend:
     with the remedy; None if nothing does."""
     prepare: Callable[[TreePlan], object]
     """Builds what `attend` reads of a plan. Further calls do nothing."""
-    attend: Callable[[Tensor, Tensor, Tensor, TreePlan, float], Tensor]
-    """`attend(q, k, v, plan, scale)`, with arguments as `tree_attention` checks them."""
+    attend: Callable[[Tensor, Tensor, Tensor, TreePlan, Scoring], Tensor]
+    """`attend(q, k, v, plan, scoring)`, with arguments as `tree_attention` checks them."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """The FEATURES that it does not compute, each with the remedy."""
+
+    def obstacle(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int | None,
+        features: Collection[str] = (),
+    ) -> str | None:
+        """`why_not`, or the first of `features` that this backend lacks, with the remedy."""
+        missing = (self.lacks[x] for x in FEATURES if x in features and x in self.lacks)
+        return next(missing, None) or self.why_not(device, dtype, head_dim)
 
 
 def runs_anywhere(

@@ -6,6 +6,8 @@ gathered keys exist only during the call: backward keeps q, k and v before the g
 and the log-sum-exp. It gathers again, and sums the gradients of copies in float32 in a fixed
 order.
 
+A sliding window is an argument of the kernels. Sinks follow from the log-sum-exp (sinks.py).
+
 The same operators call FlashAttention-3 or -4 inside the context of flash_versions.py. With
 `torch.use_deterministic_algorithms(True)`, which the kernels obey, gradients have the same bits
 every time. Without it, kernels add dQ with atomic operations. dK and dV have the same bits every
@@ -21,9 +23,10 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_prefix.attention.backends.backend import Backend
+from megatron_prefix.attention.backends.backend import Backend, Scoring
 from megatron_prefix.attention.backends.flash_versions import active_version
 from megatron_prefix.attention.backends.requirements import head_dim_fault, why_not_on_cuda
+from megatron_prefix.attention.backends.sinks import add_sinks, sink_gradient
 from megatron_prefix.attention.plan import PathPlan
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -73,21 +76,24 @@ def flash_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     plan: PathPlan,
-    scale: float,
+    scoring: Scoring,
     operators: Operators | None = None,
 ) -> torch.Tensor:
     """Tree attention in one kernel call; arguments as `tree_attention` checks them.
 
     `operators` are torch's kernels by default.
     """
-    if q.size(0) == 0:  # no kernel accepts an empty batch; the sum keeps all three in the graph
-        return q + (k.sum() + v.sum())
-    return _FlashPathAttention.apply(q, k, v, plan, scale, operators or aten_operators())
+    sinks = scoring.sinks
+    if q.size(0) == 0:  # no kernel accepts an empty batch; the sum keeps all inputs in the graph
+        return q + (k.sum() + v.sum()) + (0 if sinks is None else 0 * sinks.sum().to(q.dtype))
+    assert scoring.softcap is None
+    operators = operators or aten_operators()
+    return _FlashPathAttention.apply(q, k, v, sinks, plan, scoring.scale, operators)
 
 
 class _FlashPathAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, plan, scale, operators):
+    def forward(ctx, q, k, v, sinks, plan, scale, operators):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out, lse, rng_state, unused, _ = operators.forward(
             q,
@@ -98,17 +104,21 @@ class _FlashPathAttention(torch.autograd.Function):
             _max_seqlen_q(plan),
             plan.max_seqlen_kv,
             0.0,  # dropout
-            True,  # causal, aligned bottom-right
+            plan.window is None,  # causal, aligned bottom-right
             False,  # no debug mask
             scale=scale,
+            **_window(plan),
         )
-        ctx.save_for_backward(q, k, v, out, lse, rng_state, unused)
+        if sinks is not None:
+            out, lse_LN = add_sinks(out, lse.T, sinks)
+            lse = lse_LN.T.contiguous()
+        ctx.save_for_backward(q, k, v, out, lse, sinks, rng_state, unused)
         ctx.plan, ctx.scale, ctx.operators = plan, scale, operators
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        q, k, v, out, lse, rng_state, unused = ctx.saved_tensors
+        q, k, v, out, lse, sinks, rng_state, unused = ctx.saved_tensors
         plan = ctx.plan
         dq, dk, dv = ctx.operators.backward(
             grad_out,
@@ -122,12 +132,22 @@ class _FlashPathAttention(torch.autograd.Function):
             _max_seqlen_q(plan),
             plan.max_seqlen_kv,
             0.0,
-            True,
+            plan.window is None,
             rng_state,
             unused,
             scale=ctx.scale,
+            **_window(plan),
         )
-        return dq, plan.sum_copies(dk), plan.sum_copies(dv), None, None, None
+        d_sinks = None if sinks is None else sink_gradient(grad_out, out, lse.T, sinks)
+        return dq, plan.sum_copies(dk), plan.sum_copies(dv), d_sinks, None, None, None
+
+
+def _window(plan: PathPlan) -> dict[str, int]:
+    """The kernels' arguments for a sliding window: keys before a query's own, and after it. They
+    align it bottom-right, as the causal mask, which it contains."""
+    if plan.window is None:
+        return {}
+    return {"window_size_left": plan.window - 1, "window_size_right": 0}
 
 
 def _max_seqlen_q(plan: PathPlan) -> int:
@@ -142,5 +162,9 @@ def _max_seqlen_q(plan: PathPlan) -> int:
 BACKEND = Backend(
     why_not=why_not_flash,
     prepare=lambda plan: plan.path,
-    attend=lambda q, k, v, plan, scale: flash_attention(q, k, v, plan.path, scale),
+    attend=lambda q, k, v, plan, scoring: flash_attention(q, k, v, plan.path, scoring),
+    lacks={
+        "softcap": "torch's flash kernels have no soft cap (attn_logit_softcapping); use "
+        "attention_backend flex, path or auto"
+    },
 )

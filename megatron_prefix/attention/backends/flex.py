@@ -10,6 +10,12 @@ of tokens. For blocks of B tokens, with `first` and `end` of the intervals of a 
 In blocks that see some keys, each pair is checked by two lookups. In a plan of some tokens, a
 key's interval counts the plan's queries.
 
+With a sliding window, a key is seen by those of its interval that are less than a window deeper. So
+a block of queries sees none of a block of keys if its least deep query is a window deeper than the
+deepest of these keys, and sees all of them only if its deepest query is less than that deeper than
+the least deep key. A soft cap changes each score, and sinks follow from the log-sum-exp, which is
+differentiable here.
+
 Rows of different lengths use the same compiled graph, which is made from the first two rows.
 Number of heads, head dim, dtype, scale, with and without gradients, plans of all tokens and of
 some, and rows of at most one block each have a graph of their own. If torch refuses to compile
@@ -30,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.backends.backend import Backend
+from megatron_prefix.attention.backends.backend import Backend, Scoring
 from megatron_prefix.attention.backends.requirements import head_dim_fault, why_not_on_cuda
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.errors import RunError
@@ -109,6 +115,7 @@ def block_mask(
     q_tokens: np.ndarray | None = None,
     kv_tokens: np.ndarray | None = None,
     block: int = BLOCK,
+    window: int | None = None,
 ) -> BlockMask:
     """torch's `BlockMask` of a layout, or of some of its queries and keys."""
     from torch.nn.attention.flex_attention import BlockMask
@@ -125,19 +132,43 @@ def block_mask(
     q_block = torch.arange(-(-num_queries // block), device=device).unsqueeze(1)
     is_some = (ranges[0] <= q_block) & (q_block < ranges[1])
     is_all = (ranges[2] <= q_block) & (q_block < ranges[3])
+    mask_mod = sees
+    if window is not None:
+        depths = layout.position_ids().astype(np.int32)
+        q_depths, k_depths = (depths if x is None else depths[x] for x in (q_tokens, kv_tokens))
+        q_depth, k_depth = on_device(q_depths, device), on_device(k_depths, device)
+
+        def sees_in_window(batch, head, q, k):
+            return sees(batch, head, q, k) & (q_depth[q] - k_depth[k] < window)
+
+        mask_mod = sees_in_window
+        bounds = (depth_bounds(x, block) for x in (q_depths, k_depths))
+        (q_least, q_most), (k_least, k_most) = (on_device(x, device) for x in bounds)
+        is_some = is_some & (q_least.unsqueeze(1) - k_most < window)
+        is_all = is_all & (q_most.unsqueeze(1) - k_least < window)
     return BlockMask.from_kv_blocks(
         *_listed(is_some & ~is_all),
         *_listed(is_all),
         BLOCK_SIZE=block,
-        mask_mod=sees,
+        mask_mod=mask_mod,
         seq_lengths=(num_queries, num_keys),
     )
+
+
+def depth_bounds(depths: np.ndarray, block: int) -> np.ndarray:
+    """int32 [2, blocks]: the least and the greatest depth of each block of tokens."""
+    # depths [0 1 2 3 4 3 4 5 6] in blocks of 4:  least [0, 3, 6], greatest [3, 5, 6]
+    num_blocks = -(-len(depths) // block)
+    missing = num_blocks * block - len(depths)
+    by_block = np.pad(depths, (0, missing), mode="edge").reshape(num_blocks, block)
+    return np.stack([by_block.min(1), by_block.max(1)])
 
 
 def plan_block_mask(plan: TreePlan) -> BlockMask:
     """A plan's `BlockMask`, built once."""
     return plan.once(
-        "block_mask", lambda p: block_mask(p.layout, p.device, p.q_tokens, p.kv_tokens)
+        "block_mask",
+        lambda p: block_mask(p.layout, p.device, p.q_tokens, p.kv_tokens, window=p.window),
     )
 
 
@@ -158,19 +189,51 @@ def compiled() -> Callable[..., Tensor]:
 
 
 def flex_tree_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, scoring: Scoring
 ) -> Tensor:
     """Tree attention under a plan's block mask; arguments as `tree_attention` checks them.
 
     Raises RunError if this process has compiled `MAX_GRAPHS` graphs of the call already.
     """
-    if q.size(0) == 0:  # no kernel accepts an empty row; the sum keeps all three in the graph
-        return q + (k.sum() + v.sum())
+    sinks = scoring.sinks
+    if q.size(0) == 0:  # no kernel accepts an empty row; the sum keeps all inputs in the graph
+        return q + (k.sum() + v.sum()) + (0 if sinks is None else 0 * sinks.sum().to(q.dtype))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    is_grouped = q.size(1) != k.size(1)
+    settings = {
+        "block_mask": mask,
+        "scale": scoring.scale,
+        "enable_gqa": q.size(1) != k.size(1),
+        "score_mod": None if scoring.softcap is None else soft_cap(scoring.softcap),
+    }
     with _graphs_up_to(MAX_GRAPHS):
-        out = compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=is_grouped)
+        if sinks is None:
+            out = compiled()(q, k, v, **settings)
+        else:
+            out, lse = compiled()(q, k, v, **settings, **_with_lse())
+            lse = lse if isinstance(lse, Tensor) else lse.lse
+            share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None]).unsqueeze(-1)
+            out = (out * share).to(out.dtype)
     return out.squeeze(0).transpose(0, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def soft_cap(cap: float) -> Callable[..., Tensor]:
+    """torch's `score_mod` of a soft cap; the same function each time, so that torch compiles one
+    graph."""
+
+    def bounded(score, batch, head, q, k):
+        return cap * torch.tanh(score / cap)
+
+    return bounded
+
+
+def _with_lse() -> dict[str, object]:
+    """The argument that makes torch return the log-sum-exp too; torch 2.9 renamed it."""
+    from torch.nn.attention import flex_attention
+
+    if hasattr(flex_attention, "AuxRequest"):
+        return {"return_aux": flex_attention.AuxRequest(lse=True)}
+    return {"return_lse": True}
 
 
 @contextlib.contextmanager
@@ -195,5 +258,7 @@ def _graphs_up_to(most: int) -> Iterator[None]:
 BACKEND = Backend(
     why_not=why_not_flex,
     prepare=plan_block_mask,
-    attend=lambda q, k, v, plan, scale: flex_tree_attention(q, k, v, plan_block_mask(plan), scale),
+    attend=lambda q, k, v, plan, scoring: flex_tree_attention(
+        q, k, v, plan_block_mask(plan), scoring
+    ),
 )

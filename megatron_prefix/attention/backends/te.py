@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.backends.backend import Backend
+from megatron_prefix.attention.backends.backend import Backend, Scoring
 from megatron_prefix.attention.backends.regather import KeyGather, KeysAndValues, attend_gathered
 from megatron_prefix.attention.backends.requirements import head_dim_fault, why_not_on_cuda
 from megatron_prefix.attention.plan import PathPlan
@@ -75,7 +75,7 @@ def te_attention(
     k: Tensor,
     v: Tensor,
     plan: PathPlan,
-    scale: float,
+    scoring: Scoring,
     make_kernel: MakeKernel = transformer_engine,
 ) -> Tensor:
     """Tree attention in one call of the kernel; arguments as `tree_attention` checks them.
@@ -85,8 +85,12 @@ def te_attention(
     """
     if q.size(0) == 0:  # no kernel accepts an empty batch; the sum keeps all three in the graph
         return q + (k.sum() + v.sum())
+    assert scoring.softcap is None and scoring.sinks is None
     is_deterministic = torch.are_deterministic_algorithms_enabled()
-    kernel = make_kernel(q.size(1), k.size(1), q.size(2), scale, is_deterministic)
+    kernel = make_kernel(q.size(1), k.size(1), q.size(2), scoring.scale, is_deterministic)
+
+    # keys before a query's own and after it, aligned bottom-right as the mask
+    window = {} if plan.window is None else {"window_size": (plan.window - 1, 0)}
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out = kernel(
@@ -101,6 +105,7 @@ def te_attention(
             max_seqlen_q=max(plan.max_seqlen_q, 2),
             max_seqlen_kv=plan.max_seqlen_kv,
             pad_between_seqs=False,
+            **window,
         )
         return out.view_as(q)  # [L, N * H]
 
@@ -118,5 +123,11 @@ def _both(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Ke
 BACKEND = Backend(
     why_not=why_not_te,
     prepare=lambda plan: plan.path,
-    attend=lambda q, k, v, plan, scale: te_attention(q, k, v, plan.path, scale),
+    attend=lambda q, k, v, plan, scoring: te_attention(q, k, v, plan.path, scoring),
+    lacks={
+        "softcap": "Transformer Engine has no soft cap (attn_logit_softcapping); use "
+        "attention_backend flex, path or auto",
+        "sinks": "Transformer Engine gives no log-sum-exp, from which sinks (softmax_type) are "
+        "computed; use attention_backend flash, flex, path or auto",
+    },
 )

@@ -87,25 +87,6 @@ def zigzag(layout: TreeLayout, size: int) -> list[np.ndarray]:
     return [np.concatenate([parts[r], parts[-1 - r]]) for r in range(size)]
 
 
-def needed_tokens(layout: TreeLayout, tokens: np.ndarray) -> np.ndarray:
-    """The tokens on the root paths of `tokens`, themselves included, ascending, int64."""
-    # Of each segment a prefix is needed: the whole segment if its subtree has own tokens after
-    # it, else up to its last own token. lengths [3, 2, 4], parents [-1, 0, 0], tokens [4, 6]:
-    #   before   [0 0 0 0 0 1 1 2 2 2]   own tokens before each token, and at the row's end
-    #   is_full  [1, 0, 0]               before[9] > before[3] for the prompt
-    #   last     [-1, 4, 6]   stops [3, 5, 7]   ->   0 1 2, 3 4, 5 6
-    is_own = np.zeros(layout.num_tokens + 1, np.int64)
-    is_own[1:][tokens] = 1
-    before = np.cumsum(is_own)
-    ends = layout.starts + layout.lengths
-    is_full = before[layout.subtree_ends] > before[ends]
-    last = np.full(layout.num_segments, -1, np.int64)
-    segment_of = np.searchsorted(layout.starts, tokens, side="right") - 1
-    np.maximum.at(last, segment_of, tokens)
-    stops = np.where(is_full, ends, last + 1)
-    return np.flatnonzero(np.arange(layout.num_tokens) < np.repeat(stops, layout.lengths))
-
-
 def area_of(layout: TreeLayout, tokens: np.ndarray) -> int:
     """(Query, key) entries that these tokens see."""
     return int((layout.position_ids()[tokens] + 1).sum())

@@ -11,7 +11,8 @@ the keys and values that these queries see:
     all_to_all    a rank gets all tokens for its share of the heads (Ulysses, arXiv 2309.14509), and
                   sends the outputs of its heads back
 
-The first two gather keys again in backward, so that not every layer's copy has to be kept.
+The first two gather keys again in backward, so that not every layer's copy has to be kept. A layer
+with a sliding window needs fewer keys: `needed_rows` then sends only those that the window shows.
 
 Shapes: T tokens of the row, L = T / ranks own tokens, S keys held, N query heads, G key/value
 heads, H head dim.
@@ -20,7 +21,7 @@ heads, H head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from megatron_prefix.attention.api import tree_attention
 from megatron_prefix.attention.backends import KeyGather, KeysAndValues, attend_gathered
 from megatron_prefix.attention.context_parallel import ownership
 from megatron_prefix.attention.context_parallel.ownership import ContextCost
+from megatron_prefix.attention.pieces import needed_tokens
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.platform import on_device
@@ -77,14 +79,47 @@ class ContextShare:
     """The tokens that this rank owns, ascending, int64 [L]."""
     plan: TreePlan
     transport: Transport
+    by_window: dict[int, ContextShare] = field(default_factory=dict)
+    """Shares of layers with a sliding window, made when first used."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, backend: str, scale: float | None) -> Tensor:
-        """Attention of own queries [L, N, H], given own keys and values [L, G, H] -> [L, N, H]."""
+    def windowed(self, window: int | None) -> ContextShare:
+        """The same tokens for a layer with a sliding window of so many tokens; None has none."""
+        if window is None or window >= self.plan.longest_path:
+            return self
+        if window not in self.by_window:
+            plan, transport = self.plan.windowed(window), self.transport
+            if isinstance(transport, NeededTokens):
+                transport = transport.windowed(window)
+                plan = TreePlan(plan.layout, plan.device, self.tokens, transport.tokens, window)
+            self.by_window[window] = replace(self, plan=plan, transport=transport)
+        return self.by_window[window]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backend: str,
+        scale: float | None,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of own queries [L, N, H], given own keys and values [L, G, H] -> [L, N, H].
+
+        The other arguments are those of `tree_attention`; `sinks` are those of all N heads.
+        """
+        share = self.windowed(window)
+        if sinks is not None:
+            sinks = share.transport.own_heads(sinks)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return tree_attention(q, k, v, self.plan, backend=backend, scale=scale)
+            return tree_attention(
+                q, k, v, share.plan, backend=backend, scale=scale, softcap=softcap, sinks=sinks
+            )
 
-        return self.transport.attend(attend, q, k, v)
+        return share.transport.attend(attend, q, k, v)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks; backward passes the gradient to every rank as it is."""
@@ -117,7 +152,15 @@ class _AllTokens:
         self.row_order = on_device(np.argsort(gathered), device)
 
 
-class AllGather(_AllTokens):
+class _AllHeads:
+    """A transport after which a rank has all heads of some queries."""
+
+    def own_heads(self, per_head: Tensor) -> Tensor:
+        """[N] -> the entries of the heads that this rank computes."""
+        return per_head
+
+
+class AllGather(_AllHeads, _AllTokens):
     """The keys of all tokens on every rank."""
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -144,8 +187,9 @@ class AllGather(_AllTokens):
         return own.to(grad.dtype)
 
 
-class NeededTokens:
-    """The keys on the root paths of a rank's tokens, and no others.
+class NeededTokens(_AllHeads):
+    """The keys on the root paths of a rank's tokens, and no others; with a sliding window, only
+    those that it shows.
 
     `tokens`, ascending, are those whose keys this rank holds after `gather`.
     """
@@ -156,6 +200,7 @@ class NeededTokens:
         layout: TreeLayout,
         parts: Sequence[np.ndarray],
         device: torch.device,
+        window: int | None = None,
     ) -> None:
         # Rank 1 of 2, for lengths [3, 2, 4], parents [-1, 0, 0] and 1 token of padding; parts
         # [0 1 2 3 4], [5 6 7 8 9]. It needs 0 1 2 5 6 7 8 9 and gives nothing to rank 0:
@@ -164,7 +209,8 @@ class NeededTokens:
         #   held       5 6 7 8 9 0 1 2          own keys, then received ones by rank
         #   row_order  [5, 6, 7, 0, 1, 2, 3, 4] held keys -> ascending; arrival_order is its inverse
         self.group, rank = group, group.rank()
-        needed = [ownership.needed_tokens(layout, own) for own in parts]
+        self.row = group, layout, parts, device
+        needed = [needed_tokens(layout, own, window) for own in parts]
         owner = np.empty(layout.num_tokens, np.int64)
         for other, own in enumerate(parts):
             owner[own] = other
@@ -183,6 +229,10 @@ class NeededTokens:
         order = np.argsort(held)
         self.row_order = on_device(order, device)
         self.arrival_order = on_device(np.argsort(order), device)
+
+    def windowed(self, window: int) -> NeededTokens:
+        """The same row and ranks, with the keys that a sliding window shows."""
+        return NeededTokens(*self.row, window)
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _attend_with_keys(attend, q, k, v, self)
@@ -219,6 +269,10 @@ class NeededTokens:
 
 class Heads(_AllTokens):
     """All tokens, for this rank's share of the heads."""
+
+    def own_heads(self, per_head: Tensor) -> Tensor:
+        """[N] -> the entries of the heads that this rank computes, [N / ranks]."""
+        return per_head.chunk(self.group.size())[self.group.rank()]
 
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(*(_ToAllTokens.apply(x, self) for x in (q, k, v)))

@@ -7,6 +7,9 @@ N query heads, G key/value heads of size H and feed-forward size F (gated):
     attention, per (q, k) entry   4 N H           (scores and weighted sum)
     head, per logit token         2 C V           (V the vocabulary; a reward model: 2 C)
 
+With a sliding window a token has at most as many entries as the window. Layers may differ, and an
+area is the mean of the layers.
+
 A logit token is one whose logits are computed. With experts, 6 C F counts once for each of the k
 experts (of size F) that a token is sent to, and the router of E experts takes 2 C E.
 
@@ -18,7 +21,9 @@ n (n + 1) / 2. A tree with prompt [5, 6] and responses [7, 8] and [9] has 5 toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +31,7 @@ import numpy as np
 from megatron_prefix.config import ModelSizes
 from megatron_prefix.data.steps.sharing import Bundle
 from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.layout import visible_entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,15 @@ class CostModel:
     """FLOP per visible (q, k) entry: attention."""
     per_logit_token: float
     """FLOP per token whose logits are computed: the head."""
+    windows: Mapping[int | None, float] = field(default_factory=lambda: {None: 1})
+    """Share of the layers that have each sliding window, in tokens; None: without a window."""
+
+    def area(self, first_positions: np.ndarray, lengths: np.ndarray) -> float:
+        """Visible (q, k) entries of segments in the mean of the layers; see `visible_entries`."""
+        return sum(
+            share * visible_entries(first_positions, lengths, window)
+            for window, share in self.windows.items()
+        )
 
     @classmethod
     def of_model(cls, sizes: ModelSizes, vocab_size: int, kind: str = "lm") -> CostModel:
@@ -57,14 +72,19 @@ class CostModel:
             per_token=float(sizes.num_layers * layer),
             per_entry=float(sizes.num_layers * 4 * heads * head_dim),
             per_logit_token=float(2 * width * columns),
+            windows={w: n / sizes.num_layers for w, n in Counter(sizes.windows).items()},
         )
 
 
+WITHOUT_WINDOWS = CostModel(per_token=0.0, per_entry=0.0, per_logit_token=0.0)
+
+
 class Work(NamedTuple):
-    """Tokens, visible (q, k) entries, tokens whose logits are computed."""
+    """Tokens, visible (q, k) entries in the mean of the layers, tokens whose logits are
+    computed."""
 
     tokens: int
-    area: int
+    area: float
     logit_tokens: int
 
     def cost(self, model: CostModel) -> float:
@@ -76,10 +96,12 @@ class Work(NamedTuple):
         )
 
 
-def bundle_work(dataset: PreferenceDataset, bundle: Bundle, sharing: str) -> Work:
-    """The work of one bundle under a sharing mode."""
+def bundle_work(
+    dataset: PreferenceDataset, bundle: Bundle, sharing: str, model: CostModel = WITHOUT_WINDOWS
+) -> Work:
+    """The work of one bundle under a sharing mode, for the sliding windows of `model`."""
     if sharing == "tree":
-        return _tree_work(dataset, bundle.group)
+        return _tree_work(dataset, bundle.group, model)
     r0, r1 = (int(x) for x in dataset.group_responses[bundle.group : bundle.group + 2])
     lengths = np.array(dataset.response_lengths[r0:r1], np.int64)
     prompts = np.array(dataset.response_prompts[r0:r1], np.int64)
@@ -91,25 +113,23 @@ def bundle_work(dataset: PreferenceDataset, bundle: Bundle, sharing: str) -> Wor
     # A pair of 5 and 4 tokens with a prompt of 3: apart 9 tokens, an area of 15 + 10 and 2 + 1
     # logit tokens. With the prompt once 6 tokens, an area of 25 - 6, and one logit token less,
     # because token 2 predicts the first token of both responses.
-    tokens, area = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
+    tokens, area = int(lengths.sum()), model.area(np.zeros_like(lengths), lengths)
     logit_tokens = int((lengths - prompts).sum())
     if sharing == "pair":
         shared = int(prompts.min())
-        tokens, area = tokens - shared, area - shared * (shared + 1) // 2
+        tokens, area = tokens - shared, area - model.area(np.zeros(1), np.array([shared]))
         logit_tokens -= int(prompts[0] == prompts[1])  # one token predicts both first tokens
     return Work(tokens, area, logit_tokens)
 
 
-def _tree_work(dataset: PreferenceDataset, group: int) -> Work:
+def _tree_work(dataset: PreferenceDataset, group: int, model: CostModel) -> Work:
     m0, m1 = (int(x) for x in dataset.group_nodes[group : group + 2])
     r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
     lengths, parents = dataset.node_lengths[m0:m1].tolist(), dataset.node_parents[m0:m1].tolist()
     ends: list[int] = []  # tokens from the root to each node's end
-    area = 0
     for length, parent in zip(lengths, parents, strict=True):
-        above = ends[parent] if parent >= 0 else 0
-        ends.append(above + length)
-        area += length * above + length * (length + 1) // 2
+        ends.append((ends[parent] if parent >= 0 else 0) + length)
+    area = model.area(np.subtract(ends, lengths), np.array(lengths))
     # Own nodes of all responses, from the last node up to the first. Responses may share some:
     # prompt [5] with [7 8] and [7 9] has the own nodes [7], [8] and [9], and [7] counts once.
     own: set[int] = set()

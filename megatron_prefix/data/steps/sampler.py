@@ -192,7 +192,7 @@ class Sampler:
     def _cost(self, bundle: Bundle) -> float:
         if self.cost is None:
             return float(bundle.num_tokens)
-        return bundle_work(self.dataset, bundle, self.sharing).cost(self.cost)
+        return bundle_work(self.dataset, bundle, self.sharing, self.cost).cost(self.cost)
 
     def _bundles(self, groups: Iterable[int], first: int = 0) -> Row:
         """The bundles of a step's groups in their order; the first group has slot `first`."""

@@ -31,6 +31,8 @@ ROPE_KEYS = {
     "llama3": _ROPE_KEYS | {"factor"} | _LLAMA3_KEYS,
 }
 """Keys of `rope_parameters` by rotary scaling."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers in `layer_types`."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """Files that are fetched from the Hub: weights without pickles, configuration, tokenizer."""
 
@@ -88,39 +90,12 @@ class HFModel:
     @cached_property
     def sizes(self) -> ModelSizes:
         """Raises InputError, naming the key, for what is not supported."""
-        _ = self.sliding_window  # its keys are checked, whether there is data or not
         return _sizes(self.settings, self.family, self.source)
 
     @property
     def vocab_size(self) -> int:
         """Tokens of the vocabulary, unpadded. Raises InputError."""
         return _count(self.settings, "vocab_size", self.source)
-
-    @property
-    def sliding_window(self) -> int | None:
-        """Tokens that attention looks back, itself included, in at least one layer; None: all.
-
-        Raises InputError for layers that are of neither kind.
-        """
-        settings, family = self.settings, self.family
-        if family.window == "none":
-            return None
-        if family.window == "layer_types":
-            num_layers = _count(settings, "num_hidden_layers", self.source)
-            types = settings.layer_types or []
-            if len(types) != num_layers or not set(types) <= {
-                "full_attention",
-                "sliding_attention",
-            }:
-                raise InputError(
-                    f"{self.source}: layer_types {types!r} must name full_attention or "
-                    f"sliding_attention for each of {num_layers} layers"
-                )
-            if "sliding_attention" not in types:
-                return None
-        elif settings.sliding_window is None:
-            return None
-        return _count(settings, "sliding_window", self.source)
 
 
 def _locate(model: str) -> Path:
@@ -169,11 +144,35 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
             untie_embeddings_and_output_weights=not _switch(
                 settings, "tie_word_embeddings", source
             ),
+            **_windows(settings, family, source),
             **_rope(settings, source),
             **(_experts(settings, family.experts, source) if family.experts else {}),
         )
     except ValidationError as error:
         raise InputError(_fault(error, source)) from None
+
+
+def _windows(settings: Any, family: Family, source: str) -> dict[str, Any]:
+    """The sliding window and the layers that have it, as Megatron-Core counts: a token sees
+    `sliding_window` tokens, itself included, and so `sliding_window` - 1 before it."""
+    kinds = None
+    if family.window == "none":
+        return {}
+    if family.window == "layer_types":
+        num_layers = _count(settings, "num_hidden_layers", source)
+        types = settings.layer_types or []
+        if len(types) != num_layers or not set(types) <= {FULL, SLIDING}:
+            raise InputError(
+                f"{source}: layer_types {types!r} must name {FULL} or {SLIDING} for each of "
+                f"{num_layers} layers"
+            )
+        if SLIDING not in types:
+            return {}
+        kinds = tuple(int(kind == SLIDING) for kind in types) if FULL in types else None
+    elif settings.sliding_window is None:
+        return {}
+    window = _count(settings, "sliding_window", source)
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": kinds}
 
 
 def _fault(error: ValidationError, source: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_prefix.config import ModelConfig, ModelSizes
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.config import LM, REWARD, HFModel
+from megatron_prefix.model.hf.config import FULL, LM, REWARD, SLIDING, HFModel
 from megatron_prefix.model.hf.families import FAMILIES
 from megatron_prefix.model.hf.files import copy_companions
 
@@ -56,8 +56,8 @@ def hf_from_sizes(
     """A `config.json` for a model that did not come from Hugging Face.
 
     The simplest architecture that has all parts of the model: Qwen3 with query-key norms, Qwen2
-    with query-key-value biases, else Llama; with experts Qwen3-MoE if there are query-key norms,
-    else Mixtral. Raises InputError if no architecture has them.
+    with query-key-value biases, Mistral with a sliding window, else Llama; with experts Qwen3-MoE
+    if there are query-key norms, else Mixtral. Raises InputError if no architecture has them.
     """
     kind = _architecture(sizes)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": sizes.rotary_base}
@@ -86,15 +86,32 @@ def hf_from_sizes(
         config["num_experts_per_tok"] = sizes.moe_router_topk
         config["num_local_experts"] = sizes.num_moe_experts
         if kind == "mixtral":
-            config |= {"intermediate_size": sizes.moe_ffn_hidden_size, "sliding_window": None}
+            config["intermediate_size"] = sizes.moe_ffn_hidden_size
         else:
             config["num_experts"] = config.pop("num_local_experts")
             config["moe_intermediate_size"] = sizes.moe_ffn_hidden_size
             config["norm_topk_prob"] = not sizes.moe_router_pre_softmax
-    return config
+    return config | _window_keys(kind, sizes)
+
+
+def _window_keys(kind: str, sizes: ModelSizes) -> dict[str, Any]:
+    """The keys of the sliding window, in the way of each model type."""
+    if sizes.window_size is None:
+        return {"sliding_window": None} if kind == "mixtral" else {}
+    keys: dict[str, Any] = {"sliding_window": sizes.window_size[0] + 1}
+    if kind not in ("mistral", "mixtral"):
+        keys["use_sliding_window"] = True
+    if FAMILIES[kind].window == "layer_types":
+        keys["layer_types"] = [FULL if window is None else SLIDING for window in sizes.windows]
+    return keys
 
 
 def _architecture(sizes: ModelSizes) -> str:
+    if sizes.attn_logit_softcapping is not None or sizes.softmax_type != "vanilla":
+        raise InputError(
+            "no Hugging Face architecture is known here that has model.attn_logit_softcapping or "
+            "model.softmax_type and all other parts of this model: train without them to export"
+        )
     if sizes.add_qkv_bias and sizes.qk_layernorm:
         raise InputError(
             "no supported Hugging Face architecture has both model.add_qkv_bias and "
@@ -109,6 +126,14 @@ def _architecture(sizes: ModelSizes) -> str:
                 "model.qk_layernorm: train without them to export"
             )
         kind = "qwen3_moe" if sizes.qk_layernorm else "mixtral"
+    if kind == "llama" and sizes.window_size is not None:
+        kind = "mistral"
+    if sizes.window_attn_skip_freq is not None and FAMILIES[kind].window != "layer_types":
+        raise InputError(
+            f"no supported Hugging Face architecture has model.window_attn_skip_freq = "
+            f"{sizes.window_attn_skip_freq} and all other parts of this model: export needs "
+            "model.qk_layernorm or model.add_qkv_bias, and no experts"
+        )
     if kind == "qwen2" and sizes.kv_channels * sizes.num_attention_heads != sizes.hidden_size:
         raise InputError(
             f"Qwen2 has heads of hidden_size / num_attention_heads, and model.kv_channels is "

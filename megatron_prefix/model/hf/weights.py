@@ -27,6 +27,7 @@ from megatron_prefix.model.names import (
     EMBEDDING,
     OUTPUT_LAYER,
     REWARD_HEAD,
+    SINKS,
     TRANSFORMER_ENGINE_NAMES,
     VOCABULARY,
     layer_and_part,
@@ -53,6 +54,7 @@ _INNER = {
     "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
     "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    SINKS: ("self_attn.sinks",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
     _FC1: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
@@ -81,6 +83,8 @@ class WeightMap:
         absent = set() if sizes.add_qkv_bias else {_QKV_BIAS}
         if not sizes.qk_layernorm:
             absent |= {f"self_attention.{x}_layernorm.weight" for x in "qk"}
+        if sizes.softmax_type != "learnable":
+            absent.add(SINKS)
         if sizes.num_moe_experts:
             absent |= set(_DENSE)
         inner = [part for part in _INNER if part not in absent]
@@ -156,6 +160,8 @@ class WeightMap:
             return read(parts[0], ALL, ALL)
         _, part = layer_and_part(name)
         part = _EXPERT.sub(r"mlp.\2", part)
+        if part == SINKS:
+            return read(parts[0], self._share(self.sizes.num_attention_heads, rank, size), ALL)
         if part in _SPLIT_COLUMNS:
             return read(parts[0], ALL, self._share(self._hf_shape(parts[0])[1], rank, size))
         if part not in (_QKV_WEIGHT, _QKV_BIAS, _FC1):
@@ -189,6 +195,8 @@ class WeightMap:
         if ".experts." in part:
             ffn = sizes.moe_ffn_hidden_size
         owner, kind = part.split(".")[-2:]
+        if kind == "sinks":
+            return (sizes.num_attention_heads,)
         if owner in ("q_norm", "k_norm"):
             return (head_dim,)
         rows, columns = {

@@ -73,16 +73,6 @@ def test_a_token_that_the_model_does_not_have_is_refused(dataset, tmp_path):
         resolve_starting_model(ModelConfig(hf=few), [dataset])
 
 
-def test_a_path_longer_than_the_window_is_refused(dataset, tmp_path):
-    longest = int(dataset.response_lengths.max())
-    window = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    wide = hf_directory(tmp_path / "wide", **window, sliding_window=longest)
-    resolve_starting_model(ModelConfig(hf=wide), [dataset])
-    narrow = hf_directory(tmp_path / "narrow", **window, sliding_window=longest - 1)
-    with pytest.raises(InputError, match=f"longest path has {longest}: build .* {longest - 1}"):
-        resolve_starting_model(ModelConfig(hf=narrow), [dataset])
-
-
 def test_a_reward_model_has_no_head_for_a_language_model(dataset, tmp_path):
     architecture = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
     hf = hf_directory(tmp_path / "hf", **architecture, pad_token_id=0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_prefix.attention.context_parallel import ownership
+from megatron_prefix.attention.pieces import needed_tokens
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.testing import random_forest, visibility_by_walking
 
@@ -23,7 +24,7 @@ def padded(layout: TreeLayout, size: int) -> TreeLayout:
 def modelled(layout: TreeLayout, rows: list[np.ndarray]) -> np.ndarray:
     """Seconds of each rank: what tree_aware balances, counted row by row."""
     area = np.array([ownership.area_of(layout, own) for own in rows])
-    received = np.array([len(ownership.needed_tokens(layout, own)) - len(own) for own in rows])
+    received = np.array([len(needed_tokens(layout, own)) - len(own) for own in rows])
     tokens = layout.num_tokens / len(rows)
     return COST.per_token * tokens + COST.per_entry * area + COST.per_key * received
 
@@ -53,9 +54,7 @@ def test_needed_tokens_are_the_visible_ones():
         layout = random_forest(rng)
         visible = visibility_by_walking(layout.lengths, layout.parents)
         own = np.flatnonzero(rng.random(layout.num_tokens) < rng.choice([0.05, 0.5]))
-        assert np.array_equal(
-            ownership.needed_tokens(layout, own), np.flatnonzero(visible[own].any(axis=0))
-        )
+        assert np.array_equal(needed_tokens(layout, own), np.flatnonzero(visible[own].any(axis=0)))
 
 
 def test_chunks_know_what_they_need():
@@ -65,7 +64,7 @@ def test_chunks_know_what_they_need():
         layout = padded(random_forest(rng, 30), size)
         chunks = ownership._Chunks.cut(layout, size)
         for chunk, (start, stop) in enumerate(zip(chunks.starts, chunks.stops, strict=True)):
-            needed = ownership.needed_tokens(layout, np.arange(start, stop))
+            needed = needed_tokens(layout, np.arange(start, stop))
             among = np.searchsorted(chunks.stops, needed, side="right")
             expected = np.bincount(among, minlength=len(chunks.starts))
             assert np.array_equal(chunks.needs[chunk], expected)
@@ -81,9 +80,7 @@ def test_long_trees_are_balanced_with_fewer_keys_than_by_area_alone(size):
     assert after.max() / after.mean() <= max(1.03, before.max() / before.mean() - 0.1)
     assert after.max() < before.max() or before.max() <= 1.01 * before.mean()
     by_area = ownership.greedy_by_area(layout, size)
-    keys = [
-        sum(len(ownership.needed_tokens(layout, x)) for x in ranks) for ranks in (rows, by_area)
-    ]
+    keys = [sum(len(needed_tokens(layout, x)) for x in ranks) for ranks in (rows, by_area)]
     assert keys[0] < keys[1] or size == 2  # a tree each
 
 

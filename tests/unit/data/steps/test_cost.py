@@ -14,7 +14,7 @@ from megatron_prefix.data.steps.sharing import SHARING_MODES, bundles_of
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 from megatron_prefix.estimate.flops import forward_flops
 
-MODEL = ModelConfig(num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4).sizes()
+SIZES = dict(num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4)
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,22 @@ def test_the_docstrings_example(tmp_path):
     assert bundle_work(dataset, bundles_of(dataset, 0, "tree")[0], "tree") == (5, 13, 2)
 
 
+@pytest.mark.parametrize("windows", [{}, {"window_size": [4, 0], "window_attn_skip_freq": 3}])
 @pytest.mark.parametrize("sharing", SHARING_MODES)
-def test_columns_tell_what_a_row_costs(dataset, sharing):
-    cost = CostModel.of_model(MODEL, dataset.vocab_size)
+def test_columns_tell_what_a_row_costs(dataset, sharing, windows):
+    model = ModelConfig(**SIZES, **windows).sizes()
+    cost = CostModel.of_model(model, dataset.vocab_size)
     for group in range(len(dataset)):
         for bundle in bundles_of(dataset, group, sharing):
-            work = bundle_work(dataset, bundle, sharing)
+            work = bundle_work(dataset, bundle, sharing, cost)
             row = collate_packed(row_items(dataset, [bundle], sharing, "pair"))
-            assert work == (row.num_tokens, row.layout.area(), row.num_projected)
-            flops = forward_flops(MODEL, dataset.vocab_size, row)
+            area = row.layout.area()
+            if windows:  # two of three layers see five tokens
+                area = (2 * row.layout.area(5) + area) / 3
+                assert area < row.layout.area()
+            assert work.area == pytest.approx(area, rel=1e-12)
+            assert work[::2] == (row.num_tokens, row.num_projected)
+            flops = forward_flops(model, dataset.vocab_size, row)
             assert work.cost(cost) == pytest.approx(flops.total, rel=1e-12)
             assert work.tokens == row.num_tokens
 

@@ -42,6 +42,8 @@ MIXTURES = {
 }
 LAYERS = SIZES["num_hidden_layers"]
 FULL, SLIDING = "full_attention", "sliding_attention"
+USED = {"use_sliding_window": True}
+NO_WINDOW = (None,) * LAYERS
 
 
 def config(kind: str = "llama", **more) -> dict:
@@ -190,25 +192,27 @@ def test_scaled_frequencies_are_those_of_transformers(kind, head_dim, base, open
 @pytest.mark.parametrize(
     ("kind", "keys", "window"),
     [
-        ("llama", {"sliding_window": 7}, None),
-        ("mistral", {}, 4096),  # transformers' default
-        ("mistral", {"sliding_window": 1000}, 1000),
-        ("mistral", {"sliding_window": None}, None),
-        ("mixtral", {}, None),
-        ("mixtral", {"sliding_window": 1000}, 1000),
-        ("qwen2", {"sliding_window": 1000}, None),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, 4096),
-        ("qwen2", {"use_sliding_window": True}, None),  # 28 layers before the first window
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": LAYERS}, None),
-        ("qwen3", {"use_sliding_window": True, "layer_types": [FULL, SLIDING, FULL]}, 4096),
-        ("qwen3", {"use_sliding_window": True, "layer_types": [FULL] * LAYERS}, None),
-        ("qwen3_moe", {"sliding_window": 1000}, None),
+        ("llama", {"sliding_window": 7}, NO_WINDOW),
+        ("mistral", {}, (4096,) * LAYERS),  # transformers' default
+        ("mistral", {"sliding_window": 1000}, (1000,) * LAYERS),
+        ("mistral", {"sliding_window": None}, NO_WINDOW),
+        ("mixtral", {}, NO_WINDOW),
+        ("mixtral", {"sliding_window": 1000}, (1000,) * LAYERS),
+        ("qwen2", {"sliding_window": 1000}, NO_WINDOW),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, (None, None, 4096)),
+        ("qwen2", {"use_sliding_window": True}, NO_WINDOW),  # 28 layers before the first window
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": LAYERS}, NO_WINDOW),
+        ("qwen3", {**USED, "layer_types": [FULL, SLIDING, FULL]}, (None, 4096, None)),
+        ("qwen3", {**USED, "layer_types": [SLIDING] * LAYERS}, (4096,) * LAYERS),
+        ("qwen3", {**USED, "layer_types": [FULL] * LAYERS}, NO_WINDOW),
+        ("qwen3_moe", {"sliding_window": 1000}, NO_WINDOW),
         # every layer of Qwen3-MoE, whatever this says
-        ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": LAYERS}, 4096),
+        ("qwen3_moe", {**USED, "max_window_layers": LAYERS}, (4096,) * LAYERS),
     ],
 )
 def test_sliding_windows(kind, keys, window, opened):
-    assert opened(config(kind, **MIXTURES.get(kind, {}), **keys)).sliding_window == window
+    sizes = opened(config(kind, **MIXTURES.get(kind, {}), **keys)).sizes
+    assert sizes.windows == window and not list(sizes.faults())
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_a_key_of_another_type_is_named(tmp_path, key, value):
     (tmp_path / "config.json").write_text(json.dumps(config("qwen2", **{key: value})))
     model = HFModel.read(tmp_path)
     with pytest.raises(InputError, match=f"config.json: .*{key}"):
-        _ = (model.kind, model.sizes, model.sliding_window)
+        _ = (model.kind, model.sizes)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "5", "", "{" * 9, "\0"])
