@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING
 from megatron_prefix.faces import lazy_face
 
 if TYPE_CHECKING:
-    from megatron_prefix.attention.api import prepare_plan, resolve_backend, tree_attention
-    from megatron_prefix.attention.megatron import TreeCoreAttention, TreePackedSeqParams
+    from megatron_prefix.attention.api import resolve_backend, tree_attention
+    from megatron_prefix.attention.megatron import (
+        TreeCoreAttention,
+        TreePackedSeqParams,
+        features_of,
+        prepare_attention,
+    )
     from megatron_prefix.attention.plan import TreePlan
     from megatron_prefix.attention.rotary import rotation_of
 else:
     __getattr__ = lazy_face(
         __name__,
-        api=["prepare_plan", "resolve_backend", "tree_attention"],
-        megatron=["TreeCoreAttention", "TreePackedSeqParams"],
+        api=["resolve_backend", "tree_attention"],
+        megatron=["TreeCoreAttention", "TreePackedSeqParams", "features_of", "prepare_attention"],
         plan=["TreePlan"],
         rotary=["rotation_of"],
     )
@@ -29,7 +34,8 @@ __all__ = [
     "TreeCoreAttention",
     "TreePackedSeqParams",
     "TreePlan",
-    "prepare_plan",
+    "features_of",
+    "prepare_attention",
     "resolve_backend",
     "rotation_of",
     "tree_attention",

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from megatron_prefix.attention.api import tree_attention
+from megatron_prefix.attention.api import prepare_plan, tree_attention
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.attention.rotary import Rotation, rotate
@@ -91,6 +92,42 @@ class TreePackedSeqParams(PackedSeqParams):
         self.max_seqlen_q = self.max_seqlen_kv = self.plan.layout.num_tokens
 
 
+def window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """The tokens that a token sees along its root path in a layer, counted from 1, itself included;
+    None: all of them."""
+    window = config.window_size
+    if not is_layer_window_attention(window, config.window_attn_skip_freq, layer_number):
+        return None
+    return window[0] + 1
+
+
+def softcap_of(config: TransformerConfig) -> float | None:
+    """The bound of attention scores, which Megatron-Core's own configuration does not have."""
+    return getattr(config, "attn_logit_softcapping", None)
+
+
+def features_of(config: TransformerConfig) -> list[str]:
+    """What the layers' attention needs, by the names in backends.FEATURES."""
+    needs = {
+        "window": config.window_size is not None,
+        "softcap": softcap_of(config) is not None,
+        "sinks": config.softmax_type != "vanilla",
+    }
+    return [name for name, is_needed in needs.items() if is_needed]
+
+
+def prepare_attention(params: TreePackedSeqParams, config: Any) -> None:
+    """Build the attention plans of a row for all layers of a model, before they run.
+
+    `config` is the model's, with `tree_attention_backend`.
+    """
+    windows = {window_of(config, layer) for layer in range(1, config.num_layers + 1)}
+    backend, dtype = config.tree_attention_backend, config.params_dtype
+    for window in windows:
+        plan = params.plan_of(window)
+        prepare_plan(plan, backend, dtype, config.kv_channels, features_of(config))
+
+
 class TreeCoreAttention(MegatronModule):
     """`core_attention` in which each token sees only its ancestors and itself.
 
@@ -123,12 +160,8 @@ class TreeCoreAttention(MegatronModule):
             raise ValueError(f"attention_dropout = {dropout}: tree attention has none; set it to 0")
         self.softmax_scale = softmax_scale
         self.backend = backend
-        is_windowed = is_layer_window_attention(
-            config.window_size, config.window_attn_skip_freq, layer_number
-        )
-        self.window = config.window_size[0] + 1 if is_windowed else None
-        """Tokens that a token sees along its root path, itself included; None: all."""
-        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        self.window = window_of(config, layer_number)
+        self.softcap = softcap_of(config)
         self.softmax_offset: Tensor | None = None
         if config.softmax_type != "vanilla":
             self._add_sinks(pg_collection)

@@ -36,7 +36,6 @@ Share = Annotated[float, Field(strict=True, ge=1e-6, le=1e9, allow_inf_nan=False
 Layers = Annotated[int, Field(strict=True, ge=1, le=10**4)]
 MOST_CHANNELS = 2**16
 """Channels of a head."""
-LayerPeriod = Annotated[int, Field(strict=True, ge=2, le=10**4)]
 Heads = Annotated[int, Field(strict=True, ge=1, le=MOST_CHANNELS)]
 """Heads, their channels, or experts."""
 NoneOrHeads = Annotated[int, Field(strict=True, ge=0, le=2**16)]

@@ -21,7 +21,6 @@ from megatron_prefix.config.bounds import (
     Epsilon,
     Factor,
     Heads,
-    LayerPeriod,
     Layers,
     NoneOrHeads,
     NoneOrWidth,
@@ -92,7 +91,7 @@ class ModelSizes:
     window_size: WindowSize | None = None
     window_attn_skip_freq: tuple[Literal[0, 1], ...] | None = None
     """1 for each layer with the window, 0 for each without; None: all layers have it."""
-    attn_logit_softcapping: Positive | None = None
+    attn_logit_softcapping: Factor | None = None
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
 
     @property
@@ -181,10 +180,9 @@ class ModelConfig:
     """Sliding window as [tokens before, tokens after] of a token, after is always 0: with [4095, 0]
     a token sees itself and 4095 tokens before it on its root path. transformers' `sliding_window`
     4096 is [4095, 0]. Without it every layer sees the whole path."""
-    window_attn_skip_freq: LayerPeriod | tuple[Literal[0, 1], ...] | None = None
-    """Layers with the window: a number N, every layer but each Nth; a list with 1 for each layer
-    with the window and 0 for each without. By default all layers have it."""
-    attn_logit_softcapping: Positive | None = None
+    window_attn_skip_freq: tuple[Literal[0, 1], ...] | None = None
+    """1 for each layer with the window, 0 for each without. By default all layers have it."""
+    attn_logit_softcapping: Factor | None = None
     """Bound c of attention scores s, which become c tanh(s / c)."""
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
     """`learnable`: each query head has a sink, one more score in the softmax without a value;
@@ -234,14 +232,8 @@ class ModelConfig:
         given["moe_ffn_hidden_size"] = (
             (self.moe_ffn_hidden_size or self.ffn_hidden_size) if self.num_moe_experts else 0
         )
-        # 4 layers, every 2nd without the window -> [1, 0, 1, 0], as Megatron-Core counts from 1
-        period = self.window_attn_skip_freq
-        if isinstance(period, int):
-            given["window_attn_skip_freq"] = tuple(
-                int(layer % period != 0) for layer in range(1, self.num_layers + 1)
-            )
-        if self.window_size and set(given["window_attn_skip_freq"] or ()) == {1}:
-            given["window_attn_skip_freq"] = None
+        if self.window_size and self.window_attn_skip_freq == (1,) * self.num_layers:
+            given["window_attn_skip_freq"] = None  # one form for all layers, to compare sizes
         if (channels := given["kv_channels"]) > MOST_CHANNELS:
             raise InputError(
                 f"model.hidden_size = {self.hidden_size} and model.num_attention_heads = "

@@ -27,7 +27,6 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_prefix.attention import TreePackedSeqParams, rotation_of
@@ -74,25 +73,6 @@ class TreeTransformerConfig(TransformerConfig):
     """Seed of the initial weights, drawn by parameter name; None draws none."""
     head_seed: int | None = None
     """Seed of a reward model's head, if its other weights are loaded."""
-
-    @property
-    def windows(self) -> set[int | None]:
-        """The different sliding windows of the layers, in tokens; None: a layer without one."""
-        kinds = {
-            is_layer_window_attention(self.window_size, self.window_attn_skip_freq, layer)
-            for layer in range(1, self.num_layers + 1)
-        }
-        return {self.window_size[0] + 1 if kind else None for kind in kinds}
-
-    @property
-    def attention_features(self) -> list[str]:
-        """What the layers' attention needs, as attention.backends.FEATURES has it."""
-        needs = {
-            "window": self.window_size is not None,
-            "softcap": self.attn_logit_softcapping is not None,
-            "sinks": self.softmax_type != "vanilla",
-        }
-        return [name for name, is_needed in needs.items() if is_needed]
 
     @property
     def padded_vocab_size(self) -> int:

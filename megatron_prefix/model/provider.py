@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_prefix.attention import resolve_backend
+from megatron_prefix.attention import features_of, resolve_backend
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
@@ -106,7 +106,7 @@ def _check_backend(config: TreeTransformerConfig) -> None:
     """Raise InputError if the attention backend cannot run here, or not this attention."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name, dtype = config.tree_attention_backend, config.params_dtype
-    features = config.attention_features
+    features = features_of(config)
     try:
         resolve_backend(name, device, dtype, config.kv_channels, features=features)
     except ValueError as error:

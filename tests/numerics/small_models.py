@@ -32,6 +32,12 @@ VARIANTS = {
     "untied, bias, norm": {"add_qkv_bias": True, "qk_layernorm": True},
     "tied, bias": {"untie_embeddings_and_output_weights": False, "add_qkv_bias": True},
     "tied, norm": {"untie_embeddings_and_output_weights": False, "qk_layernorm": True},
+    "windows, cap, sinks": {
+        "window_size": [3, 0],
+        "window_attn_skip_freq": (1, 0, 1),
+        "attn_logit_softcapping": 1.5,
+        "softmax_type": "learnable",
+    },
 }
 FULL = {"recompute_granularity": "full"}
 RECOMPUTE = {

@@ -238,7 +238,7 @@ def test_a_trained_model_is_exported_unchanged(kind, hh, tmp_path):
     [
         {"add_qkv_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}},
         {"window_size": [6, 0]},
-        {"add_qkv_bias": True, "window_size": [3, 0], "window_attn_skip_freq": 2},
+        {"add_qkv_bias": True, "window_size": [3, 0], "window_attn_skip_freq": [1, 0]},
         {"num_moe_experts": 4, "moe_ffn_hidden_size": 24},
         {"num_moe_experts": 4, "moe_router_pre_softmax": True, "qk_layernorm": True},
     ],

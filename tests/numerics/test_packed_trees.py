@@ -131,7 +131,9 @@ def rotate(x_TNH: Tensor) -> Tensor:
     return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
-def plain_attention(x_TC: Tensor, w: dict[str, Tensor], heads: int, groups: int) -> Tensor:
+def plain_attention(
+    x_TC: Tensor, w: dict[str, Tensor], heads: int, groups: int, settings: dict, layer: int
+) -> Tensor:
     qkv = x_TC @ w["self_attention.linear_qkv.weight"].T
     qkv = qkv + w.get("self_attention.linear_qkv.bias", 0.0)
     # A group after another: its query heads, its key, its value.
@@ -145,12 +147,20 @@ def plain_attention(x_TC: Tensor, w: dict[str, Tensor], heads: int, groups: int)
     for head in range(heads):
         group = head // (heads // groups)
         scores = q[:, head] @ k[:, group].T / math.sqrt(q.size(-1))
-        future = torch.ones_like(scores).triu(1).bool()
-        outs.append(scores.masked_fill(future, -math.inf).softmax(-1) @ v[:, group])
+        hidden = torch.ones_like(scores).triu(1).bool()
+        if cap := settings.get("attn_logit_softcapping"):
+            scores = cap * (scores / cap).tanh()
+        if settings.get("window_attn_skip_freq", (0, 0, 0))[layer]:
+            hidden |= ~torch.ones_like(scores).triu(-settings["window_size"][0]).bool()
+        weights = scores.masked_fill(hidden, -math.inf).exp()
+        total = weights.sum(-1, keepdim=True)
+        if settings.get("softmax_type") == "learnable":
+            total = total + w["self_attention.core_attention.softmax_offset"][head].exp()
+        outs.append(weights / total @ v[:, group])
     return torch.cat(outs, -1) @ w["self_attention.linear_proj.weight"].T
 
 
-def plain_logp(state: dict[str, Tensor], path: ResponsePath) -> Tensor:
+def plain_logp(state: dict[str, Tensor], path: ResponsePath, settings: dict) -> Tensor:
     """Log-probability of one response by the model's weights and nothing else of it."""
     tokens = torch.from_numpy(path.tokens)
     embedding = state["embedding.word_embeddings.weight"]
@@ -158,7 +168,8 @@ def plain_logp(state: dict[str, Tensor], path: ResponsePath) -> Tensor:
     for layer in range(3):
         start = f"decoder.layers.{layer}."
         w = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-        x = x + plain_attention(rms_norm(x, w["input_layernorm.weight"]), w, 6, 2)
+        normed = rms_norm(x, w["input_layernorm.weight"])
+        x = x + plain_attention(normed, w, 6, 2, settings, layer)
         gate, up = (
             rms_norm(x, w["pre_mlp_layernorm.weight"]) @ w["mlp.linear_fc1.weight"].T
         ).chunk(2, -1)
@@ -173,7 +184,7 @@ def plain_logp(state: dict[str, Tensor], path: ResponsePath) -> Tensor:
 def test_the_model_is_the_one_written_out_in_plain_torch(world, forest, alone, variant):
     state = dict(random_model(world, **VARIANTS[variant]).named_parameters())
     with torch.no_grad():
-        expected = torch.stack([plain_logp(state, path) for path in forest[1]])
+        expected = torch.stack([plain_logp(state, path, VARIANTS[variant]) for path in forest[1]])
     error = (alone(variant).logps - expected).abs() / expected.abs()
     assert error.max() < 1e-6, "the angles are float32 on both sides, in two orders of operations"
 

@@ -18,7 +18,15 @@ from megatron_prefix.engine.feed import Feed
 from megatron_prefix.testing import random_group
 
 WORLD = SimpleNamespace(device=torch.device("cpu"), data_rank=0, context=lambda config: None)
-CONFIG = SimpleNamespace(tree_attention_backend="auto", params_dtype=torch.float32, kv_channels=16)
+CONFIG = SimpleNamespace(
+    tree_attention_backend="auto",
+    params_dtype=torch.float32,
+    kv_channels=16,
+    num_layers=2,
+    window_size=(2, 0),
+    window_attn_skip_freq=[0, 1],
+    softmax_type="vanilla",
+)
 
 
 class Steps:
@@ -89,8 +97,9 @@ def test_attention_is_planned_on_the_thread(backend, planned, monkeypatch):
     config = SimpleNamespace(**{**vars(CONFIG), "tree_attention_backend": backend})
     with closing(Feed(sampler, WORLD, config, 1)) as feed:
         (batch,) = feed.step(0).batches
-    plan = batch.params.plan
-    assert planned in {**vars(plan), **plan._built}
+    for window in (None, 3):
+        plan = batch.params.plan_of(window)
+        assert planned in {**vars(plan), **plan._built}, window
 
 
 def test_offsets_on_the_host_are_those_of_the_targets_rows():

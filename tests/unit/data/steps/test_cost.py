@@ -33,11 +33,14 @@ def test_the_docstrings_example(tmp_path):
     assert bundle_work(dataset, bundles_of(dataset, 0, "tree")[0], "tree") == (5, 13, 2)
 
 
-@pytest.mark.parametrize("windows", [{}, {"window_size": [4, 0], "window_attn_skip_freq": 3}])
+@pytest.mark.parametrize(
+    "windows", [{}, {"window_size": [4, 0], "window_attn_skip_freq": [1, 1, 0]}]
+)
 @pytest.mark.parametrize("sharing", SHARING_MODES)
 def test_columns_tell_what_a_row_costs(dataset, sharing, windows):
     model = ModelConfig(**SIZES, **windows).sizes()
     cost = CostModel.of_model(model, dataset.vocab_size)
+    num_lower = 0
     for group in range(len(dataset)):
         for bundle in bundles_of(dataset, group, sharing):
             work = bundle_work(dataset, bundle, sharing, cost)
@@ -45,12 +48,13 @@ def test_columns_tell_what_a_row_costs(dataset, sharing, windows):
             area = row.layout.area()
             if windows:  # two of three layers see five tokens
                 area = (2 * row.layout.area(5) + area) / 3
-                assert area < row.layout.area()
+                num_lower += area < row.layout.area()
             assert work.area == pytest.approx(area, rel=1e-12)
             assert work[::2] == (row.num_tokens, row.num_projected)
             flops = forward_flops(model, dataset.vocab_size, row)
             assert work.cost(cost) == pytest.approx(flops.total, rel=1e-12)
             assert work.tokens == row.num_tokens
+    assert num_lower > 5 or not windows
 
 
 def test_ranks_get_similar_cost_and_not_similar_tokens(tmp_path):

@@ -87,6 +87,10 @@ def test_sizes_of_each_architecture(sizes):
         "moe_router_topk": 2,
         "moe_ffn_hidden_size": 0,
         "moe_router_pre_softmax": False,
+        "window_size": None,
+        "window_attn_skip_freq": None,
+        "attn_logit_softcapping": None,
+        "softmax_type": "vanilla",
     }
     for kind, head_dim, bias, norm in (
         ("llama", 16, False, False),
@@ -94,8 +98,10 @@ def test_sizes_of_each_architecture(sizes):
         ("qwen2", 16, True, False),
         ("qwen3", 128, False, True),
     ):
+        windowed = {"window_size": (4095, 0)} if kind == "mistral" else {}
         assert sizes(kind=kind, tie_word_embeddings=kind == "qwen2") == {
             **common,
+            **windowed,
             "kv_channels": head_dim,
             "add_qkv_bias": bias,
             "qk_layernorm": norm,
