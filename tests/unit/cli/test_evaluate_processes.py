@@ -13,7 +13,12 @@ LAYOUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 @pytest.fixture
 def config(tmp_path):
-    return tiny_config("set", tmp_path, parallel={**LAYOUT, "distributed_timeout_minutes": 7.0})
+    return tiny_config(
+        "set",
+        tmp_path,
+        model={"num_query_groups": 2},
+        parallel={**LAYOUT, "distributed_timeout_minutes": 7.0},
+    )
 
 
 def test_one_process(config, capsys, monkeypatch):
