@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         # From what Megatron-Core 0.16 names to the newest whose calls were read.
+        "wandb": ["wandb"],
         "te": ["transformer-engine[pytorch]>=2.9,<2.21"],
         "test": [
             "pytest",

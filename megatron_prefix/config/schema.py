@@ -54,6 +54,8 @@ def _form(value: object) -> str:
     return "(list)" if isinstance(value, list | tuple) else "(one)"
 
 
+Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f/\\\\#?%:]{1,128}$")]
+"""A name that a service accepts."""
 MetricName = Annotated[str, Field(pattern=r"^eval_[A-Za-z0-9_./-]{1,200}$")]
 TrainSets = Annotated[
     Annotated[PathText, Tag("(one)")] | Annotated[tuple[TrainSet, ...], Tag("(list)")],
@@ -167,12 +169,25 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: Label
+    name: Label | None = None
+    """Name of the run there; without it the service chooses one."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline` writes below `logging.output`/wandb, for `wandb sync`."""
+
+
+@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
 class LoggingConfig:
     """Where the run writes `config.yaml` and `metrics.jsonl`."""
 
     output: PathText
     tensorboard: Switch = False
     """Also write TensorBoard event files under `output`/tensorboard."""
+    wandb: WandbConfig | None = None
+    """Also log to Weights & Biases."""
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)

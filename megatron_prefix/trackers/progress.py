@@ -46,7 +46,8 @@ class ProgressTracker:
         if any(key.startswith(EVALUATION) for key in values):
             self._print(_evaluation_line(step, values))
             return
-        self._seconds += values["step_time_s"]
+        if step > self._first + 1:  # the first step of a process takes longer
+            self._seconds += values["step_time_s"]
         shown = _shown(values)
         if "pairs_per_second" in values:
             shown["pairs/s"] = f"{values['pairs_per_second']:.1f}"
@@ -56,9 +57,11 @@ class ProgressTracker:
             self._bar.update(advance)
         elif time.monotonic() - self._last_line >= PLAIN_INTERVAL_S or step == self._num_steps:
             self._last_line = time.monotonic()
-            left = self._seconds / (step - self._first) * (self._num_steps - step)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            self._print(f"step {step}/{self._num_steps}  {text}  left {_duration(left)}")
+            if (timed := step - self._first - 1) > 0:
+                left = self._seconds / timed * (self._num_steps - step)
+                text += f"  left {_duration(left)}"
+            self._print(f"step {step}/{self._num_steps}  {text}")
 
     def figure(self, name: str, path: str | Path) -> None:
         self._print(f"figure {name}: {path}")

@@ -13,6 +13,7 @@ from megatron_prefix.errors import InputError, RunError
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
+WANDB_FILE = "wandb.json"
 
 
 def open_run_folder(config: Config, step: int) -> None:
@@ -31,7 +32,7 @@ def _rename_earlier(folder: Path) -> None:
     number = 1
     while (folder / f"metrics-{number}.jsonl").exists():
         number += 1
-    for name in (CONFIG_FILE, TENSORBOARD_FOLDER, METRICS_FILE):
+    for name in (CONFIG_FILE, TENSORBOARD_FOLDER, WANDB_FILE, METRICS_FILE):
         path = folder / name
         if path.exists():
             os.replace(path, path.with_name(f"{path.stem}-{number}{path.suffix}"))

@@ -12,6 +12,7 @@ from megatron_prefix.trackers.progress import ProgressTracker
 from megatron_prefix.trackers.run_folder import open_run_folder
 from megatron_prefix.trackers.tensorboard import TensorBoardTracker
 from megatron_prefix.trackers.tracker import Status, Tracker
+from megatron_prefix.trackers.wandb import WandbTracker
 
 
 def configured_trackers(config: Config, num_steps: int) -> Trackers:
@@ -20,6 +21,8 @@ def configured_trackers(config: Config, num_steps: int) -> Trackers:
     chosen: list[Tracker] = [JsonlTracker()]
     if config.logging.tensorboard:
         chosen.append(TensorBoardTracker())
+    if config.logging.wandb is not None:
+        chosen.append(WandbTracker())
     chosen.append(ProgressTracker(num_steps))
     return Trackers(chosen)
 

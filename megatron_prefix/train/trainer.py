@@ -31,6 +31,7 @@ from megatron_prefix.trackers import Status, Trackers
 from megatron_prefix.train.evaluation import preference_metrics
 from megatron_prefix.train.first_step import check_first_step
 from megatron_prefix.train.non_finite import describe, file_name, finite_rows, save_rows
+from megatron_prefix.train.pace import Pace
 from megatron_prefix.train.samplers import evaluation_block
 from megatron_prefix.train.two_passes import ROUNDING, check_passes, first_pass
 
@@ -77,6 +78,11 @@ class Trainer:
             with_table=self.objective.needs_step,
         )
 
+    @cached_property
+    def pace(self) -> Pace:
+        """How far and how fast the run is."""
+        return Pace(self.config, self.sampler, self.num_steps)
+
     @property
     def checks_first_step(self) -> bool:
         """Whether policy and reference are the same model before the first step."""
@@ -84,7 +90,7 @@ class Trainer:
 
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until a signal asks to stop. Raises Stopped then."""
-        settings = self.config.train
+        settings, _ = self.config.train, self.pace  # whose clock starts here
         if self.step == 0:
             self.evaluate()
         while self.step < self.num_steps:
@@ -129,15 +135,13 @@ class Trainer:
             self._stop_non_finite("gradient", rows, batches, describe(rank, rows, is_finite))
         grad_norm, learning_rate = update
         self.step += 1
-        seconds = time.monotonic() - start
+        counts = {"num_pairs": plan.num_pairs, **counts}
         return {
             **means,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            "num_pairs": plan.num_pairs,
             **counts,
-            "step_time_s": round(seconds, 4),
-            "pairs_per_second": round(plan.num_pairs / seconds, 3),
+            **self.pace.values(self.step, time.monotonic() - start, counts),
         }
 
     def evaluate(self) -> None:

@@ -13,11 +13,11 @@ from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.config import Config, ParallelConfig, parse_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.distributed.world import join_world
+from megatron_prefix.train.pace import MEASURED
 from megatron_prefix.train.run import train
 from megatron_prefix.train.setup import prepare_trainer
 from megatron_prefix.train.trainer import Trainer
 
-TIMES = ("step_time_s", "pairs_per_second")
 TINY = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4}
 
 
@@ -46,7 +46,7 @@ def lines(output: Path) -> list[dict]:
 
 def timeless(rows: list[dict]) -> list[dict]:
     """The lines without what a clock wrote."""
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in rows]
 
 
 def trained(config: Config) -> list[dict]:

@@ -17,6 +17,7 @@ from megatron_prefix.distributed.world import join_world
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.train import two_passes
 from megatron_prefix.train.evaluation import evaluate
+from megatron_prefix.train.pace import MEASURED
 from megatron_prefix.train.scoring import score_reference
 
 STEPS = 6
@@ -36,7 +37,7 @@ OBJECTIVES = {
     "aot_unpaired": {"loss_type": "aot_unpaired", "label_smoothing": 0.1},
     "tails": {"loss_type": ["aot", "sigmoid", "sft"], "ld_alpha": 0.25},
 }
-SKIPPED = ("step_time_s", "pairs_per_second", "tokens/executed", "tokens/targets")
+SKIPPED = (*MEASURED, "tokens/executed", "tokens/targets")
 SKIPPED += ("rows/projected", "logps/pass_difference")
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import processes
 
 from megatron_prefix.__main__ import main
+from megatron_prefix.train.pace import MEASURED
 
-TIMES = ("step_time_s", "pairs_per_second")
 SIZES = {
     "num_layers": 2,
     "hidden_size": 32,
@@ -70,7 +70,7 @@ def refused(argv: list[str], capsys, *words: str) -> str:
 def lines(output: Path) -> list[dict]:
     """A run's metrics without what a clock wrote; every line has to be whole."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def forked(action: Callable[[], int | None], log: Path) -> int:

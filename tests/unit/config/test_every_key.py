@@ -113,7 +113,7 @@ def test_no_path(path, value):
 
 @pytest.mark.parametrize("path", NUMBERS, ids=".".join)
 def test_the_message_names_the_bound(path):
-    value = 1e39 if path[-1] in WIDE or path[0] == "loss" else 2**63
+    value = 10**39 if path[-1] in WIDE or path[0] == "loss" else 2**63
     with pytest.raises(InputError, match=r"less than (or equal to )?[0-9.e+]+"):
         parse_config(with_value(path, value))
 
