@@ -43,6 +43,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "trl>=1.14",  # Python 3.10 gets 1.14, newer ones 1.16
+            "peft",
             "hypothesis",
             "mypy",
             "types-PyYAML",

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
         model_provider,
         transformer_config,
     )
+    from megatron_prefix.model.parameters import model_fingerprint
     from megatron_prefix.model.spec import tree_layer_spec
     from megatron_prefix.objectives import LossOutputs, register_objective
     from megatron_prefix.objectives.pairwise import dpo_loss, ipo_loss
     from megatron_prefix.objectives.record import FirstValue, ObjectiveRecord, Option
     from megatron_prefix.objectives.reward import bradley_terry_loss
-    from megatron_prefix.reference import PrecomputedReference, model_fingerprint
+    from megatron_prefix.reference import PrecomputedReference
     from megatron_prefix.reference.model import with_reference
 else:
     __getattr__ = lazy_face(
@@ -60,13 +61,14 @@ else:
             "model_provider",
             "transformer_config",
         ],
+        model__parameters=["model_fingerprint"],
         model__spec=["tree_layer_spec"],
         objectives=["LossOutputs", "register_objective"],
         objectives__pairwise=["dpo_loss", "ipo_loss"],
         objectives__record=["FirstValue", "ObjectiveRecord", "Option"],
         objectives__reward=["bradley_terry_loss"],
         platform=[],
-        reference=["PrecomputedReference", "model_fingerprint"],
+        reference=["PrecomputedReference"],
         reference__model=["with_reference"],
     )
 

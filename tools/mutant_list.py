@@ -195,8 +195,8 @@ MUTANTS = (
     Mutant(
         "weights drawn without their name",
         "model/init.py",
-        'f"weights/{seed}/{name}"',
-        'f"weights/{seed}"',
+        'f"{kind}/{seed}/{name}"',
+        'f"{kind}/{seed}"',
         "numerics/test_initial_weights.py",
     ),
     Mutant(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mutant_list import MUTANTS, Mutant
 from mutant_list_data import DATA_MUTANTS
+from mutant_list_lora import LORA_MUTANTS
 from mutant_list_references import REFERENCE_MUTANTS
 from mutant_list_steps import STEP_MUTANTS
 
@@ -76,7 +77,7 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [
         m
-        for m in (*MUTANTS, *DATA_MUTANTS, *REFERENCE_MUTANTS, *STEP_MUTANTS)
+        for m in (*MUTANTS, *DATA_MUTANTS, *LORA_MUTANTS, *REFERENCE_MUTANTS, *STEP_MUTANTS)
         if not args.names or any(n in m.name for n in args.names)
     ]
     killed = 0

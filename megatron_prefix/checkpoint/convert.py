@@ -42,14 +42,16 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_prefix.checkpoint.adapter_state import SavedAdapter
 from megatron_prefix.checkpoint.flushing import flush, flush_tree
 from megatron_prefix.checkpoint.save_load import resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
 from megatron_prefix.checkpoint.torch_dist import (
     FORMAT,
     Writer,
-    check_checksums,
     check_harmless,
+    is_foreign,
+    load_common,
     write_checksums,
 )
 from megatron_prefix.errors import InputError
@@ -109,7 +111,12 @@ def export_hf(load: str | Path, hf: str | Path, max_shard_bytes: int = 5 * 10**9
     cannot be read or `hf` exists; nothing is written then.
     """
     path = resolve_checkpoint(load)
-    check_checksums(path)
+    common = {} if is_foreign(path) else load_common(path)
+    if (saved := SavedAdapter.read(common, path)) is not None:
+        raise InputError(
+            f"{path}: has only adapters of {saved.base_text}, and their export is not supported "
+            "yet: start from them with lora.adapter, or evaluate them with --load"
+        )
     source = path / HF_FOLDER
     if not (source / "config.json").is_file():
         raise InputError(

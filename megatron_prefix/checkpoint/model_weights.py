@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_prefix.checkpoint import torch_dist
+from megatron_prefix.checkpoint.adapter_state import (
+    SavedAdapter,
+    adapter_state,
+    check_adapter,
+    refuse_as_base,
+)
 from megatron_prefix.checkpoint.agreement import MODEL, OBJECTIVE, check_model
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
+from megatron_prefix.model.adapters import is_added
 
 _OF_HEADS = ("kind", "untie_embeddings_and_output_weights")
 """Keys of `model_sizes` that describe the head."""
 
 
 def load_only_weights(path: Path, chunks: list[torch.nn.Module], keeps_head: bool) -> dict:
-    """Load the weights of the checkpoint in the folder `path`, and return what its objective kept.
-    Collective.
+    """Load the weights of the checkpoint in the folder `path`, and return what its objective kept;
+    adapters stay as they are. Collective.
 
     With `keeps_head`, a reward model loads a language model's checkpoint and keeps its own head.
     Of another program's checkpoint only the tensors are read, so only their names and shapes are
@@ -25,6 +33,7 @@ def load_only_weights(path: Path, chunks: list[torch.nn.Module], keeps_head: boo
     """
     ours = model_sizes(chunks)
     common = {} if torch_dist.is_foreign(path) else torch_dist.load_common(path)
+    refuse_as_base(path, SavedAdapter.read(common, path))
     saved = common.get(MODEL)
     state = model_state(chunks)
     unread: tuple[str, ...] = ()
@@ -38,6 +47,17 @@ def load_only_weights(path: Path, chunks: list[torch.nn.Module], keeps_head: boo
     if saved is not None:
         check_model(path, saved, ours)
     load_model(chunks, torch_dist.load(state, path, unread))
+    return dict(common.get(OBJECTIVE, {}))
+
+
+def load_only_adapters(path: Path, chunks: list[torch.nn.Module], adapter: SavedAdapter) -> dict:
+    """Load the adapters of the checkpoint in the folder `path`, which must be those of `adapter`,
+    and return what its objective kept. Collective. Raises InputError."""
+    common = torch_dist.load_common(path)
+    check_adapter(path, SavedAdapter.read(common, path), adapter)
+    check_kind(path, model_sizes(chunks)["kind"])
+    check_model(path, common.get(MODEL), model_sizes(chunks))
+    load_model(chunks, torch_dist.load(trained_state(chunks), path, common=common))
     return dict(common.get(OBJECTIVE, {}))
 
 
@@ -61,11 +81,28 @@ def check_kind(path: Path, kind: str) -> None:
 
 
 def model_state(chunks: list[torch.nn.Module]) -> dict:
-    """Sharded tensors of the models' parameters, to save or to request."""
+    """Sharded tensors of the models' parameters, to save or to request; without adapters."""
+    states = {name: model.sharded_state_dict() for name, model in _named(chunks).items()}
+    if unwrap(chunks[0]).config.lora is not None:
+        states = {
+            name: {key: x for key, x in state.items() if not is_added(key)}
+            for name, state in states.items()
+        }
+    return torch_dist.tensors_only(states)
+
+
+def trained_state(chunks: list[torch.nn.Module]) -> dict:
+    """Sharded tensors of what is trained: all parameters, or adapters."""
+    if unwrap(chunks[0]).config.lora is None:
+        return model_state(chunks)
+    return {name: adapter_state(model) for name, model in _named(chunks).items()}
+
+
+def _named(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+    """The models without wrappers, by the names of their states."""
+    # Two virtual chunks per stage are saved as `model0` and `model1`, one chunk as `model`.
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return torch_dist.tensors_only(
-        {name: unwrap(c).sharded_state_dict() for name, c in zip(names, chunks, strict=True)}
-    )
+    return {name: unwrap(chunk) for name, chunk in zip(names, chunks, strict=True)}
 
 
 def model_sizes(chunks: list[torch.nn.Module]) -> dict:
@@ -102,8 +139,8 @@ def _expert_sizes(config: TreeTransformerConfig) -> dict:
 
 
 def load_model(chunks: list[torch.nn.Module], state: dict) -> None:
-    """Put loaded tensors into the models; `state` was loaded as `model_state` requests it."""
-    for i, chunk in enumerate(chunks):
-        # Two virtual chunks per stage are saved as `model0` and `model1`, one chunk as `model`.
-        weights = state["model" if len(chunks) == 1 else f"model{i}"]
-        unwrap(chunk).load_state_dict(weights, strict=False)
+    """Put loaded tensors into the models; `state` was loaded as `model_state` or `trained_state`
+    requests it. Other parameters stay."""
+    for name, model in _named(chunks).items():
+        # a stage without adapters has no state
+        model.load_state_dict(state.get(name, {}), strict=False)

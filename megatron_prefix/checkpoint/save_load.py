@@ -26,6 +26,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_prefix.checkpoint import torch_dist
+from megatron_prefix.checkpoint.adapter_state import KEY, SavedAdapter, check_adapter
 from megatron_prefix.checkpoint.agreement import (
     MODEL,
     OBJECTIVE,
@@ -47,9 +48,10 @@ from megatron_prefix.checkpoint.keeping import (
 from megatron_prefix.checkpoint.model_weights import (
     check_kind,
     load_model,
+    load_only_adapters,
     load_only_weights,
     model_sizes,
-    model_state,
+    trained_state,
 )
 from megatron_prefix.checkpoint.optimizer_state import (
     is_distributed,
@@ -101,6 +103,12 @@ def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bo
     Raises InputError.
     """
     return load_only_weights(resolve_checkpoint(path), chunks, keeps_head)
+
+
+def load_adapters(path: str | Path, chunks: list[torch.nn.Module], adapter: SavedAdapter) -> dict:
+    """Load only the adapters of a checkpoint, as `resolve_checkpoint` finds it, which must be those
+    of `adapter`, and return what its objective kept. Collective. Raises InputError."""
+    return load_only_adapters(resolve_checkpoint(path), chunks, adapter)
 
 
 class RunCheckpoints:
@@ -230,6 +238,7 @@ class RunCheckpoints:
         attach: Callable[[Path], None],
         value: float | None = None,
         objective_state: dict[str, Any] | None = None,
+        adapter: SavedAdapter | None = None,
     ) -> None:
         """Write the state after `step` steps, and remove what is not kept. Collective.
 
@@ -237,6 +246,7 @@ class RunCheckpoints:
         `attach` puts more files into the folder. `value` is the metric that decides which
         checkpoint is the best, if the state was evaluated.
         `objective_state` are plain values, the same on every rank, which `load` gives back.
+        With `adapter`, the model is saved without its base.
         Raises RunError if the disk cannot take it; the previous checkpoint is then unchanged.
         """
         # All ranks write into one folder, so its random name comes from one of them.
@@ -250,6 +260,8 @@ class RunCheckpoints:
             state |= {"scheduler": scheduler.state_dict(), "step": step}
             state |= {RUN: identity, SCHEDULE: schedule, MODEL: model_sizes(chunks)}
             state[OBJECTIVE] = objective_state or {}
+            if adapter is not None:
+                state[KEY] = adapter.as_dict()
             state["use_distributed_optimizer"] = is_distributed(optimizer)
             torch_dist.save(state, partial)
             torch_dist.on_main(lambda: attach(partial))
@@ -295,6 +307,7 @@ class RunCheckpoints:
         identity: dict[str, Any],
         schedule: dict[str, Any],
         restore_objective: Callable[[dict[str, Any]], None] | None = None,
+        adapter: SavedAdapter | None = None,
     ) -> list[str]:
         """Restore the state after `step` steps. Collective.
 
@@ -306,6 +319,7 @@ class RunCheckpoints:
         path = iteration_dir(self.root, step)
         # Kind, run and sizes are compared before any weight is read.
         common = torch_dist.load_common(path)
+        check_adapter(path, SavedAdapter.read(common, path), adapter)
         check_kind(path, model_sizes(chunks)["kind"])
         unnamed = check_run(path, common.get(RUN), identity)
         check_model(path, common.get(MODEL), model_sizes(chunks))
@@ -365,6 +379,6 @@ def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
 def _sharded_state(
     chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool = False
 ) -> dict:
-    state = model_state(chunks)
+    state = trained_state(chunks)
     state["optimizer"] = sharded_optimizer_state(optimizer, state, is_loading)
     return state

@@ -15,9 +15,16 @@ from pathlib import Path
 import torch
 
 from megatron_prefix.checkpoint import torch_dist
-from megatron_prefix.checkpoint.save_load import load_weights, resolve_checkpoint
+from megatron_prefix.checkpoint.adapter_state import SavedAdapter
+from megatron_prefix.checkpoint.save_load import load_adapters, load_weights, resolve_checkpoint
+from megatron_prefix.checkpoint.starting_adapter import (
+    StartingAdapter,
+    open_adapter,
+    with_settings_of,
+)
 from megatron_prefix.checkpoint.vocabulary import compare_vocabularies
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
+from megatron_prefix.config.lora import LoraConfig, lora_size_faults
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import (
@@ -26,7 +33,9 @@ from megatron_prefix.model import (
     transformer_config,
     unwrap,
 )
+from megatron_prefix.model.adapters import start_saved_modules
 from megatron_prefix.model.hf import HFModel, write_hf_folder
+from megatron_prefix.model.parameters import model_fingerprint
 
 HF_FOLDER = "hf"
 """Folder of a checkpoint with config.json and tokenizer in the form of Hugging Face."""
@@ -35,6 +44,8 @@ HF_FOLDER = "hf"
 @dataclass(frozen=True, kw_only=True)
 class StartingModel:
     """The model that a run starts from: `config` is the model section, `vocab_size` is unpadded.
+
+    With `lora` it is the frozen base of adapters, and `adapter` the ones to start from.
 
     `source` has config.json and tokenizer; it is None for a model from sizes. `longest` is the
     longest path of the run's data, in tokens. With `draws_head`, a reward model takes a language
@@ -49,11 +60,14 @@ class StartingModel:
     longest: int
     draws_head: bool = False
     vocabulary_note: str | None = None
+    lora: LoraConfig | None = None
+    adapter: StartingAdapter | None = None
 
     def transformer_config(
         self, seed: int, parallel: ParallelConfig | None = None
     ) -> TreeTransformerConfig:
-        """Megatron-Core's configuration; `seed` draws the weights that are not loaded."""
+        """Megatron-Core's configuration; `seed` draws the weights that are not loaded, and the
+        adapters."""
         drawn = self.config.hf is None and self.config.checkpoint is None
         return transformer_config(
             self.config,
@@ -62,6 +76,8 @@ class StartingModel:
             seed=seed if drawn else None,
             head_seed=seed if self.draws_head else None,
             parallel=parallel,
+            lora=self.lora,
+            adapter_seed=seed,
         )
 
     def load(self, chunks: list[torch.nn.Module]) -> None:
@@ -74,6 +90,31 @@ class StartingModel:
                 load_hf_weights(model, self.source.directory, self.sizes, keeps_head)
         elif self.config.checkpoint is not None:
             load_weights(self.config.checkpoint, chunks, self.draws_head)
+        if self.lora is not None:
+            for chunk in chunks:
+                start_saved_modules(unwrap(chunk))
+        if self.adapter is not None and (saved := self.saved_adapter(chunks)) is not None:
+            self.adapter.load(chunks, saved)
+
+    def load_trained(self, path: str | Path, chunks: list[torch.nn.Module]) -> dict:
+        """Load what a run that started from this model has saved: all weights, or adapters onto
+        the base that `chunks` hold. Returns what its objective kept. Collective. Raises
+        InputError."""
+        adapter = self.saved_adapter(chunks)
+        if adapter is None:
+            return load_weights(path, chunks)
+        return load_adapters(path, chunks, adapter)
+
+    def saved_adapter(self, chunks: list[torch.nn.Module]) -> SavedAdapter | None:
+        """What a checkpoint of a run says about its adapters; None without `lora`. Collective."""
+        if self.lora is None:
+            return None
+        base = {}
+        if self.config.hf is not None:
+            base["hf"] = _absolute(self.config.hf)
+        elif self.config.checkpoint is not None:
+            base["checkpoint"] = _absolute(self.config.checkpoint)
+        return SavedAdapter.of(self.lora, model_fingerprint(chunks), base)
 
     def note(self, seed: int) -> str | None:
         """Messages for the user about the weights and the vocabulary, one a line, if there are
@@ -112,11 +153,12 @@ class StartingModel:
 
 
 def resolve_starting_model(
-    model: ModelConfig, datasets: Sequence[PreferenceDataset]
+    model: ModelConfig, datasets: Sequence[PreferenceDataset], lora: LoraConfig | None = None
 ) -> StartingModel:
     """Find the model that section `model` describes, and check it against the data sets.
 
-    The vocabulary is the model's if it has a config.json, else the data sets'. Raises InputError.
+    The vocabulary is the model's if it has a config.json, else the data sets'. Section `lora` is
+    resolved, from the adapter that it names. Raises InputError.
     """
     longest = max(int(dataset.response_lengths.max()) for dataset in datasets)
     source, sizes, vocabulary_note = _source(model), model.sizes(), None
@@ -136,7 +178,17 @@ def resolve_starting_model(
             _check_vocabulary(dataset, vocab_size, source.directory)
         if not model.allow_other_tokenizer:
             vocabulary_note = compare_vocabularies(source.directory, datasets)
+    adapter = None
+    if lora is not None:
+        if lora.adapter is not None:
+            adapter = open_adapter(lora.adapter)
+            lora = with_settings_of(adapter.lora, lora, sizes.num_moe_experts > 0)
+        if faults := list(lora_size_faults(lora, sizes, model.kind)):
+            raise InputError("; ".join(faults))
+        lora = lora.resolved(has_experts=sizes.num_moe_experts > 0)
     return StartingModel(
+        lora=lora,
+        adapter=adapter,
         config=model,
         sizes=sizes,
         vocab_size=vocab_size,
@@ -145,6 +197,11 @@ def resolve_starting_model(
         draws_head=draws_head,
         vocabulary_note=vocabulary_note,
     )
+
+
+def _absolute(path: str) -> str:
+    """A directory's absolute path; the id of a model on the Hub stays."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _draws_head(model: ModelConfig, hf_kind: str | None) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_prefix.config.kinds import kind_faults
+from megatron_prefix.config.lora import lora_faults, lora_size_faults
 from megatron_prefix.config.model import REQUIRED_SIZES, SIZES, ModelConfig
 from megatron_prefix.config.parallel import layout_faults, parallel_faults
 from megatron_prefix.config.schema import Config, DataConfig
@@ -24,10 +25,13 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
             *_model_faults(config.model),
             *_run_faults(config),
             *kind_faults(config.model.kind, raw),
+            *(lora_faults(config.lora, config.model.kind) if config.lora else ()),
         ]
         faults += parallel_faults(config.parallel)
     if not faults and (sizes := config.model.sizes()) is not None:
         faults = [*sizes.faults(), *layout_faults(config.model, sizes, config.parallel)]
+        if config.lora is not None:
+            faults += lora_size_faults(config.lora, sizes, config.model.kind)
     if faults:
         raise InputError("; ".join(faults))
 

@@ -1,7 +1,7 @@
 """The run's configuration: frozen dataclasses, one per section.
 
-The sections `model`, `loss` and `parallel` are in model.py, loss.py and parallel.py; load.py reads
-them all from YAML; rules.py says which settings exclude each other.
+The sections `model`, `loss`, `lora` and `parallel` are in model.py, loss.py, lora/ and parallel.py;
+load.py reads them all from YAML; rules.py says which settings exclude each other.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron_prefix.config.bounds import (
     Switch,
 )
 from megatron_prefix.config.kinds import NOT_OF_REWARD
+from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.config.loss import LossConfig
 from megatron_prefix.config.model import SIZES, ModelConfig
 from megatron_prefix.config.optimizer import OptimizerConfig
@@ -198,13 +199,15 @@ class Config:
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
+    lora: LoraConfig | None = None
+    """Train adapters on the frozen model; without this section all weights are trained."""
     optimizer: OptimizerConfig
     train: TrainConfig
     logging: LoggingConfig
 
     def to_yaml(self) -> str:
-        """The configuration as YAML, every default included; of the loss section only what is not
-        None, because an objective refuses options that it does not use."""
+        """The configuration as YAML, every default included; of the sections loss and lora only
+        what is not None, because an objective refuses options that it does not use."""
         tree = TypeAdapter(Config).dump_python(self, mode="json")
         if not isinstance(self.data.train, str):
             sets = tree["data"]["train"]
@@ -212,6 +215,10 @@ class Config:
                 {key: value for key, value in item.items() if value is not None} for item in sets
             ]
         tree["loss"] = {key: value for key, value in tree["loss"].items() if value is not None}
+        if self.lora is None:  # an empty section has every default
+            del tree["lora"]
+        else:
+            tree["lora"] = {key: value for key, value in tree["lora"].items() if value is not None}
         if self.model.num_layers is None:  # hf or checkpoint gives them, also next time
             tree["model"] = {k: v for k, v in tree["model"].items() if k not in SIZES}
         for section, key in NOT_OF_REWARD if self.model.kind == "reward" else ():

@@ -47,6 +47,11 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
     of processes that the layout takes. Raises InputError if the layout divides neither the model
     nor `world_size`."""
     objective = check(config.loss, config.model.kind)
+    if config.lora is not None:
+        raise InputError(
+            "plan counts the training of all weights, not yet of adapters: remove the lora section "
+            "for an upper bound"
+        )
     parallel = config.parallel
     stages = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size

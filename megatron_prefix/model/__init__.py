@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from megatron_prefix.model.gpt import TreeTransformerConfig, unwrap
     from megatron_prefix.model.logps import response_logps
     from megatron_prefix.model.names import REWARD_HEAD
-    from megatron_prefix.model.parameters import whole_parameters
     from megatron_prefix.model.provider import (
         load_hf_weights,
         model_provider,
@@ -25,7 +24,6 @@ else:
         gpt=["TreeTransformerConfig", "unwrap"],
         logps=["response_logps"],
         names=["REWARD_HEAD"],
-        parameters=["whole_parameters"],
         provider=["load_hf_weights", "model_provider", "transformer_config"],
     )
 
@@ -37,5 +35,4 @@ __all__ = [
     "response_logps",
     "transformer_config",
     "unwrap",
-    "whole_parameters",
 ]

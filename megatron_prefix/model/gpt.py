@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_prefix.attention import TreePackedSeqParams, rotation_of
 from megatron_prefix.config import RopeScaling
+from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.model.layers import rotary_angles
 from megatron_prefix.model.logps import token_logps
 from megatron_prefix.model.spec import tree_block_spec
@@ -38,6 +39,7 @@ from megatron_prefix.model.spec import tree_block_spec
 PARTITION_DIMS = {
     "word_embeddings.weight": 0,
     "output_layer.weight": 0,
+    "lm_head.weight": 0,
     "linear_qkv.weight": 0,
     "linear_qkv.bias": 0,
     "linear_fc1.weight": 0,
@@ -73,6 +75,10 @@ class TreeTransformerConfig(TransformerConfig):
     """Seed of the initial weights, drawn by parameter name; None draws none."""
     head_seed: int | None = None
     """Seed of a reward model's head, if its other weights are loaded."""
+    lora: LoraConfig | None = None
+    """Adapters, with every setting resolved; None trains all weights."""
+    adapter_seed: int | None = None
+    """Seed of the adapters, drawn by parameter name; None draws none."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -88,6 +94,8 @@ class TreeGPTModel(LanguageModule):
     """
 
     config: TreeTransformerConfig
+    has_adapters_on: bool = True
+    """Whether trained copies of `lora.modules_to_save` replace their originals."""
 
     def __init__(
         self,
@@ -102,13 +110,7 @@ class TreeGPTModel(LanguageModule):
         self.share_embeddings_and_output_weights = config.share_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
         if pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=config,
-                vocab_size=config.padded_vocab_size,
-                max_sequence_length=0,
-                position_embedding_type="none",
-                tp_group=self.pg_collection.tp,
-            )
+            self.embedding = self._make_embedding()
         self.decoder = TransformerBlock(
             config=config,
             spec=tree_block_spec(config, config.tree_attention_backend, vp_stage=vp_stage),
@@ -119,6 +121,13 @@ class TreeGPTModel(LanguageModule):
         )
         if post_process:
             self._add_head()
+        saved = config.lora.modules_to_save if config.lora is not None else None
+        if saved:
+            self.saved_modules = torch.nn.ModuleDict()
+            if pre_process and "embed_tokens" in saved:
+                self.saved_modules["embed_tokens"] = self._make_embedding()
+            if post_process and "lm_head" in saved:
+                self.saved_modules["lm_head"] = self._make_output_layer()
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
         for name, module in self.named_modules():
@@ -126,10 +135,22 @@ class TreeGPTModel(LanguageModule):
                 module.finish_init(get_quant_config_or_none(name, config.quant_recipe))
         self._mark_partitions()
 
+    def _make_embedding(self) -> LanguageModelEmbedding:
+        return LanguageModelEmbedding(
+            config=self.config,
+            vocab_size=self.config.padded_vocab_size,
+            max_sequence_length=0,
+            position_embedding_type="none",
+            tp_group=self.pg_collection.tp,
+        )
+
     def _add_head(self) -> None:
-        """Make the projection to logits. A shared weight is passed to it in the forward pass."""
+        self.output_layer = self._make_output_layer()
+
+    def _make_output_layer(self) -> ColumnParallelLinear:
+        """The projection to logits. A shared weight is passed to it in the forward pass."""
         config = self.config
-        self.output_layer = ColumnParallelLinear(
+        layer = ColumnParallelLinear(
             config.hidden_size,
             config.padded_vocab_size,
             config=config,
@@ -142,8 +163,15 @@ class TreeGPTModel(LanguageModule):
             tp_group=self.pg_collection.tp,
         )
         # Its input is selected from the whole sequence, which is gathered before it.
-        self.output_layer.sequence_parallel = False
-        self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+        layer.sequence_parallel = False
+        layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+        return layer
+
+    def _used(self, name: str, original: torch.nn.Module) -> torch.nn.Module:
+        """The trained copy of `lora.modules_to_save`, or the original if there is none or adapters
+        are off."""
+        saved = getattr(self, "saved_modules", {})
+        return saved[name] if self.has_adapters_on and name in saved else original
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Give the stage its input, the hidden states of the stage before. Called by the
@@ -188,7 +216,12 @@ class TreeGPTModel(LanguageModule):
             if value is not None:
                 raise ValueError(f"{name} must be None: it comes from packed_seq_params")
         if decoder_input is None and self.pre_process:
-            decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            embedding = self._used("embed_tokens", self.embedding)
+            decoder_input = embedding(input_ids=input_ids, position_ids=position_ids)
+            if self.config.lora is not None and torch.is_grad_enabled():
+                # A recomputed layer has a backward pass only if its input has a gradient, and the
+                # embedding is frozen; so has a pipeline stage before the first adapter.
+                decoder_input.requires_grad_()
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
@@ -224,9 +257,10 @@ class TreeGPTModel(LanguageModule):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
+        output_layer = self._used("lm_head", self.output_layer)
         return token_logps(
             hidden_UC,
-            lambda chunk: self.output_layer(chunk.unsqueeze(1), weight=weight)[0].squeeze(1),
+            lambda chunk: output_layer(chunk.unsqueeze(1), weight=weight)[0].squeeze(1),
             params.logit_of_target,
             params.target_tokens,
             offsets=params.target_offsets,

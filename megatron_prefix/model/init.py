@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
-from megatron_prefix.model.names import SINKS, VOCABULARY
+from megatron_prefix.model.names import SINKS, VOCABULARY, is_added
 from megatron_prefix.model.parameters import canonical_parameters, partition_dim, tensor_group
 
 
@@ -27,10 +27,30 @@ def initialize_weights(model: TreeGPTModel, seed: int, only: str | None = None) 
     Face draws it from N(0, initializer_range).
     """
     for name, parameter in canonical_parameters(model):
-        if only is not None and name != only:
+        if is_added(name) or (only is not None and name != only):
             continue
         group = tensor_group(name, model)
         parameter.copy_(_initial(name, parameter, model.config, group, seed))
+
+
+@torch.no_grad()
+def initialize_adapters(model: TreeGPTModel, seed: int) -> None:
+    """Set the adapters to their initial values: B to 0, A as PEFT draws it, but by name.
+
+    A is uniform in +-1 / sqrt(in), Kaiming's bound with a = sqrt 5. So all layouts start alike.
+    """
+    for name, factor in canonical_parameters(model):
+        if name.endswith("lora_B"):
+            factor.zero_()
+        elif name.endswith("lora_A"):
+            shape, dim = list(factor.shape), partition_dim(factor)
+            group = tensor_group(name, model)
+            if dim is not None:
+                shape[dim] *= group.size()
+            bound = 1 / math.sqrt(shape[1])
+            whole = torch.empty(shape, dtype=torch.float32)
+            whole.uniform_(-bound, bound, generator=_stream("adapters", seed, name))
+            factor.copy_(whole if dim is None else whole.chunk(group.size(), dim)[group.rank()])
 
 
 def _initial(
@@ -73,7 +93,12 @@ def _standard_deviation(name: str, config: TreeTransformerConfig) -> float:
 
 
 def _normal(name: str, shape: list[int], std: float, seed: int) -> Tensor:
+    whole = torch.empty(shape, dtype=torch.float32)
+    return whole.normal_(0.0, std, generator=_stream("weights", seed, name))
+
+
+def _stream(kind: str, seed: int, name: str) -> torch.Generator:
+    """The stream of random numbers of one parameter."""
     # 64 bits of the digest, shifted: a seed from 0 up to, not including, 2^63.
-    digest = hashlib.sha256(f"weights/{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    digest = hashlib.sha256(f"{kind}/{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -10,7 +10,11 @@ from __future__ import annotations
 import re
 
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
-VOCABULARY = (EMBEDDING, OUTPUT_LAYER)
+SAVED_MODULES, ADAPTERS = "saved_modules.", ".adapters."
+SAVED_EMBEDDING = f"{SAVED_MODULES}embed_tokens.word_embeddings.weight"
+SAVED_OUTPUT_LAYER = f"{SAVED_MODULES}lm_head.weight"
+"""Copies of the two that `lora.modules_to_save` trains."""
+VOCABULARY = (EMBEDDING, OUTPUT_LAYER, SAVED_EMBEDDING, SAVED_OUTPUT_LAYER)
 """Matrices with one row per token of the vocabulary, which may be padded."""
 REWARD_HEAD = "score.weight"
 """A reward model's head; Megatron-Core, checkpoints and Hugging Face name it the same."""
@@ -28,6 +32,11 @@ _LOCAL_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.we
 def is_expert(name: str) -> bool:
     """Whether a canonical parameter belongs to one expert of a mixture."""
     return ".mlp.experts." in name
+
+
+def is_added(name: str) -> bool:
+    """Whether a parameter is no part of the base model: an adapter's factor, or a trained copy."""
+    return ADAPTERS in name or name.startswith(SAVED_MODULES)
 
 
 def layer_and_part(name: str) -> tuple[int, str]:

@@ -11,13 +11,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_prefix.attention import features_of, resolve_backend
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
+from megatron_prefix.config.lora import FEED_FORWARD_TARGETS, LoraConfig, lora_size_faults
 from megatron_prefix.errors import InputError
+from megatron_prefix.model.adapters import freeze_base, start_saved_modules
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 from megatron_prefix.model.heads import TreeRewardModel
 from megatron_prefix.model.hf import HFModel, HFTensors, WeightMap
-from megatron_prefix.model.init import initialize_weights
+from megatron_prefix.model.init import initialize_adapters, initialize_weights
 from megatron_prefix.model.names import EMBEDDING, OUTPUT_LAYER, REWARD_HEAD
-from megatron_prefix.model.parameters import canonical_parameters, tensor_group
+from megatron_prefix.model.parameters import base_parameters, tensor_group
 from megatron_prefix.model.spec import has_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,17 +33,24 @@ def transformer_config(
     head_seed: int | None = None,
     parallel: ParallelConfig | None = None,
     sizes: ModelSizes | None = None,
+    lora: LoraConfig | None = None,
+    adapter_seed: int | None = None,
 ) -> TreeTransformerConfig:
     """Megatron-Core's configuration of `model`, for CUDA if there is a device, else for CPU.
 
     Sizes and vocabulary that are not given are read from the directory or Hub id `model.hf`.
     `seed` draws the initial weights; None leaves them undefined, for weights that are loaded next,
-    except a reward model's head, which `head_seed` draws. Raises InputError if the layout does not
-    divide the model, or if the attention backend cannot run here.
+    except a reward model's head, which `head_seed` draws. With `lora` the model is frozen, except
+    for adapters, which `adapter_seed` draws. Raises InputError if the layout does not divide the
+    model, or if the attention backend cannot run here.
     """
     parallel = parallel or ParallelConfig()
     sizes, vocab_size = _resolved(model, sizes, vocab_size)
     parallel.check_model(model, sizes)
+    if lora is not None:
+        if faults := list(lora_size_faults(lora, sizes, model.kind)):
+            raise InputError("; ".join(faults))
+        lora = lora.resolved(has_experts=sizes.num_moe_experts > 0)
     on_cuda = torch.cuda.is_available()
     own_gate = not (has_transformer_engine() or sizes.num_moe_experts)  # see swiglu.py
     dtype = DTYPES[model.dtype]
@@ -82,7 +91,7 @@ def transformer_config(
         apply_rope_fusion=False,
         **_layout_settings(parallel),
         moe_token_dispatcher_type="alltoall",  # needed for variable lengths, also without experts
-        **_expert_settings(model, sizes, parallel),
+        **_expert_settings(model, sizes, parallel, lora),
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,
         recompute_num_layers=model.recompute_num_layers,
@@ -97,6 +106,8 @@ def transformer_config(
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
         head_seed=head_seed if model.kind == "reward" else None,
+        lora=lora,
+        adapter_seed=adapter_seed,
     )
     _check_backend(config)
     return config
@@ -148,9 +159,11 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def _expert_settings(
-    model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfig
+    model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfig, lora: LoraConfig | None
 ) -> dict[str, Any]:
     has_experts = sizes.num_moe_experts > 0
+    # Adapters of experts need one module for each expert.
+    adapts_experts = lora is not None and {*FEED_FORWARD_TARGETS} & {*(lora.target_modules or ())}
     return dict(
         num_moe_experts=sizes.num_moe_experts if has_experts else None,
         moe_ffn_hidden_size=sizes.moe_ffn_hidden_size if has_experts else None,
@@ -160,7 +173,7 @@ def _expert_settings(
         moe_router_load_balancing_type="none",  # our router has its own; see model/layers/moe.py
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_count=model.moe_count,
-        moe_grouped_gemm=has_experts and has_transformer_engine(),
+        moe_grouped_gemm=has_experts and has_transformer_engine() and not adapts_experts,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
     )
 
@@ -188,6 +201,11 @@ def model_provider(
         initialize_weights(model, config.init_seed)
     elif config.head_seed is not None:
         initialize_weights(model, config.head_seed, only=REWARD_HEAD)
+    if config.lora is not None:
+        if config.adapter_seed is not None:
+            initialize_adapters(model, config.adapter_seed)
+        start_saved_modules(model)
+        freeze_base(model)
     return model
 
 
@@ -203,7 +221,7 @@ def load_hf_weights(
     Reads only the rows and columns that the tensor-parallel rank owns, and casts them to the
     model's precision. `sizes` are those that the model was made with, by default those of the
     directory's `config.json`; with `keeps_head` a reward model keeps its own head, for a directory
-    without one. Raises InputError.
+    without one. Adapters stay as they are. Raises InputError.
     """
     directory = Path(directory)
     if sizes is None:
@@ -216,7 +234,7 @@ def load_hf_weights(
     tensors.match(shapes, is_tied=not sizes.untie_embeddings_and_output_weights)
     padded = model.config.padded_vocab_size
     tied = model.config.share_embeddings_and_output_weights
-    for name, parameter in canonical_parameters(model):
+    for name, parameter in base_parameters(model):
         if tied and name == OUTPUT_LAYER:  # the last pipeline stage's copy
             name = EMBEDDING
         if keeps_head and name == REWARD_HEAD:

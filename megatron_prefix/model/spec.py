@@ -15,8 +15,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_prefix.attention import TreeCoreAttention
+from megatron_prefix.config.lora import LoraConfig
+from megatron_prefix.model.adapters import with_adapters
 from megatron_prefix.model.layers import RMSNorm, SwiGLU, with_tree_router
 from megatron_prefix.platform import submodules_of
 
@@ -68,10 +71,15 @@ def tree_block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and virtual chunk, with the norm after the last one."""
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = [tree_layer_spec(config, backend) for _ in range(num_layers)]
+    lora: LoraConfig | None = getattr(config, "lora", None)
+    if lora is not None:
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        for index, layer in enumerate(layers, first):
+            if lora.adapts_layer(index):
+                with_adapters(layer, lora, has_transformer_engine())
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm as norm
     else:
         norm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[tree_layer_spec(config, backend) for _ in range(num_layers)], layer_norm=norm
-    )
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

@@ -1,6 +1,5 @@
 """References: frozen models or precomputed log-probabilities, and whole data sets scored."""
 
-from megatron_prefix.reference.fingerprint import model_fingerprint
 from megatron_prefix.reference.model import (
     PrecomputedReference,
     Reference,
@@ -15,7 +14,6 @@ __all__ = [
     "PrecomputedReference",
     "Reference",
     "frozen_model",
-    "model_fingerprint",
     "open_reference",
     "score_dataset",
     "write_sidecar",

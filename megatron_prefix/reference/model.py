@@ -1,14 +1,16 @@
 """References: the log-probabilities that a run's rewards are measured from.
 
 A frozen copy of the initial policy runs over each step's rows (`ModelReference`), or its
-log-probabilities are read from a file (`PrecomputedReference`). A reward model has no reference
-(`NoReference`). Several references, all from files, are in several.py.
+log-probabilities are read from a file (`PrecomputedReference`). With adapters the policy itself
+runs, with its adapters off or as they were at the start (`AdapterReference`): there is no copy. A
+reward model has no reference (`NoReference`). Several references, from files, are in several.py.
 
 Shapes: R responses of a row.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,11 +22,13 @@ import torch
 
 from megatron_prefix.checkpoint import StartingModel
 from megatron_prefix.config import Config
+from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.data.steps import MicroBatch, Sampler
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import Feed, StepRows, TrainBatch, build_model, score_rows
 from megatron_prefix.model import TreeTransformerConfig, unwrap
+from megatron_prefix.model.adapters import StartWeights, without_adapters
 from megatron_prefix.objectives import Objective, ScoreParts
 from megatron_prefix.platform import on_device
 from megatron_prefix.reference.places import pair_index, response_index
@@ -122,6 +126,47 @@ class ModelReference(OneReference):
 
 
 @dataclass(frozen=True, eq=False)
+class AdapterReference(OneReference):
+    """The policy with its adapters off, or as they were at the start."""
+
+    chunks: list[torch.nn.Module]
+    world: World
+    rounding: float
+    start: StartWeights | None
+    """None: adapters off."""
+    parts: ScoreParts = ScoreParts()
+
+    def attach(
+        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+    ) -> list[TrainBatch]:
+        with self.in_place():
+            return with_reference(self.chunks, batches)
+
+    def score(self, sampler: Sampler) -> np.ndarray:
+        with self.in_place():
+            return score_dataset(self.chunks, sampler, self.world, parts=self.parts)
+
+    def in_place(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context, the policy computes what the reference computes."""
+        return without_adapters(self.chunks) if self.start is None else self.start.in_place()
+
+    @classmethod
+    def of(
+        cls,
+        chunks: list[torch.nn.Module],
+        lora: LoraConfig,
+        world: World,
+        rounding: float = 0.0,
+        parts: ScoreParts | None = None,
+    ) -> AdapterReference:
+        """The reference that `lora` names, of a policy that has its adapters of the start."""
+        start = None
+        if lora.reference == "start":
+            start = StartWeights.of([unwrap(chunk) for chunk in chunks])
+        return cls(chunks, world, rounding, start, parts or ScoreParts())
+
+
+@dataclass(frozen=True, eq=False)
 class PrecomputedReference(OneReference):
     """Log-probabilities of every response of data sets, float64 [responses] by the data set's
     fingerprint; `dataset` is the one that rows are made of."""
@@ -205,14 +250,17 @@ def open_reference(
     datasets: list[PreferenceDataset],
     world: World,
     *,
+    policy: Sequence[torch.nn.Module] = (),
     sampler: Sampler | None = None,
     valid: Sequence[PreferenceDataset] = (),
 ) -> Reference:
     """The reference that `objective` asks for; collective.
 
-    `initial` gives the model's weights and `fingerprint` is that of the model; the first of
-    `datasets` is trained on, in the steps of `sampler`. `valid` are the held-out data sets with
-    the pairs that enter the loss. Raises InputError if a sidecar is of another model or data set.
+    `initial` gives the model's weights and `fingerprint` is that of the reference model; the first
+    of `datasets` is trained on, in the steps of `sampler`. `valid` are the held-out data sets with
+    the pairs that enter the loss. `policy` are the model chunks before their first step, which are
+    the reference, too, if they have adapters. Raises InputError if a sidecar is of another model
+    or data set.
     """
     if objective.reference == "none":
         return NoReference()
@@ -235,11 +283,14 @@ def open_reference(
         assert path is not None and fingerprint is not None
         heads = objective.parts.heads
         return PrecomputedReference.read(path, fingerprint, datasets, rounding, with_heads=heads)
-    chunks = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
-    initial.load(chunks)
     # Policy and reference run the same rows, and float32 gives both the same values.
     rounding = 0.0 if config.model.dtype == "float32" else rounding
-    return ModelReference(chunks, world, rounding, ScoreParts(heads=objective.parts.heads))
+    parts = ScoreParts(heads=objective.parts.heads)
+    if initial.lora is not None:
+        return AdapterReference.of([*policy], initial.lora, world, rounding, parts)
+    chunks = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
+    initial.load(chunks)
+    return ModelReference(chunks, world, rounding, parts)
 
 
 def frozen_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps import StepColumns
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -127,6 +128,15 @@ def _is_compared(dataset: PreferenceDataset, group: np.ndarray) -> np.ndarray:
     sets = np.asarray(dataset.response_sets, np.int64)
     keys = group * (int(sets.max(initial=0)) + 1) + sets
     return np.isin(keys, keys[_is_in_pair(dataset)])
+
+
+def refuse_unused_reference(config: Config, objective: Objective) -> None:
+    """Refuse `lora.reference` if the objective has no reference."""
+    if config.lora is not None and config.lora.reference and objective.reference == "none":
+        raise InputError(
+            f"lora.reference = {config.lora.reference} has no effect: loss.loss_type: "
+            f"{objective.name} runs without a reference; leave it out"
+        )
 
 
 def run_sharing(objective: Objective, sharing: str) -> str:

@@ -17,7 +17,6 @@ import torch
 
 from megatron_prefix.checkpoint import (
     StartingModel,
-    load_weights,
     resolve_checkpoint,
     resolve_starting_model,
 )
@@ -26,6 +25,8 @@ from megatron_prefix.data.steps import Sampler, StepColumns
 from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
+from megatron_prefix.model.adapters import as_reference
+from megatron_prefix.model.parameters import reference_fingerprint
 from megatron_prefix.objectives import (
     LossInputs,
     Objective,
@@ -35,11 +36,10 @@ from megatron_prefix.objectives import (
 )
 from megatron_prefix.reference import (
     frozen_model,
-    model_fingerprint,
     open_reference,
     score_dataset,
 )
-from megatron_prefix.train.data_checks import check_columns
+from megatron_prefix.train.data_checks import check_columns, refuse_unused_reference
 from megatron_prefix.train.samplers import (
     EVALUATION_GROUPS,
     evaluation_block,
@@ -68,7 +68,8 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     with open_session(config) as world:
         datasets = open_valid_sets(config, world, needs_pairs=objective.needs_pairs)
         check_one_vocabulary([*datasets.values()])
-        initial = resolve_starting_model(config.model, [*datasets.values()])
+        initial = resolve_starting_model(config.model, [*datasets.values()], config.lora)
+        refuse_unused_reference(config, objective)
         samplers = [
             evaluation_sampler(config, objective, dataset, world, initial.sizes)
             for dataset in datasets.values()
@@ -111,10 +112,11 @@ def _own_scores(
 ) -> list[np.ndarray]:
     """The model's score of every response, float64 [responses] per data set, without a
     reference."""
-    if weights is not None:
-        load_weights(weights, model)
-    else:
+    if weights is None or initial.lora is not None:
         initial.load(model)
+    if weights is not None:
+        initial.load_trained(weights, model)
+    else:
         if world.is_main and (note := initial.note(config.train.seed)) is not None:
             print(note, file=sys.stderr)
     parts = objective.parts
@@ -137,7 +139,7 @@ def _logps(
     mixed: dict[str, Any] = {}
     if objective.reference == "precomputed":
         datasets = [sampler.dataset for sampler in samplers]
-        fingerprint = model_fingerprint(model)
+        fingerprint = reference_fingerprint(model)
         reference = open_reference(
             objective, config, initial, fingerprint, datasets, world, valid=datasets
         )
@@ -145,11 +147,13 @@ def _logps(
         mixed = {"weights": reference.weights(0), "anchor": reference.anchor}
     else:
         ref_parts = ScoreParts(heads=parts.heads)
-        ref_logps = [score_dataset(model, x, world, parts=ref_parts) for x in samplers]
-        if weights is None and not parts.alignments:
+        with as_reference(model, initial.lora):
+            ref_logps = [score_dataset(model, x, world, parts=ref_parts) for x in samplers]
+        is_same = initial.lora is None or initial.lora.starts_as_reference
+        if weights is None and not parts.alignments and is_same:
             return ref_logps, ref_logps, {}
     if weights is not None:
-        saved = load_weights(weights, model).get("references")
+        saved = initial.load_trained(weights, model).get("references")
         if objective.mixture is not None and objective.mixture.is_learned:
             mixed["weights"] = reference.saved_weights(saved, str(weights))
     return [score_dataset(model, x, world, parts=parts) for x in samplers], ref_logps, mixed

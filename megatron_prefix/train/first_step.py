@@ -1,10 +1,15 @@
-"""First-step check: policy and reference are one model, so rewards and loss are known."""
+"""First-step check: policy and reference are one model, so rewards and loss are known.
+
+A run that starts from an adapter, with the base as reference, has two models. There the loss is
+compared with the objective's value at the log-probabilities of a forward pass alone.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from megatron_prefix.distributed import World
+from megatron_prefix.engine import TrainBatch, score_rows
 from megatron_prefix.errors import RunError
 from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference
@@ -15,6 +20,36 @@ BEND = 2.0
 """What the first-order bound of the loss is multiplied by, because a loss is not straight."""
 DEVIATIONS = 4.0
 """Roundings of tokens add as a random walk; a response may be this many times its size off."""
+
+
+@torch.no_grad()
+def value_of_scores(
+    chunks: list[torch.nn.Module], batches: list[TrainBatch], objective: Objective, world: World
+) -> float:
+    """The objective's value at the log-probabilities that a forward pass gives `batches`, and at
+    those of the reference, which they have; collective."""
+    shares = [
+        objective.loss(batch.loss_inputs(scores), batch.denominators)[0]
+        for batch, scores in zip(batches, score_rows(chunks, batches), strict=True)
+    ]
+    return float(world.sum(torch.stack(shares).sum()))
+
+
+def check_first_value(loss: float, value: float, objective: Objective, world: World) -> None:
+    """Raise RunError unless the first loss is `value`, that of `value_of_scores`; print both."""
+    if abs(loss - value) > TOLERANCE * max(1.0, abs(value)):
+        raise RunError(
+            f"the first loss is {loss:.8f}, but loss.loss_type: {objective.name} has the value "
+            f"{value:.8f} at the log-probabilities of lora.adapter and of the base: the forward "
+            "pass of training differs from that of scoring, so the run would learn from wrong "
+            "rewards. Try model.attention_backend: dense to see whether attention is the cause"
+        )
+    if world.is_main:
+        print(
+            f"first loss {loss:.8f}: policy (lora.adapter) and reference (base) differ, so no "
+            f"value is known in advance; at their log-probabilities the objective is {value:.8f}",
+            flush=True,
+        )
 
 
 def check_first_step(

@@ -9,14 +9,16 @@ from megatron_prefix.config import Config
 from megatron_prefix.data.store import check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
+from megatron_prefix.model.adapters import as_reference
+from megatron_prefix.model.parameters import reference_fingerprint
 from megatron_prefix.objectives import ScoreParts, check
 from megatron_prefix.reference import (
     PartialScores,
     frozen_model,
-    model_fingerprint,
     score_dataset,
     write_sidecar,
 )
+from megatron_prefix.train.data_checks import refuse_unused_reference
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
     open_training_set,
@@ -44,10 +46,11 @@ def score_reference(config: Config, output: str) -> None:
         datasets = {
             part.fingerprint: part for data in (train, *valid.values()) for part in data.parts
         }
-        initial = resolve_starting_model(config.model, list(datasets.values()))
+        initial = resolve_starting_model(config.model, list(datasets.values()), config.lora)
+        refuse_unused_reference(config, objective)
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         initial.load(model)
-        fingerprint = model_fingerprint(model)
+        fingerprint = reference_fingerprint(model)
         parts = ScoreParts(heads=objective.parts.heads)
         scores, heads = [], []
         for dataset in datasets.values():
@@ -62,7 +65,8 @@ def score_reference(config: Config, output: str) -> None:
             )
             if world.is_main and partial.step:
                 print(f"{dataset.prefix}: continuing after step {partial.step}", flush=True)
-            vector = score_dataset(model, sampler, world, partial, parts=parts)
+            with as_reference(model, initial.lora):
+                vector = score_dataset(model, sampler, world, partial, parts=parts)
             logps, own, _ = parts.split(vector, num_responses)
             scores.append((dataset, logps))
             heads += [] if own is None else [own]

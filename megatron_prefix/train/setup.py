@@ -14,10 +14,11 @@ from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import build_model, build_policy
 from megatron_prefix.errors import InputError
+from megatron_prefix.model.parameters import reference_fingerprint
 from megatron_prefix.objectives import Objective, check
-from megatron_prefix.reference import model_fingerprint, open_reference
+from megatron_prefix.reference import open_reference
 from megatron_prefix.trackers import Trackers, configured_trackers
-from megatron_prefix.train.data_checks import check_columns
+from megatron_prefix.train.data_checks import check_columns, refuse_unused_reference
 from megatron_prefix.train.identity import run_identity, run_schedule
 from megatron_prefix.train.samplers import evaluation_sampler, training_sampler, valid_setting
 from megatron_prefix.train.steps_report import describe_steps
@@ -47,7 +48,8 @@ def prepare_trainer(
     for name, held_out in valid.items():
         check_columns(objective, held_out, valid_setting(name))
     parts = [part for data in datasets for part in data.parts]
-    initial = resolve_starting_model(config.model, parts)
+    initial = resolve_starting_model(config.model, parts, config.lora)
+    refuse_unused_reference(config, objective)
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
     valid_samplers = {
         name: evaluation_sampler(config, objective, held_out, world, initial.sizes)
@@ -65,7 +67,10 @@ def prepare_trainer(
     chunks = build_model(model_config, world)
     world.beat("the initial weights")
     initial.load(chunks)
-    fingerprint = model_fingerprint(chunks) if objective.reference != "none" else None
+    adapter = initial.saved_adapter(chunks)
+    fingerprint = None
+    if objective.reference != "none":
+        fingerprint = reference_fingerprint(chunks)
     reference = open_reference(
         objective,
         config,
@@ -73,6 +78,7 @@ def prepare_trainer(
         fingerprint,
         datasets,
         world,
+        policy=chunks,
         sampler=sampler,
         valid=[held_out.dataset for held_out in valid_samplers.values()],
     )
@@ -99,11 +105,13 @@ def prepare_trainer(
                 identity,
                 schedule,
                 lambda saved: reference.check_state(saved.get("references"), step),
+                adapter,
             )
     if world.is_main:
         _print_start(config, initial, step, changes)
     trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
-    world.once(lambda: trackers.start(_resolved(config, objective), step))
+    resolved = replace(_resolved(config, objective), lora=initial.lora)
+    world.once(lambda: trackers.start(resolved, step))
     return Trainer(
         config=config,
         objective=objective,
@@ -117,6 +125,7 @@ def prepare_trainer(
         step=step,
         identity=identity,
         schedule=schedule,
+        adapter=adapter,
         trackers=trackers,
     )
 

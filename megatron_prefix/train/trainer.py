@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from megatron_prefix.checkpoint import RunCheckpoints, StartingModel
+from megatron_prefix.checkpoint import RunCheckpoints, SavedAdapter, StartingModel
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps import MicroBatch, Sampler, Step
 from megatron_prefix.data.store import PreferenceDataset
@@ -29,7 +29,7 @@ from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference, score_dataset
 from megatron_prefix.trackers import Status, Trackers
 from megatron_prefix.train.evaluation import preference_metrics
-from megatron_prefix.train.first_step import check_first_step
+from megatron_prefix.train.first_step import check_first_step, check_first_value, value_of_scores
 from megatron_prefix.train.non_finite import describe, file_name, finite_rows, save_rows
 from megatron_prefix.train.pace import Pace
 from megatron_prefix.train.samplers import evaluation_block
@@ -55,6 +55,8 @@ class Trainer:
     """Settings that a run resumed from this one must have, see identity.py."""
     schedule: dict[str, Any]
     """Settings that it may change."""
+    adapter: SavedAdapter | None
+    """What checkpoints say about the adapters, if the run has any."""
     trackers: Trackers
     valid_ref_logps: dict[str, np.ndarray | None] = field(default_factory=dict)
     evaluated: tuple[int, float | None] = (-1, None)
@@ -86,7 +88,14 @@ class Trainer:
     @property
     def checks_first_step(self) -> bool:
         """Whether policy and reference are the same model before the first step."""
-        return self.objective.reference != "none" and self.reference.starts_policy
+        has_reference = self.objective.reference != "none"
+        return has_reference and self.reference.starts_policy and not self.starts_elsewhere
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether policy and reference differ from the start, by the adapter that is loaded."""
+        lora = self.initial.lora
+        return self.objective.reference != "none" and not (lora is None or lora.starts_as_reference)
 
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until a signal asks to stop. Raises Stopped then."""
@@ -119,6 +128,9 @@ class Trainer:
         is_first = self.step == 0 and self.checks_first_step
         if is_first and self.reference.rounding:
             batches = [batch.with_scales() for batch in batches]
+        value = None
+        if self.step == 0 and self.starts_elsewhere and step.table is None:
+            value = value_of_scores(self.policy.chunks, batches, self.objective, self.world)
         logs, checks, batches, more = self._passes(step, batches, is_first)
         means, counts = self._totals(plan, rows, logs)
         means |= more
@@ -127,7 +139,11 @@ class Trainer:
         if not np.isfinite(list(means.values())).all():
             is_finite = finite_rows(logs) if step.table is None else [True] * len(rows)
             self._stop_non_finite("loss", rows, batches, describe(rank, rows, is_finite))
-        if is_first:
+        if self.step == 0 and self.starts_elsewhere:
+            # with a table the loss is already that of a forward pass alone (two_passes.py)
+            value = means["loss"] if value is None else value
+            check_first_value(means["loss"], value, self.objective, self.world)
+        elif is_first:
             check_first_step(means["loss"], checks, self.objective, self.reference, self.world)
         update = self.policy.update()
         if update is None:
@@ -197,6 +213,7 @@ class Trainer:
             attach=self.initial.attach,
             value=value if step == self.step else None,
             objective_state={"references": self.reference.state(self.step)},
+            adapter=self.adapter,
         )
 
     def close(self, status: Status = "done") -> None:

@@ -31,7 +31,9 @@ def configure(output: Path, dataset: str, **sections: Mapping) -> Config:
         "logging": {"output": str(output)},
         "loss": {},
     }
-    assert sections.keys() <= defaults.keys()
+    assert sections.keys() <= {*defaults, "lora"}
+    if "lora" in sections:
+        defaults["lora"] = {}
     return parse_config(
         {name: {**keys, **sections.get(name, {})} for name, keys in defaults.items()}
     )

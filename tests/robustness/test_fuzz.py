@@ -34,7 +34,7 @@ from megatron_prefix.data.store.verify import verify_checksums, verify_dataset
 from megatron_prefix.distributed.world import join_world
 from megatron_prefix.engine.optimizer import build_model
 from megatron_prefix.errors import InputError
-from megatron_prefix.reference.fingerprint import model_fingerprint
+from megatron_prefix.model.parameters import model_fingerprint
 from megatron_prefix.reference.sidecars import HEADER, read_sidecar
 
 LIMIT_S = 20

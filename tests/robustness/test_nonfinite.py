@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import command, lines, write_config
 
-from megatron_prefix.checkpoint import RunCheckpoints, load_weights
+from megatron_prefix.checkpoint.save_load import RunCheckpoints, load_weights
 from megatron_prefix.config import Config, load_config
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.store.dataset import PreferenceDataset

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron_prefix.model.hf.config import HFModel
     from megatron_prefix.model.hf.export import write_hf_folder
     from megatron_prefix.model.hf.files import HFTensors, copy_companions, write_safetensors
+    from megatron_prefix.model.hf.peft import PeftAdapter
     from megatron_prefix.model.hf.weights import WeightMap
 else:
     __getattr__ = lazy_face(
@@ -20,12 +21,14 @@ else:
         config=["HFModel"],
         export=["write_hf_folder"],
         files=["HFTensors", "copy_companions", "write_safetensors"],
+        peft=["PeftAdapter"],
         weights=["WeightMap"],
     )
 
 __all__ = [
     "HFModel",
     "HFTensors",
+    "PeftAdapter",
     "WeightMap",
     "copy_companions",
     "write_hf_folder",

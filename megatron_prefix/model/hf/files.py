@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.reading import refuse_adapter
+from megatron_prefix.model.hf.reading import ADAPTER_WEIGHTS, refuse_adapter
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD, SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
@@ -45,16 +45,18 @@ class HFTensors:
     """The tensors of a model's directory, each read when it is needed.
 
     `shapes` and `dtypes` come from the files' headers. A file is open, and its pages are
-    mapped, only while one of its tensors is read. Raises InputError naming file and tensor.
+    mapped, only while one of its tensors is read. With `single`, only this file is read. Raises
+    InputError naming file and tensor.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, single: str | None = None) -> None:
         self.directory = directory
         self._place: dict[str, tuple[Path, str]] = {}
         """The file of each tensor, and its name there."""
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for path, listed in weight_files(directory).items():
+        files = weight_files(directory) if single is None else {directory / single: None}
+        for path, listed in files.items():
             with _opened(path) as file:
                 held = set(file.keys())
                 _check_index(path, held, listed)
@@ -212,7 +214,8 @@ def _opened(path: Path) -> Iterator:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             yield file
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file, {INDEX} names it: fetch the model again") from None
+        reason = f", {INDEX} names it" if path.name != ADAPTER_WEIGHTS else ""
+        raise InputError(f"{path}: no such file{reason}: fetch the model again") from None
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: not a whole safetensors file ({error}): fetch the model again"

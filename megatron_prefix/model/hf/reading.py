@@ -15,7 +15,7 @@ from typing import Any
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.families import FAMILIES, Family
 
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _EXPERTS = ("num_experts", "num_local_experts")
 _COUNTS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -45,7 +45,7 @@ def read_json(directory: Path) -> dict[str, Any]:
 def refuse_adapter(directory: Path) -> None:
     """Refuse a directory with an adapter: beside base weights, it is not clear which of the two is
     meant, and transformers would look for the base elsewhere."""
-    for name in (ADAPTER, "adapter_model.safetensors", "adapter_model.bin"):
+    for name in (ADAPTER, ADAPTER_WEIGHTS, "adapter_model.bin"):
         if not (directory / name).is_file():
             continue
         weights = sorted(directory.glob("model*.safetensors"))
@@ -53,7 +53,7 @@ def refuse_adapter(directory: Path) -> None:
         raise InputError(
             f"{directory}: there is an adapter, {name}{beside}: merge it into its base model first "
             "(PEFT's merge_and_unload, then save_pretrained), or give the directory of the base "
-            "model without the adapter"
+            f"model as model.hf, without the adapter, and lora.adapter: {directory}"
         )
 
 

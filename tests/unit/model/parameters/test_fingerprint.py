@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_models import tiny_model
 
-from megatron_prefix.reference import model_fingerprint
+from megatron_prefix.model.parameters import model_fingerprint
 
 
 def test_the_same_weights_have_the_same_fingerprint(world):

@@ -13,6 +13,7 @@ from megatron_prefix.model.names import (
     OUTPUT_LAYER,
     VOCABULARY,
     canonical_name,
+    is_added,
     is_expert,
 )
 
@@ -36,6 +37,11 @@ def canonical_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Pa
         if name == OUTPUT_LAYER and model.share_embeddings_and_output_weights:
             name = EMBEDDING  # the last stage's copy of the first's
         yield canonical_name(name, offset, first_expert), parameter
+
+
+def base_parameters(model: TreeGPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """`canonical_parameters` without adapters and what else `lora` adds."""
+    return ((name, x) for name, x in canonical_parameters(model) if not is_added(name))
 
 
 def partition_dim(parameter: torch.nn.Parameter) -> int | None:

@@ -1,0 +1,42 @@
+"""What the lora section must agree on with the model and the objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_prefix.config.lora.section import LoraConfig
+from megatron_prefix.config.model import ModelSizes
+
+
+def lora_faults(lora: LoraConfig, kind: str) -> Iterator[str]:
+    """Settings that exclude each other; `kind` is `model.kind`."""
+    if lora.reference is not None and kind == "reward":
+        yield (
+            f"lora.reference = {lora.reference} with model.kind: reward, which has no reference: "
+            "leave it out"
+        )
+    elif lora.reference is not None and lora.adapter is None:
+        yield (
+            f"lora.reference = {lora.reference} without lora.adapter: training then starts from "
+            "the base, so both are the same; leave lora.reference out, or give lora.adapter"
+        )
+    if kind == "reward" and "lm_head" in (lora.modules_to_save or ()):
+        yield (
+            "lora.modules_to_save = lm_head with model.kind: reward, which has a reward head "
+            "instead; that is always trained: leave lm_head out"
+        )
+
+
+def lora_size_faults(lora: LoraConfig, sizes: ModelSizes, kind: str) -> Iterator[str]:
+    """Settings that do not fit the sizes of the model."""
+    if lora.layers_to_transform and max(lora.layers_to_transform) >= sizes.num_layers:
+        yield (
+            f"lora.layers_to_transform = {list(lora.layers_to_transform)}: the model has layers 0 "
+            f"to {sizes.num_layers - 1}"
+        )
+    if lora.modules_to_save and kind == "lm" and not sizes.untie_embeddings_and_output_weights:
+        yield (
+            f"lora.modules_to_save = {list(lora.modules_to_save)}: the model's embedding and its "
+            "output layer are one matrix, which a trained copy of one of them would divide: leave "
+            "it out"
+        )

@@ -1,0 +1,173 @@
+"""Adapters in PEFT's form: `adapter_config.json` and `adapter_model.safetensors`, read.
+
+PEFT keeps a layer's adapters apart, as here. Names go from one to the other part by part:
+
+    decoder.layers.2.self_attention.linear_qkv.adapters.k_proj.lora_A
+    base_model.model.model.layers.2.self_attn.k_proj.lora_A.weight
+
+What an adapter's configuration asks for and this package does not compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from megatron_prefix.config.lora import TARGETS, LoraConfig
+from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf.reading import ADAPTER, ADAPTER_WEIGHTS
+from megatron_prefix.model.names import (
+    REWARD_HEAD,
+    SAVED_EMBEDDING,
+    SAVED_OUTPUT_LAYER,
+    is_expert,
+    layer_and_part,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_prefix.model.hf.files import HFTensors
+
+PREFIX = "base_model.model."
+_OUTER = {
+    SAVED_EMBEDDING: f"{PREFIX}model.embed_tokens.weight",
+    SAVED_OUTPUT_LAYER: f"{PREFIX}lm_head.weight",
+    REWARD_HEAD: f"{PREFIX}{REWARD_HEAD}",
+}
+_BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
+_HEADS = ("score", "classifier")
+"""What PEFT adds to `modules_to_save` of a sequence classifier."""
+_TAKEN = ("r", "lora_alpha", "use_rslora", "layers_to_transform")
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+        *("revision", "task_type", "target_modules", "modules_to_save", "lora_dropout", *_TAKEN),
+        *("megatron_core", "runtime_config", "loftq_config", "qalora_group_size"),
+    }
+)
+"""Keys that are read, or that change nothing of a trained adapter."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base model's weights as they are."""
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter's directory; `lora` has its settings."""
+
+    directory: Path
+    lora: LoraConfig
+    dropout: float
+    """With which it was trained; here it is trained without."""
+
+    @classmethod
+    def read(cls, directory: Path) -> PeftAdapter:
+        """Read its configuration. Raises InputError naming the key that is not supported."""
+        path = directory / ADAPTER
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); give a PEFT directory") from None
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: not a PEFT adapter's configuration")
+        _refuse_unsupported(config, path)
+        layers = config.get("layers_to_transform")
+        if isinstance(layers, int):
+            config["layers_to_transform"] = [layers]
+        saved = [name for name in config.get("modules_to_save") or [] if name not in _HEADS]
+        try:
+            lora = LoraConfig(
+                **{key: config[key] for key in _TAKEN if config.get(key) is not None},
+                target_modules=config.get("target_modules"),
+                modules_to_save=tuple(saved) or None,
+            )
+        except (ValidationError, TypeError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{path}: not supported ({text}); target_modules may list {', '.join(TARGETS)}"
+            ) from None
+        return cls(directory, lora, float(config.get("lora_dropout") or 0.0))
+
+    @cached_property
+    def tensors(self) -> HFTensors:
+        """Its weights. Raises InputError."""
+        from megatron_prefix.model.hf.files import HFTensors
+
+        if not (self.directory / ADAPTER_WEIGHTS).is_file():
+            raise InputError(
+                f"{self.directory}: there is no {ADAPTER_WEIGHTS}, and nothing else is read "
+                "(adapter_model.bin is a pickle, which could run code): save the adapter again "
+                "with PEFT's save_pretrained"
+            )
+        return HFTensors(self.directory, ADAPTER_WEIGHTS)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse tensors other than those of `shapes`: canonical names, and whole shapes. A reward
+        head may be missing. Raises InputError."""
+        expected = {peft_name(name): tuple(shape) for name, shape in shapes.items()}
+        for name, shape in expected.items():
+            own = self.tensors.shapes.get(name)
+            if own is None and name != _OUTER[REWARD_HEAD]:
+                raise InputError(
+                    f"{self.directory}: tensor {name} is missing, {ADAPTER} and the model ask for "
+                    "it: give the base model that the adapter was trained on"
+                )
+            if own is not None and tuple(own) != shape:
+                raise InputError(
+                    f"{self.directory}: tensor {name} has shape {list(own)}, the model asks for "
+                    f"{list(shape)}: give the base model that the adapter was trained on"
+                )
+        if surplus := sorted(set(self.tensors.shapes) - set(expected)):
+            raise InputError(
+                f"{self.directory}: tensor {surplus[0]} has no place in the adapters that "
+                f"{ADAPTER} describes"
+            )
+
+    def part(self, name: str, axis: int | None, rank: int, ranks: int, size: int) -> Tensor | None:
+        """A canonical parameter, or rank `rank`'s part of `ranks` along `axis`, where each has
+        `size` entries; fewer if the whole tensor ends before. None if there is no such tensor."""
+        stored = peft_name(name)
+        if stored not in self.tensors.shapes:
+            return None
+        everything = slice(None)
+        if axis is None:
+            return self.tensors.read(stored)
+        own = slice(rank * size, min((rank + 1) * size, self.tensors.shapes[stored][axis]))
+        rows, columns = (own, everything) if axis == 0 else (everything, own)
+        return self.tensors.read(stored, rows, columns)
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name of a canonical trained parameter."""
+    if name in _OUTER:
+        return _OUTER[name]
+    layer, part = layer_and_part(name)
+    block, *_, target, factor = part.split(".")
+    if is_expert(name):
+        raise InputError(
+            f"{name} is an adapter of an expert, and PEFT's form of those is another one: adapters "
+            "of experts are kept in checkpoints only"
+        )
+    return f"{PREFIX}model.layers.{layer}.{_BLOCKS[block]}.{target}.{factor}.weight"
+
+
+def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type = {config.get('peft_type')!r}: only LORA is supported")
+    for key, value in config.items():
+        if key in _WITHOUT_EFFECT or not value or (key, value) == ("bias", "none"):
+            continue
+        if key == "init_lora_weights" and value in _PLAIN_STARTS:
+            continue
+        if key == "layers_pattern" and value in ("layers", ["layers"]):
+            continue
+        raise InputError(
+            f"{path}: {key} = {str(value)[:80]!r} is not supported: it changes which adapters "
+            "there are, or what they compute"
+        )

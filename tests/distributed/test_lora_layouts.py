@@ -1,0 +1,177 @@
+"""Adapters in every layout follow the trajectory of one process.
+
+All runs start from the same adapters, whose B is not zero, and have the frozen base as reference.
+Data, steps and tolerances are those of the other layouts.
+"""
+
+from __future__ import annotations
+
+import pytest
+from runs import (
+    CUT,
+    NUM_STEPS,
+    TIMEOUT_S,
+    Runs,
+    assert_same_history,
+    assert_same_weights,
+    on_processes,
+)
+
+SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
+SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+BLOCK = {**FULL, "recompute_method": "block"}
+TIED = {"add_qkv_bias": True, "qk_layernorm": True, "untie_embeddings_and_output_weights": False}
+MIXTURE = {"num_layers": 2, "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+REWARD = {"kind": "reward"}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+TP2SP = {**TP2, "sequence_parallel": True}
+VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
+CP2, EP2 = {"context_parallel_size": 2}, {"expert_model_parallel_size": 2}
+ZERO = {"use_distributed_optimizer": True}
+OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+LORA = {"r": 4, "lora_alpha": 8}
+STARTS = {  # name: model, adapters
+    "plain": ({}, LORA),
+    "tied": (TIED, {**LORA, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj"]}),
+    "saved": ({}, {**LORA, "layers_to_transform": [1], "modules_to_save": ["embed_tokens"]}),
+    "head": ({}, {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "mixture": (
+        MIXTURE,
+        {**LORA, "target_modules": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
+    ),
+    "reward": (REWARD, LORA),
+}
+ONES = {  # name: start, model beside SIZES and that of the start, other sections
+    "one": ("plain", {}, {}),
+    "one unshared": ("plain", {}, {"data": {"sharing": "none"}}),
+    "one full": ("plain", FULL, {}),
+    "one block": ("plain", BLOCK, {}),
+    "one selective": ("plain", {"recompute_granularity": "selective"}, {}),
+    "one tied": ("tied", {}, {}),
+    "one saved": ("saved", {}, {}),
+    "one head": ("head", {}, {}),
+    "one mixture": ("mixture", {}, {}),
+    "one reward": ("reward", {}, {}),
+    "one start": ("plain", {}, {"lora": {"reference": "start"}}),
+}
+OF_TWO = {  # name: layout, model, the one-process run that it follows
+    "tp2": (TP2, {}, "one"),
+    "tp2sp": (TP2SP, {}, "one"),
+    "tp2sp full": (TP2SP, FULL, "one"),
+    "tp2sp tied block": (TP2SP, BLOCK, "one tied"),
+    "tp2sp head": (TP2SP, {}, "one head"),
+    "tp2sp mixture": (TP2SP, {}, "one mixture"),
+    "tp2 start": (TP2, {}, "one start"),
+    "pp2": (PP2, {}, "one"),
+    "pp2 tied full": (PP2, FULL, "one tied"),
+    "pp2 saved": (PP2, {}, "one saved"),
+    "vpp2 block": (VPP2, BLOCK, "one"),
+    "cp2": (CP2, {}, "one"),
+    "cp2 head": (CP2, {}, "one head"),
+    "dp2 zero": (ZERO, {}, "one"),
+    "dp2 overlaps": (OVERLAP, {}, "one tied"),
+    "dp2 overlaps start": (OVERLAP, {}, "one start"),
+    "ep2": (EP2, {}, "one mixture"),
+    "ep2 zero full": ({**EP2, **ZERO}, FULL, "one mixture"),
+    "tp2sp reward": (TP2SP, {}, "one reward"),
+    "pp2 reward": (PP2, {}, "one reward"),
+}
+OF_FOUR = {
+    "tp2pp2sp": ({**TP2SP, **PP2}, {}, "one"),
+    "tp2dp2 zero": ({**TP2SP, **ZERO}, FULL, "one"),
+    "tp2sp ep2": ({**TP2SP, **EP2}, {}, "one mixture"),
+    "pp2cp2": ({**PP2, **CP2}, FULL, "one head"),
+    "vpp2dp2 overlaps": ({**VPP2, **OVERLAP}, {}, "one tied"),
+}
+RESUMED = {  # name: the run that was cut, the layout it goes on in
+    "tp-vpp": ("tp2sp", VPP2),
+    "pp-one": ("pp2", {}),
+    "zero-tp": ("dp2 zero", {**TP2SP, **ZERO}),
+    "ep-one": ("ep2", {}),
+    "one-ep": ("one mixture", EP2),
+    "head tp-pp": ("tp2sp head", PP2),
+    "reward tp-pp": ("tp2sp reward", PP2),
+}
+
+
+def command(runs: Runs, name: str, layout: dict, one: str, sizes: dict | None = None) -> list[str]:
+    """A run like the one-process run `one`, in another layout."""
+    start, own, sections = ONES[one]
+    model, _ = STARTS[start]
+    lora = {"adapter": str(runs.output(f"start {start}") / "saved"), **sections.get("lora", {})}
+    data = {"train": runs.data, "valid": runs.valid, "row_capacity": 120, "global_batch_size": 4}
+    return runs.train(
+        name,
+        parallel=layout,
+        model={**SIZES, **model, **own, **(sizes or {})},
+        lora=lora,
+        data={**data, "seed": 3, **sections.get("data", {})},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("lora"))
+    commands = []
+    for name, (model, lora) in STARTS.items():
+        saved = str(runs.output(f"start {name}") / "saved")
+        train = {"steps": 3, "save": saved}
+        sections = {"model": {**SIZES, **model}, "optimizer": {"lr": 0.05}, "train": train}
+        commands.append(runs.train(f"start {name}", lora=lora, **sections))
+    commands += [command(runs, name, {}, name) for name in ONES]
+    on_processes(1, runs.folder, commands, TIMEOUT_S)
+    twos = [command(runs, n, layout, one, model) for n, (layout, model, one) in OF_TWO.items()]
+    on_processes(2, runs.folder, twos, 3 * TIMEOUT_S)
+    return runs
+
+
+@pytest.mark.parametrize("name", ["one unshared", "one full", "one block", "one selective"])
+def test_sharing_and_recomputation_change_nothing(runs, name):
+    assert_same_history(runs.lines(name), runs.lines("one"))
+    assert_same_weights(runs, name, "one")
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes_follow_one(runs, name):
+    follows = OF_TWO[name][2]
+    assert_same_history(runs.lines(name), runs.lines(follows))
+    assert_same_weights(runs, name, follows)
+
+
+def test_the_runs_learn(runs):
+    """Adapters move, all of them: A and B of every layer that is named."""
+    start, end = runs.weights("start plain", 3), runs.weights("one")
+    assert start.keys() == end.keys() and len(end) == 4 * 7 * 2
+    assert min(float((end[key] - x).abs().max()) for key, x in start.items()) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_four_processes_follow_one(runs, name):
+    layout, model, follows = OF_FOUR[name]
+    on_processes(4, runs.folder, [command(runs, name, layout, follows, model)], 2 * TIMEOUT_S)
+    assert_same_history(runs.lines(name), runs.lines(follows))
+    assert_same_weights(runs, name, follows)
+
+
+@pytest.fixture(scope="module")
+def resumed(runs) -> Runs:
+    commands: dict[int, list] = {1: [], 2: []}
+    for name, (saved, layout) in RESUMED.items():
+        runs.cut(saved, name)
+        follows = OF_TWO[saved][2] if saved in OF_TWO else saved
+        commands[2 if layout else 1].append(command(runs, name, layout, follows))
+    for count, given in commands.items():
+        on_processes(count, runs.folder, given, TIMEOUT_S)
+    return runs
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_is_resumed_in_another_layout(resumed, name):
+    saved, _ = RESUMED[name]
+    follows = OF_TWO[saved][2] if saved in OF_TWO else saved
+    assert CUT < NUM_STEPS
+    assert_same_history(resumed.lines(name), resumed.lines(follows))
+    assert_same_weights(resumed, name, follows)

@@ -1,0 +1,50 @@
+"""Mutants of adapters; see `mutants.py`."""
+
+from __future__ import annotations
+
+from mutant_list import Mutant
+
+LORA_MUTANTS = (
+    Mutant(
+        "the whole factor's gradient is not summed under sequence parallelism",
+        "model/adapters/linear.py",
+        "setattr(whole, SEQUENCE_PARALLEL, self.is_sequence_parallel)",
+        "setattr(whole, SEQUENCE_PARALLEL, False)",
+        "distributed/test_lora_layouts.py",
+    ),
+    Mutant(
+        "the decoder's input has no gradient",
+        "model/gpt.py",
+        "                decoder_input.requires_grad_()\n",
+        "                pass\n",
+        "distributed/test_lora_layouts.py",
+    ),
+    Mutant(
+        "one A for queries, keys and values",
+        "model/adapters/linear.py",
+        "firsts[0] if len(firsts) == 1 else torch.cat(firsts)",
+        "torch.cat([firsts[0]] * len(firsts))",
+        "numerics/test_lora_peft.py",
+    ),
+    Mutant(
+        "an expert's partial sum is summed twice",
+        "model/adapters/linear.py",
+        "if self.is_expert_layer or self.group.size() == 1:",
+        "if self.group.size() == 1:",
+        "distributed/test_lora_layouts.py",
+    ),
+    Mutant(
+        "adapters stay on for the reference",
+        "model/adapters/switch.py",
+        "setattr(owner, SWITCH, False)",
+        "setattr(owner, SWITCH, True)",
+        "numerics/test_lora_runs.py",
+    ),
+    Mutant(
+        "adapters of another base are taken",
+        "checkpoint/adapter_state.py",
+        "if saved.base_fingerprint != ours.base_fingerprint:",
+        "if saved.base_fingerprint is None:",
+        "numerics/test_lora_runs.py",
+    ),
+)
