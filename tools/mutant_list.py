@@ -250,7 +250,7 @@ MUTANTS = (
     ),
     Mutant(
         "experts numbered by rank",
-        "model/parameters.py",
+        "model/parameters/canonical.py",
         "first_expert = experts // group.size() * group.rank()",
         "first_expert = 0",
         "distributed/test_experts.py",
