@@ -15,8 +15,8 @@ LORA_MUTANTS = (
     Mutant(
         "the decoder's input has no gradient",
         "model/gpt.py",
-        "                decoder_input.requires_grad_()\n",
-        "                pass\n",
+        "return decoder_input.requires_grad_()",
+        "return decoder_input",
         "distributed/test_lora_layouts.py",
     ),
     Mutant(

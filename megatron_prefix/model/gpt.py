@@ -219,9 +219,7 @@ class TreeGPTModel(LanguageModule):
             embedding = self._used("embed_tokens", self.embedding)
             decoder_input = embedding(input_ids=input_ids, position_ids=position_ids)
             if self.config.lora is not None and torch.is_grad_enabled():
-                # A recomputed layer has a backward pass only if its input has a gradient, and the
-                # embedding is frozen; so has a pipeline stage before the first adapter.
-                decoder_input.requires_grad_()
+                decoder_input = self._with_gradient(decoder_input)
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
@@ -239,6 +237,11 @@ class TreeGPTModel(LanguageModule):
         assert packed_seq_params.logit_tokens is not None
         hidden_UC = hidden_states.squeeze(1).index_select(0, packed_seq_params.logit_tokens)
         return self._head(hidden_UC, packed_seq_params)
+
+    def _with_gradient(self, decoder_input: Tensor) -> Tensor:
+        """The output of a frozen embedding, with a gradient: a recomputed layer has a backward pass
+        only if its input has one, and so has a pipeline stage before the first adapter."""
+        return decoder_input.requires_grad_()
 
     def _rotation(self, params: TreePackedSeqParams) -> tuple[Tensor, Tensor]:
         """cos and sin of every position along its root path, once for all layers."""

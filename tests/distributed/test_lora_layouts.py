@@ -6,7 +6,11 @@ Data, steps and tolerances are those of the other layouts.
 
 from __future__ import annotations
 
+from functools import partial
+from unittest import mock
+
 import pytest
+from processes import on_ranks
 from runs import (
     CUT,
     NUM_STEPS,
@@ -14,8 +18,15 @@ from runs import (
     Runs,
     assert_same_history,
     assert_same_weights,
+    called,
     on_processes,
 )
+
+from megatron_prefix.__main__ import main
+from megatron_prefix.model.adapters.linear import AdaptedLinear
+from megatron_prefix.model.gpt import TreeGPTModel
+from megatron_prefix.model.layers import SEQUENCE_PARALLEL
+from megatron_prefix.testing import free_port
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
@@ -145,6 +156,36 @@ def test_the_runs_learn(runs):
     start, end = runs.weights("start plain", 3), runs.weights("one")
     assert start.keys() == end.keys() and len(end) == 4 * 7 * 2
     assert min(float((end[key] - x).abs().max()) for key, x in start.items()) > 1e-3
+
+
+def called_without_the_sum(commands: list[tuple[list[str], int]]) -> int:
+    """Runs whose whole factors are not marked: under sequence parallelism a rank's gradient of them
+    is that of its own tokens only."""
+    own = AdaptedLinear._mark
+
+    def unmarked(self, adapter, is_shared_by_experts):
+        own(self, adapter, is_shared_by_experts)
+        for factor in adapter.parameters():
+            setattr(factor, SEQUENCE_PARALLEL, False)
+
+    with mock.patch.object(AdaptedLinear, "_mark", unmarked):
+        return called(commands)
+
+
+def test_a_missing_sum_over_tensor_parallel_ranks_is_found(runs):
+    commands = [(command(runs, "unsummed", TP2SP, "one"), free_port())]
+    on_ranks(2, partial(called_without_the_sum, commands), runs.folder, TIMEOUT_S)
+    with pytest.raises(AssertionError, match="grad_norm"):
+        assert_same_history(runs.lines("unsummed"), runs.lines("one"))
+
+
+def test_an_input_without_a_gradient_is_found_under_recomputation(runs, monkeypatch):
+    """`uniform` then has no backward pass at all; `block` silently leaves its layers out."""
+    monkeypatch.setattr(TreeGPTModel, "_with_gradient", lambda self, decoder_input: decoder_input)
+    assert main(command(runs, "no gradient uniform", {}, "one full")) == 1
+    on_processes(1, runs.folder, [command(runs, "no gradient block", {}, "one block")], TIMEOUT_S)
+    with pytest.raises(AssertionError, match="grad_norm"):
+        assert_same_history(runs.lines("no gradient block"), runs.lines("one"))
 
 
 @pytest.mark.slow
