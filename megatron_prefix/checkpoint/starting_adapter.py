@@ -25,6 +25,10 @@ class StartingAdapter(Protocol):
     def lora(self) -> LoraConfig:
         """Its settings."""
 
+    @property
+    def note(self) -> str | None:
+        """A message for the user, if there is any."""
+
     def load(self, chunks: list[torch.nn.Module], adapter: SavedAdapter) -> None:
         """Load it into models whose adapters are described by `adapter`. Raises InputError."""
 
@@ -40,6 +44,10 @@ class CheckpointAdapter:
     def lora(self) -> LoraConfig:
         return self.saved.lora()
 
+    @property
+    def note(self) -> str | None:
+        return None
+
     def load(self, chunks: list[torch.nn.Module], adapter: SavedAdapter) -> None:
         load_adapters(self.path, chunks, adapter)
 
@@ -53,6 +61,15 @@ class PeftDirectory:
     @property
     def lora(self) -> LoraConfig:
         return self.source.lora
+
+    @property
+    def note(self) -> str | None:
+        if not self.source.dropout:
+            return None
+        return (
+            f"lora.adapter = {self.source.directory} was trained with lora_dropout = "
+            f"{self.source.dropout}; this run trains it without"
+        )
 
     @torch.no_grad()
     def load(self, chunks: list[torch.nn.Module], adapter: SavedAdapter) -> None:

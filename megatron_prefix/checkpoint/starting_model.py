@@ -120,6 +120,7 @@ class StartingModel:
         """Messages for the user about the weights and the vocabulary, one a line, if there are
         any."""
         notes = [self.vocabulary_note, self._origin_note(), self._head_note(seed)]
+        notes.append(None if self.adapter is None else self.adapter.note)
         return "\n".join(note for note in notes if note is not None) or None
 
     def _origin_note(self) -> str | None:
