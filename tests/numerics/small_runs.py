@@ -31,9 +31,8 @@ def configure(output: Path, dataset: str, **sections: Mapping) -> Config:
         "logging": {"output": str(output)},
         "loss": {},
     }
-    assert sections.keys() <= {*defaults, "lora"}
-    if "lora" in sections:
-        defaults["lora"] = {}
+    assert sections.keys() <= {*defaults, "lora", "parallel"}
+    defaults |= {name: {} for name in sections if name not in defaults}
     return parse_config(
         {name: {**keys, **sections.get(name, {})} for name, keys in defaults.items()}
     )
