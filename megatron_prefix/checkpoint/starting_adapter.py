@@ -11,6 +11,7 @@ import torch
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.adapter_state import SavedAdapter, lora_settings
 from megatron_prefix.checkpoint.save_load import load_adapters, resolve_checkpoint
+from megatron_prefix.config import ModelSizes
 from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import unwrap
@@ -112,10 +113,11 @@ def open_adapter(path: str) -> StartingAdapter:
     return CheckpointAdapter(folder, saved)
 
 
-def with_settings_of(adapter: LoraConfig, section: LoraConfig, has_experts: bool) -> LoraConfig:
-    """The lora section with the settings of the adapter that it names. What is given in both must
-    agree. `has_experts` says whether the model is a mixture. Raises InputError."""
-    adapter, meant = adapter.resolved(has_experts), lora_settings(section.resolved(has_experts))
+def with_settings_of(adapter: LoraConfig, section: LoraConfig, sizes: ModelSizes) -> LoraConfig:
+    """The lora section with the settings of the adapter that it names, of a model of `sizes`. What
+    is given in both must agree. Raises InputError."""
+    of_model = sizes.num_moe_experts > 0, sizes.num_layers
+    adapter, meant = adapter.resolved(*of_model), lora_settings(section.resolved(*of_model))
     own = lora_settings(adapter)
     differing = ", ".join(
         f"lora.{key} = {meant[key]!r}, and the adapter has {own[key]!r}"

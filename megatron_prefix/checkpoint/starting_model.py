@@ -183,10 +183,10 @@ def resolve_starting_model(
     if lora is not None:
         if lora.adapter is not None:
             adapter = open_adapter(lora.adapter)
-            lora = with_settings_of(adapter.lora, lora, sizes.num_moe_experts > 0)
+            lora = with_settings_of(adapter.lora, lora, sizes)
         if faults := list(lora_size_faults(lora, sizes, model.kind)):
             raise InputError("; ".join(faults))
-        lora = lora.resolved(has_experts=sizes.num_moe_experts > 0)
+        lora = lora.resolved(sizes.num_moe_experts > 0, sizes.num_layers)
     return StartingModel(
         lora=lora,
         adapter=adapter,

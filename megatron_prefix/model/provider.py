@@ -50,7 +50,7 @@ def transformer_config(
     if lora is not None:
         if faults := list(lora_size_faults(lora, sizes, model.kind)):
             raise InputError("; ".join(faults))
-        lora = lora.resolved(has_experts=sizes.num_moe_experts > 0)
+        lora = lora.resolved(sizes.num_moe_experts > 0, sizes.num_layers)
     on_cuda = torch.cuda.is_available()
     own_gate = not (has_transformer_engine() or sizes.num_moe_experts)  # see swiglu.py
     dtype = DTYPES[model.dtype]

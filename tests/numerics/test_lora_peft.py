@@ -56,7 +56,15 @@ def pairs() -> list[dict[str, str]]:
     ]
 
 
-def our_run(folder: Path, model: Path, adapter: Path, pairs: list, reference: str, **train: object):
+def our_run(
+    folder: Path,
+    model: Path,
+    adapter: Path,
+    pairs: list,
+    reference: str,
+    lr: float = LR,
+    **train: object,
+):
     """Rows of metrics of the packed, shared run, and its configuration."""
     build_dataset([write_pairs(folder / "pairs.jsonl", pairs)], str(model), folder / "set")
     config = configure(
@@ -66,7 +74,7 @@ def our_run(folder: Path, model: Path, adapter: Path, pairs: list, reference: st
         model={"hf": str(model), **dict.fromkeys(SIZES_OF_HF)},
         loss={"beta": 0.1},
         lora={"adapter": str(adapter), "reference": reference},
-        optimizer={"lr": LR},
+        optimizer={"lr": lr},
         train={"steps": STEPS, "save": str(folder / "saved"), **train},
     )
     return [row for row in trained(config) if "loss" in row], config
@@ -82,8 +90,10 @@ def test_a_run_is_that_of_peft(case, pairs, tmp_path):
     kind, settings, reference = CASES[case]
     model = make_model(tmp_path / "model", kind)
     adapter = make_adapter(model, tmp_path / "adapter", **settings)
-    ours, config = our_run(tmp_path, model, adapter, pairs, reference)
-    theirs = plain_run(model, adapter, pairs, STEPS, LR, reference)
+    # embeddings have gradients near 0, which Adam divides by themselves: smaller steps for them
+    lr = LR / 4 if "modules_to_save" in settings else LR
+    ours, config = our_run(tmp_path, model, adapter, pairs, reference, lr)
+    theirs = plain_run(model, adapter, pairs, STEPS, lr, reference)
     assert max(relative([row["loss"] for row in ours], theirs.losses)) < TOLERANCE
     assert max(relative([row["grad_norm"] for row in ours], theirs.grad_norms)) < TOLERANCE
     assert theirs.losses[-1] < 0.5 * theirs.losses[0] and max(theirs.grad_norms) > 1.0

@@ -91,12 +91,15 @@ class LoraConfig:
         """Whether the model at the first step is the reference model."""
         return self.adapter is None or self.reference == "start"
 
-    def resolved(self, has_experts: bool) -> LoraConfig:
-        """The same with every default written out, and the names that `all-linear` means."""
+    def resolved(self, has_experts: bool, num_layers: int | None = None) -> LoraConfig:
+        """The same with every default written out, and the names that `all-linear` means; all of
+        `num_layers` layers are None, if that is given."""
         targets, layers = self.target_modules or ALL_LINEAR, self.layers_to_transform
         if targets == ALL_LINEAR:
             # transformers keeps experts as one parameter with three axes, not as linear layers
             targets = ATTENTION_TARGETS if has_experts else TARGETS
+        if layers is not None and set(layers) == set(range(num_layers or 0)):
+            layers = None
         return replace(
             self,
             r=self.r or RANK,

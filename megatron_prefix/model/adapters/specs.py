@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,8 +16,9 @@ from megatron_prefix.model.adapters.linear import (
 )
 from megatron_prefix.platform import submodules_of
 
+INPUT_NORM = "input_layernorm."
 UNFUSED_NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    INPUT_NORM: "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 """Norms before a linear layer, and their names in checkpoints, in which they belong to it."""
@@ -74,9 +75,6 @@ def with_adapters(layer: ModuleSpec, lora: LoraConfig, has_transformer_engine: b
     if "down_proj" in targets:
         mlp.linear_fc2 = kinds.down
     if kinds.norm is not None:
-        parts.sharded_state_dict_keys_map = _names(parts.sharded_state_dict_keys_map)
+        names = {k: x for k, x in UNFUSED_NORMS.items() if k == INPUT_NORM or not has_experts}
+        parts.sharded_state_dict_keys_map = {**(parts.sharded_state_dict_keys_map or {}), **names}
     return layer
-
-
-def _names(given: dict[str, Any] | None) -> dict[str, Any]:
-    return {**(given or {}), **UNFUSED_NORMS}

@@ -11,6 +11,7 @@ What an adapter's configuration asks for and this package does not compute is re
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,8 @@ _OUTER = {
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 _HEADS = ("score", "classifier")
 """What PEFT adds to `modules_to_save` of a sequence classifier."""
+_FULL_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
+"""A target that is one module of one layer."""
 _TAKEN = ("r", "lora_alpha", "use_rslora", "layers_to_transform")
 _WITHOUT_EFFECT = frozenset(
     {
@@ -80,6 +83,7 @@ class PeftAdapter:
         layers = config.get("layers_to_transform")
         if isinstance(layers, int):
             config["layers_to_transform"] = [layers]
+        _read_full_names(config, path)
         saved = [name for name in config.get("modules_to_save") or [] if name not in _HEADS]
         try:
             lora = LoraConfig(
@@ -155,6 +159,28 @@ def peft_name(name: str) -> str:
             "of experts are kept in checkpoints only"
         )
     return f"{PREFIX}model.layers.{layer}.{_BLOCKS[block]}.{target}.{factor}.weight"
+
+
+def _read_full_names(config: dict[str, Any], path: Path) -> None:
+    """Replace names of single modules in `target_modules`, `model.layers.2.mlp.up_proj`, by names
+    of targets and layers. Raises InputError if layers have other targets than others."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        return
+    full = [match for name in targets if (match := _FULL_NAME.fullmatch(name))]
+    if not full or config.get("layers_to_transform") is not None:
+        return
+    by_layer: dict[int, set[str]] = {}
+    for match in full:
+        by_layer.setdefault(int(match[1]), set()).add(match[2])
+    first = next(iter(by_layer.values()))
+    if len(full) < len(targets) or any(names != first for names in by_layer.values()):
+        raise InputError(
+            f"{path}: target_modules names single modules of some layers, and all layers with "
+            "adapters must have the same ones"
+        )
+    config["target_modules"] = sorted(first)
+    config["layers_to_transform"] = sorted(by_layer)
 
 
 def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:

@@ -50,6 +50,18 @@ def test_settings_are_those_of_the_file(tmp_path):
     assert saved == ("lm_head",)
 
 
+def test_names_of_single_modules_are_targets_and_layers(tmp_path):
+    names = [f"model.layers.{i}.{x}" for i in (0, 2) for x in ("self_attn.q_proj", "mlp.up_proj")]
+    lora = write(tmp_path, target_modules=names).lora
+    assert set(lora.target_modules) == {"q_proj", "up_proj"}
+    assert lora.layers_to_transform == (0, 2)
+    assert lora.resolved(False, 3).layers_to_transform == (0, 2)
+    both = write(tmp_path, target_modules=["model.layers.1.mlp.up_proj", names[1]])
+    assert both.lora.resolved(False, 2).layers_to_transform is None
+    with pytest.raises(InputError, match="all layers with adapters must have the same ones"):
+        write(tmp_path, target_modules=names[:3])
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
