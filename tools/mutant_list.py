@@ -19,8 +19,8 @@ MUTANTS = (
     Mutant(
         "leaky mask: siblings see one another",
         "attention/backends/dense.py",
-        "return (k <= q) & (q < subtree_ends)",
-        "return k <= q",
+        "mask = (k <= q) & (q < subtree_ends)",
+        "mask = k <= q",
         "numerics/test_attention.py",
     ),
     Mutant(
@@ -285,7 +285,7 @@ MUTANTS = (
     ),
     Mutant(
         "ancestors that a chunk needs left out",
-        "attention/context_parallel/ownership.py",
+        "attention/pieces.py",
         "is_full = before[layout.subtree_ends] > before[ends]",
         "is_full = before[layout.subtree_ends] > layout.num_tokens",
         "unit/attention/context_parallel/test_ownership.py",

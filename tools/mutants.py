@@ -22,6 +22,7 @@ from mutant_list_data import DATA_MUTANTS
 from mutant_list_lora import LORA_MUTANTS
 from mutant_list_references import REFERENCE_MUTANTS
 from mutant_list_steps import STEP_MUTANTS
+from mutant_list_windows import WINDOW_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHES = ("__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache")
@@ -77,7 +78,14 @@ def main() -> int:
     args = parser.parse_args()
     chosen = [
         m
-        for m in (*MUTANTS, *DATA_MUTANTS, *LORA_MUTANTS, *REFERENCE_MUTANTS, *STEP_MUTANTS)
+        for m in (
+            *MUTANTS,
+            *DATA_MUTANTS,
+            *LORA_MUTANTS,
+            *REFERENCE_MUTANTS,
+            *STEP_MUTANTS,
+            *WINDOW_MUTANTS,
+        )
         if not args.names or any(n in m.name for n in args.names)
     ]
     killed = 0

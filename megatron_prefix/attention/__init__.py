@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from megatron_prefix.faces import lazy_face
 
 if TYPE_CHECKING:
-    from megatron_prefix.attention.api import resolve_backend, tree_attention
+    from megatron_prefix.attention.api import tree_attention
     from megatron_prefix.attention.megatron import (
         TreeCoreAttention,
         TreePackedSeqParams,
-        features_of,
+        check_backend,
         prepare_attention,
     )
     from megatron_prefix.attention.plan import TreePlan
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_face(
         __name__,
-        api=["resolve_backend", "tree_attention"],
-        megatron=["TreeCoreAttention", "TreePackedSeqParams", "features_of", "prepare_attention"],
+        api=["tree_attention"],
+        megatron=["TreeCoreAttention", "TreePackedSeqParams", "check_backend", "prepare_attention"],
         plan=["TreePlan"],
         rotary=["rotation_of"],
     )
@@ -34,9 +34,8 @@ __all__ = [
     "TreeCoreAttention",
     "TreePackedSeqParams",
     "TreePlan",
-    "features_of",
+    "check_backend",
     "prepare_attention",
-    "resolve_backend",
     "rotation_of",
     "tree_attention",
 ]

@@ -22,14 +22,12 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    is_layer_window_attention,
-    make_sharded_tensors_for_checkpoint,
-)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_prefix.attention.api import prepare_plan, tree_attention
+from megatron_prefix.attention.api import prepare_plan, resolve_backend, tree_attention
 from megatron_prefix.attention.context_parallel import ContextShare
+from megatron_prefix.attention.layer_settings import features_of, layer_windows, softcap_of
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.attention.rotary import Rotation, rotate
 
@@ -92,28 +90,11 @@ class TreePackedSeqParams(PackedSeqParams):
         self.max_seqlen_q = self.max_seqlen_kv = self.plan.layout.num_tokens
 
 
-def window_of(config: TransformerConfig, layer_number: int) -> int | None:
-    """The tokens that a token sees along its root path in a layer, counted from 1, itself included;
-    None: all of them."""
-    window = config.window_size
-    if not is_layer_window_attention(window, config.window_attn_skip_freq, layer_number):
-        return None
-    return window[0] + 1
-
-
-def softcap_of(config: TransformerConfig) -> float | None:
-    """The bound of attention scores, which Megatron-Core's own configuration does not have."""
-    return getattr(config, "attn_logit_softcapping", None)
-
-
-def features_of(config: TransformerConfig) -> list[str]:
-    """What the layers' attention needs, by the names in backends.FEATURES."""
-    needs = {
-        "window": config.window_size is not None,
-        "softcap": softcap_of(config) is not None,
-        "sinks": config.softmax_type != "vanilla",
-    }
-    return [name for name, is_needed in needs.items() if is_needed]
+def check_backend(config: Any, device: torch.device) -> None:
+    """Raise ValueError, with the remedy, if the backend of a model's configuration,
+    `tree_attention_backend`, cannot run on `device`, or does not compute this attention."""
+    name, dtype, features = config.tree_attention_backend, config.params_dtype, features_of(config)
+    resolve_backend(name, device, dtype, config.kv_channels, features=features)
 
 
 def prepare_attention(params: TreePackedSeqParams, config: Any) -> None:
@@ -121,9 +102,8 @@ def prepare_attention(params: TreePackedSeqParams, config: Any) -> None:
 
     `config` is the model's, with `tree_attention_backend`.
     """
-    windows = {window_of(config, layer) for layer in range(1, config.num_layers + 1)}
     backend, dtype = config.tree_attention_backend, config.params_dtype
-    for window in windows:
+    for window in set(layer_windows(config)):
         plan = params.plan_of(window)
         prepare_plan(plan, backend, dtype, config.kv_channels, features_of(config))
 
@@ -160,7 +140,7 @@ class TreeCoreAttention(MegatronModule):
             raise ValueError(f"attention_dropout = {dropout}: tree attention has none; set it to 0")
         self.softmax_scale = softmax_scale
         self.backend = backend
-        self.window = window_of(config, layer_number)
+        self.window = layer_windows(config)[layer_number - 1]
         self.softcap = softcap_of(config)
         self.softmax_offset: Tensor | None = None
         if config.softmax_type != "vanilla":

@@ -82,19 +82,7 @@ class World:
         if self.parallel.context_parallel_size == 1:
             return None
         comm = self.parallel.cp_comm or DEFAULT_CP_COMM
-        size = config.params_dtype.itemsize
-        cost = ContextCost.of_layer(
-            hidden_size=config.hidden_size,
-            ffn_hidden_size=config.moe_router_topk * config.moe_ffn_hidden_size
-            if config.num_moe_experts
-            else config.ffn_hidden_size,
-            num_heads=config.num_attention_heads,
-            num_groups=config.num_query_groups,
-            head_dim=config.kv_channels,
-            # bfloat16: 2 + 2 + 4 = 8 bytes
-            key_bytes=size + size + max(size, 4),  # in forward, again in backward, gradients
-        )
-        return ContextParallel(self.groups.cp, comm, cost)
+        return ContextParallel(self.groups.cp, comm, ContextCost.of_model(config))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel ranks, in place."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_prefix.attention import features_of, resolve_backend
+from megatron_prefix.attention import check_backend
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.config.lora import FEED_FORWARD_TARGETS, LoraConfig, lora_size_faults
 from megatron_prefix.errors import InputError
@@ -109,19 +109,11 @@ def transformer_config(
         lora=lora,
         adapter_seed=adapter_seed,
     )
-    _check_backend(config)
-    return config
-
-
-def _check_backend(config: TreeTransformerConfig) -> None:
-    """Raise InputError if the attention backend cannot run here, or not this attention."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name, dtype = config.tree_attention_backend, config.params_dtype
-    features = features_of(config)
     try:
-        resolve_backend(name, device, dtype, config.kv_channels, features=features)
+        check_backend(config, torch.device("cuda" if on_cuda else "cpu"))
     except ValueError as error:
         raise InputError(f"model.{error}") from None
+    return config
 
 
 def _resolved(

@@ -7,9 +7,16 @@ length.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+import transformers
 from runs import TIMEOUT_S, Runs, assert_same_history, assert_same_weights, on_processes
+
+from megatron_prefix.data.store import PreferenceDataset
 
 SIZES = {
     "num_layers": 4,
@@ -92,3 +99,69 @@ def test_a_checkpoint_is_resumed_in_another_layout(runs, saved, resumed):
     _, sizes, follows = OF_TWO[saved]
     on_processes(2, runs.folder, [command(runs, name, resumed, sizes)], TIMEOUT_S)
     assert_same_history(runs.lines(name), runs.lines(follows))
+
+
+HF_SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "sliding_window": 5,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+HF_KINDS = {
+    "mistral": {"head_dim": 8},
+    "qwen2": {"use_sliding_window": True, "layer_types": MIXED},
+}
+HF_LAYOUTS = {"tp2sp": TP2SP, "pp2": PP2, "cp2": CP2}
+
+
+def make_hf(kind: str, directory: Path) -> str:
+    config = transformers.AutoConfig.for_model(kind, **HF_SIZES, **HF_KINDS[kind])
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return str(directory)
+
+
+@torch.no_grad()
+def judged(directory: str, prefix: str) -> np.ndarray:
+    """Log-probability of every response by transformers, each path alone."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    dataset, sums = PreferenceDataset(prefix), []
+    for tree in (dataset[group] for group in range(len(dataset))):
+        for response in range(tree.num_responses):
+            tokens, start = tree.response_tokens(response)
+            ids = torch.from_numpy(tokens.astype(np.int64))[None]
+            logps = model(ids).logits[0, start - 1 : -1].double().log_softmax(-1)
+            sums.append(float(logps.gather(1, ids[0, start:, None]).sum()))
+    return np.array(sums)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Log-probabilities of held-out responses by transformers, and by us on two processes."""
+    runs = Runs(tmp_path_factory.mktemp("transformers"))
+    commands, files = [], {}
+    for kind in HF_KINDS:
+        directory = make_hf(kind, runs.folder / kind)
+        files[kind, "transformers"] = judged(directory, runs.valid)
+        for name, layout in HF_LAYOUTS.items():
+            config = runs.config(f"{kind} {name}", parallel=layout, model={"hf": directory})
+            files[kind, name] = runs.folder / f"{kind} {name}.jsonl"
+            commands.append(["evaluate", "--config", config, "--per-response"])
+            commands[-1].append(str(files[kind, name]))
+    on_processes(2, runs.folder, commands, TIMEOUT_S)
+    return files
+
+
+@pytest.mark.parametrize("layout", HF_LAYOUTS)
+@pytest.mark.parametrize("kind", HF_KINDS)
+def test_windows_are_those_of_transformers_in_every_layout(scored, kind, layout):
+    """The window of 5 is shorter than the prompts."""
+    lines = scored[kind, layout].read_text().splitlines()
+    ours, theirs = np.array([json.loads(x)["logp"] for x in lines]), scored[kind, "transformers"]
+    assert ours.shape == theirs.shape and len(ours) > 10
+    assert np.max(np.abs(ours - theirs) / np.maximum(1, np.abs(theirs))) < 1e-4

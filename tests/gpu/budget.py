@@ -43,9 +43,9 @@ FORESTS = {
 }
 
 
-def skip_without(backend, dtype, head_dim):
-    """Skip, with the reason and the remedy, if `backend` does not run here."""
-    if obstacle := load_backend(backend).why_not(torch.device(DEVICE), dtype, head_dim):
+def skip_without(backend, dtype, head_dim, features=()):
+    """Skip, with the reason and the remedy, if `backend` does not run here, or lacks a feature."""
+    if obstacle := load_backend(backend).obstacle(torch.device(DEVICE), dtype, head_dim, features):
         pytest.skip(f"{backend}: {obstacle}")
 
 
@@ -71,12 +71,12 @@ def terms_of(mask, scale):
     return attention
 
 
-def assert_within_budget(results, low, mask, scale=0.125):
+def assert_within_budget(results, low, mask, scale=0.125, softcap=None, sinks=None):
     """(out, dq, dk, dv) of the inputs `low`, q, k, v and the output's gradient."""
     dtype, exact = low[0].dtype, in_float64(low)
 
     def dense(q, k, v):
-        return masked_attention(q, k, v, mask, scale)
+        return masked_attention(q, k, v, mask, scale, softcap, sinks)
 
     plain, expected = forward_backward(dense, *low), forward_backward(dense, *exact)
     terms = forward_backward(terms_of(mask, scale), *exact)
@@ -92,18 +92,33 @@ def assert_within_budget(results, low, mask, scale=0.125):
 
 def mask_of(plan):
     """bool [L, S]: who sees whom under a plan of some rows or all."""
-    mask = visibility(plan.layout, "cpu")
+    mask = visibility(plan.layout, "cpu", plan.window)
     mask = mask if plan.q_tokens is None else mask[torch.from_numpy(plan.q_tokens)]
     mask = mask if plan.kv_tokens is None else mask[:, torch.from_numpy(plan.kv_tokens)]
     return mask.to(plan.device)
 
 
-def check_backend(backend, layout, heads, dtype, q_tokens=None, kv_tokens=None, device=DEVICE):
+def check_backend(
+    backend,
+    layout,
+    heads,
+    dtype,
+    q_tokens=None,
+    kv_tokens=None,
+    device=DEVICE,
+    window=None,
+    softcap=None,
+    has_sinks=False,
+):
     """A backend against dense, values and gradients, on a layout or on some rows of it."""
-    plan = TreePlan(layout, device, q_tokens, kv_tokens)
+    plan = TreePlan(layout, device, q_tokens, kv_tokens, window)
+    sinks = torch.linspace(-1, 2, heads[0], device=device) if has_sinks else None
     low_q, _, _, grad = random_heads(plan.num_queries, *heads, dtype=dtype, device=device)
     _, low_k, low_v, _ = random_heads(plan.num_keys, *heads, seed=1, dtype=dtype, device=device)
     low = [low_q, low_k, low_v, grad]
     scale = heads[2] ** -0.5
-    results = forward_backward(lambda *x: tree_attention(*x, plan, backend, scale), *low)
-    assert_within_budget(results, low, mask_of(plan), scale)
+    settings = {"softcap": softcap, "sinks": sinks}
+    results = forward_backward(
+        lambda *x: tree_attention(*x, plan, backend, scale, **settings), *low
+    )
+    assert_within_budget(results, low, mask_of(plan), scale, **settings)

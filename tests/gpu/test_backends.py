@@ -44,6 +44,40 @@ def test_partial_plans(backend, rank, is_compact):
     check_backend(backend, layout, (8, 2, 64), torch.bfloat16, own, held)
 
 
+SETTINGS = [
+    {"window": 1},
+    {"window": 9},
+    {"window": 150},
+    {"softcap": 2.0},
+    {"has_sinks": True},
+    {"window": 40, "softcap": 2.0, "has_sinks": True},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("forest", FORESTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_soft_caps_and_sinks(backend, forest, settings):
+    features = {"has_sinks": "sinks"}
+    skip_without(backend, torch.bfloat16, 64, [features.get(name, name) for name in settings])
+    check_backend(backend, FORESTS[forest], (8, 2, 64), torch.bfloat16, **settings)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_sinks(backend):
+    skip_without(backend, torch.bfloat16, 64, ["sinks"])
+    layout = FORESTS["pairs"]
+    q, k, v, grad = random_heads(layout.num_tokens, 8, 2, 64, dtype=torch.bfloat16, device="cuda")
+    grads = []
+    for name in (backend, "dense"):
+        sinks = torch.linspace(-1, 2, 8, device="cuda", requires_grad=True)
+        inputs = [x.double() if name == "dense" else x for x in (q, k, v)]
+        out = tree_attention(*inputs, layout, name, window=40, sinks=sinks)
+        grads.append(torch.autograd.grad(out, sinks, grad.to(out.dtype))[0])
+    error = (grads[0] - grads[1]).abs().max()
+    assert error <= 2e-2 * grads[1].abs().max(), error
+
+
 @pytest.fixture
 def deterministic():
     torch.use_deterministic_algorithms(True)

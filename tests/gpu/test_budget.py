@@ -43,6 +43,8 @@ def like_a_kernel(low, mask, scale):
 @pytest.mark.parametrize("forest", FORESTS)
 def test_other_roundings_pass(forest):
     check_backend("path", FORESTS[forest], HEADS, torch.bfloat16, device="cpu")
+    settings = {"window": 40, "softcap": 2.0, "has_sinks": True}
+    check_backend("path", FORESTS[forest], HEADS, torch.bfloat16, device="cpu", **settings)
     low, mask, scale = case(forest)
     assert_within_budget(like_a_kernel(low, mask, scale), low, mask, scale)
 

@@ -12,7 +12,8 @@ from budget import (
     needs_cuda,
 )
 
-from megatron_prefix.attention import resolve_backend, tree_attention
+from megatron_prefix.attention import tree_attention
+from megatron_prefix.attention.api import resolve_backend
 from megatron_prefix.attention.backends.flash import aten_operators
 from megatron_prefix.attention.backends.flash_versions import (
     active_version,

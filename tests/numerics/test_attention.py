@@ -8,7 +8,8 @@ import pytest
 import torch
 from stand_ins import stand_in_flash, stand_in_te, varlen_backward, varlen_forward
 
-from megatron_prefix.attention import TreePlan, resolve_backend, tree_attention
+from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention.api import resolve_backend
 from megatron_prefix.attention.backends import Scoring
 from megatron_prefix.attention.backends.dense import masked_attention, visibility
 from megatron_prefix.attention.backends.flash import Operators, flash_attention, why_not_head_dim

@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stand_ins import stand_in_flash, stand_in_te
 from test_partial_plans import some_rows
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from megatron_prefix.attention import TreePlan, resolve_backend, tree_attention
+from megatron_prefix.attention import TreePlan, tree_attention
+from megatron_prefix.attention.api import resolve_backend
 from megatron_prefix.attention.backends import path
 from megatron_prefix.attention.backends.backend import Scoring, load_backend
 from megatron_prefix.attention.backends.dense import masked_attention, visibility
@@ -193,6 +196,41 @@ def test_some_queries_equal_their_rows_of_the_whole(seed, is_compact):
         assert worst(results(engine, parts, grad[own]), expected) <= EXACT
 
 
+@st.composite
+def forests(draw):
+    """Segments of 1 to 5 tokens; each hangs on the last one or on one of its ancestors, or is a
+    root."""
+    parents: list[int] = []
+    for segment in range(draw(st.integers(1, 9))):
+        path, node = [-1], segment - 1
+        while node >= 0:
+            path.append(node)
+            node = parents[node]
+        parents.append(draw(st.sampled_from(path)))
+    lengths = draw(st.lists(st.integers(1, 5), min_size=len(parents), max_size=len(parents)))
+    return TreeLayout.from_parents(lengths, parents)
+
+
+@given(layout=forests(), window=st.integers(1, 20), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_plans_hold_and_see_exactly_the_window(layout, window, data):
+    """Some queries of a row: the keys that are held, and those that each query sees."""
+    seen = seen_by_walking(layout, window)
+    assert layout.area(window) == seen.sum()
+    tokens = st.lists(st.booleans(), min_size=layout.num_tokens, max_size=layout.num_tokens)
+    own = np.flatnonzero(data.draw(tokens))
+    held = needed_tokens(layout, own, window)
+    assert held.tolist() == np.flatnonzero(seen[own].any(0)).tolist()
+    plan = build_path_plan(layout, "cpu", own, held, window)
+    queries, keys = iter(own.tolist()), held[plan.kv_index.numpy()].tolist()
+    for num_queries, num_keys in zip(plan.q_lengths, plan.kv_lengths, strict=True):
+        piece, keys = keys[:num_keys], keys[num_keys:]
+        for last in range(num_keys - num_queries, num_keys):
+            visible = piece[: last + 1][-window:]
+            assert visible == np.flatnonzero(seen[next(queries)]).tolist()
+    assert next(queries, None) is None and not keys
+
+
 def test_plan_of_the_worked_example():
     layout = TreeLayout.from_parents([3, 2, 4], [-1, 0, 0])
     plan = build_path_plan(layout, "cpu", window=2)
@@ -290,13 +328,13 @@ def test_what_a_backend_lacks_is_refused():
     assert resolve_backend("auto", "cpu", torch.float32, features=["softcap", "sinks"]) == "path"
     layout = TreeLayout.from_parents([3], [-1])
     q, k, v, _ = random_heads(3)
-    for settings, message in (
+    for wrong, message in (
         ({"window": 0}, "window is 0: .* at least itself"),
         ({"softcap": -1.0}, "softcap is -1.0: give a positive number"),
         ({"sinks": torch.zeros(3)}, r"one number per query head, shape \[4\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            tree_attention(q, k, v, layout, **settings)
+            tree_attention(q, k, v, layout, **wrong)
     with pytest.raises(ValueError, match="window is 2, but the plan was built for 1"):
         tree_attention(q, k, v, TreePlan(layout, "cpu", window=1), window=2)
 

@@ -17,10 +17,15 @@ Shapes: T tokens, Q chunks, S segments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from megatron_prefix.attention.layer_settings import layer_windows
+from megatron_prefix.attention.pieces import needed_tokens
 from megatron_prefix.layout import TreeLayout
 
 CHUNKS_PER_RANK = 32
@@ -51,6 +56,25 @@ class ContextCost:
     """Per (query, key) entry that its tokens see: attention."""
     per_key: float
     """Per token whose key and value it receives."""
+    windows: Mapping[int | None, float] = field(default_factory=lambda: {None: 1.0})
+    """Share of the layers that have each sliding window, in tokens; None: without a window."""
+
+    @classmethod
+    def of_model(cls, config: Any) -> ContextCost:
+        """The mean of a model's layers; `config` is its TransformerConfig."""
+        size = config.params_dtype.itemsize
+        return cls.of_layer(
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.moe_router_topk * config.moe_ffn_hidden_size
+            if config.num_moe_experts
+            else config.ffn_hidden_size,
+            num_heads=config.num_attention_heads,
+            num_groups=config.num_query_groups,
+            head_dim=config.kv_channels,
+            # bfloat16: 2 + 2 + 4 = 8 bytes
+            key_bytes=size + size + max(size, 4),  # in forward, again in backward, gradients
+            windows=layer_windows(config),
+        )
 
     @classmethod
     def of_layer(
@@ -62,8 +86,10 @@ class ContextCost:
         num_groups: int,
         head_dim: int,
         key_bytes: int,
+        windows: Sequence[int | None] = (None,),
     ) -> ContextCost:
-        """From a layer's sizes. `key_bytes` are sent per channel of a key, forward and backward.
+        """From a layer's sizes. `key_bytes` are sent per channel of a key, forward and backward;
+        `windows` are the sliding windows of all layers, in tokens.
 
         Backward takes twice as long as forward in linear layers, and 2.5 times in attention.
         """
@@ -73,6 +99,7 @@ class ContextCost:
             per_token=3 * linear / LINEAR_FLOPS,
             per_entry=3.5 * 4 * num_heads * head_dim / ATTENTION_FLOPS,
             per_key=2 * num_groups * head_dim * key_bytes / LINK_BYTES,
+            windows={w: n / len(windows) for w, n in Counter(windows).items()},
         )
 
 
@@ -87,16 +114,22 @@ def zigzag(layout: TreeLayout, size: int) -> list[np.ndarray]:
     return [np.concatenate([parts[r], parts[-1 - r]]) for r in range(size)]
 
 
-def area_of(layout: TreeLayout, tokens: np.ndarray) -> int:
+def area_of(layout: TreeLayout, tokens: np.ndarray, window: int | None = None) -> int:
     """(Query, key) entries that these tokens see."""
-    return int((layout.position_ids()[tokens] + 1).sum())
+    return int(_num_seen(layout, window)[tokens].sum())
+
+
+def _num_seen(layout: TreeLayout, window: int | None) -> np.ndarray:
+    """int64 [T]: the keys that each token sees."""
+    seen = layout.position_ids() + 1
+    return seen if window is None else np.minimum(seen, window)
 
 
 def tree_aware(layout: TreeLayout, size: int, cost: ContextCost) -> list[np.ndarray]:
     """Equal parts of similar modelled time, with few keys to send; see the module's example."""
     if size == 1:
         return contiguous(layout, size)
-    chunks = _Chunks.cut(layout, size)
+    chunks = _Chunks.cut(layout, size, cost.windows)
     starts = [(chunks.owner, weight) for weight in KEY_WEIGHTS]
     results = []
     for start, weight in [*starts, (_spread_area(chunks, size), 1.0)]:
@@ -116,7 +149,7 @@ def greedy_by_area(layout: TreeLayout, size: int) -> list[np.ndarray]:
     """Chunks of largest area first, each to the rank with the least area that has places left.
 
     Balances area and ignores keys; for comparison with `tree_aware`."""
-    chunks = _Chunks.cut(layout, size)
+    chunks = _Chunks.cut(layout, size, {None: 1.0})
     chunks.owner = _spread_area(chunks, size)
     return chunks.tokens_by_rank(size)
 
@@ -145,10 +178,11 @@ class _Chunks:
     is_movable: np.ndarray
     """Whether a chunk has the common length. The rest of a part, which is shorter, is not moved."""
     needs: np.ndarray
-    """int64 [Q, Q]: how many tokens of chunk k (column) chunk q (row) needs."""
+    """[Q, Q]: how many tokens of chunk k (column) chunk q (row) needs. Area and needs are means of
+    the layers, which may have different windows."""
 
     @classmethod
-    def cut(cls, layout: TreeLayout, size: int) -> _Chunks:
+    def cut(cls, layout: TreeLayout, size: int, windows: Mapping[int | None, float]) -> _Chunks:
         # 20 tokens, 2 ranks, chunks of 4:  starts [0 4 8 10 14 18], stops [4 8 10 14 18 20],
         # owner [0 0 0 1 1 1], is_movable [1 1 0 1 1 0]
         part = layout.num_tokens // size
@@ -157,14 +191,16 @@ class _Chunks:
         offsets = np.arange(0, part, length)
         starts = (np.arange(size)[:, None] * part + offsets).ravel()
         stops = np.append(starts[1:], layout.num_tokens)
-        seen = np.concatenate([[0], np.cumsum(layout.position_ids() + 1)])
+        shares = windows.items()
+        num_seen = np.sum([share * _num_seen(layout, w) for w, share in shares], axis=0)
+        seen = np.concatenate([[0], np.cumsum(num_seen)])
         return cls(
             starts=starts,
             stops=stops,
             area=seen[stops] - seen[starts],
             owner=np.repeat(np.arange(size), len(offsets)),
             is_movable=stops - starts == length,
-            needs=_needs(layout, starts, stops),
+            needs=np.sum([share * _needs(layout, starts, stops, w) for w, share in shares], axis=0),
         )
 
     def tokens_by_rank(self, size: int) -> list[np.ndarray]:
@@ -173,8 +209,11 @@ class _Chunks:
         return [tokens[owner == rank] for rank in range(size)]
 
 
-def _needs(layout: TreeLayout, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """[Q, Q]: how many tokens of chunk k (column) are on the root paths of chunk q's (row) tokens.
+def _needs(
+    layout: TreeLayout, starts: np.ndarray, stops: np.ndarray, window: int | None = None
+) -> np.ndarray:
+    """[Q, Q]: how many tokens of chunk k (column) are on the root paths of chunk q's (row) tokens,
+    or among the last `window` tokens of these paths.
 
     A chunk needs a whole segment if it has tokens in the subtree after that segment. Else it
     needs the segment up to the chunk's last token in it.
@@ -183,6 +222,11 @@ def _needs(layout: TreeLayout, starts: np.ndarray, stops: np.ndarray) -> np.ndar
     #   needed  [[3 0 0], [3 2 1], [3 0 4]]   tokens of each segment that each chunk needs
     #   result  [[3 0 0], [3 3 0], [3 1 3]]   the same tokens, counted by chunk: chunk 2 needs
     #                                         0 1 2 of chunk 0, 5 of chunk 1, 6 7 8 of its own
+    if window is not None and window < layout.longest_path:
+        chunks = zip(starts.tolist(), stops.tolist(), strict=True)
+        tokens = [needed_tokens(layout, np.arange(start, stop), window) for start, stop in chunks]
+        chunk_of = [np.searchsorted(starts, x, side="right") - 1 for x in tokens]
+        return np.stack([np.bincount(x, minlength=len(starts)) for x in chunk_of])
     first, ends = layout.starts.astype(np.int64), (layout.starts + layout.lengths).astype(np.int64)
     a, b = starts[:, None], stops[:, None]
     is_below = np.maximum(a, ends) < np.minimum(b, layout.subtree_ends)
@@ -218,7 +262,8 @@ class _Swaps:
         return bool(self.times.max() <= (1 + TOLERANCE) * self.times.mean())
 
     def _needed(self, rank: int) -> np.ndarray:
-        """Tokens of each chunk that a rank needs, [Q]: the most that one of its chunks needs."""
+        """Tokens of each chunk that a rank needs, [Q]: the most that one of its chunks needs. With
+        windows it may need more, because they do not all begin at the root."""
         return self.chunks.needs[self.chunks.owner == rank].max(axis=0)
 
     def _time(self, rank: int) -> float:

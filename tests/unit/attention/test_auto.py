@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_prefix.attention import resolve_backend
+from megatron_prefix.attention.api import resolve_backend
 from megatron_prefix.attention.auto import FIELDS, TABLE, candidates, read_table
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -14,6 +14,7 @@ from mutant_list_data import DATA_MUTANTS  # noqa: E402
 from mutant_list_lora import LORA_MUTANTS  # noqa: E402
 from mutant_list_references import REFERENCE_MUTANTS  # noqa: E402
 from mutant_list_steps import STEP_MUTANTS  # noqa: E402
+from mutant_list_windows import WINDOW_MUTANTS  # noqa: E402
 
 LISTS = {
     "mutant_list": MUTANTS,
@@ -21,6 +22,7 @@ LISTS = {
     "mutant_list_lora": LORA_MUTANTS,
     "mutant_list_references": REFERENCE_MUTANTS,
     "mutant_list_steps": STEP_MUTANTS,
+    "mutant_list_windows": WINDOW_MUTANTS,
 }
 ALL = [mutant for mutants in LISTS.values() for mutant in mutants]
 

@@ -1,7 +1,11 @@
 """Who owns which tokens of a row: equal parts, every token once, balanced if that pays."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from megatron_prefix.attention.context_parallel import ownership
 from megatron_prefix.attention.pieces import needed_tokens
@@ -60,15 +64,42 @@ def test_needed_tokens_are_the_visible_ones():
 def test_chunks_know_what_they_need():
     """The counts that swaps are judged by are those of needed_tokens."""
     rng = np.random.default_rng(1)
-    for size in (2, 4):
+    for size, window in ((2, None), (4, None), (2, 3), (4, 9)):
         layout = padded(random_forest(rng, 30), size)
-        chunks = ownership._Chunks.cut(layout, size)
+        chunks = ownership._Chunks.cut(layout, size, {window: 1.0})
         for chunk, (start, stop) in enumerate(zip(chunks.starts, chunks.stops, strict=True)):
-            needed = needed_tokens(layout, np.arange(start, stop))
+            needed = needed_tokens(layout, np.arange(start, stop), window)
             among = np.searchsorted(chunks.stops, needed, side="right")
             expected = np.bincount(among, minlength=len(chunks.starts))
             assert np.array_equal(chunks.needs[chunk], expected)
-            assert chunks.area[chunk] == ownership.area_of(layout, np.arange(start, stop))
+            own = np.arange(start, stop)
+            assert chunks.area[chunk] == ownership.area_of(layout, own, window)
+
+
+def test_the_area_of_windows_is_balanced():
+    """A chain whose layers all have a window: every token sees as many keys, and nothing is
+    swapped, although the whole paths of later tokens are longer."""
+    layout = TreeLayout.from_parents([32768], [-1])
+    whole = ownership.tree_aware(layout, 4, COST)
+    assert not all((np.diff(own) == 1).all() for own in whole)
+    windows = {1024: 1.0}
+    for own in ownership.tree_aware(layout, 4, replace(COST, windows=windows)):
+        assert (np.diff(own) == 1).all()
+    mixed = ownership.ContextCost.of_model(
+        SimpleNamespace(
+            num_layers=4,
+            window_size=(1023, 0),
+            window_attn_skip_freq=[1, 0, 1, 1],
+            hidden_size=64,
+            ffn_hidden_size=96,
+            num_moe_experts=None,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=16,
+            params_dtype=torch.bfloat16,
+        )
+    )
+    assert mixed.windows == {1024: 0.75, None: 0.25}
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
