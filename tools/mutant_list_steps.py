@@ -6,6 +6,34 @@ from mutant_list import Mutant
 
 STEP_MUTANTS = (
     Mutant(
+        "pairs between two parts left out of the table",
+        "data/steps/step_columns.py",
+        "bundle = replace(parts_of_bundle[0], part=None)",
+        "bundle = parts_of_bundle[0]",
+        "unit/data/steps/test_step_columns.py",
+    ),
+    Mutant(
+        "a step with parts in one pass",
+        "engine/feed.py",
+        "if self._with_table or plan.is_divided:",
+        "if self._with_table:",
+        "numerics/test_split_runs.py",
+    ),
+    Mutant(
+        "a part one response too large",
+        "data/steps/parts.py",
+        "if responses and tokens + added > capacity:",
+        "if responses and tokens > capacity:",
+        "unit/data/steps/test_parts.py",
+    ),
+    Mutant(
+        "new tokens of a part counted as repeated",
+        "data/steps/parts.py",
+        "for node in nodes & seen)",
+        "for node in nodes)",
+        "unit/data/steps/test_parts.py",
+    ),
+    Mutant(
         "the table of a step keyed by group",
         "data/steps/sampler.py",
         "replace(bundle, slot=slot)",

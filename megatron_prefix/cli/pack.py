@@ -68,6 +68,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="the row that gets the next tree, longest tree first: the first with room, or the "
         "one with the least room (default: first-fit)",
     )
+    parser.add_argument(
+        "--oversized",
+        choices=("error", "split"),
+        help="a tree, pair or set that does not fit a row: an error, or split into parts that "
+        "repeat the prefix that they share (default: error)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -121,6 +127,7 @@ FLAGS = (
     "sharing",
     "sort_by_length",
     "packing_method",
+    "oversized",
 )
 """Flags that a configuration has as settings."""
 

@@ -89,6 +89,11 @@ def _data_lines(estimate: dict[str, Any]) -> list[str]:
         f"{data['tokens_per_row']:,.0f} tokens per row, the longest has {data['longest_row']:,}",
         f"pipeline bubble: {100 * pipeline['bubble']:.1f} % of the computing time of the stages",
     ]
+    if "repeated_tokens_per_step" in data:
+        lines.append(
+            f"data.oversized: split repeats {data['repeated_tokens_per_step']:,.1f} tokens per "
+            f"step; {100 * data['divided_steps']:.0f} % of the steps have parts"
+        )
     table = [["sharing", "tokens per step", "of none", "forward TFLOP", "of none"]]
     none = data["sharing"]["none"]
     for mode, cost in data["sharing"].items():

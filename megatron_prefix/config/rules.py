@@ -56,6 +56,16 @@ def _data_faults(data: DataConfig) -> Iterator[str]:
             f"data.plan = {data.plan} and data.packing_method = {data.packing_method} are for "
             "packed rows: set data.packing: true, or leave them out"
         )
+    if (
+        data.oversized == "split"
+        and not data.packing
+        and data.row_capacity is None
+        and data.sharing in ("tree", "pair")
+    ):
+        yield (
+            f"data.oversized = split has no effect with data.packing: false, data.sharing: "
+            f"{data.sharing} and no data.row_capacity: set data.row_capacity, or remove it"
+        )
     if (data.global_batch_size is None) == (data.rows_per_step is None):
         yield (
             f"data.global_batch_size = {data.global_batch_size} and "

@@ -92,6 +92,10 @@ class DataConfig:
     row_capacity: Count | None = None
     """Largest number of tokens in a row. Needed with packing; without packing an optional bound
     on one sequence. A longer tree or sequence is an error that names its group."""
+    oversized: Literal["error", "split"] = "error"
+    """A tree, pair or set that does not fit a row is an `error`, or `split` cuts it along its
+    branches into parts that fit. Each part repeats the prefix that it shares with others. Without
+    packing, sets of more than `micro_batch_size` sequences are cut too."""
     micro_batch_size: PerStep | None = None
     """Sequences of a micro batch. Needed without packing, refused with it."""
     global_batch_size: PerStep | None = None

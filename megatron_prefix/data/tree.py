@@ -51,6 +51,8 @@ class Pair:
     rejected: int
     weight: float = 1.0
     margin: float = float("nan")
+    beta: float = float("nan")
+    """The pair's own `loss.beta`; NaN for that of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +75,7 @@ class PrefixTree:
     pairs: np.ndarray
     pair_weights: np.ndarray
     pair_margins: np.ndarray
+    pair_betas: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +156,7 @@ class PrefixTree:
             ).reshape(-1, 2),
             pair_weights=self.pair_weights[pairs],
             pair_margins=self.pair_margins[pairs],
+            pair_betas=self.pair_betas[pairs],
         )
 
 
@@ -360,4 +364,5 @@ def joined(groups: Sequence[MergedPaths]) -> dict[str, np.ndarray]:
         "pairs": sides.reshape(-1, 2),
         "pair_weights": np.array([pair.weight for pair in pairs], np.float64),
         "pair_margins": np.array([pair.margin for pair in pairs], np.float64),
+        "pair_betas": np.array([pair.beta for pair in pairs], np.float64),
     }

@@ -27,7 +27,7 @@ class TrainBatch:
     tokens int64 [1, T]; `params` goes to the model. `response_order` [N] sorts the targets by
     response, and `response_offsets` [R + 1] is where each response's targets begin in that order.
     response_tokens int64 [R] counts each response's own tokens; pairs int64 [P, 2] index the row's
-    responses; pair_weights and pair_margins float64 [P], a margin NaN if the data has none;
+    responses; pair_weights, pair_margins and pair_betas float64 [P], NaN if the data has none;
     ranks int64 [R], labels float64 [R] and members int64 [S, K] as in MicroBatch; denominators are
     those of the step, None if the row is the whole step; ref_logps float64 [R] and ref_heads
     float64 [P, 2] are None if there is no reference; with several `references` they are those of
@@ -50,6 +50,9 @@ class TrainBatch:
     labels: Tensor
     members: Tensor
     denominators: Mapping[str, float] | None
+    is_divided: bool = False
+    """Whether pairs or sets of the step lie in several rows: then only the step has a loss."""
+    pair_betas: Tensor | None = None
     parts: ScoreParts = ScoreParts()
     head_order: Tensor | None = None
     head_offsets: Tensor | None = None
@@ -111,6 +114,7 @@ class TrainBatch:
             num_tokens=self.response_tokens,
             pairs=self.pairs,
             margins=self.pair_margins,
+            betas=self.pair_betas,
             pair_weights=self.pair_weights,
             ranks=self.ranks,
             labels=self.labels,
@@ -181,6 +185,8 @@ def to_device(
         labels=tensor(batch.labels),
         members=tensor(batch.members),
         denominators=denominators,
+        is_divided=batch.is_divided,
+        pair_betas=None if batch.pair_betas is None else tensor(batch.pair_betas),
         parts=parts,
         head_order=None if heads is None else tensor(heads[0]),
         head_offsets=None if heads is None else tensor(heads[1]),

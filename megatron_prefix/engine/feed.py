@@ -29,15 +29,17 @@ class StepRows:
     rows: list[MicroBatch]
     batches: list[TrainBatch]
     table: StepTable | None = None
-    """The step as one table, if the objective looks at all of it."""
+    """The step as one table, if the objective looks at all of it, or if the responses of a pair or
+    set lie in several rows."""
 
 
 class Feed:
     """Steps of one sampler for this rank. A request for one starts the preparation of the next.
 
     `config` is the model's, which decides how keys travel and what its attention reads; `parts` is
-    what the objective needs of it; `with_table` prepares the step's table too. Steps from
-    `num_steps` on are not prepared. Close it, so that the thread ends.
+    what the objective needs of it; `with_table` prepares the table of every step, and not only of
+    those that need it. Steps from `num_steps` on are not prepared. Close it, so that the thread
+    ends.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Feed:
         for batch in batches:
             prepare_attention(batch.params, self._config)
         table = None
-        if self._with_table:
+        if self._with_table or plan.is_divided:
             parts = self._parts or ScoreParts()
             table = StepTable.of(self._sampler, plan, self._world.data_rank, parts)
         return StepRows(plan=plan, rows=rows, batches=batches, table=table)

@@ -118,6 +118,11 @@ def preference_loss(
             f"loss.loss_type: {objective.name} looks at the whole step, and a row has only its own "
             "responses: use Trainer, which runs a step in two passes"
         )
+    if batch.is_divided:
+        raise ValueError(
+            "data.oversized: split: responses of one pair or set of this step lie in several rows, "
+            "and a row has only its own: use Trainer, which runs such a step in two passes"
+        )
     inputs = batch.loss_inputs(response_scores(token_logps, batch))
     value, logs = objective_logs(objective, inputs, batch.denominators)
     if is_first and batch.ref_logps is not None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
-from megatron_prefix.data.steps import SHARING_MODES, TARGETS, Sampler, group_rows
+from megatron_prefix.data.steps import SHARING_MODES, Sampler
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
@@ -183,6 +183,10 @@ def _data(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[st
     ]
     # the same groups under every sharing mode, so that the modes can be compared
     groups = np.concatenate([plan.groups for plan in plans])
+    split = {}
+    if sampler.oversized == "split":
+        split["repeated_tokens_per_step"] = sum(p.repeated_tokens for p in plans) / steps
+        split["divided_steps"] = sum(plan.is_divided for plan in plans) / steps
     return {
         "steps_read": steps,
         "groups_per_step": len(groups) / steps,
@@ -191,9 +195,10 @@ def _data(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[st
         "longest_row": max(lengths),
         "tokens_per_row": sum(lengths) / len(lengths),
         "sharing": {
-            mode: _cost(config.model.kind, sampler.dataset, groups, laid_out, steps, model)
+            mode: _cost(config.model.kind, sampler, groups, laid_out, steps, model)
             for mode, laid_out in _modes(config).items()
         },
+        **split,
     }
 
 
@@ -206,7 +211,7 @@ def _modes(config: Config) -> dict[str, str]:
 
 def _cost(
     kind: str,
-    dataset: PreferenceDataset,
+    sampler: Sampler,
     groups: np.ndarray,
     mode: str,
     steps: int,
@@ -215,10 +220,10 @@ def _cost(
     """Tokens and operations of the forward passes per step, without padding."""
     tokens, flops = 0, ForwardFlops()
     for group in groups:
-        for row in group_rows(dataset, int(group), mode, TARGETS[kind]):
+        for row in sampler.rows_of_group(int(group), mode):
             tokens += row.num_tokens
             if model is not None:
-                vocab_size = model.vocab_size or dataset.vocab_size
+                vocab_size = model.vocab_size or sampler.dataset.vocab_size
                 flops += forward_flops(model.sizes, vocab_size, row, kind)
     known = flops.total / steps if model is not None else None
     return {"tokens": tokens / steps, "forward_flops": known}

@@ -32,6 +32,7 @@ def run_identity(
         "data.sharing": data.sharing if by_rows else None,
         "data.row_capacity": data.row_capacity if by_rows else None,
         "data.packing_method": _other_than(data.packing_method, "first-fit") if by_rows else None,
+        "data.oversized": _other_than(data.oversized, "error") if by_rows else None,
         "train.epochs": config.train.epochs,
         "reference model fingerprint": fingerprint,
         **_objective_identity(objective),

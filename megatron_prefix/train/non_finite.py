@@ -54,6 +54,8 @@ def save_rows(
             "labels": row.labels,
             "members": row.members,
         }
+        if row.pair_betas is not None:
+            own["pair_betas"] = row.pair_betas
         if batch.ref_logps is not None:
             own["ref_logps"] = batch.ref_logps.cpu().numpy()
         if batch.references is not None:

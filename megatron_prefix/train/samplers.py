@@ -116,6 +116,7 @@ def plan_settings(config: Config, objective: Objective) -> StepSettings:
         rows_per_step=data.rows_per_step,
         sort_by_length=data.sort_by_length,
         packing_method=data.packing_method,
+        oversized=data.oversized,
         epochs=config.train.epochs,
         weights=data.weights,
         set_epochs=data.set_epochs,
@@ -190,7 +191,7 @@ def _sampler(
 ) -> Sampler:
     data, kind = config.data, config.model.kind
     sizes = sizes or config.model.sizes()
-    return Sampler(
+    sampler = Sampler(
         dataset=dataset,
         composition=composition,
         sharing=run_sharing(objective, data.sharing),
@@ -199,6 +200,15 @@ def _sampler(
         micro_batch_size=data.micro_batch_size,
         targets=TARGETS[kind],
         packing_method=data.packing_method,
+        oversized=data.oversized,
         cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
         **(world.sampler_layout if world is not None else {}),
     )
+    if objective.parts.heads and (group := sampler.first_divided()) is not None:
+        setting = "data.row_capacity" if data.row_capacity else "data.micro_batch_size"
+        raise InputError(
+            f"loss.ld_alpha = {objective.ld_alpha} with data.oversized: split: both sides of a "
+            f"pair must lie in one row, and {dataset.place(group)} is cut: raise {setting}, or "
+            "remove loss.ld_alpha"
+        )
+    return sampler

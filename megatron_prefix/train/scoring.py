@@ -88,4 +88,5 @@ def _rows(config: Config, world: World) -> dict:
         "micro_batch_size": data.micro_batch_size,
         "global_batch_size": data.global_batch_size,
         "ranks": world.data_size,
+        **({"oversized": "split"} if data.oversized == "split" else {}),
     }

@@ -18,7 +18,7 @@ from megatron_prefix.model.parameters import reference_fingerprint
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.reference import open_reference
 from megatron_prefix.trackers import Trackers, configured_trackers
-from megatron_prefix.train.data_checks import check_columns, refuse_unused_reference
+from megatron_prefix.train.data_checks import check_betas, check_columns, refuse_unused_reference
 from megatron_prefix.train.identity import run_identity, run_schedule
 from megatron_prefix.train.samplers import evaluation_sampler, training_sampler, valid_setting
 from megatron_prefix.train.steps_report import describe_steps
@@ -45,6 +45,7 @@ def prepare_trainer(
     check_one_vocabulary(datasets)
     objective = check(config.loss, config.model.kind)
     check_columns(objective, dataset, "data.train")
+    check_betas(objective, dataset)
     for name, held_out in valid.items():
         check_columns(objective, held_out, valid_setting(name))
     parts = [part for data in datasets for part in data.parts]

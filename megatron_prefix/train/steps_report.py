@@ -20,18 +20,25 @@ def describe_steps(sampler: Sampler, num_steps: int) -> str:
     if isinstance(sampler.composition, PackedSteps):
         lines.append(describe_packed_steps(sampler.composition.manifest))
     chosen = np.unique(np.linspace(0, num_steps - 1, MOST_STEPS).astype(int)).tolist()
-    tokens = rows = 0
+    tokens = rows = repeated = divided = 0
     unevenness = []
     for step in chosen:
         plan = sampler.step(step)
         filled = [row for share in plan.rows for row in share if row]
         tokens += sum(bundle.num_tokens for row in filled for bundle in row)
         rows += len(filled)
+        repeated += plan.repeated_tokens
+        divided += plan.is_divided
         unevenness.append(max(plan.costs) * len(plan.costs) / sum(plan.costs))
     text = f"steps: {num_steps:,}, {rows / len(chosen):.1f} rows per step"
     if sampler.row_capacity and not sampler.micro_batch_size:
         fill = 100 * tokens / (rows * sampler.row_capacity)
         text += f", fill {fill:.1f} %, {100 - fill:.1f} % of the capacity unused"
+    if sampler.oversized == "split":
+        text += (
+            f", {repeated / len(chosen):,.1f} tokens per step repeated by data.oversized: split "
+            f"({100 * repeated / tokens:.1f} %; parts in {divided} of {len(chosen)} steps)"
+        )
     if sampler.num_ranks > 1:
         text += (
             f", work of the busiest of {sampler.num_ranks} ranks over the mean "

@@ -267,6 +267,8 @@ class Trainer:
         means |= self._extremes(logs)
         logical = logical_tokens(self.sampler.dataset, plan.groups, self.objective.needs_sets)
         summed = {key: int(x) for key, x in zip(counts, totals[2 * len(names) :], strict=True)}
+        if self.sampler.oversized == "split":
+            summed["tokens/repeated"] = plan.repeated_tokens
         return means, {"tokens/logical": logical, **summed}
 
     def _extremes(self, logs: list[dict]) -> dict[str, float]:

@@ -47,11 +47,11 @@ class MicroBatch:
     response int64 [N] as above. response_ids int64 [R, 2] are (group, response in the group);
     response_tokens int64 [R] counts each response's own tokens; pairs int64 [P, 2] index this row's
     responses; pair_ids int64 [P, 2] are (group, pair among all of the group); pair_weights float64
-    [P] are what each pair adds to the step's divisor; pair_margins float64 [P], NaN if the data has
-    none. ranks int64 [R] and labels float64 [R] are the data's ranks (0 is best, -1 unknown) and
-    scores (NaN unknown); members int64 [S, K] are the responses of each comparison set, filled up
-    with -1. `num_tokens` counts tokens without padding. served int64 [T] is how many of the row's
-    responses each token is part of, 0 for padding; only routers of experts use it.
+    [P] are what each pair adds to the step's divisor; pair_margins and pair_betas float64 [P], NaN
+    if the data has none. ranks int64 [R] and labels float64 [R] are the data's ranks (0 is best, -1
+    unknown) and scores (NaN unknown); members int64 [S, K] are the responses of each comparison
+    set, filled up with -1. `num_tokens` counts tokens without padding. served int64 [T] is how many
+    of the row's responses each token is part of, 0 for padding; only routers of experts use it.
     """
 
     tokens: np.ndarray
@@ -69,6 +69,9 @@ class MicroBatch:
     labels: np.ndarray
     members: np.ndarray
     num_tokens: int
+    pair_betas: np.ndarray | None = None
+    is_divided: bool = False
+    """Whether pairs or sets of the row's step lie in several rows, so that it has no loss alone."""
     served: np.ndarray | None = None
 
     @property
@@ -223,7 +226,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
     is_real = np.concatenate([np.arange(len(p.tokens)) < p.num_real for p in parts])
     place = np.flatnonzero(is_real)  # token of the data -> token of the row
     logit_tokens, tokens, responses, pairs, margins, served = [], [], [], [], [], []
-    ranks, labels, sets = [], [], []
+    ranks, labels, sets, betas = [], [], [], []
     ids: list[tuple[int, int]] = []
     pair_ids: list[tuple[int, int]] = []
     own_tokens: list[int] = []
@@ -242,6 +245,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         pair_ids += [(item.group, int(p)) for p in places]
         pairs.append(tree.pairs.astype(np.int64) + num_responses)
         margins.append(tree.pair_margins)
+        betas.append(tree.pair_betas)
         ranks.append(tree.ranks)
         labels.append(tree.scores)
         sets += set_members(tree.response_sets, num_responses)
@@ -270,6 +274,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         labels=_concatenate(labels, np.float64),
         members=padded_members(sets),
         num_tokens=num_tokens,
+        pair_betas=_concatenate(betas, np.float64),
         served=served_T,
     )
 

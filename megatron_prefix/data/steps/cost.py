@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_prefix.config import ModelSizes
-from megatron_prefix.data.steps.sharing import Bundle
+from megatron_prefix.data.steps.sharing import Bundle, bundle_parts
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.layout import visible_entries
 
@@ -101,39 +101,41 @@ def bundle_work(
 ) -> Work:
     """The work of one bundle under a sharing mode, for the sliding windows of `model`."""
     if sharing == "tree":
-        return _tree_work(dataset, bundle.group, model)
+        return _tree_work(dataset, bundle, model)
+    chosen, _ = bundle_parts(dataset, bundle, sharing)
     r0, r1 = (int(x) for x in dataset.group_responses[bundle.group : bundle.group + 2])
-    lengths = np.array(dataset.response_lengths[r0:r1], np.int64)
-    prompts = np.array(dataset.response_prompts[r0:r1], np.int64)
-    if sharing == "response":
-        chosen = np.flatnonzero(dataset.response_sets[r0:r1] == bundle.item)
-    else:
-        chosen = dataset.pair_responses[int(dataset.group_pairs[bundle.group]) + bundle.item]
-    lengths, prompts = lengths[chosen], prompts[chosen]
+    lengths = np.array(dataset.response_lengths[r0:r1], np.int64)[chosen]
+    prompts = np.array(dataset.response_prompts[r0:r1], np.int64)[chosen]
     # A pair of 5 and 4 tokens with a prompt of 3: apart 9 tokens, an area of 15 + 10 and 2 + 1
     # logit tokens. With the prompt once 6 tokens, an area of 25 - 6, and one logit token less,
     # because token 2 predicts the first token of both responses.
     tokens, area = int(lengths.sum()), model.area(np.zeros_like(lengths), lengths)
     logit_tokens = int((lengths - prompts).sum())
-    if sharing == "pair":
+    if sharing == "pair" and bundle.part is None:
         shared = int(prompts.min())
         tokens, area = tokens - shared, area - model.area(np.zeros(1), np.array([shared]))
         logit_tokens -= int(prompts[0] == prompts[1])  # one token predicts both first tokens
     return Work(tokens, area, logit_tokens)
 
 
-def _tree_work(dataset: PreferenceDataset, group: int, model: CostModel) -> Work:
-    m0, m1 = (int(x) for x in dataset.group_nodes[group : group + 2])
-    r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
+def _tree_work(dataset: PreferenceDataset, bundle: Bundle, model: CostModel) -> Work:
+    m0, m1 = (int(x) for x in dataset.group_nodes[bundle.group : bundle.group + 2])
+    r0 = int(dataset.group_responses[bundle.group])
     lengths, parents = dataset.node_lengths[m0:m1].tolist(), dataset.node_parents[m0:m1].tolist()
+    responses = bundle_parts(dataset, bundle, "tree")[0] + r0
+    first, last = (
+        np.asarray(column)[responses].tolist()
+        for column in (dataset.response_first, dataset.response_last)
+    )
     ends: list[int] = []  # tokens from the root to each node's end
     for length, parent in zip(lengths, parents, strict=True):
         ends.append((ends[parent] if parent >= 0 else 0) + length)
-    area = model.area(np.subtract(ends, lengths), np.array(lengths))
+    nodes = slice(None) if bundle.part is None else _nodes_above(last, parents)
+    own_lengths = np.array(lengths)[nodes]
+    area = model.area(np.array(ends)[nodes] - own_lengths, own_lengths)
     # Own nodes of all responses, from the last node up to the first. Responses may share some:
     # prompt [5] with [7 8] and [7 9] has the own nodes [7], [8] and [9], and [7] counts once.
     own: set[int] = set()
-    first, last = dataset.response_first[r0:r1].tolist(), dataset.response_last[r0:r1].tolist()
     for top, node in zip(first, last, strict=True):
         while node != top:
             own.add(node)
@@ -142,4 +144,14 @@ def _tree_work(dataset: PreferenceDataset, group: int, model: CostModel) -> Work
     # Within a node with loss every token but the last predicts the next one. The last token of a
     # parent predicts the first token of all its children with loss, and counts once.
     logit_tokens = sum(lengths[node] - 1 for node in own) + len({parents[node] for node in own})
-    return Work(sum(lengths), area, logit_tokens)
+    return Work(int(own_lengths.sum()), area, logit_tokens)
+
+
+def _nodes_above(lasts: list[int], parents: list[int]) -> list[int]:
+    """The nodes on the paths to `lasts`, ascending: parents come before their children."""
+    nodes: set[int] = set()
+    for node in lasts:
+        while node >= 0 and node not in nodes:
+            nodes.add(node)
+            node = parents[node]
+    return sorted(nodes)

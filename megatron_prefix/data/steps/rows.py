@@ -14,7 +14,8 @@ from megatron_prefix.data.steps.collate import (
     tree_targets,
 )
 from megatron_prefix.data.steps.denominators import loss_weights
-from megatron_prefix.data.steps.sharing import Bundle, bundles_of, view
+from megatron_prefix.data.steps.parts import Limits
+from megatron_prefix.data.steps.sharing import NO_LIMITS, Bundle, bundles_of, view
 from megatron_prefix.data.store import PreferenceDataset
 
 
@@ -24,7 +25,7 @@ def row_items(
     """The items of a row for `collate_packed` or `collate_padded`."""
     items = []
     for bundle in bundles:
-        part = view(dataset[bundle.group], sharing, bundle.item)
+        part = view(dataset[bundle.group], sharing, bundle.item, bundle.part)
         weights = loss_weights(dataset, bundle.group, weighting)[part.pairs]
         places = _pair_places(dataset, bundle.group, part.pairs)
         item = RowItem(group=bundle.group, view=part, pair_weights=weights, pair_places=places)
@@ -41,10 +42,15 @@ def _pair_places(dataset: PreferenceDataset, group: int, pairs: np.ndarray) -> n
 
 
 def group_rows(
-    dataset: PreferenceDataset, group: int, sharing: str = "tree", targets: Targets = tree_targets
+    dataset: PreferenceDataset,
+    group: int,
+    sharing: str = "tree",
+    targets: Targets = tree_targets,
+    limits: Limits = NO_LIMITS,
 ) -> list[MicroBatch]:
-    """A group without packing: each of its bundles as a row of its own, without padding."""
-    bundles = bundles_of(dataset, group, sharing)
+    """A group without packing: each of its bundles, or part of one that is beyond `limits`, as a
+    row of its own, without padding."""
+    bundles = bundles_of(dataset, group, sharing, limits)
     return [
         collate_packed(row_items(dataset, [bundle], sharing, "pair"), 1, targets)
         for bundle in bundles

@@ -23,13 +23,14 @@ from megatron_prefix.data.steps.collate import (
     collate_padded,
     tree_targets,
 )
-from megatron_prefix.data.steps.compositions import Composition, RowBatches
+from megatron_prefix.data.steps.compositions import Composition, PartBatches, RowBatches
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
 from megatron_prefix.data.steps.denominators import step_denominators
 from megatron_prefix.data.steps.packed import PackedSteps
-from megatron_prefix.data.steps.packing import deal, pack_step
-from megatron_prefix.data.steps.rows import row_items
-from megatron_prefix.data.steps.sharing import Bundle, all_bundles, bundles_of
+from megatron_prefix.data.steps.packing import as_lists, deal, pack_step
+from megatron_prefix.data.steps.parts import Limits
+from megatron_prefix.data.steps.rows import group_rows, row_items
+from megatron_prefix.data.steps.sharing import Bundle, all_bundles, bundles_of, num_sequences
 from megatron_prefix.data.steps.step_columns import StepColumns, step_columns
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -51,6 +52,10 @@ class Step:
     denominators: dict[str, float]
     num_pairs: int
     costs: list[float]
+    is_divided: bool = False
+    """Whether the responses of a pair or set lie in several parts (`data.oversized: split`)."""
+    repeated_tokens: int = 0
+    """Tokens of parts that an earlier part of the same bundle has too."""
 
     @property
     def bundles(self) -> list[Bundle]:
@@ -67,7 +72,8 @@ class Sampler:
     rank to `count_multiple` (the pipeline size under virtual pipelining). With `micro_batch_size`,
     a row is not packed but holds that many padded sequences. `targets` are what the model predicts
     of each tree. Rows are dealt so that ranks have similar `cost`; without it, similar tokens.
-    Raises InputError before the first step if any bundle of the data set does not fit.
+    Raises InputError before the first step if any bundle of the data set does not fit; with
+    `oversized = "split"` such a bundle is cut into parts instead, and only a path must fit.
     """
 
     dataset: PreferenceDataset
@@ -82,6 +88,7 @@ class Sampler:
     targets: Targets = tree_targets
     packing_method: str = "first-fit"
     cost: CostModel | None = None
+    oversized: str = "error"
 
     def __post_init__(self) -> None:
         if not (self.row_capacity or self.micro_batch_size):
@@ -89,7 +96,23 @@ class Sampler:
         if not isinstance(self.composition, PackedSteps):  # packed rows fit their capacity
             self._check_fit()
 
+    @property
+    def limits(self) -> Limits:
+        """What a bundle may have before it is cut."""
+        return Limits.of(self.oversized, self.sharing, self.row_capacity, self.micro_batch_size)
+
+    def first_divided(self) -> int | None:
+        """The first group that has a bundle in parts, in the data set's order."""
+        groups: Iterable[int] = range(len(self.dataset))
+        if self.limits.tokens is not None:
+            group, _, tokens = all_bundles(self.dataset, self.sharing)
+            groups = np.unique(group[tokens > self.limits.tokens]).tolist()
+        return next((g for g in groups if any(b.part for b in self._bundles([g]))), None)
+
     def _check_fit(self) -> None:
+        if self.oversized == "split":
+            self._check_paths()
+            return
         group, _, tokens = all_bundles(self.dataset, self.sharing)
         if self.micro_batch_size:
             self._check_sequences(group, self.micro_batch_size)
@@ -101,10 +124,35 @@ class Sampler:
         worst = int(tokens.argmax())
         if self.row_capacity and tokens[worst] > self.row_capacity:
             unit = "one sequence" if self.micro_batch_size else "one row"
+            is_path = self.micro_batch_size and self.sharing in ("none", "response")
+            split = "" if is_path else "set data.oversized: split, "
             raise InputError(
                 f"data.row_capacity is {self.row_capacity} and {self.dataset.place(group[worst])} "
                 f"needs {tokens[worst]} tokens in {unit} under data.sharing: {self.sharing}: raise "
-                "it, or build with a smaller --max-length"
+                f"it, {split}or build with a smaller --max-length"
+            )
+
+    def _check_paths(self) -> None:
+        """Refuse responses that do not fit alone. Those without a pair do not run under `none` and
+        `pair`."""
+        if self.row_capacity is None:
+            return
+        lengths = np.array(self.dataset.response_lengths, np.int64)
+        firsts = np.asarray(self.dataset.group_responses)
+        if self.sharing in ("none", "pair"):
+            group = np.repeat(np.arange(len(self.dataset)), np.diff(self.dataset.group_pairs))
+            is_run = np.zeros(len(lengths), bool)
+            sides = np.asarray(self.dataset.pair_responses, np.int64) + firsts[group][:, None]
+            is_run[sides] = True
+            lengths[~is_run] = 0
+        worst = int(lengths.argmax())
+        if lengths[worst] > self.row_capacity:
+            group_of_worst = int(np.searchsorted(firsts, worst, "right")) - 1
+            raise InputError(
+                f"data.row_capacity is {self.row_capacity} and a response of "
+                f"{self.dataset.place(group_of_worst)} has {lengths[worst]} tokens with its "
+                "prompt, and data.oversized: split cuts no path: raise it, or build with a smaller "
+                "--max-length"
             )
 
     def _check_sequences(self, group: np.ndarray, micro_batch_size: int) -> None:
@@ -124,7 +172,8 @@ class Sampler:
             raise InputError(
                 f"data.micro_batch_size is {micro_batch_size} and "
                 f"{self.dataset.place(group[worst])} is {counts[worst]} sequences under "
-                f"data.sharing: {self.sharing} that must share a micro batch: raise it"
+                f"data.sharing: {self.sharing} that must share a micro batch: raise it, or set "
+                "data.oversized: split"
             )
 
     def step(self, step: int) -> Step:
@@ -133,6 +182,7 @@ class Sampler:
         rows = self._rows(step, groups)
         costs = [sum(map(self._cost, row)) for row in rows]
         dealt = deal(costs, self.num_ranks)
+        parts = [bundle.part for row in rows for bundle in row if bundle.part is not None]
         offsets, ends = self.dataset.group_pairs, groups + 1
         return Step(
             step=step,
@@ -141,6 +191,8 @@ class Sampler:
             denominators=step_denominators(self.dataset, groups, self.weighting),
             num_pairs=int((offsets[ends] - offsets[ends - 1]).sum()),
             costs=[sum(costs[i] for i in share) for share in dealt],
+            is_divided=bool(parts),
+            repeated_tokens=sum(part.repeated for part in parts),
         )
 
     def columns(self, step: Step) -> StepColumns:
@@ -153,7 +205,14 @@ class Sampler:
         items = (
             row_items(self.dataset, row, self.sharing, self.weighting) for row in step.rows[rank]
         )
-        return [collate(row, self.row_multiple, self.targets) for row in items]
+        rows = [collate(row, self.row_multiple, self.targets) for row in items]
+        return [replace(row, is_divided=True) for row in rows] if step.is_divided else rows
+
+    def rows_of_group(self, group: int, sharing: str) -> list[MicroBatch]:
+        """A group without packing under any sharing mode: a row for each bundle or part."""
+        size = self.row_capacity, self.micro_batch_size
+        limits = Limits.of(self.oversized, sharing, *size)
+        return group_rows(self.dataset, group, sharing, self.targets, limits)
 
     def _rows(self, step: int, groups: np.ndarray) -> list[Row]:
         """The rows of all ranks: a multiple of `num_ranks * count_multiple` in number.
@@ -176,6 +235,9 @@ class Sampler:
         bundles = self._bundles(groups)
         tokens = [bundle.num_tokens for bundle in bundles]
         packed = None
+        if isinstance(composition, PartBatches) and self._has_parts_of(composition):
+            packed = as_lists(*composition.packing(step))
+            return _with_empty_rows([[bundles[i] for i in row] for row in packed], multiple)
         if isinstance(composition, PackedSteps):
             packed = composition.rows(step, tokens)
             if composition.has_fixed_rows:
@@ -189,6 +251,11 @@ class Sampler:
         firsts = np.cumsum([0, *map(len, rows)])
         return [self._bundles(row, int(first)) for row, first in zip(rows, firsts, strict=False)]
 
+    def _has_parts_of(self, composition: PartBatches) -> bool:
+        """Whether the composition's rows are of the same bundles and parts as this sampler's."""
+        ours = self.sharing, self.row_capacity, self.oversized
+        return ours == (composition.sharing, composition.capacity, "split")
+
     def _cost(self, bundle: Bundle) -> float:
         if self.cost is None:
             return float(bundle.num_tokens)
@@ -199,7 +266,7 @@ class Sampler:
         return [
             replace(bundle, slot=slot)
             for slot, group in enumerate(groups, first)
-            for bundle in bundles_of(self.dataset, int(group), self.sharing)
+            for bundle in bundles_of(self.dataset, int(group), self.sharing, self.limits)
         ]
 
     def _fixed_size(self, bundles: Row, micro_batch_size: int) -> list[Row]:
@@ -209,21 +276,13 @@ class Sampler:
         rows: list[Row] = []
         room = 0
         for bundle in bundles:
-            sequences = self._num_sequences(bundle)
+            sequences = num_sequences(self.dataset, bundle, self.sharing)
             if sequences > room:
                 rows.append([])
                 room = micro_batch_size
             rows[-1].append(bundle)
             room -= sequences
         return rows
-
-    def _num_sequences(self, bundle: Bundle) -> int:
-        if self.sharing in ("tree", "pair"):
-            return 1
-        if self.sharing == "none":
-            return 2
-        r0, r1 = self.dataset.group_responses[bundle.group : bundle.group + 2]
-        return int((self.dataset.response_sets[r0:r1] == bundle.item).sum())
 
 
 def _with_empty_rows(rows: list[Row], multiple: int) -> list[Row]:

@@ -9,18 +9,22 @@ row. A group with responses a, b, c of one prompt p and pairs (a, b), (a, c):
     none      two bundles  p a | p b       p a | p c     one sequence per pair and side
 
 Every bundle is a PrefixTree (`|` separates its roots), so rows, layout and loss handle trees only.
+With `data.oversized: split` a bundle that does not fit is several, each with some of its responses
+(parts.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_prefix.data.steps.parts import Limits, Part, cut_sequences, cut_tree
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree
 
 SHARING_MODES = ("tree", "pair", "response", "none")
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Bundle:
     item: int
     num_tokens: int
     slot: int = 0
+    part: Part | None = None
+    """The responses of it that are run, if it is cut; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,8 +55,18 @@ class View:
     pairs: np.ndarray
 
 
-def bundles_of(dataset: PreferenceDataset, group: int, sharing: str) -> list[Bundle]:
-    """The bundles of a group with their lengths in tokens, from the data set's columns alone."""
+def bundles_of(
+    dataset: PreferenceDataset, group: int, sharing: str, limits: Limits = NO_LIMITS
+) -> list[Bundle]:
+    """The bundles of a group with their lengths in tokens, from the data set's columns alone; those
+    beyond `limits` in parts."""
+    bundles = _whole_bundles(dataset, group, sharing)
+    if limits == NO_LIMITS:
+        return bundles
+    return [cut for bundle in bundles for cut in _cut(dataset, bundle, sharing, limits)]
+
+
+def _whole_bundles(dataset: PreferenceDataset, group: int, sharing: str) -> list[Bundle]:
     if sharing == "tree":
         return [Bundle(group, 0, dataset.group_num_tokens(group))]
     r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
@@ -72,7 +88,12 @@ def bundle_parts(
     dataset: PreferenceDataset, bundle: Bundle, sharing: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The responses and the pairs of a bundle, as indices within its group and in the order of its
-    `view`, from the data set's columns alone."""
+    `view`, from the data set's columns alone. A part has the pairs whose sides are both in it."""
+    if bundle.part is not None:
+        responses = np.array(bundle.part.responses, np.int64)
+        _, pairs = bundle_parts(dataset, replace(bundle, part=None), sharing)
+        own = dataset.pair_responses[int(dataset.group_pairs[bundle.group]) + pairs]
+        return responses, pairs[np.isin(own, responses).all(axis=1)]
     r0, r1 = (int(x) for x in dataset.group_responses[bundle.group : bundle.group + 2])
     p0, p1 = (int(x) for x in dataset.group_pairs[bundle.group : bundle.group + 2])
     if sharing == "tree":
@@ -83,6 +104,37 @@ def bundle_parts(
         is_own = sets == bundle.item
         return np.flatnonzero(is_own), np.flatnonzero(is_own[sides[:, 0]])
     return sides[bundle.item], np.array([bundle.item])
+
+
+def _cut(dataset: PreferenceDataset, bundle: Bundle, sharing: str, limits: Limits) -> list[Bundle]:
+    """A bundle, or its parts if it is beyond the limits."""
+    sequences = 0 if limits.sequences is None else num_sequences(dataset, bundle, sharing)
+    if limits.allow(bundle.num_tokens, sequences):
+        return [bundle]
+    m0, m1 = (int(x) for x in dataset.group_nodes[bundle.group : bundle.group + 2])
+    r0, r1 = (int(x) for x in dataset.group_responses[bundle.group : bundle.group + 2])
+    if sharing == "tree":
+        assert limits.tokens is not None, "a tree is one sequence"
+        lengths, parents = dataset.node_lengths[m0:m1].tolist(), dataset.node_parents[m0:m1]
+        lasts = dataset.response_last[r0:r1].tolist()
+        parts = cut_tree(lengths, parents.tolist(), lasts, limits.tokens)
+    else:
+        responses, _ = bundle_parts(dataset, bundle, sharing)
+        paths = np.asarray(dataset.response_lengths[r0:r1], np.int64)[responses].tolist()
+        parts = cut_sequences(responses.tolist(), paths, limits)
+        if sharing == "pair":  # [prompt | chosen] and [prompt | rejected]
+            prompt = int(dataset.response_prompts[r0:r1][responses].min())
+            parts = [parts[0], *(replace(part, repeated=prompt) for part in parts[1:])]
+    if len(parts) == 1:
+        return [bundle]
+    return [replace(bundle, num_tokens=part.num_tokens, part=part) for part in parts]
+
+
+def num_sequences(dataset: PreferenceDataset, bundle: Bundle, sharing: str) -> int:
+    """The sequences of a bundle without packing."""
+    if sharing in ("tree", "pair"):
+        return 1
+    return len(bundle_parts(dataset, bundle, sharing)[0])
 
 
 def all_bundles(dataset: PreferenceDataset, sharing: str) -> tuple[np.ndarray, ...]:
@@ -114,14 +166,54 @@ def all_bundles(dataset: PreferenceDataset, sharing: str) -> tuple[np.ndarray, .
     return group, np.arange(len(group)) - pair_offsets[group], tokens
 
 
+def all_parts(
+    dataset: PreferenceDataset, sharing: str, capacity: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(group, num_tokens, repeated) of every bundle of the data set, [B] each, in the order of
+    `all_bundles`; those over `capacity` tokens in parts."""
+    group, item, tokens = all_bundles(dataset, sharing)
+    limits = Limits(tokens=capacity)
+    parts = {
+        index: _cut(
+            dataset,
+            Bundle(int(group[index]), int(item[index]), int(tokens[index])),
+            sharing,
+            limits,
+        )
+        for index in np.flatnonzero(tokens > capacity).tolist()
+    }
+    # Bundles of 5, 20 and 7 tokens, the second in parts of 9, 9 and 8: counts [1 3 1], index
+    # [0 1 1 1 2], tokens [5 9 9 8 7].
+    counts = np.ones(len(tokens), np.int64)
+    counts[list(parts)] = [len(cut) for cut in parts.values()]
+    starts = np.cumsum(counts) - counts
+    group, tokens = np.repeat(group, counts), np.repeat(tokens, counts)
+    repeated = np.zeros(len(tokens), np.int64)
+    for index, cut in parts.items():
+        place = slice(int(starts[index]), int(starts[index]) + len(cut))
+        tokens[place] = [bundle.num_tokens for bundle in cut]
+        repeated[place] = [bundle.part.repeated if bundle.part else 0 for bundle in cut]
+    return group, tokens, repeated
+
+
 def group_lengths(dataset: PreferenceDataset, sharing: str) -> np.ndarray:
     """Tokens of each group under a sharing mode, int64 [groups]."""
     group, _, tokens = all_bundles(dataset, sharing)
     return np.bincount(group, tokens, len(dataset)).astype(np.int64)
 
 
-def view(tree: PrefixTree, sharing: str, item: int) -> View:
-    """The tokens of one bundle of `tree` as they are run under `sharing`."""
+def group_firsts(group: np.ndarray, num_groups: int) -> np.ndarray:
+    """Where the bundles of each group begin, [groups + 1], by the group of every bundle.
+
+    Groups [0 0 1 2 2] of bundles: [0 2 3 5].
+    """
+    return np.concatenate([[0], np.cumsum(np.bincount(group, minlength=num_groups))])
+
+
+def view(tree: PrefixTree, sharing: str, item: int, part: Part | None = None) -> View:
+    """The tokens of one bundle of `tree`, or of a part of it, as they are run under `sharing`."""
+    if part is not None:
+        return _part_view(tree, sharing, np.array(part.responses, np.int64))
     everything = np.arange(tree.num_responses), np.arange(tree.num_pairs)
     if sharing == "tree":
         return View(tree=tree, responses=everything[0], pairs=everything[1])
@@ -132,6 +224,20 @@ def view(tree: PrefixTree, sharing: str, item: int) -> View:
         responses, pairs = tree.pairs[item].astype(np.int64), np.array([item])
     build = _share_prompt if sharing == "pair" else _chains
     return View(tree=build(tree, responses, pairs), responses=responses, pairs=pairs)
+
+
+def _part_view(tree: PrefixTree, sharing: str, responses: np.ndarray) -> View:
+    """These responses alone, with those pairs whose sides are both among them."""
+    if sharing == "tree":
+        pairs = np.flatnonzero(np.isin(tree.pairs, responses).all(axis=1))
+        own = tree.restrict(responses.tolist())
+    else:
+        # the part of a pair is one side; that of a set may have pairs
+        is_of_set = sharing == "response"
+        inside = np.isin(tree.pairs, responses).all(axis=1) & is_of_set
+        pairs = np.flatnonzero(inside)
+        own = _chains(tree, responses, pairs)
+    return View(tree=own, responses=responses, pairs=pairs)
 
 
 def _chains(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> PrefixTree:
@@ -196,4 +302,5 @@ def _assemble(
         pairs=local[tree.pairs[pairs]].astype(np.int32).reshape(-1, 2),
         pair_weights=tree.pair_weights[pairs],
         pair_margins=tree.pair_margins[pairs],
+        pair_betas=tree.pair_betas[pairs],
     )

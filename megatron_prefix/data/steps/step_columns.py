@@ -9,7 +9,8 @@ comparison sets, K entries of the largest set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -25,9 +26,9 @@ class StepColumns:
 
     response_ids int64 [E, 2] are (group, response in the group); num_tokens int64 [E] counts own
     tokens; ranks int64 [E], labels float64 [E], pairs int64 [P, 2], pair_weights float64 [P],
-    margins float64 [P] and members int64 [S, K] are as in MicroBatch. set_weights float64 [S] is 1
-    for a set with a pair, else 0. `places` has, for each bundle by (slot, item), its entries and
-    its pairs, in the order in which they are in its row.
+    margins and betas float64 [P] and members int64 [S, K] are as in MicroBatch. set_weights float64
+    [S] is 1 for a set with a pair, else 0. `places` has, for each bundle or part of one, its
+    entries and its pairs, in the order in which they are in its row.
     """
 
     response_ids: np.ndarray
@@ -37,9 +38,10 @@ class StepColumns:
     pairs: np.ndarray
     pair_weights: np.ndarray
     margins: np.ndarray
+    betas: np.ndarray
     members: np.ndarray
     set_weights: np.ndarray
-    places: Mapping[tuple[int, int], tuple[np.ndarray, np.ndarray]]
+    places: Mapping[Bundle, tuple[np.ndarray, np.ndarray]]
 
     @classmethod
     def of_dataset(cls, dataset: PreferenceDataset, weighting: str) -> StepColumns:
@@ -57,6 +59,7 @@ class StepColumns:
             pairs=pairs,
             pair_weights=np.concatenate(weights),
             margins=np.array(dataset.pair_margins),
+            betas=np.array(dataset.pair_betas),
             members=members,
             set_weights=_set_weights(members, pairs, len(group)),
             places={},
@@ -72,7 +75,7 @@ class StepColumns:
 
     def row_places(self, row: Sequence[Bundle]) -> tuple[np.ndarray, np.ndarray]:
         """The entries of a row's responses [R], and the table's pairs that are its pairs [P]."""
-        parts = [self.places[bundle.slot, bundle.item] for bundle in row]
+        parts = [self.places[bundle] for bundle in row]
         entries = _joined([entries for entries, _ in parts], np.int64)
         return entries, _joined([pairs for _, pairs in parts], np.int64)
 
@@ -80,16 +83,19 @@ class StepColumns:
 def step_columns(
     dataset: PreferenceDataset, bundles: Sequence[Bundle], sharing: str, weighting: str
 ) -> StepColumns:
-    """The table of a step's bundles, in their order.
+    """The table of a step's bundles, in their order, by slot and item. The parts of a bundle make
+    the entries and pairs that the bundle would make whole; a pair may have its sides in two parts.
 
     Two bundles of the group 7, with responses [0 1] and [0 2] (sharing `none`), have the entries
     [0 1] and [2 3]: response 0 runs twice, and each run has an entry of its own.
     """
-    places: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    places: dict[Bundle, tuple[np.ndarray, np.ndarray]] = {}
     ids, pairs, weights = [np.zeros((0, 2), np.int64)], [np.zeros((0, 2), np.int64)], []
     responses, pair_numbers, sets = [], [], []
     first = first_pair = 0
-    for bundle in bundles:
+    for _, parts in groupby(bundles, key=lambda bundle: (bundle.slot, bundle.item)):
+        parts_of_bundle = list(parts)
+        bundle = replace(parts_of_bundle[0], part=None)
         own, own_pairs = bundle_parts(dataset, bundle, sharing)
         r0, p0 = int(dataset.group_responses[bundle.group]), int(dataset.group_pairs[bundle.group])
         # Responses [0 2] from entry 6 on: local [6 -1 7], so the pair (2, 0) becomes (7, 6).
@@ -102,13 +108,13 @@ def step_columns(
         ids.append(np.stack([np.full(len(own), bundle.group), own], axis=1))
         responses.append(r0 + own)
         pair_numbers.append(p0 + own_pairs)
-        entries = np.arange(first, first + len(own))
-        places[bundle.slot, bundle.item] = (
-            entries,
-            np.arange(first_pair, first_pair + len(own_pairs)),
-        )
+        for part in parts_of_bundle:
+            # Pairs [3 5 8] of the bundle from pair 20 of the table on: a part's pair 5 is pair 21.
+            part_responses, part_pairs = bundle_parts(dataset, part, sharing)
+            numbers = first_pair + np.searchsorted(own_pairs, part_pairs)
+            places[part] = local[part_responses], numbers
         first, first_pair = first + len(own), first_pair + len(own_pairs)
-    response = _joined(responses, np.int64)
+    response, numbers_of_pairs = _joined(responses, np.int64), _joined(pair_numbers, np.int64)
     lengths = np.asarray(dataset.response_lengths[response], np.int64)
     members = padded_members(sets)
     return StepColumns(
@@ -118,7 +124,8 @@ def step_columns(
         labels=np.asarray(dataset.response_scores[response], np.float64),
         pairs=np.concatenate(pairs),
         pair_weights=_joined(weights, np.float64),
-        margins=np.asarray(dataset.pair_margins[_joined(pair_numbers, np.int64)], np.float64),
+        margins=np.asarray(dataset.pair_margins[numbers_of_pairs], np.float64),
+        betas=np.asarray(dataset.pair_betas[numbers_of_pairs], np.float64),
         members=members,
         set_weights=_set_weights(members, np.concatenate(pairs), first),
         places=places,

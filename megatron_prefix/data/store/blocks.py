@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from megatron_prefix.data.store.columns import COLUMNS
+from megatron_prefix.data.store.columns import column
 from megatron_prefix.data.tree import MergedPaths, PrefixTree, joined
 
 
@@ -90,7 +90,9 @@ class Block:
         first, last = (first_nodes + columns[f"response_{end}"] for end in ("first", "last"))
         columns["response_lengths"] = ends[last]
         columns["response_prompts"] = ends[first] - lengths[first]
-        columns = {name: np.asarray(columns[name], COLUMNS[name].dtype) for name in COLUMNS}
+        if not np.isnan(arrays["pair_betas"]).all():
+            columns["pair_betas"] = arrays["pair_betas"]
+        columns = {name: np.asarray(x, column(name).dtype) for name, x in columns.items()}
         return cls(
             tokens=_narrow(arrays["tokens"]), node_lengths=lengths.astype("<i4"), columns=columns
         )

@@ -126,6 +126,7 @@ class PreferenceDataset:
             pairs=np.array(self.pair_responses[p0:p1]),
             pair_weights=np.array(self.pair_weights[p0:p1]),
             pair_margins=np.array(self.pair_margins[p0:p1]),
+            pair_betas=np.array(self.pair_betas[p0:p1]),
         )
 
     def group_num_tokens(self, group: int) -> int:

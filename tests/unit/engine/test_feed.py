@@ -40,7 +40,7 @@ class Steps:
         self.threads.add(threading.current_thread().name)
         if step == self.failing:
             raise OSError(f"step {step} cannot be read")
-        return SimpleNamespace(step=step, denominators=None)
+        return SimpleNamespace(step=step, denominators=None, is_divided=False)
 
     def micro_batches(self, plan, rank):
         return []

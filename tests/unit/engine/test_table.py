@@ -20,7 +20,16 @@ WORLD = SimpleNamespace(device=torch.device("cpu"), sum=lambda values: values)
 def columns() -> StepColumns:
     """The columns of `loss_tables.table`."""
     inputs = table()
-    names = ("num_tokens", "ranks", "labels", "pairs", "pair_weights", "margins", "members")
+    names = (
+        "num_tokens",
+        "ranks",
+        "labels",
+        "pairs",
+        "pair_weights",
+        "margins",
+        "betas",
+        "members",
+    )
     arrays = {name: getattr(inputs, name).numpy() for name in (*names, "set_weights")}
     ids = np.stack([np.array([4, 4, 9, 9, 9, 9, 2]), np.array([0, 1, 0, 1, 2, 3, 0])], axis=1)
     return StepColumns(response_ids=ids, places={}, **arrays)

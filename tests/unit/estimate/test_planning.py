@@ -66,6 +66,20 @@ def test_everything_is_known(data, tmp_path, capsys):
     assert code == 0 and "stage 0" in out and "pipeline bubble" in out and report["verdict"] in out
 
 
+def test_repeated_tokens_of_trees_in_parts(data, tmp_path, capsys):
+    capacity = int(PreferenceDataset(data).response_lengths.max())
+    split = {"train": data, "global_batch_size": 4, "row_capacity": capacity, "oversized": "split"}
+    path = config(tmp_path, data, data=split)
+    report = plan_run(load_config(path))["data"]
+    tokens = PreferenceDataset(data).manifest["tokens"]["tree"]
+    repeated = report["repeated_tokens_per_step"]
+    assert repeated > 0 and report["divided_steps"] == 1.0
+    assert report["sharing"]["tree"]["tokens"] == pytest.approx(tokens / 3 + repeated)
+    assert report["longest_row"] <= capacity
+    code, out, _ = plan(capsys, path)
+    assert code == 0 and f"split repeats {repeated:,.1f} tokens per step; 100 % of the" in out
+
+
 def test_interleaved_stages_take_rows_in_multiples(data, tmp_path):
     interleaved = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     report = plan_run(load_config(config(tmp_path, data, parallel=interleaved)))

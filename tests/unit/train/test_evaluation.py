@@ -37,6 +37,7 @@ DATASET = TwoGroups(
     pair_responses=np.array([[0, 1], [0, 2], [1, 2]], np.int32),
     pair_weights=np.array([1.0, 1.0, 3.0]),
     pair_margins=np.full(3, np.nan),
+    pair_betas=np.full(3, np.nan),
     response_lengths=np.array([9, 8, 7, 6, 5], np.int32),
     response_prompts=np.array([4, 4, 2, 2, 2], np.int32),
     response_sets=np.array([0, 0, 0, 0, 1], np.int32),

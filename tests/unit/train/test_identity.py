@@ -36,6 +36,8 @@ def test_the_data_of_a_run(identity):
     rows = {"global_batch_size": None, "rows_per_step": 2}
     assert identity(**rows) != identity(**rows, sharing="pair"), "here they do"
     assert identity(**rows) != identity(**rows, packing_method="best-fit")
+    assert identity(**rows) != identity(**rows, oversized="split")
+    assert identity(oversized="split") == plain
 
 
 def test_the_loss_of_a_run(identity):

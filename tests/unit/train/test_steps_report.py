@@ -15,6 +15,7 @@ class Steps:
 
     composition = None
     micro_batch_size = None
+    oversized = "error"
 
     def __init__(self, row_capacity: int | None = 100, num_ranks: int = 1) -> None:
         self.row_capacity, self.num_ranks, self.asked = row_capacity, num_ranks, []
@@ -22,7 +23,20 @@ class Steps:
     def step(self, number: int):
         self.asked.append(number)
         full, half = SimpleNamespace(num_tokens=30), SimpleNamespace(num_tokens=60)
-        return SimpleNamespace(rows=[[[full], []], [[half]]], costs=[1.0, 3.0])
+        return SimpleNamespace(
+            rows=[[[full], []], [[half]]],
+            costs=[1.0, 3.0],
+            repeated_tokens=18,
+            is_divided=number > 0,
+        )
+
+
+def test_repeated_tokens_are_reported_with_split():
+    split = Steps()
+    split.oversized = "split"
+    assert describe_steps(split, 5).endswith(
+        ", 18.0 tokens per step repeated by data.oversized: split (20.0 %; parts in 4 of 5 steps)"
+    )
 
 
 def test_fill_counts_the_rows_that_hold_something():

@@ -52,7 +52,7 @@ def with_comparisons(dataset: PreferenceDataset, comparisons: str) -> Preference
     view.pair_numbers = np.flatnonzero(selected)
     counts = np.bincount(group[selected], minlength=len(dataset))
     view.group_pairs = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    for name in ("pair_responses", "pair_weights", "pair_margins"):
+    for name in ("pair_responses", "pair_weights", "pair_margins", "pair_betas"):
         setattr(view, name, np.asarray(getattr(dataset, name))[selected])
     return view
 

@@ -77,8 +77,8 @@ class RowBatches:
             raise InputError(
                 f"data.row_capacity is {self.capacity} and {self.name_of(longest)} has "
                 f"{self.lengths[longest]} tokens; with data.rows_per_step a row holds whole "
-                "groups: raise it, build with a smaller --max-length, or use "
-                "data.global_batch_size"
+                "groups: raise it, set data.oversized: split, build with a smaller --max-length, "
+                "or use data.global_batch_size"
             )
 
     def rows(self, step: int) -> list[np.ndarray]:

@@ -54,9 +54,11 @@ SETTINGS = {
 
 
 def described(settings: StepSettings) -> dict[str, Any]:
-    """The settings as a manifest has them. Those of several data sets are left out if not given,
-    so that plans of one data set stay as they were."""
+    """The settings as a manifest has them. Those of several data sets, and `oversized: error`, are
+    left out, so that plans without them stay as they were."""
     values = asdict(settings)
+    if values["oversized"] == "error":
+        values.pop("oversized")
     for name in ("weights", "set_epochs"):
         given = values.pop(name)
         if given is not None:
@@ -167,10 +169,11 @@ class PackedSteps:
             )
         ours = described(settings)
         for name in {**packed, **ours}:
-            value = ours.get(name)
-            if value != packed.get(name) and not (name == "epochs" and steps):
+            default = "error" if name == "oversized" else None
+            value, then = ours.get(name, default), packed.get(name, default)
+            if value != then and not (name == "epochs" and steps):
                 setting = SETTINGS.get(name, f"data.{name}")
-                differing.append(f"{setting} is {value} and was {packed.get(name)} when packed")
+                differing.append(f"{setting} is {value} and was {then} when packed")
         if differing:
             raise InputError(
                 f"data.plan = {self.path} does not match: {'; '.join(differing)}. Pack again with "
@@ -200,12 +203,15 @@ def describe_packed_steps(manifest: dict[str, Any]) -> str:
     """One line: number of steps and rows, fill, and how even the rows are."""
     counts, settings = manifest["counts"], manifest["settings"]
     fill = 100 * manifest["fill"]
+    repeated = ""
+    if settings.get("oversized") == "split":
+        repeated = f"; {manifest['repeated_tokens']:,} tokens repeated by data.oversized: split"
     return (
         f"packed: {counts['steps']:,} steps, {counts['rows']:,} rows of "
         f"{settings['row_capacity']:,} tokens, {counts['groups']:,} groups, "
         f"{manifest['tokens']:,} tokens; fill {fill:.2f} %, {100 - fill:.2f} % unused; "
         f"longest row of a step over its mean "
-        f"{manifest['row_max_over_mean']:.3f}"
+        f"{manifest['row_max_over_mean']:.3f}{repeated}"
     )
 
 

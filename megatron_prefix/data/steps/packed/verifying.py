@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_prefix.data.files import is_partition
-from megatron_prefix.data.steps.compositions import RepeatedSets, WeightedSets
 from megatron_prefix.data.steps.packed.reading import REMEDY, PackedSteps, settings_of
 from megatron_prefix.data.steps.packed.writing import BundleLengths, Tally
 from megatron_prefix.data.store import PreferenceDataset
@@ -36,7 +35,8 @@ def verify_packed_steps(packed: PackedSteps, dataset: PreferenceDataset | None =
     settings = settings_of(packed.manifest)
     packed.check(dataset, settings, None)
     capacity = packed.manifest["settings"]["row_capacity"]
-    _verify_rows(packed, BundleLengths(dataset, settings.sharing, capacity), capacity)
+    lengths = BundleLengths(dataset, settings.sharing, capacity, settings.oversized)
+    _verify_rows(packed, lengths, capacity)
 
 
 def _verify_groups(packed: PackedSteps) -> None:
@@ -65,19 +65,7 @@ def _expected_counts(packed: PackedSteps) -> np.ndarray:
     """How often each group occurs in the plan."""
     settings, data = settings_of(packed.manifest), packed.manifest["data"]
     sizes = tuple(part["groups"] for part in data.get("sets", [data]))
-    key = data["fingerprint"], settings.seed
-    if settings.set_epochs is not None:
-        groups = RepeatedSets(sizes, settings.set_epochs, *key)(0)
-        return np.bincount(groups, minlength=sum(sizes))
-    if settings.weights is not None:
-        batch_size = settings.global_batch_size
-        assert batch_size is not None, "weights share out the groups of a step"
-        composition = WeightedSets(sizes, settings.weights, batch_size, *key)
-        counts = np.zeros(sum(sizes), np.int64)
-        for step in range(packed.manifest["counts"]["steps"]):
-            counts += np.bincount(composition.groups(step), minlength=len(counts))
-        return counts
-    return np.full(sum(sizes), settings.epochs)
+    return settings.group_counts(sizes, data["fingerprint"], packed.manifest["counts"]["steps"])
 
 
 def _verify_rows(packed: PackedSteps, lengths: BundleLengths, capacity: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.data.files import ColumnWriter, file_entry, manifest_digest
-from megatron_prefix.data.steps.compositions import RowBatches, StepSettings
+from megatron_prefix.data.steps.compositions import PartBatches, RowBatches, StepSettings
 from megatron_prefix.data.steps.packed.reading import (
     COLUMNS,
     FORMAT,
@@ -28,7 +28,7 @@ from megatron_prefix.data.steps.packed.reading import (
     is_packed_steps,
 )
 from megatron_prefix.data.steps.packing import pack
-from megatron_prefix.data.steps.sharing import all_bundles
+from megatron_prefix.data.steps.sharing import all_bundles, all_parts, group_firsts
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 
@@ -76,34 +76,50 @@ def write_packed_steps(
 
 
 class BundleLengths:
-    """Lengths of all bundles of a data set in tokens. Raises InputError if one exceeds a row."""
+    """Lengths of all bundles of a data set in tokens, those beyond a row in parts if they are
+    `split`. Raises InputError if one exceeds a row."""
 
-    def __init__(self, dataset: PreferenceDataset, sharing: str, capacity: int) -> None:
-        group, _, self.tokens = all_bundles(dataset, sharing)
+    def __init__(
+        self, dataset: PreferenceDataset, sharing: str, capacity: int, oversized: str = "error"
+    ) -> None:
+        is_split = oversized == "split"
+        if is_split:
+            group, self.tokens, self._repeated = all_parts(dataset, sharing, capacity)
+        else:
+            group, _, self.tokens = all_bundles(dataset, sharing)
+            self._repeated = np.zeros_like(self.tokens)
         worst = int(self.tokens.argmax())
         if self.tokens[worst] > capacity:
+            fault = f"in one row under --sharing {sharing}: raise it, set --oversized split, or"
+            if is_split:
+                fault = "for one response and its prompt, which are never cut: raise it, or"
             raise InputError(
                 f"--row-capacity is {capacity} and {dataset.place(group[worst])} needs "
-                f"{self.tokens[worst]} tokens in one row under --sharing {sharing}: raise it, or "
-                "build with a smaller --max-length"
+                f"{self.tokens[worst]} tokens {fault} build with a smaller --max-length"
             )
         self.firsts = None
-        if sharing != "tree":
-            self.firsts = np.concatenate(
-                [[0], np.cumsum(np.bincount(group, minlength=len(dataset)))]
-            )
+        if sharing != "tree" or len(group) > len(dataset):
+            self.firsts = group_firsts(group, len(dataset))
+
+    def repeated(self, groups: np.ndarray) -> int:
+        """Tokens of the bundles of `groups` that an earlier part of the same bundle has too."""
+        return int(self._repeated[self._index(groups)].sum())
 
     def of(self, groups: np.ndarray) -> np.ndarray:
-        """Lengths of the bundles of `groups`, one group after another.
+        """Lengths of the bundles of `groups`, one group after another."""
+        return self.tokens[self._index(groups)]
+
+    def _index(self, groups: np.ndarray) -> np.ndarray:
+        """The bundles of `groups`, one group after another.
 
         Bundles of groups 0, 1, 2 at [0 1 | 2 | 3 4]: firsts [0 2 3 5]. Groups [2 0]: starts [3 0],
         counts [2 2], shift [0 2]; indices 0 1 2 3 + [3 3 -2 -2] = [3 4 0 1].
         """
         if self.firsts is None:
-            return self.tokens[groups]
+            return groups
         starts, counts = self.firsts[groups], self.firsts[groups + 1] - self.firsts[groups]
         shift = np.cumsum(counts) - counts
-        return self.tokens[np.arange(int(counts.sum())) + np.repeat(starts - shift, counts)]
+        return np.arange(int(counts.sum())) + np.repeat(starts - shift, counts)
 
 
 def _write(
@@ -115,23 +131,26 @@ def _write(
 ) -> dict[str, Any]:
     capacity = settings.row_capacity
     assert capacity is not None, settings
-    bundles = BundleLengths(dataset, settings.sharing, capacity)
+    bundles = BundleLengths(dataset, settings.sharing, capacity, settings.oversized)
     composition = settings.composition(dataset)
     num_steps = steps
     if num_steps is None:
         assert settings.epochs is not None, settings
         num_steps = composition.num_steps(settings.epochs)
-    writer, tally = _StepWriter(work), Tally(capacity)
+    writer, tally, repeated = _StepWriter(work), Tally(capacity), 0
     for step in range(num_steps):
         groups = composition.groups(step)
         tokens = bundles.of(groups)
         if isinstance(composition, RowBatches):
             sizes = [len(bundles.of(row)) for row in composition.rows(step)]
             items, offsets = np.arange(len(tokens)), np.concatenate([[0], np.cumsum(sizes)])
+        elif isinstance(composition, PartBatches):
+            items, offsets = composition.packing(step)
         else:
             items, offsets = pack(tokens, capacity, settings.packing_method)
         writer.add(groups, items, offsets)
         tally.add(tokens[items], offsets)
+        repeated += bundles.repeated(groups)
         if progress is not None:
             progress(step + 1, num_steps)
     counts = writer.close()
@@ -142,6 +161,7 @@ def _write(
         "settings": described(settings),
         "counts": {**counts, "whole_steps": _whole_steps(dataset, settings, num_steps)},
         **tally.summary(),
+        **({"repeated_tokens": repeated} if settings.oversized == "split" else {}),
         "files": {f"{name}.npy": file_entry(work / f"{name}.npy") for name in COLUMNS},
     }
     manifest["sha256"] = manifest_digest(manifest)

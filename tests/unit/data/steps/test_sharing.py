@@ -46,6 +46,7 @@ def check_view(part, paths, pairs):
         assert part.responses[tree.pairs[local]].tolist() == [given.chosen, given.rejected]
         assert tree.pair_weights[local] == given.weight
         assert tree.pair_margins[local] == given.margin
+        assert tree.pair_betas[local] == given.beta
 
 
 @pytest.mark.parametrize("sharing", SHARING_MODES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from ranked_sets import write_ranked_set
@@ -65,6 +67,37 @@ def test_every_value_of_a_row_has_its_own_entry(dataset, mode, ranks):
             assert sorted(np.concatenate(sets).tolist()) == sorted(seen)
 
 
+@pytest.mark.parametrize("mode", ["tree", "pair", "response", "none"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_parts_make_the_table_of_whole_bundles(dataset, mode, ranks):
+    """Its pairs include those whose sides lie in two rows, at the places of both."""
+    whole = sampler(dataset, mode)
+    capacity = int(dataset.response_lengths.max())
+    own = replace(whole, num_ranks=ranks, row_capacity=capacity, oversized="split")
+    divided = 0
+    for number in range(3):
+        step, expected = own.step(number), whole.columns(whole.step(number))
+        columns = own.columns(step)
+        for name, column in {**expected.arrays(), "ids": expected.response_ids}.items():
+            ours = columns.response_ids if name == "ids" else columns.arrays()[name]
+            assert np.array_equal(column, ours, equal_nan=column.dtype.kind == "f"), name
+        seen, seen_pairs = [], []
+        for rank in range(ranks):
+            rows = own.micro_batches(step, rank)
+            for bundles, row in zip(step.rows[rank], rows, strict=True):
+                entries, pairs = columns.row_places(bundles)
+                assert row.is_divided == step.is_divided
+                assert np.array_equal(columns.response_ids[entries], row.response_ids)
+                assert np.array_equal(columns.pairs[pairs], entries[row.pairs].reshape(-1, 2))
+                assert np.array_equal(columns.margins[pairs], row.pair_margins)
+                seen += entries.tolist()
+                seen_pairs += pairs.tolist()
+        assert sorted(seen) == list(range(columns.num_entries))
+        assert len(seen_pairs) == len(set(seen_pairs))
+        divided += len(columns.pairs) - len(seen_pairs)
+    assert divided > 0
+
+
 @pytest.mark.parametrize("mode", SETTINGS)
 def test_rows_and_ranks_do_not_change_the_table(dataset, mode):
     one, three = sampler(dataset, mode), sampler(dataset, mode, num_ranks=3)
@@ -88,7 +121,7 @@ def test_a_group_twice_in_a_step_has_its_entries_twice(dataset, mode):
         values, counts = np.unique(step.groups, return_counts=True)
         group = int(values[counts.argmax()])
         slots = np.flatnonzero(step.groups == group)
-        places = [[p for (slot, _), p in columns.places.items() if slot == s] for s in slots]
+        places = [[p for bundle, p in columns.places.items() if bundle.slot == s] for s in slots]
         first, second = (np.concatenate([x[0] for x in p]) for p in places)
         assert not set(first) & set(second)
         assert np.array_equal(columns.response_ids[first], columns.response_ids[second])

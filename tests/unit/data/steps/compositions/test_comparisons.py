@@ -46,7 +46,8 @@ def dataset(tmp_path) -> PreferenceDataset:
                 paths.append(path(tokens, 2, set_id=set_id, rank=rank))
             for chosen, rejected in all_pairs(ranks, first):
                 count += 1
-                pairs.append(Pair(chosen=chosen, rejected=rejected, weight=count, margin=-count))
+                numbers = {"weight": count, "margin": -count, "beta": 2 * count}
+                pairs.append(Pair(chosen=chosen, rejected=rejected, **numbers))
             first += len(ranks)
         trees.append(build_tree(paths, pairs))
     write(tmp_path / "set", trees)
@@ -69,6 +70,7 @@ def test_pairs_are_those_of_the_levels(dataset, kind):
     tree = view[0]
     assert [whole[tuple(p)] for p in tree.pairs.tolist()] == tree.pair_weights.tolist()
     assert (tree.pair_margins == -tree.pair_weights).all()
+    assert (tree.pair_betas == 2 * tree.pair_weights).all()
     assert np.array_equal(tree.tokens, dataset[0].tokens)
     assert view.fingerprint == dataset.fingerprint
 
