@@ -131,6 +131,8 @@ class LossConfig:
     margin: Switch | None = None
     """The chosen reward has to exceed the rejected one by the pair's own margin, which every
     pair of the data sets must have."""
+    pair_beta: Switch | None = None
+    """A pair that has a `beta` in the data takes it instead of `beta`."""
     center_rewards_coefficient: Positive | None = None
     """For `bradley_terry`: adds this times (chosen + rejected reward)^2 to a pair's loss."""
     weighting: Literal["pair", "group"] | None = None

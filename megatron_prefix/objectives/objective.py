@@ -64,16 +64,29 @@ class Member:
     def outputs(self, inputs: LossInputs) -> LossOutputs:
         """Loss and metrics of a table. Raises ValueError if a column is absent."""
         columns = {name: getattr(inputs, name) for name in self.columns}
+        parameters = self.parameters
+        for name, option in self.record.options.items():
+            if option.replaces is not None and option.column is not None and self.options[name]:
+                own, default = columns.pop(option.column), self.options[option.replaces]
+                if own is None:
+                    raise ValueError(f"loss.{name}: the table has no {option.column}")
+                parameters[option.replaces] = own.where(~own.isnan(), default)
         if self.omits_reference:
             zeros = inputs.margins.new_zeros(len(inputs.pairs))
             columns |= {x: zeros for x in self.record.columns if is_of_reference(x)}
-        return self.record.function(**columns, **self.parameters)
+        return self.record.function(**columns, **parameters)
+
+    @property
+    def replaces_options(self) -> bool:
+        """Whether pairs have values of their own for an option."""
+        options = self.record.options
+        return any(options[name].replaces and value for name, value in self.options.items())
 
     @property
     def first_value(self) -> float | None:
         """Mean loss at the first step, when policy and reference are the same model; None if it
         depends on the data, or there is no reference."""
-        first = None if self.omits_reference else self.record.first
+        first = None if self.omits_reference or self.replaces_options else self.record.first
         return None if first is None or first.value is None else first.value(**self.options)
 
 
@@ -188,6 +201,8 @@ class Objective:
             formula = member.record.first.formula if member.record.first is not None else ""
             if "margins" in member.columns:
                 formula = f"{formula} moved by margins"
+            if member.replaces_options:
+                formula = f"{formula} with the pairs' own values"
             parts.append(formula if member.weight == 1 else f"{member.weight:g} ({formula})")
         formula = " + ".join(parts)
         return f"{formula}, of weighted pairs" if self.use_weighting else formula

@@ -19,6 +19,7 @@ from megatron_prefix.objectives.divergences import (
     divergence_scores,
 )
 from megatron_prefix.objectives.record import (
+    PAIR_BETA,
     PAIR_OPTIONS,
     FirstValue,
     LossOutputs,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 NUM_TOKENS = ("chosen_num_tokens", "rejected_num_tokens")
 BETA = {"beta": Option(default=0.1)}
-WITH_REFERENCE = {**BETA, **PAIR_OPTIONS}
+WITH_REFERENCE = {**BETA, **PAIR_BETA, **PAIR_OPTIONS}
 LEAST_EXO_SMOOTHING = 1e-3
 
 

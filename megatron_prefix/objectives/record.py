@@ -77,6 +77,9 @@ class Option:
     column: str | None = None
     """None: the option is passed to the function, under its own name. A column of `LossInputs`: the
     option is a switch; if it is true, this column is passed to the function instead."""
+    replaces: str | None = None
+    """With `column`: not the column is passed to the function, but the option of this name, with
+    the column's value [P] for each pair where that is not NaN."""
     is_outside: bool = False
     """The option acts outside of the function and is not passed to it."""
     of_all: bool = False
@@ -92,6 +95,10 @@ PAIR_OPTIONS = {
     "use_weighting": Option(default=False, is_outside=True, of_all=True, spares_likelihoods=False),
 }
 """Options of every loss over the pairs of a language model with a reference."""
+
+
+PAIR_BETA = {"pair_beta": Option(default=False, column="betas", replaces="beta", of_all=True)}
+"""The option of every loss over pairs whose `beta` may be the pair's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_prefix.objectives.pairwise import BETA, NUM_TOKENS, SMOOTHING
 from megatron_prefix.objectives.record import (
+    PAIR_BETA,
     PAIR_OPTIONS,
     Added,
     FirstValue,
@@ -164,6 +165,7 @@ RECORDS = (
         columns=("chosen_logps", "rejected_logps"),
         options={
             **BETA,
+            **PAIR_BETA,
             **SMOOTHING,
             "cpo_alpha": Option(default=1.0, is_outside=True),
         },
@@ -177,6 +179,7 @@ RECORDS = (
         columns=("chosen_logps", "rejected_logps", *NUM_TOKENS),
         options={
             **BETA,
+            **PAIR_BETA,
             "simpo_gamma": Option(default=0.5),
             "alpha": Option(default=0.0),
             **SMOOTHING,
@@ -189,7 +192,7 @@ RECORDS = (
         name="orpo",
         function=orpo_loss,
         columns=("chosen_logps", "rejected_logps", *NUM_TOKENS),
-        options=BETA,
+        options={**BETA, **PAIR_BETA},
         model="lm",
         first=OF_REFERENCE,
         adds=Added(name=SFT),

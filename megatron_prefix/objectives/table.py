@@ -88,6 +88,8 @@ class LossInputs:
     """Int64 [S, K]: the responses of each comparison set in their order; -1 fills up."""
     set_weights: Tensor
     """Float64 [S]: 1 for a set with a pair, 0 for one with nothing to compare."""
+    betas: Tensor | None = None
+    """Float64 [P]: the pair's own `loss.beta`; NaN for that of the run."""
     heads: Tensor | None = None
     """Float64 [P, 2]: the part of both sides' log-probabilities that is of their first tokens, as
     many as the shorter side has; None without `tail_weight`."""
@@ -127,6 +129,7 @@ class LossInputs:
             num_tokens=self.num_tokens[responses],
             pairs=self.pairs[pairs] - first,
             margins=self.margins[pairs],
+            betas=of(self.betas, pairs),
             pair_weights=self.pair_weights[pairs],
             ranks=self.ranks[responses],
             labels=self.labels[responses],

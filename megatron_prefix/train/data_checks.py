@@ -89,6 +89,15 @@ def _check_weights(objective: Objective, dataset: PreferenceDataset, setting: st
     )
 
 
+def check_betas(objective: Objective, dataset: PreferenceDataset) -> None:
+    """Refuse `loss.pair_beta` if no pair that is trained on has a beta."""
+    if "betas" in objective.columns and np.isnan(dataset.pair_betas).all():
+        raise InputError(
+            f"loss.pair_beta: true: no pair in data.train = {dataset.prefix} has a beta of its "
+            "own: give records a column beta and build again, or remove loss.pair_beta"
+        )
+
+
 def _asker(objective: Objective, option: str) -> str:
     if objective.options.get(option):
         return f"loss.{option}: true"

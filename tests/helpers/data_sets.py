@@ -99,7 +99,8 @@ def random_group(rng):
         for index in rng.permutation(len(sides))[: rng.integers(1, len(sides) + 1)]:
             chosen, rejected = rng.permutation(sides[index]).tolist()
             weight, margin = float(rng.uniform(0.5, 2)), float(rng.normal())
-            pairs.append(Pair(chosen=chosen, rejected=rejected, weight=weight, margin=margin))
+            numbers = {"weight": weight, "margin": margin, "beta": 2 * weight}
+            pairs.append(Pair(chosen=chosen, rejected=rejected, **numbers))
         prompt = np.concatenate([paths[first].tokens, rng.integers(0, VOCAB, rng.integers(1, 4))])
     return paths, pairs
 

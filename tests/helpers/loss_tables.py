@@ -34,6 +34,7 @@ def table(ref_is_policy: bool = False, seed: int = 0, **columns: Tensor | None) 
         labels=float64([1.0, 0.25, 0.75, 0.5, 0.0, 0.5, 0.125]),
         members=torch.tensor([[0, 1, -1, -1], [2, 3, 4, 5], [6, -1, -1, -1]]),
         set_weights=float64([1.0, 1.0, 0.0]),
+        betas=float64([0.05, float("nan"), 0.3, 1.0, float("nan")]),
         heads=0.6 * scores[torch.tensor([[0, 1], [2, 3], [2, 4], [2, 5], [3, 4]])],
         ref_heads=0.5 * ref[torch.tensor([[0, 1], [2, 3], [2, 4], [2, 5], [3, 4]])],
         alignments=-torch.rand(7, generator=generator, dtype=torch.float64),
@@ -71,7 +72,7 @@ def split(inputs: LossInputs) -> list[LossInputs]:
             value = getattr(inputs, field.name)
             if value is None:
                 continue
-            if field.name in ("margins", "pair_weights", "heads", "ref_heads"):
+            if field.name in ("margins", "betas", "pair_weights", "heads", "ref_heads"):
                 columns[field.name] = value[is_own]
             elif field.name not in ("pairs", "members", "set_weights", "tail_weight"):
                 columns[field.name] = value[responses]

@@ -13,12 +13,18 @@ from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
 
 def write_ranked_set(
-    prefix: Path, seed: int, num_groups: int, *, pairs: bool = True, weighted: bool = True
+    prefix: Path,
+    seed: int,
+    num_groups: int,
+    *,
+    pairs: bool = True,
+    weighted: bool = True,
+    betas: bool = False,
 ) -> str:
     """Conversations of one or two comparison sets of two to five responses. Good responses have
     other tokens than bad ones, so that a ranking can be learned. Some ranks are tied, pairs have
     margins and, if `weighted`, weights; every response has a score. Without `pairs` each response
-    is alone."""
+    is alone. With `betas`, every second pair has a beta."""
     rng = np.random.default_rng(seed)
     with DatasetWriter(prefix, load_tokenizer("bytes").describe()) as writer:
         for record in range(num_groups):
@@ -44,7 +50,9 @@ def write_ranked_set(
                     if pairs and paths[i].rank < paths[j].rank:
                         weight, margin = float(rng.uniform(0.5, 2)), float(rng.uniform(0, 1))
                         weight = weight if weighted else 1.0
-                        made.append(Pair(chosen=i, rejected=j, weight=weight, margin=margin))
+                        beta = 0.05 + margin / 2 if betas and len(made) % 2 else float("nan")
+                        numbers = {"weight": weight, "margin": margin, "beta": beta}
+                        made.append(Pair(chosen=i, rejected=j, **numbers))
                 prompt = np.concatenate([paths[first].tokens, rng.integers(32, 127, 4)])
             writer.add(build_tree(paths, made), record)
         writer.finish()

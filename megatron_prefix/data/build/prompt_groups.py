@@ -108,10 +108,18 @@ def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:
                     score=float(tree.scores[response]),
                 )
             )
-        labels = zip(tree.pairs.tolist(), tree.pair_weights, tree.pair_margins, strict=True)
+        numbers = tree.pair_weights, tree.pair_margins, tree.pair_betas
         pairs += [
-            Pair(chosen=first + c, rejected=first + r, weight=float(w), margin=float(m))
-            for (c, r), w, m in labels
+            Pair(
+                chosen=first + chosen,
+                rejected=first + rejected,
+                weight=float(weight),
+                margin=float(margin),
+                beta=float(beta),
+            )
+            for (chosen, rejected), weight, margin, beta in zip(
+                tree.pairs.tolist(), *numbers, strict=True
+            )
         ]
         num_sets += int(tree.response_sets.max()) + 1
     return build_tree(paths, pairs)

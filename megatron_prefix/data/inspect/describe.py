@@ -88,6 +88,7 @@ def tree_dict(dataset: PreferenceDataset, group: int) -> dict[str, Any]:
                 "rejected": int(tree.pairs[p, 1]),
                 "weight": float(tree.pair_weights[p]),
                 "margin": _known(tree.pair_margins[p]),
+                **({} if np.isnan(tree.pair_betas[p]) else {"beta": float(tree.pair_betas[p])}),
             }
             for p in range(tree.num_pairs)
         ],
@@ -198,4 +199,5 @@ def _pair_cells(tree: PrefixTree, pair: int) -> list[str]:
         f"  {chosen} over {rejected}",
         f"weight {tree.pair_weights[pair]:g}",
         f"margin {margin:g}" if margin is not None else "no margin",
+        *([] if np.isnan(tree.pair_betas[pair]) else [f"beta {tree.pair_betas[pair]:g}"]),
     ]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from loss_tables import float64, objective, outputs, table
 
+from megatron_prefix.errors import InputError
 from megatron_prefix.objectives.divergences import divergence_scores
 
 # (chosen, rejected, reference of chosen, of rejected, tokens of chosen, of rejected)
@@ -107,6 +108,45 @@ def test_losses_with_a_reference(case):
     assert result.metrics["rewards/chosen"].tolist() == pytest.approx([0.4, -0.2, 0.0])
     assert result.metrics["rewards/rejected"].tolist() == pytest.approx([-1.0, 0.3, 0.0])
     assert result.metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("name", [x for x in BY_HAND if "," not in x] + ["cpo", "simpo", "orpo"])
+def test_each_pair_has_its_own_beta(name):
+    """A pair without one has that of the run; values, rewards and slopes are those of one beta."""
+    scores = three_pairs().scores.requires_grad_()
+    inputs = three_pairs(scores=scores, betas=float64([0.05, float("nan"), 0.7]))
+    result = outputs(inputs, loss_type=name, beta=B, pair_beta=True)
+    (slopes,) = torch.autograd.grad(result.losses.sum(), scores)
+    for pair, beta in enumerate((0.05, B, 0.7)):
+        expected = outputs(inputs, loss_type=name, beta=beta)
+        (slope,) = torch.autograd.grad(expected.losses[pair], scores)
+        own = [2 * pair, 2 * pair + 1]
+        assert torch.equal(slopes[own], slope[own])
+        assert float(result.losses[pair]) == float(expected.losses[pair])
+        for key, values in expected.metrics.items():
+            assert float(result.metrics[key][pair]) == float(values[pair])
+
+
+def test_the_betas_of_pairs_by_hand():
+    """Log-ratios (2, -5) with beta 0.05: d = 0.35; (-1, 1.5) with the run's 0.2: d = -0.5."""
+    inputs = three_pairs(betas=float64([0.05, float("nan"), 0.7]))
+    result = outputs(inputs, loss_type="sigmoid", beta=B, pair_beta=True)
+    expected = [softplus(-0.35), softplus(0.5), math.log(2)]
+    assert result.losses.tolist() == pytest.approx(expected, rel=1e-12)
+    expected = [(2 / 4 + 5 / 5 - 10) ** 2, (-1 / 20 - 1.5 / 8 - 2.5) ** 2, (1 / 1.4) ** 2]
+    result = outputs(inputs, loss_type="ipo", beta=B, pair_beta=True)
+    assert result.losses.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_where_a_pairs_own_beta_has_a_place():
+    assert "betas" in objective(pair_beta=True).columns
+    assert "betas" not in objective().columns
+    own = objective(loss_type="ipo", pair_beta=True)
+    assert own.first_value is None and own.first_formula.endswith("with the pairs' own values")
+    assert objective(loss_type=["sigmoid", "sft"], pair_beta=True).columns
+    for loss_type in ("plackett_luce", "sft", "bradley_terry"):
+        with pytest.raises(InputError, match="loss.pair_beta = True: .* does not use it"):
+            objective(loss_type=loss_type, pair_beta=True)
 
 
 FREE = {

@@ -32,6 +32,7 @@ GIVEN = {
     "alpha": 0.25,
     "temperature": 0.5,
     "margin": True,
+    "pair_beta": True,
     "center_rewards_coefficient": 0.1,
 }
 """A value for every option that is not its default."""
@@ -91,6 +92,7 @@ def test_what_is_not_given_has_the_record_s_default():
     assert own.options == {
         **{"beta": 0.1, "label_smoothing": 0.0, "margin": False, "dpop_lambda": None},
         **{"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False},
+        "pair_beta": False,
     }
     assert (own.reference, own.weighting) == ("model", "pair")
     reward = objective("reward", loss_type="bradley_terry")

@@ -149,7 +149,7 @@ SCORES = (
 """Columns that may hold the scores of chosen and rejected; the first two with numbers count."""
 SYSTEM = ("system", "system_prompt")
 """Columns that may hold the system message."""
-RANKED_COLUMNS = ("weight", "tools", "chat_template_kwargs")
+RANKED_COLUMNS = ("weight", "beta", "tools", "chat_template_kwargs")
 """Optional columns that `ranked_example` reads."""
 PAIR_COLUMNS = ("margin", *SCORES[0], *RANKED_COLUMNS)
 """Optional columns that `pair_example` reads."""
@@ -230,6 +230,20 @@ def weight(record: dict[str, Any]) -> float:
     return value
 
 
+def pair_beta(record: dict[str, Any], num_pairs: int = 1) -> float:
+    """The optional column `beta`, the pair's own `loss.beta`; NaN if it is absent."""
+    value = number(record, "beta")
+    if value <= 0:
+        raise InputError(f"column 'beta' is {value}, it must be above 0")
+    if value > 0 and num_pairs > 1:
+        raise InputError(
+            f"column 'beta' belongs to one pair, and the record has {num_pairs}: give each pair a "
+            "record of its own (build --merge-prompts joins them again), or leave it out with "
+            "--ignore-columns beta"
+        )
+    return value
+
+
 def pair_example(
     record: dict[str, Any],
     prompt: Text,
@@ -245,7 +259,13 @@ def pair_example(
     """
     if chosen == rejected:
         raise DegenerateRecord(Reason.EQUAL)
-    pair = Pair(chosen=0, rejected=1, weight=weight(record), margin=number(record, "margin"))
+    pair = Pair(
+        chosen=0,
+        rejected=1,
+        weight=weight(record),
+        margin=number(record, "margin"),
+        beta=pair_beta(record),
+    )
     sides = zip(scores or score_columns(record), (chosen, rejected), strict=True)
     return Example(
         responses=tuple(
@@ -294,7 +314,7 @@ def ranked_example(
     rank_of = {i: rank for i, rank in enumerate(ranks) if rank is not None}
     paired = sorted({side for pair in labelled for side in pair})
     new = {old: i for i, old in enumerate(paired)}
-    pair_weight = weight(record)
+    pair_weight, beta = weight(record), pair_beta(record, len(labelled))
     return Example(
         responses=tuple(
             ExampleResponse(
@@ -302,7 +322,9 @@ def ranked_example(
             )
             for i in paired
         ),
-        pairs=tuple(Pair(chosen=new[c], rejected=new[r], weight=pair_weight) for c, r in labelled),
+        pairs=tuple(
+            Pair(chosen=new[c], rejected=new[r], weight=pair_weight, beta=beta) for c, r in labelled
+        ),
         notes=blank_notes([responses[i] for i in paired])
         + (NOTE_UNLABELLED,) * (len(responses) - len(paired)),
         tools=tools(record),
