@@ -20,7 +20,7 @@ from megatron_prefix.engine import Feed, TrainBatch
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.platform import device
 from megatron_prefix.reference import PrecomputedReference
-from megatron_prefix.train import check_columns, run_sharing
+from megatron_prefix.train import check_columns, open_on_nodes, run_sharing
 
 Attach = Callable[[list[MicroBatch], list[TrainBatch]], list[TrainBatch]]
 """The same rows with reference log-probabilities; see `Reference.attach`."""
@@ -132,9 +132,10 @@ class PreferenceData:
                 f"{self.world.data_size} data-parallel ranks: set it to one"
             )
         attach = self._frozen_model() if self.objective.reference == "model" else None
-        self.train = self._rows(PreferenceDataset(self.prefix), attach)
+        self.train = self._rows(open_on_nodes(self.prefix, "prefix", self.world), attach)
         if self.valid_prefix is not None:
-            self.valid = self._rows(PreferenceDataset(self.valid_prefix), attach, repeats=True)
+            valid = open_on_nodes(self.valid_prefix, "valid_prefix", self.world)
+            self.valid = self._rows(valid, attach, repeats=True)
         return self.train, self.valid, None
 
     def _rows(

@@ -75,7 +75,7 @@ def _several(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                 f"--{flag.replace('_', '-')} is for one data set or plan, and {len(args.prefixes)} "
                 "are given: name one, or leave the flag out"
             )
-    datasets = [PreferenceDataset(prefix) for prefix in args.prefixes]
+    datasets = [PreferenceDataset(prefix, check=not args.verify) for prefix in args.prefixes]
     values: dict[str, Any] = {}
     texts = []
     if args.verify:
@@ -104,7 +104,7 @@ def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             )
     if args.data and not args.verify:
         raise InputError("--data needs --verify, which checks a plan against it: add --verify")
-    plan = PackedSteps(args.prefix)
+    plan = PackedSteps(args.prefix, check=not args.verify)
     values: dict[str, Any] = {}
     texts: list[str] = []
     if args.verify:
@@ -131,7 +131,7 @@ def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from megatron_prefix.data.store import PreferenceDataset
     from megatron_prefix.data.store.verify import verify_dataset
 
-    dataset = PreferenceDataset(args.prefix)
+    dataset = PreferenceDataset(args.prefix, check=not args.verify)
     values: dict[str, Any] = {}
     texts: list[str] = []
     if args.verify:

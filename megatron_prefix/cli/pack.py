@@ -81,13 +81,9 @@ def run(args: argparse.Namespace) -> None:
     """Pack and print one line about the packed steps."""
     from megatron_prefix.data.steps.packed import describe_packed_steps, write_packed_steps
     from megatron_prefix.data.store import PreferenceDataset, join_datasets
-    from megatron_prefix.data.store.verify import verify_checksums
 
     prefixes, settings, steps = (_from_config if args.config else _from_flags)(args)
-    datasets = [PreferenceDataset(prefix) for prefix in prefixes]
-    for dataset in datasets:
-        verify_checksums(dataset)
-    dataset = join_datasets(datasets)
+    dataset = join_datasets([PreferenceDataset.verified(prefix) for prefix in prefixes])
     if steps is not None and settings.weights is None:
         settings, steps = _with_epochs(settings, dataset, steps), None
     with _Progress() as progress:

@@ -26,6 +26,8 @@ import numpy as np
 
 UNRANKED = -1
 """Rank of a response whose rank is unknown."""
+MAX_WEIGHT = 1e100
+"""Of a pair, so that sums of weights stay finite."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,29 @@ class World:
             raise InputError(message) if is_input else RunError(message)
         return outcome[0]
 
+    def once_per_node(self, action: Callable[[], Any]) -> list[Any]:
+        """Call `action` on the first process of every node; all wait. Collective.
+
+        Returns the results of all nodes on every process. An exception of a node is raised on every
+        process, as InputError if it is one, else as RunError.
+        """
+        outcome: tuple[str, Any] | None = None
+        error: Exception | None = None
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            try:
+                outcome = "result", action()
+            except Exception as failure:  # raised below, so that no process waits without end
+                error = failure
+                outcome = "input" if isinstance(failure, InputError) else "fault", str(failure)
+        outcomes = self.gather(outcome)
+        if error is not None:
+            raise error
+        for rank, (kind, value) in ((r, o) for r, o in enumerate(outcomes) if o is not None):
+            if kind != "result":
+                message = f"rank {rank}: {value}"
+                raise InputError(message) if kind == "input" else RunError(message)
+        return [value for _, value in (o for o in outcomes if o is not None)]
+
 
 @contextlib.contextmanager
 def join_world(parallel: ParallelConfig, seed: int) -> Iterator[World]:

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
 from megatron_prefix.data.steps import SHARING_MODES, Sampler
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
+from megatron_prefix.data.store.verify import verify_tokens
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
@@ -107,7 +108,10 @@ def _dataset(config: Config, missing: list[str]) -> PreferenceDataset | None:
     prefixes = [item.prefix for item in config.data.train_sets]
     absent = [prefix for prefix in prefixes if not Path(f"{prefix}.json").exists()]
     if not absent:
-        return join_datasets([PreferenceDataset(prefix) for prefix in prefixes])
+        datasets = [PreferenceDataset(prefix) for prefix in prefixes]
+        for dataset in datasets:
+            verify_tokens(dataset)
+        return join_datasets(datasets)
     missing.append(
         f"data.train = {', '.join(absent)} is not on this machine: tokens, rows, what sharing saves"
     )

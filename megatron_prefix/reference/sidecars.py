@@ -10,6 +10,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -138,7 +139,8 @@ def read_heads(path: str, dataset: PreferenceDataset) -> np.ndarray:
                 "responses' first tokens: score again with loss.ld_alpha in the configuration"
             )
         heads = file.get_tensor(name)
-    if heads.shape != (len(dataset.pair_weights), 2) or not np.isfinite(heads).all():
+    is_sound = heads.dtype == np.float64 and heads.shape == (len(dataset.pair_weights), 2)
+    if not is_sound or not np.isfinite(heads).all():
         raise InputError(f"{path}: the heads do not fit {dataset.prefix}; score again")
     return heads
 
@@ -164,6 +166,12 @@ def _check_origin(
         raise InputError(
             f"{path}: made from data sets {known}, but {dataset.prefix} has fingerprint "
             f"{dataset.fingerprint[:16]}…: score again"
+        )
+    own = described[dataset.fingerprint]
+    if own["responses"] != len(dataset.response_lengths):
+        raise InputError(
+            f"{path}: made for {own['responses']} responses, and {dataset.prefix} has "
+            f"{len(dataset.response_lengths)}: score again"
         )
 
 
@@ -202,7 +210,8 @@ class PartialScores:
                 np.savez(file, key=self._key, step=step, sums=self.sums)
             os.replace(temporary, self._file)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # FILE.partial may be a file
+                temporary.unlink(missing_ok=True)
             raise _unwritten(self._path, error) from error
 
     def discard(self) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from megatron_prefix.train.data_checks import check_columns, run_sharing
     from megatron_prefix.train.evaluation import evaluate
     from megatron_prefix.train.run import train
-    from megatron_prefix.train.samplers import plan_settings, training_sampler
+    from megatron_prefix.train.samplers import open_on_nodes, plan_settings, training_sampler
     from megatron_prefix.train.scoring import score_reference
 else:
     __getattr__ = lazy_face(
@@ -18,13 +18,14 @@ else:
         data_checks=["check_columns", "run_sharing"],
         evaluation=["evaluate"],
         run=["train"],
-        samplers=["plan_settings", "training_sampler"],
+        samplers=["open_on_nodes", "plan_settings", "training_sampler"],
         scoring=["score_reference"],
     )
 
 __all__ = [
     "check_columns",
     "evaluate",
+    "open_on_nodes",
     "plan_settings",
     "run_sharing",
     "score_reference",

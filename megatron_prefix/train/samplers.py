@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.data.steps import TARGETS, CostModel, Sampler
@@ -12,7 +14,7 @@ from megatron_prefix.data.steps.compositions import (
     StepSettings,
     with_comparisons,
 )
-from megatron_prefix.data.steps.packed import PackedSteps
+from megatron_prefix.data.steps.packed import PackedSteps, check_rows
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
@@ -26,6 +28,43 @@ EVALUATION_GROUPS = 64
 """Groups evaluated at a time if the configuration counts steps in rows."""
 
 
+def open_on_nodes(
+    prefix: str, setting: str, world: World, plan: PackedSteps | None = None
+) -> PreferenceDataset:
+    """Open a data set on every process. The main process compares all bytes with the checksums,
+    unless `pack` did so for `plan`; the first process of every node checks the columns. Collective.
+
+    Raises InputError if the data set is damaged, or differs between nodes.
+    """
+
+    def compare_bytes() -> None:
+        dataset = PreferenceDataset(prefix, check=False)
+        if plan is None or not plan.is_of_these_files(dataset):
+            verify_checksums(dataset)
+
+    world.beat(f"checking {setting}")
+    world.once(partial(named, setting, compare_bytes))
+    fingerprints = world.once_per_node(
+        partial(named, setting, lambda: PreferenceDataset(prefix).fingerprint)
+    )
+    dataset = PreferenceDataset(prefix, check=False)
+    if {*fingerprints, dataset.fingerprint} != {dataset.fingerprint}:
+        names = ", ".join(sorted({text[:16] for text in fingerprints}))
+        raise InputError(
+            f"{setting}: the nodes have different data sets at {prefix} (fingerprints {names}): "
+            "copy one to all, or name a path that all nodes share"
+        )
+    return dataset
+
+
+def named(setting: str, action: Callable[[], Any]) -> Any:
+    """The result of `action`, whose InputError then names the setting."""
+    try:
+        return action()
+    except InputError as error:
+        raise InputError(f"{setting}: {error}") from None
+
+
 def open_verified(
     prefix: str,
     setting: str,
@@ -34,23 +73,12 @@ def open_verified(
     *,
     needs_pairs: bool = True,
 ) -> PreferenceDataset:
-    """Open the data set that `setting` names; the main process checks every checksum.
+    """Open the data set that `setting` names; see `open_on_nodes`.
 
-    If `pack` checked these very files for `plan`, they are not read again. Raises InputError if
-    the data set is damaged, or has nothing to compare although the objective `needs_pairs`.
+    Raises InputError if it is damaged, or has nothing to compare although the objective
+    `needs_pairs`.
     """
-
-    def verify() -> None:
-        try:
-            dataset = PreferenceDataset(prefix)
-            if plan is None or not plan.is_of_these_files(dataset):
-                verify_checksums(dataset)
-        except InputError as error:
-            raise InputError(f"{setting}: {error}") from None
-
-    world.beat(f"checking {setting}")
-    world.once(verify)
-    dataset = PreferenceDataset(prefix)
+    dataset = open_on_nodes(prefix, setting, world, plan)
     if needs_pairs and not dataset.manifest["counts"]["pairs"]:
         raise InputError(
             f"{setting}: {prefix} has {len(dataset.response_lengths)} responses and no pair (it "
@@ -63,15 +91,19 @@ def open_verified(
 def open_training_set(
     config: Config, world: World, plan: PackedSteps | None = None, *, needs_pairs: bool = True
 ) -> PreferenceDataset:
-    """The data set of `data.train`, or those that it lists, joined."""
+    """The data set of `data.train`, or those that it lists, joined. Rows of `plan` must hold it."""
     sets = config.data.train_sets
     names = [f"data.train[{i}]" for i in range(len(sets))] if len(sets) > 1 else ["data.train"]
-    return join_datasets(
+    dataset = join_datasets(
         [
             open_verified(item.prefix, name, world, plan, needs_pairs=needs_pairs)
             for item, name in zip(sets, names, strict=True)
         ]
     )
+    # A plan of other data is refused later, with both values.
+    if plan is not None and plan.manifest["data"]["fingerprint"] == dataset.fingerprint:
+        world.once_per_node(partial(named, "data.plan", partial(check_rows, plan, dataset)))
+    return dataset
 
 
 def open_valid_sets(
@@ -90,19 +122,15 @@ def valid_setting(name: str) -> str:
 
 
 def open_plan(config: Config, world: World) -> PackedSteps | None:
-    """The plan that `data.plan` names; the main process checks its checksums."""
+    """The plan that `data.plan` names. The main process checks its checksums, the first process of
+    every node that its steps pack their groups."""
     path = config.data.plan
     if path is None:
         return None
-
-    def verify() -> None:
-        try:
-            PackedSteps(path).verify()
-        except InputError as error:
-            raise InputError(f"data.plan: {error}") from None
-
-    world.once(verify)
-    return PackedSteps(path)
+    setting = "data.plan"
+    world.once(partial(named, setting, lambda: PackedSteps(path, check=False).verify()))
+    world.once_per_node(partial(named, setting, lambda: PackedSteps(path).path))
+    return PackedSteps(path, check=False)
 
 
 def plan_settings(config: Config, objective: Objective) -> StepSettings:

@@ -5,13 +5,13 @@ import json
 import numpy as np
 
 from megatron_prefix.__main__ import main
-from megatron_prefix.data.files.checksums import file_entry
+from megatron_prefix.data.files.checksums import file_entry, manifest_digest
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest import fingerprint, suffix_path
 from megatron_prefix.data.store.writer import DatasetWriter
 from megatron_prefix.data.tree import Pair, ResponsePath, build_tree
 
-TOKENIZER = {"kind": "test", "name": "test", "vocab_size": 100, "fingerprint": "f" * 64}
+TOKENIZER = {"kind": "bytes", "name": "test", "vocab_size": 100, "fingerprint": "f" * 64}
 VOCAB = 7
 
 
@@ -56,9 +56,11 @@ def assert_same(a, b):
 
 
 def edit_manifest(prefix, change):
+    """Change a manifest and compute its own checksum again."""
     path = suffix_path(prefix, ".json")
     manifest = json.loads(path.read_text())
     change(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
     path.write_text(json.dumps(manifest))
 
 

@@ -59,7 +59,7 @@ def build_dataset(
             place = stack.enter_context(place_before_merging(output))
             separate = replace(options, merge_prompts=False)
             report = _build(inputs, tokenizer, place, separate, tables, progress)
-            sources = [PreferenceDataset(path) for path in _outputs(place, options)]
+            sources = [PreferenceDataset(path, check=False) for path in _outputs(place, options)]
             merge_prompts(sources, tables, report, _outputs(output, options))
     report.seconds = time.monotonic() - started
     return report

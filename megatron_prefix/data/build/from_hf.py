@@ -43,7 +43,7 @@ def from_hf_dataset(
         rows = Path(folder.name) / "rows"
         dataset.save_to_disk(str(rows))
         build_dataset([rows], _tokenizer(tokenizer, options), prefix, options)
-        built = PreferenceDataset(prefix)
+        built = PreferenceDataset(prefix, check=False)
     except BaseException:
         folder.cleanup()
         raise

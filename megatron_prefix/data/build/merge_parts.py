@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_prefix.data.build.combine import combine
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
-from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 
 GROUPS = 4096
@@ -25,10 +24,9 @@ def merge_datasets(prefixes: Sequence[str | Path], output: str | Path) -> dict[s
 
     Raises InputError if a part is damaged, or if the parts differ in tokenizer, format or options.
     """
-    parts = [PreferenceDataset(prefix) for prefix in prefixes]
+    parts = [PreferenceDataset.verified(prefix) for prefix in prefixes]
     for part in parts:
         _check_same_settings(parts[0], part)
-        verify_checksums(part)
     first = parts[0].manifest
     inputs = [path for part in parts for path in part.manifest["options"].get("inputs", [])]
     options = {**first["options"], "inputs": inputs} if inputs else first["options"]

@@ -9,7 +9,6 @@ import numpy as np
 from megatron_prefix.data.steps import MicroBatch, Sampler, group_rows
 from megatron_prefix.data.steps.compositions import RowBatches
 from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.data.store.verify import verify_group, verify_offsets
 from megatron_prefix.data.tokenize import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
@@ -21,7 +20,6 @@ IDS_SHOWN = 6
 
 def packed_rows(dataset: PreferenceDataset, row_capacity: int) -> RowBatches:
     """The rows of whole trees that training takes with `rows_per_step: 1` and seed 0."""
-    verify_offsets(dataset)
     lengths = dataset.groups_num_tokens()
     if lengths.max() > row_capacity:
         raise InputError(
@@ -41,8 +39,6 @@ def packed_row(
     sampler = Sampler(dataset=dataset, composition=rows, row_capacity=row_capacity)
     step = sampler.step(row)
     groups = [bundle.group for bundle in step.rows[0][0]]
-    for group in groups:
-        verify_group(dataset, group)
     return sampler.micro_batches(step)[0], groups
 
 
@@ -102,8 +98,6 @@ def _known(value: float) -> float | None:
 def _checked_group(dataset: PreferenceDataset, group: int) -> int:
     if not 0 <= group < len(dataset):
         raise InputError(f"--tree is {group}: {dataset.prefix} has groups 0 to {len(dataset) - 1}")
-    verify_offsets(dataset)
-    verify_group(dataset, group)
     return group
 
 

@@ -1,8 +1,8 @@
 """Survey of a data set: how long, how wide and how deep its trees are, and which cost most.
 
-Only columns are read, in spans, so a million groups take seconds and no token is read. The cost of
-a group is a forward pass of its tree through a model of 8 billion parameters, as data/steps/cost.py
-computes it.
+Columns are read in spans, so a million groups take seconds; tokens are only compared with the
+vocabulary. The cost of a group is a forward pass of its tree through a model of 8 billion
+parameters, as data/steps/cost.py computes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_prefix.config import ModelSizes
 from megatron_prefix.data.inspect.describe import packed_rows
 from megatron_prefix.data.steps import CostModel
 from megatron_prefix.data.store import SHARING_TOKENS, Histogram, PreferenceDataset
-from megatron_prefix.data.store.verify import Span, sound_spans
+from megatron_prefix.data.store.verify import Span, all_spans, verify_tokens
 
 SIZES = ModelSizes(
     num_layers=32,
@@ -52,6 +52,7 @@ def survey(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[
     `responses_per_set`, maps a number to how many sets (or groups) have it. With `row_capacity` the
     result has the fill of an epoch's rows of whole trees too. Raises InputError.
     """
+    verify_tokens(dataset)
     manifest, report = dataset.manifest, dataset.manifest["report"]
     tokens = manifest["tokens"]
     result = {
@@ -103,7 +104,7 @@ class _Survey:
         self._expensive: dict[str, list[dict[str, Any]]] = {"tokens": [], "cost": []}
         self._total_cost = 0.0
         self._cost_model = CostModel.of_model(SIZES, dataset.vocab_size)
-        for span in sound_spans(dataset):
+        for span in all_spans(dataset):
             self._add(span)
 
     def _add(self, span: Span) -> None:

@@ -119,12 +119,15 @@ def node_ends(lengths_M: np.ndarray, parents_M: np.ndarray, counts_G: np.ndarray
         ends      3 5 9 10   above  root root root root
 
     Each round adds the ends of the node above, and then looks twice as far up. A tree of depth d
-    takes log2 d rounds.
+    takes log2 d rounds, each of the nodes that are not yet at a root.
     """
-    first_nodes = np.repeat(starts(counts_G), counts_G)
-    root = len(lengths_M)  # an extra entry above all roots: length 0, its own parent
-    above = np.append(np.where(parents_M < 0, root, first_nodes + parents_M), root)
-    ends = np.append(lengths_M, 0).astype(np.int64)
-    while (above != root).any():
-        ends, above = ends + ends[above], above[above]
-    return ends[:-1]
+    ends = np.array(lengths_M, np.int64)
+    above = np.repeat(starts(counts_G), counts_G) + parents_M
+    above[parents_M < 0] = -1
+    node = np.flatnonzero(above >= 0)
+    while len(node):
+        up = above[node]
+        ends[node] += ends[up]
+        above[node] = up = above[up]
+        node = node[up >= 0]
+    return ends

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_prefix.data.tree import MAX_WEIGHT
+
 INT64, INT32, FLOAT64 = (np.dtype(name) for name in ("<i8", "<i4", "<f8"))
 
 
@@ -46,17 +48,23 @@ COLUMNS: dict[str, Column] = {
     "group_responses": Column(INT64, (), "begins with 0, ascends, ends with R"),
     "group_pairs": Column(INT64, (), "begins with 0, ascends (stays 0 if P = 0), ends with P"),
     "group_records": Column(INT64, (), "at least 0, ascending"),
-    "group_num_records": Column(INT64, (), "at least 1"),
+    "group_num_records": Column(
+        INT64, (), "1 to 2,147,483,647", lambda values: (values >= 1) & (values < 1 << 31)
+    ),
     "node_parents": Column(INT32, (), "-1, or a node of the group before this one"),
     "response_first": Column(INT32, (), "a node on the path to `response_last`"),
     "response_last": Column(INT32, (), "a node of the group"),
     "response_lengths": Column(INT32, (), "the tokens from the root to `response_last`"),
     "response_prompts": Column(INT32, (), "the tokens above `response_first`, at least 1"),
-    "response_sets": Column(INT32, (), "at least 0", _at_least(0)),
+    "response_sets": Column(
+        INT32, (), "0 to 1,048,575", lambda values: (values >= 0) & (values < 1 << 20)
+    ),
     "response_ranks": Column(INT32, (), "at least -1", _at_least(-1)),
     "response_scores": Column(FLOAT64, (), "NaN, or finite", _is_not_infinite),
     "pair_responses": Column(INT32, (2,), "two different responses of one comparison set"),
-    "pair_weights": Column(FLOAT64, (), "finite, above 0", _is_above_0),
+    "pair_weights": Column(
+        FLOAT64, (), "above 0, at most 1e100", lambda values: (values > 0) & (values <= MAX_WEIGHT)
+    ),
     "pair_margins": Column(FLOAT64, (), "NaN, or finite", _is_not_infinite),
 }
 """Name -> column. The first word of a name says what an entry belongs to."""

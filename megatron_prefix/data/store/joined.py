@@ -16,7 +16,7 @@ import numpy as np
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.columns import COLUMNS, OFFSETS, OPTIONAL_COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset
-from megatron_prefix.data.store.manifest import COUNTS
+from megatron_prefix.data.store.manifest_keys import COUNTS
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
 

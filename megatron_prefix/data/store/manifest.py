@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prefix.data.files import manifest_digest
 from megatron_prefix.data.store.columns import COLUMNS, OPTIONAL_COLUMNS, column, least_tail
+from megatron_prefix.data.store.manifest_keys import check_keys
 from megatron_prefix.errors import InputError
 
 FORMAT = "megatron_prefix preference data set"
 VERSION = 3
 VERSIONS = (2, 3)
 """Versions that can be read. Version 2 has no `columns`: it has COLUMNS and nothing else."""
-COUNTS = ("groups", "nodes", "responses", "pairs", "tokens")
 INDEXED_FILES = (".bin", ".idx")
 FILES = (*INDEXED_FILES, *(f".tree/{name}.npy" for name in COLUMNS))
 """Files that every data set has."""
@@ -67,7 +68,8 @@ def load_manifest(prefix: Path) -> dict[str, Any]:
         path, FORMAT, VERSIONS, command="build", remedy="build the data set again"
     )
     _check_columns(manifest, path)
-    _check_keys(manifest, path)
+    check_keys(manifest, path)
+    _check_sums(manifest, path)
     for name, entry in manifest["files"].items():
         _check_file(suffix_path(prefix, name), entry["bytes"])
     if manifest["version"] > 2:
@@ -111,6 +113,8 @@ def _check_columns(manifest: dict[str, Any], path: Path) -> None:
     expected = {*INDEXED_FILES, *map(column_file, columns)}
     for name in [name for name in files if name not in expected]:
         raise _unknown(path, "file", f"PREFIX{name}")
+    for name in sorted(expected - files.keys()):
+        raise InputError(f"{path} lacks '{name}' in its files: build the data set again")
     for name in [name for name in COLUMNS if name not in columns]:
         raise InputError(f"{path} lacks the column {name}: build the data set again")
     for name, entry in columns.items():
@@ -146,20 +150,14 @@ def _check_folder(prefix: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def _check_keys(manifest: dict[str, Any], path: Path) -> None:
-    try:
-        numbers = [manifest["counts"][name] for name in COUNTS]
-        numbers.append(manifest["tokenizer"]["vocab_size"])
-        names = [*INDEXED_FILES, *map(column_file, columns_of(manifest))]
-        numbers += [manifest["files"][name]["bytes"] for name in names]
-        texts = [manifest["files"][name]["sha256"] for name in names]
-        texts += [manifest["fingerprint"], manifest["tokenizer"]["fingerprint"]]
-        sound = manifest["dtype"] in ("uint16", "int32")
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} lacks {error}: build the data set again") from error
-    sound = sound and all(type(n) is int and n >= 0 for n in numbers)
-    if not (sound and all(isinstance(text, str) for text in texts)):
-        raise InputError(f"{path} is damaged: build the data set again")
+def _check_sums(manifest: dict[str, Any], path: Path) -> None:
+    """Compare the manifest with its own checksum, and the fingerprint with what it is made of."""
+    if manifest_digest(manifest) != manifest["sha256"]:
+        raise InputError(
+            f"{path} is damaged or was changed: its SHA-256 differs: build the data set again"
+        )
+    if fingerprint(manifest["files"], manifest["tokenizer"]) != manifest["fingerprint"]:
+        raise InputError(f"{path} is damaged: its fingerprint is wrong: build the data set again")
 
 
 def _check_file(path: Path, size: int) -> None:

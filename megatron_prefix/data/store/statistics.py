@@ -7,9 +7,9 @@ from itertools import cycle
 import numpy as np
 
 from megatron_prefix.data.store.blocks import Block, starts
+from megatron_prefix.data.store.manifest_keys import COUNTS, SHARING_TOKENS
 from megatron_prefix.data.tree import PrefixTree
 
-SHARING_TOKENS = ("none", "response", "pair", "tree")
 QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
@@ -106,7 +106,7 @@ class Statistics:
     """Running totals over the groups of a data set."""
 
     def __init__(self) -> None:
-        self.counts = dict.fromkeys(("groups", "nodes", "responses", "pairs", "tokens"), 0)
+        self.counts = dict.fromkeys(COUNTS, 0)
         self.tokens = dict.fromkeys(SHARING_TOKENS, 0)
         self._lengths = {name: Histogram() for name in ("prompt", "response", "path", "tree")}
 

@@ -7,7 +7,7 @@ import torch
 
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed import join_world
-from megatron_prefix.errors import InputError
+from megatron_prefix.errors import InputError, RunError
 
 
 def test_one_process_leads_itself(world):
@@ -34,6 +34,29 @@ def test_an_action_of_the_main_process_returns_or_raises(world):
         with pytest.raises(type(error)) as raised:
             world.once(fail)
         assert raised.value is error  # with the traceback of where it happened
+
+
+def test_the_first_process_of_a_node_acts_for_it(world, monkeypatch):
+    assert world.once_per_node(lambda: "result") == ["result"]
+    for error in (InputError("data.train: x"), KeyError("a defect")):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            world.once_per_node(fail)
+        assert raised.value is error
+    monkeypatch.setenv("LOCAL_RANK", "1")  # another process of the node does it
+    assert world.once_per_node(fail) == []
+
+
+def test_a_failure_on_another_node_is_raised_here(world, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for kind, error in (("input", InputError), ("fault", RunError)):
+        outcomes = [None, ("result", 1), (kind, "data.train: x")]
+        monkeypatch.setattr(type(world), "gather", lambda self, value, given=outcomes: given)
+        with pytest.raises(error, match="rank 2: data.train: x"):
+            world.once_per_node(lambda: 1)
 
 
 def test_processes_that_do_not_fit_are_refused_before_they_meet(monkeypatch):

@@ -22,7 +22,11 @@ from megatron_prefix.train.samplers import (
     training_sampler,
 )
 
-ALONE = SimpleNamespace(beat=lambda doing: None, once=lambda action: action())
+ALONE = SimpleNamespace(
+    beat=lambda doing: None,
+    once=lambda action: action(),
+    once_per_node=lambda action: [action()],
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,13 @@ def test_damage_names_the_setting_and_the_file(prefix, tmp_path):
         open_verified(str(damaged), "data.valid", ALONE)
     planned = SimpleNamespace(is_of_these_files=lambda dataset: True)
     assert len(open_verified(str(damaged), "data.valid", ALONE, planned)) == 6, "read again"
+
+
+def test_a_node_with_another_data_set_is_named(prefix):
+    nodes = SimpleNamespace(**vars(ALONE))
+    nodes.once_per_node = lambda action: [action(), "f" * 64]
+    with pytest.raises(InputError, match=rf"data\.train: the nodes have different .*{prefix}"):
+        open_verified(prefix, "data.train", nodes)
 
 
 def test_unpaired_responses_have_nothing_to_compare(tmp_path):

@@ -22,7 +22,7 @@ from megatron_prefix.data.read.fields import (
 )
 from megatron_prefix.data.read.texts import Message, Text, are_dialogues
 from megatron_prefix.data.read.turns import FIELDS, begins_with, text_or_turns, turns
-from megatron_prefix.data.tree import UNRANKED, Pair
+from megatron_prefix.data.tree import MAX_WEIGHT, UNRANKED, Pair
 from megatron_prefix.errors import InputError
 
 
@@ -225,8 +225,10 @@ def best_and_others(
 def weight(record: dict[str, Any]) -> float:
     """The optional column `weight`; 1 if it is absent."""
     value = number(record, "weight", 1.0)
-    if value <= 0:
-        raise InputError(f"column 'weight' is {value}, it must be above 0")
+    if not 0 < value <= MAX_WEIGHT:
+        raise InputError(
+            f"column 'weight' is {value}, it must be above 0 and at most {MAX_WEIGHT:g}"
+        )
     return value
 
 

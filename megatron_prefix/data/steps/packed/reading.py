@@ -28,6 +28,13 @@ import numpy as np
 
 from megatron_prefix.data.files import manifest_digest, sha256
 from megatron_prefix.data.steps.compositions import StepSettings
+from megatron_prefix.data.steps.packed.structure import (
+    COLUMNS,
+    REMEDY,
+    check_keys,
+    check_steps,
+    not_a_packing,
+)
 from megatron_prefix.data.steps.packing import as_lists
 from megatron_prefix.data.store import PreferenceDataset, read_manifest
 from megatron_prefix.errors import InputError
@@ -35,16 +42,6 @@ from megatron_prefix.errors import InputError
 FORMAT = "megatron_prefix packed plan"
 VERSION = 1
 MANIFEST = "plan.json"
-COLUMNS: dict[str, np.dtype] = {
-    "groups": np.dtype("<i8"),
-    "step_groups": np.dtype("<i8"),
-    "items": np.dtype("<i4"),
-    "row_items": np.dtype("<i8"),
-    "step_rows": np.dtype("<i8"),
-}
-REMEDY = "pack again with megatron-prefix pack"
-
-
 SETTINGS = {
     "epochs": "train.epochs",
     "weights": "the weights of data.train",
@@ -78,11 +75,12 @@ def settings_of(manifest: dict[str, Any]) -> StepSettings:
 class PackedSteps:
     """What `write_packed_steps` wrote, memory-mapped: a composition that also has rows.
 
-    `manifest` has `settings`, `counts` and what `describe_packed_steps` prints. Opening checks
-    sizes and shapes, `verify` all bytes; both raise InputError.
+    `manifest` has `settings`, `counts` and what `describe_packed_steps` prints. Opening checks the
+    manifest, shapes, and that every step packs its groups (structure.py; `check=False` leaves out
+    the columns). `verify` compares all bytes. Both raise InputError.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, check: bool = True) -> None:
         self.path = Path(path)
         self.manifest = _load(self.path)
         counts = self.manifest["counts"]
@@ -97,12 +95,14 @@ class PackedSteps:
         for name, dtype in COLUMNS.items():
             file = self.path / f"{name}.npy"
             try:
-                column = np.load(file, mmap_mode="r", allow_pickle=False)
+                column = np.lib.format.open_memmap(file, mode="r")
             except Exception as error:  # a damaged header can raise anything
                 raise InputError(f"{file} cannot be read ({error}): {REMEDY}") from error
             if column.dtype != dtype or column.shape != (lengths[name],):
                 raise InputError(f"{file} is not what its manifest describes: {REMEDY}")
             self._columns[name] = column
+        if check:
+            check_steps(self.path, self.manifest, self._columns)
 
     @property
     def has_fixed_rows(self) -> bool:
@@ -117,7 +117,7 @@ class PackedSteps:
         """The step's rows as indices of its bundles, whose lengths are `tokens`."""
         items, offsets = self.packing(step)
         if len(items) != len(tokens):
-            raise InputError(f"{self.path}: step {step} is not a packing of its groups: {REMEDY}")
+            raise not_a_packing(self.path, step)
         return as_lists(items, offsets)
 
     def packing(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -130,12 +130,13 @@ class PackedSteps:
         offsets = np.array(self._columns["row_items"][first : last + 1])
         items = np.array(self._columns["items"][offsets[0] : offsets[-1]])
         if not np.array_equal(np.sort(items), np.arange(len(items))):
-            raise InputError(f"{self.path}: step {step} is not a packing of its groups: {REMEDY}")
+            raise not_a_packing(self.path, step)
         return items, offsets - offsets[0]
 
-    def column(self, name: str) -> np.ndarray:
-        """One of the files, memory-mapped."""
-        return self._columns[name]
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The files by name, memory-mapped."""
+        return self._columns
 
     def num_steps(self, epochs: int) -> int:
         """Number of steps; `epochs` must be the number they were packed for."""
@@ -232,4 +233,5 @@ def _load(path: Path) -> dict[str, Any]:
     manifest = read_manifest(file, FORMAT, (VERSION,), command="pack", remedy=REMEDY)
     if manifest_digest(manifest) != manifest.get("sha256"):
         raise InputError(f"{file} is damaged or was changed: its SHA-256 differs: {REMEDY}")
+    check_keys(manifest, file)
     return manifest

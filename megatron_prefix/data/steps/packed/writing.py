@@ -19,7 +19,6 @@ import numpy as np
 from megatron_prefix.data.files import ColumnWriter, file_entry, manifest_digest
 from megatron_prefix.data.steps.compositions import PartBatches, RowBatches, StepSettings
 from megatron_prefix.data.steps.packed.reading import (
-    COLUMNS,
     FORMAT,
     MANIFEST,
     VERSION,
@@ -27,6 +26,7 @@ from megatron_prefix.data.steps.packed.reading import (
     files_seen,
     is_packed_steps,
 )
+from megatron_prefix.data.steps.packed.structure import COLUMNS
 from megatron_prefix.data.steps.packing import pack
 from megatron_prefix.data.steps.sharing import all_bundles, all_parts, group_firsts
 from megatron_prefix.data.store import PreferenceDataset
@@ -105,6 +105,12 @@ class BundleLengths:
         """Tokens of the bundles of `groups` that an earlier part of the same bundle has too."""
         return int(self._repeated[self._index(groups)].sum())
 
+    def num_of(self, groups: np.ndarray) -> np.ndarray:
+        """Number of bundles of each of `groups`."""
+        if self.firsts is None:
+            return np.ones(len(groups), np.int64)
+        return self.firsts[groups + 1] - self.firsts[groups]
+
     def of(self, groups: np.ndarray) -> np.ndarray:
         """Lengths of the bundles of `groups`, one group after another."""
         return self.tokens[self._index(groups)]
@@ -117,7 +123,7 @@ class BundleLengths:
         """
         if self.firsts is None:
             return groups
-        starts, counts = self.firsts[groups], self.firsts[groups + 1] - self.firsts[groups]
+        starts, counts = self.firsts[groups], self.num_of(groups)
         shift = np.cumsum(counts) - counts
         return np.arange(int(counts.sum())) + np.repeat(starts - shift, counts)
 
@@ -249,12 +255,18 @@ class Tally:
 
     def add(self, tokens: np.ndarray, offsets: np.ndarray) -> None:
         """Add one step: the lengths of its bundles, row after row."""
+        self.add_rows(np.add.reduceat(tokens, offsets[:-1]), np.zeros(1, np.int64))
+
+    def add_rows(self, rows: np.ndarray, first_rows: np.ndarray) -> None:
+        """Add steps: the tokens of their rows, and the number of each step's first row."""
         # Bundles [6 | 1 1]: rows of 6 and 2 tokens; the longest over the mean is 6 * 2 / 8 = 1.5.
-        rows = np.add.reduceat(tokens, offsets[:-1])
-        total = int(rows.sum())
-        self._tokens, self._rows = self._tokens + total, self._rows + len(rows)
-        self._unevenness += int(rows.max()) * len(rows) / total
-        self._steps += 1
+        totals = np.add.reduceat(rows, first_rows)
+        longest = np.maximum.reduceat(rows, first_rows)
+        counts = np.diff(np.append(first_rows, len(rows)))
+        for ratio in (longest * counts / totals).tolist():  # in the order of steps: the same sum
+            self._unevenness += ratio
+        self._tokens, self._rows = self._tokens + int(totals.sum()), self._rows + len(rows)
+        self._steps += len(totals)
 
     def summary(self) -> dict[str, Any]:
         return {

@@ -1,19 +1,20 @@
 """Checks of a data set: its checksums, its columns, its groups."""
 
 from megatron_prefix.data.store.verify.checks import (
-    sound_spans,
+    check_structure,
+    refuse_foreign_tokens,
     verify_checksums,
     verify_dataset,
-    verify_group,
-    verify_offsets,
+    verify_tokens,
 )
-from megatron_prefix.data.store.verify.spans import Span
+from megatron_prefix.data.store.verify.spans import Span, all_spans
 
 __all__ = [
     "Span",
-    "sound_spans",
+    "all_spans",
+    "check_structure",
+    "refuse_foreign_tokens",
     "verify_checksums",
     "verify_dataset",
-    "verify_group",
-    "verify_offsets",
+    "verify_tokens",
 ]

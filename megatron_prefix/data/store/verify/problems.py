@@ -1,7 +1,8 @@
 """Problems of the groups of a span, found by whole columns.
 
-Each check yields (group of the span, the problem), at most one per kind. Shape suffixes: G groups,
-M nodes, R responses, P pairs of the span.
+Each check yields (group of the span, the problem), at most one per kind. All of them together take
+about as long as the columns take to read. Shape suffixes: G groups, M nodes, R responses, P pairs
+of the span.
 """
 
 from __future__ import annotations
@@ -28,16 +29,14 @@ def column_problems(span: Span) -> Iterator[Problem]:
 
 def _value_problems(span: Span) -> Iterator[Problem]:
     """Entries that break the rule of their column, where each can be judged alone."""
-    groups = {
-        "node": span.group_of_node,
-        "response": span.group_of_response,
-        "pair": span.group_of_pair,
-    }
     for name, values in span.block.columns.items():
         about, kind = column(name), name.split("_")[0]
-        if about.holds is not None:
+        if about.holds is None:
+            continue
+        holds = about.holds(values)
+        if not holds.all():
             text = f"{name} of {kind} {{n}} is not as it must be: {about.rule}"
-            yield from _first(~about.holds(values), groups[kind], text)
+            yield from _first(~holds, getattr(span, f"group_of_{kind}"), text)
 
 
 def _first(bad: np.ndarray, groups: np.ndarray, text: str) -> Iterator[Problem]:
@@ -55,36 +54,42 @@ def _pointing_problems(span: Span) -> Iterator[Problem]:
         ("pair_responses", span.group_of_pair, "group_responses"),
     ):
         values = span[name].reshape(len(group), 2 if name == "pair_responses" else 1)
-        bad = (values < 0) | (values >= span[limit][group][:, None])
-        yield from _first(bad.any(axis=1), group, f"{name} points outside the group")
+        # As unsigned numbers, those below 0 are the largest: [-1 0 2] -> [4294967295 0 2].
+        most = span[limit].astype(np.uint32)[group]
+        bad = values.view(np.uint32) >= most[:, None]
+        if bad.any():
+            yield from _first(bad.any(axis=1), group, f"{name} points outside the group")
 
 
 def shape_problems(span: Span) -> Iterator[Problem]:
     """Nodes that are not in depth-first pre-order.
 
-    They are in pre-order if depth grows by at most 1 from each node to the next, and if the
-    parent of a node is the last node before it that is one level higher:
+    They are in pre-order if the parent of each node is the node before it, or one above that:
 
-        depths  [1  2 3 3 2]
-        parents [-1 0 1 1 0]
+        parents [-1 0 1 1 0]     node 4: before it 3, above that 1, above that 0, its parent
 
-    That last node is found for all nodes at once: sort keys of (depth, node), and look up (depth
-    - 1, node). With base = M + 1 = 6 the keys, depth * 6 + node, are [6 13 20 21 16], sorted
-    [6 13 16 20 21]. Node 3 has depth 3 and looks up 2 * 6 + 3 = 15: the key before it is 13,
-    which is depth 2, node 1.
+    All nodes climb at once from the node before them, until they meet their parent, or have gone
+    past it. Together they climb at most M times, because a node that was left is not met again.
     """
-    group, parents = span.group_of_node, span.parents
-    node, local = np.arange(len(group)), span["node_parents"]
-    yield from _first(local < -1, group, "node {n} has a parent below -1")
+    group, parents, local = span.group_of_node, span.parents, span["node_parents"]
+    if local.min(initial=0) < -1:
+        yield from _first(local < -1, group, "node {n} has a parent below -1")
     late = "node {n} does not follow its parent"
-    yield from _first(parents >= node, group, late)
-    depths = span.depths
-    base = len(node) + 1
-    keys = np.sort(depths * base + node)
-    before = np.searchsorted(keys, (depths - 1) * base + node) - 1
-    nearest = np.where(depths > 1, keys[before] - (depths - 1) * base, -1)
-    leaps = np.diff(depths, prepend=0) > 1
-    yield from _first((nearest != parents) | leaps, group, late)
+    node = np.arange(len(group))
+    after = parents >= node
+    if after.any():
+        yield from _first(after, group, late)
+    node = np.flatnonzero(parents >= 0)
+    target, above = parents[node], node - 1
+    while len(node):
+        past = above < target
+        if past.any():
+            is_late = np.zeros(len(group), bool)
+            is_late[node[past]] = True
+            yield from _first(is_late, group, late)
+            return
+        left = np.flatnonzero(above != target)
+        node, target, above = node[left], target[left], parents[above[left]]
 
 
 def token_problems(span: Span) -> Iterator[Problem]:
@@ -108,26 +113,39 @@ def token_problems(span: Span) -> Iterator[Problem]:
 
 
 def _response_problems(span: Span) -> Iterator[Problem]:
-    group, lengths = span.group_of_response, span.lengths
+    group = span.group_of_response
     first, last = span.own_nodes("first"), span.own_nodes("last")
     # All responses climb at once from their last node, each until it is no longer after `first`.
     # It is then at `first`, unless `first` is not on its path.
-    node = last.copy()
-    while (climbing := node > first).any():
-        node[climbing] = span.parents[node[climbing]]
-    yield from _first(node != first, group, "response {n} begins off its own path")
-    prompts = span.ends[first] - lengths[first]
+    number, node, top = np.arange(len(last)), last, first
+    while True:
+        past = node < top
+        if past.any():
+            is_off = np.zeros(len(last), bool)
+            is_off[number[past]] = True
+            yield from _first(is_off, group, "response {n} begins off its own path")
+            return
+        left = np.flatnonzero(node > top)
+        if not len(left):
+            break
+        number, node, top = number[left], span.parents[node[left]], top[left]
+    prompts = span.ends[first] - span.lengths[first]
     for name, values in (("lengths", span.ends[last]), ("prompts", prompts)):
         bad = span[f"response_{name}"] != values
-        yield from _first(bad, group, f"response_{name} differ from the paths at {{n}}")
-    yield from _first(prompts < 1, group, "response {n} has no prompt token")
+        if bad.any():
+            yield from _first(bad, group, f"response_{name} differ from the paths at {{n}}")
+    if prompts.min(initial=1) < 1:
+        yield from _first(prompts < 1, group, "response {n} has no prompt token")
 
 
 def _pair_problems(span: Span) -> Iterator[Problem]:
     group = span.group_of_pair
-    first_response = starts(span["group_responses"])[group]
-    chosen, rejected = span["pair_responses"].T + first_response
-    yield from _first(chosen == rejected, group, "pair {n} compares a response with itself")
-    sets = span["response_sets"]
-    apart = sets[chosen] != sets[rejected]
-    yield from _first(apart, group, "pair {n} takes its responses from two comparison sets")
+    chosen, rejected = span["pair_responses"].T
+    same = chosen == rejected
+    if same.any():
+        yield from _first(same, group, "pair {n} compares a response with itself")
+    first_response, sets = starts(span["group_responses"])[group], span["response_sets"]
+    apart = sets[chosen + first_response] != sets[rejected + first_response]
+    if apart.any():
+        text = "pair {n} takes its responses from two comparison sets"
+        yield from _first(apart, group, text)

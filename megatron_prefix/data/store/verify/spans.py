@@ -1,6 +1,6 @@
 """Spans: a data set in parts of many groups, so that reading all of it takes little memory.
 
-    for span in spans(dataset):
+    for span in all_spans(dataset):
         span["node_parents"]       # of groups span.start to span.stop
 
 A span has about NODES nodes and at least one group. On disk, nodes and responses are numbered
@@ -17,9 +17,9 @@ from functools import cached_property
 import numpy as np
 
 from megatron_prefix.data.store.blocks import Block, node_ends, starts
-from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.mapped import MappedFiles
 
-NODES = 1 << 18
+NODES = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,11 @@ class Span:
     def lengths(self) -> np.ndarray:
         """Tokens of each node, int64 [M]."""
         return self.block.node_lengths.astype(np.int64)
+
+    @cached_property
+    def group_of_group(self) -> np.ndarray:
+        """Each group, counted from the span's first, [G]."""
+        return np.arange(self.stop - self.start)
 
     @cached_property
     def group_of_node(self) -> np.ndarray:
@@ -92,7 +97,7 @@ class Span:
         return np.add.reduceat(values, starts(self[f"group_{of}"]))
 
 
-def spans(dataset: PreferenceDataset, nodes: int = NODES) -> Iterator[Span]:
+def all_spans(dataset: MappedFiles, nodes: int = NODES) -> Iterator[Span]:
     """All groups in order, in spans of about `nodes` nodes."""
     offsets, start = dataset.group_nodes, 0
     while start < len(dataset):

@@ -18,7 +18,7 @@ from megatron_prefix.data.steps.sharing import Bundle
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.statistics import Histogram
 from megatron_prefix.data.store.verify import spans as spans_module
-from megatron_prefix.data.store.verify.spans import spans
+from megatron_prefix.data.store.verify.spans import all_spans
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def dataset(tmp_path):
 
 @pytest.mark.parametrize("nodes", [1, 40, 10**6])
 def test_the_work_of_a_span_is_that_of_its_groups(dataset, nodes):
-    works = [span_work(span) for span in spans(dataset, nodes)]
+    works = [span_work(span) for span in all_spans(dataset, nodes)]
     area, logit_tokens = (np.concatenate(part).tolist() for part in zip(*works, strict=True))
     for group in range(len(dataset)):
         work = bundle_work(dataset, Bundle(group, 0, 0), "tree")
@@ -39,7 +39,7 @@ def test_the_work_of_a_span_is_that_of_its_groups(dataset, nodes):
 
 @pytest.mark.parametrize("nodes", [1, 10**6])
 def test_shapes_ratios_and_costs_against_trees(dataset, monkeypatch, nodes):
-    monkeypatch.setattr(spans_module.spans, "__defaults__", (nodes,))
+    monkeypatch.setattr(spans_module.all_spans, "__defaults__", (nodes,))
     shapes = survey(dataset)
     trees = [dataset[group] for group in range(len(dataset))]
     depth = Counter(max(len(tree.path(n)) for n in range(tree.num_nodes)) for tree in trees)

@@ -193,10 +193,12 @@ def test_a_flipped_bit_is_seen_by_the_checksums(prefix, name):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    dataset = PreferenceDataset(prefix)
+    dataset = PreferenceDataset(prefix, check=False)
     for check in (verify_checksums, verify_dataset):
         with pytest.raises(InputError, match=re.escape(f"{path} is damaged")):
             check(dataset)
+    with pytest.raises(InputError, match=re.escape(f"{path} is damaged")):
+        PreferenceDataset.verified(prefix)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,11 @@ def test_a_manifest_that_does_not_fit_is_seen_on_opening(prefix, change, message
 def test_manifests_that_are_not_json_or_have_a_wrong_fingerprint(prefix):
     edit_manifest(prefix, lambda m: m.update(fingerprint="0" * 64))
     with pytest.raises(InputError, match="fingerprint is wrong"):
-        verify_dataset(PreferenceDataset(prefix))
+        PreferenceDataset(prefix)
+    manifest = suffix_path(prefix, ".json")
+    manifest.write_text(manifest.read_text().replace('"options": {}', '"options": {"a": 1}'))
+    with pytest.raises(InputError, match="its SHA-256 differs"):
+        PreferenceDataset(prefix)
     suffix_path(prefix, ".json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         PreferenceDataset(prefix)
@@ -230,7 +236,7 @@ def test_manifests_that_are_not_json_or_have_a_wrong_fingerprint(prefix):
 def test_columns_with_pickled_objects_are_not_loaded(prefix):
     path = suffix_path(prefix, ".tree/pair_weights.npy")
     np.save(path, np.array([print] * 21, object), allow_pickle=True)
-    edit_manifest(prefix, lambda m: m["files"][".tree/pair_weights.npy"].update(file_entry(path)))
+    seal_file(prefix, ".tree/pair_weights.npy")
     with pytest.raises(InputError, match="pair_weights.npy cannot be read"):
         PreferenceDataset(prefix)
 
@@ -263,7 +269,9 @@ def test_columns_with_pickled_objects_are_not_loaded(prefix):
 def test_a_wrong_layout_is_seen_though_checksums_fit(prefix, name, at, value, message):
     damage(prefix, name, at, value)
     with pytest.raises(InputError, match=message):
-        verify_dataset(PreferenceDataset(prefix))
+        PreferenceDataset(prefix)
+    with pytest.raises(InputError, match=message):
+        verify_dataset(PreferenceDataset(prefix, check=False))
 
 
 def seal_file(prefix, suffix):
