@@ -19,7 +19,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
     -q -n $(JOBS) --dist loadfile
 
-.PHONY: install quickstart test test-sample test-all test-gpu gpu-check lint mutants clean \
+.PHONY: install quickstart test test-sample test-all test-gpu gpu-check lint mutants fuzz clean \
     bench bench-sets bench-steps bench-data
 
 install: $(VENV)/.installed
@@ -48,6 +48,11 @@ test-all: install
 
 mutants: install
 	$(BIN)/python tools/mutants.py
+
+# Damaged and forged files of every kind: SECONDS=600, or CASES=10000 SEED=7.
+fuzz: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tools/fuzz.py \
+	    $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),600)) $(if $(SEED),--seed $(SEED))
 
 test-gpu: install
 	$(PYTEST) -n 0 -m gpu -rs tests/gpu

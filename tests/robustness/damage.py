@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -65,14 +66,8 @@ ODD = (
 )
 
 
-def change_json(rng: random.Random, data: bytearray) -> bytearray:
-    """Another value, a key missing or renamed, two values swapped, somewhere in a JSON text."""
-    lines = bytes(data).splitlines(keepends=True) if data[:1] == b"{" else [bytes(data)]
-    number = rng.randrange(len(lines))
-    try:
-        value = json.loads(lines[number])
-    except ValueError:
-        lines, number, value = [b""], 0, json.loads(data)
+def odd_values(rng: random.Random, value: dict) -> None:
+    """Another value, a key missing or renamed, two values swapped, somewhere in a JSON value."""
     places = list(_places(value))
     owner, key = rng.choice(places)
     change = rng.randrange(4)
@@ -85,7 +80,20 @@ def change_json(rng: random.Random, data: bytearray) -> bytearray:
         if not _inside(owner[key], second) and not _inside(second[at], owner):
             owner[key], second[at] = second[at], owner[key]
     else:
-        owner[key] = rng.choice(ODD)
+        owner[key] = copy.deepcopy(rng.choice(ODD))
+
+
+def change_json(rng: random.Random, data: bytearray) -> bytearray:
+    """`odd_values` of a JSON text, or of one of its lines."""
+    lines = bytes(data).splitlines(keepends=True) if data[:1] == b"{" else [bytes(data)]
+    number = rng.randrange(len(lines))
+    try:
+        value = json.loads(lines[number])
+    except ValueError:
+        value = None
+    if not isinstance(value, dict | list):  # a line of a text over many lines, such as "0,"
+        lines, number, value = [b""], 0, json.loads(data)
+    odd_values(rng, value)
     lines[number] = json.dumps(value).encode() + b"\n"
     return bytearray(b"".join(lines))
 

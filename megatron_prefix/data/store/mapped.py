@@ -115,8 +115,11 @@ class MappedFiles:
         if head[:9] != MAGIC or sizes != expected or DTYPES.get(head[17]) != dtype:
             raise InputError(f"{path} is not the index that its manifest describes: build it again")
         nodes, at = counts["nodes"], HEADER
-        layout = (("node_lengths", np.int32, nodes), ("node_pointers", np.int64, nodes))
-        layout = (*layout, ("documents", np.int64, counts["groups"] + 1))
+        layout: tuple[tuple[str, type[np.generic], int], ...] = (
+            ("node_lengths", np.int32, nodes),
+            ("node_pointers", np.int64, nodes),
+            ("documents", np.int64, counts["groups"] + 1),
+        )
         expected_size = HEADER + sum(np.dtype(kind).itemsize * n for _, kind, n in layout)
         if path.stat().st_size != expected_size:
             raise InputError(
