@@ -154,6 +154,34 @@ def test_one_form_too_many_is_refused_and_never_computed_densely(once, monkeypat
         attend(torch.float32)  # what is compiled goes on
 
 
+@pytest.mark.parametrize(
+    ("kind", "window", "softcap", "has_sinks"),
+    [
+        ("whole", 20, None, False),
+        ("whole", None, 1.5, True),
+        ("compact", 20, 1.5, True),
+        ("compact", 1, None, True),
+    ],
+)
+def test_windows_soft_caps_and_sinks(once, monkeypatch, kind, window, softcap, has_sinks):
+    """In float64, without C++: the graph is run as it was traced."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **how, backend="eager"))
+    layout = long_forest(3)
+    own = some_rows(layout, np.random.default_rng(3)) if kind == "compact" else None
+    held = needed_tokens(layout, own, window) if kind == "compact" else None
+    plan = TreePlan(layout, "cpu", own, held).windowed(window)
+    q, _, _, _ = random_heads(plan.num_queries, 4, 2, 16)
+    _, k, v, _ = random_heads(plan.num_keys, 4, 2, 16, seed=9)
+    q, k, v = (x.detach() for x in (q, k, v))
+    sinks = torch.linspace(-1, 2, 4, dtype=torch.float64) if has_sinks else None
+    with torch.no_grad():
+        scoring = Scoring(0.25, softcap, sinks)
+        out = flex_tree_attention(q, k, v, plan_block_mask(plan), scoring)
+        expected = tree_attention(q, k, v, plan, "dense", 0.25, softcap=softcap, sinks=sinks)
+    assert (out - expected).abs().max() <= 1e-12
+
+
 def test_empty_row_and_training_on_cpu():
     layout = TreeLayout.concat([])
     q, k, v, _ = random_heads(0)
