@@ -62,14 +62,11 @@ def attend(module, query, key, value, mask, *, tree_row=None, scaling=None, drop
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **rest
         )
-    longest = tree_row.plan.path.max_seqlen_kv
-    if dropout or (rest.get("sliding_window") or longest) < longest:
-        raise ValueError(
-            f"attention_dropout {dropout} and sliding_window {rest.get('sliding_window')} do not "
-            f"fit rows with paths of {longest} tokens: train without both"
-        )
+    if dropout:
+        raise ValueError(f"attention_dropout {dropout}: tree attention has none; set it to 0")
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    return mp.tree_attention(q, k, v, tree_row.plan, scale=scaling)[None], None
+    window = rest.get("sliding_window")
+    return mp.tree_attention(q, k, v, tree_row.plan, scale=scaling, window=window)[None], None
 
 
 def before(model, args, kwargs):

@@ -146,18 +146,20 @@ def test_adapters_are_refused(hf, tmp_path):
         PrefixDPOTrainer(load(hf, "lm"), args=arguments(tmp_path), peft_config=object())
 
 
-def test_a_window_shorter_than_a_path_is_refused():
+def test_windows_are_passed_on_and_dropout_is_refused():
     from trl_prefix_dpo import Row, attend
 
     import megatron_prefix as mp
 
-    plan = mp.TreePlan(mp.TreeLayout.from_parents([4], [-1]), "cpu")
-    q = torch.randn(1, 2, 4, 8)
+    plan = mp.TreePlan(mp.TreeLayout.from_parents([4, 2, 3], [-1, 0, 0]), "cpu")
+    q = torch.randn(1, 2, 9, 8)
     row = Row({}, plan, q, q)
-    attend(None, q, q, q, None, tree_row=row, sliding_window=4)
-    for change in ({"sliding_window": 3}, {"dropout": 0.1}):
-        with pytest.raises(ValueError, match="paths of 4 tokens"):
-            attend(None, q, q, q, None, tree_row=row, **change)
+    ours, _ = attend(None, q, q, q, None, tree_row=row, sliding_window=3)
+    heads = q[0].transpose(0, 1)
+    expected = mp.tree_attention(heads, heads, heads, plan.layout, backend="dense", window=3)
+    assert (ours[0] - expected).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="attention_dropout 0.1: .* set it to 0"):
+        attend(None, q, q, q, None, tree_row=row, dropout=0.1)
 
 
 def test_a_broken_mask_is_told_from_it(hf, pairs, tmp_path):
