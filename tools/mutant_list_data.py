@@ -300,4 +300,11 @@ DATA_MUTANTS = (
         "if False:",
         "unit/data/tokenize/test_tool_arguments.py",
     ),
+    Mutant(
+        "scores counted in place of attributes",
+        "data/steps/denominators.py",
+        "labels = dataset.response_attributes if with_attributes else dataset.response_scores",
+        "labels = dataset.response_scores",
+        "numerics/test_reward_attributes.py",
+    ),
 )

@@ -154,7 +154,7 @@ def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[t
 
 
 def _weight_map(model: HFModel) -> WeightMap:
-    return WeightMap(model.sizes, model.vocab_size, model.kind)
+    return WeightMap(model.sizes, model.vocab_size, model.kind, model.num_labels)
 
 
 def _summary(dtypes: dict[str, torch.dtype], weights: WeightMap, companions: list) -> Converted:

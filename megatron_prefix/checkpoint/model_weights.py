@@ -125,6 +125,7 @@ def model_sizes(chunks: list[torch.nn.Module]) -> dict:
         "qk_layernorm": config.qk_layernorm,
         "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
         **_expert_sizes(config),
+        **({"num_labels": config.num_labels} if config.num_labels > 1 else {}),
     }
 
 

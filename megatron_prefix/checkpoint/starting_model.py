@@ -63,6 +63,12 @@ class StartingModel:
     lora: LoraConfig | None = None
     adapter: StartingAdapter | None = None
 
+    @property
+    def draws_rewards(self) -> bool:
+        """Whether a reward model starts from a head that is drawn."""
+        is_drawn = self.config.hf is None and self.config.checkpoint is None
+        return self.config.kind == "reward" and (self.draws_head or is_drawn)
+
     def transformer_config(
         self, seed: int, parallel: ParallelConfig | None = None
     ) -> TreeTransformerConfig:
@@ -172,6 +178,12 @@ def resolve_starting_model(
         vocab_size, draws_head = datasets[0].vocab_size, _draws_head(model, None)
     else:
         draws_head = _draws_head(model, source.kind)
+        if not draws_head and source.num_labels != model.num_labels:
+            raise InputError(
+                f"{source.source}: a sequence classifier with {source.num_labels} labels, and "
+                f"model.num_labels is {model.num_labels}: set model.num_labels: "
+                f"{source.num_labels}"
+            )
         if sizes is not None:
             _check_same_sizes(model, sizes, source)
         sizes, vocab_size = source.sizes, source.vocab_size

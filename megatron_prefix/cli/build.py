@@ -103,6 +103,17 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         "the build",
     )
 
+    parser.add_argument(
+        "--attributes",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="fields of each response of a list (or columns of records with a label) that hold a "
+        "score, for a reward model with one score each (model.num_labels); a missing one is "
+        "unknown",
+    )
+
 
 def _add_tokens(parser: argparse.ArgumentParser) -> None:
     """Flags for the tokenizer and the lengths."""
@@ -220,6 +231,7 @@ def run(args: argparse.Namespace) -> None:
         format=args.format,
         columns=parse_columns(args.map),
         ignored=tuple(dict.fromkeys(args.ignore_columns)),
+        attributes=tuple(args.attributes),
         split=args.split,
         parse_special=args.parse_special,
         merge_prompts=args.merge_prompts,

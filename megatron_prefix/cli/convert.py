@@ -17,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="Hugging Face safetensors <-> a distributed checkpoint",
         description="Convert Llama, Mistral, Qwen2 and Qwen3 models, one tensor at a time. Every "
         "tensor keeps its precision; configuration and tokenizer are copied, too. Reward models "
-        "are AutoModelForSequenceClassification with num_labels=1.",
+        "are AutoModelForSequenceClassification.",
     )
     directions = parser.add_subparsers(dest="direction", metavar="import|export", required=True)
     inward = directions.add_parser("import", help="Hugging Face -> checkpoint")

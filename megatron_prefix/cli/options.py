@@ -43,7 +43,7 @@ def read_config(args: argparse.Namespace) -> Config:
 
     config = load_config(args.config, args.overrides, tell)
     try:
-        check(config.loss, config.model.kind)
+        check(config.loss, config.model.kind, num_labels=config.model.num_labels)
     except InputError as error:
         raise InputError(f"{args.config}: {error}") from None
     return config

@@ -143,7 +143,9 @@ def _from_config(args: argparse.Namespace) -> Request:
     data = config.data
     if not data.packing:
         raise InputError(f"{args.config}: data.packing is false, so there are no rows to plan")
-    settings = plan_settings(config, check(config.loss, config.model.kind))
+    settings = plan_settings(
+        config, check(config.loss, config.model.kind, num_labels=config.model.num_labels)
+    )
     return [item.prefix for item in data.train_sets], settings, config.train.steps
 
 

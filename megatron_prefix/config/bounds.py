@@ -20,6 +20,8 @@ LEAST_FLOAT = 1.2e-38
 """Just above the least float32 of full precision: a smaller number may become 0."""
 
 Switch = Annotated[bool, Field(strict=True)]
+Labels = Annotated[int, Field(strict=True, ge=1, le=64)]
+"""Scores of a reward model."""
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 """Tokens."""

@@ -59,6 +59,7 @@ def _is_weight(value: Any) -> bool:
 LARGEST = 1e9
 """Largest weight of a reference."""
 LossTypes = Annotated[str | list[str], PlainValidator(_loss_types)]
+Attribute = Annotated[int, Field(strict=True, ge=0, lt=64)]
 ReferenceWeights = Annotated[str | list[float], PlainValidator(_reference_weights)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 
@@ -128,6 +129,9 @@ class LossConfig:
     """For `infonca` and `nca`: what the data's scores are divided by; 1 if not given."""
     comparisons: Literal["all", "best_vs_rest", "best_vs_worst", "adjacent"] | None = None
     """Which pairs of a ranked set enter, by levels of rank; `all` if not given."""
+    attribute: Attribute | None = None
+    """With `model.num_labels` above 1: the attribute that rewards, pairs and accuracies are
+    about, counted from 0; the first if not given."""
     margin: Switch | None = None
     """The chosen reward has to exceed the rejected one by the pair's own margin, which every
     pair of the data sets must have."""

@@ -21,6 +21,7 @@ from megatron_prefix.config.bounds import (
     Epsilon,
     Factor,
     Heads,
+    Labels,
     Layers,
     NoneOrHeads,
     NoneOrWidth,
@@ -143,6 +144,8 @@ class ModelConfig:
     kind: Literal["lm", "reward"] = "lm"
     """`lm`: a language model, trained as a policy; `reward`: a scalar head on each response's
     last token. A reward model may start from a language model; its head is then drawn."""
+    num_labels: Labels = 1
+    """Scores that a reward model gives each response, one for each attribute of the data."""
     hf: PathText | None = None
     """Hugging Face model (directory or id) that gives sizes and weights to policy and
     reference: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE. No size may be given with it."""

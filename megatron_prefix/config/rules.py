@@ -137,6 +137,11 @@ def _size_faults(raw: object) -> Iterator[str]:
 
 
 def _model_faults(model: ModelConfig) -> Iterator[str]:
+    if model.num_labels > 1 and model.kind == "lm":
+        yield (
+            f"model.num_labels = {model.num_labels}: scores of a reward model, and model.kind is "
+            "lm: set model.kind: reward, or remove it"
+        )
     if model.rope_scaling is not None:
         yield from model.rope_scaling.faults()
     if model.flash_version != "auto" and model.attention_backend != "flash":
@@ -167,6 +172,12 @@ def _model_faults(model: ModelConfig) -> Iterator[str]:
 
 
 def _run_faults(config: Config) -> Iterator[str]:
+    if config.model.num_labels > 1 and config.data.oversized == "split":
+        yield (
+            f"data.oversized = split with model.num_labels = {config.model.num_labels}: scores of "
+            "several attributes are not gathered over parts: set data.oversized: error and a "
+            "data.row_capacity for the largest group, or model.num_labels: 1"
+        )
     train = config.train
     yield from _reference_faults(config)
     if (train.steps is None) == (train.epochs is None):

@@ -43,6 +43,8 @@ class ResponsePath:
     set_id: int = 0
     rank: int = UNRANKED
     score: float = float("nan")
+    attributes: tuple[float, ...] = ()
+    """A score for each attribute that the data set has; NaN if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)

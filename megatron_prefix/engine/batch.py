@@ -33,9 +33,10 @@ class TrainBatch:
     float64 [P, 2] are None if there is no reference; with several `references` they are those of
     the anchor. With `parts.heads`, head_order and
     head_offsets [2P + 1] are like those of responses, for the first tokens of each side of a pair.
-    slopes are, in the second pass over a step, the slope of the step's loss for each value of
-    `response_scores`, float64; else None. With `params.share`, tokens and targets are those that
-    this rank owns; responses, pairs and sets are always the whole row's.
+    attributes float64 [R, A] and attribute_names are as in MicroBatch. slopes are, in the second
+    pass over a step, the slope of the step's loss for each value of `response_scores`, float64;
+    else None. With `params.share`, tokens and targets are those that this rank owns; responses,
+    pairs and sets are always the whole row's.
     """
 
     tokens: Tensor
@@ -59,6 +60,8 @@ class TrainBatch:
     ref_logps: Tensor | None = None
     ref_heads: Tensor | None = None
     references: ReferenceColumns | None = None
+    attributes: Tensor | None = None
+    attribute_names: tuple[str, ...] = ()
     slopes: Tensor | None = None
 
     def with_slopes(self, slopes: Tensor) -> TrainBatch:
@@ -123,6 +126,9 @@ class TrainBatch:
             heads=heads,
             ref_heads=self.ref_heads,
             references=self.references,
+            attribute_scores=self.parts.attribute_scores(vector, len(self.response_tokens)),
+            attributes=self.attributes,
+            attribute_names=self.attribute_names,
             alignments=alignments,
         )
 
@@ -188,6 +194,8 @@ def to_device(
         is_divided=batch.is_divided,
         pair_betas=None if batch.pair_betas is None else tensor(batch.pair_betas),
         parts=parts,
+        attributes=None if batch.attributes is None else tensor(batch.attributes),
+        attribute_names=batch.attribute_names,
         head_order=None if heads is None else tensor(heads[0]),
         head_offsets=None if heads is None else tensor(heads[1]),
     )

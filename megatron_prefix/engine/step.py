@@ -70,10 +70,17 @@ def _forward(
 def response_scores(token_logps: Tensor, batch: TrainBatch) -> Tensor:
     """Log-probability of each response of the row, float64 [R], or a reward model's score of it,
     and what `batch.parts` adds, in one vector; summed over the context-parallel ranks that share
-    the row. `token_logps` is [N], or [lines, N] with the targets' collisions or scales (logps.py).
+    the row. `token_logps` is [N], or [lines, N] with the targets' collisions or scales (logps.py),
+    or with a line for each attribute (heads.py).
     """
-    logps = token_logps[0] if token_logps.dim() > 1 else token_logps
+    parts = batch.parts
+    logps = token_logps[parts.attribute] if token_logps.dim() > 1 else token_logps
     columns = [response_logps(logps, batch.response_order, batch.response_offsets)]
+    if parts.num_labels > 1:
+        columns += [
+            response_logps(line, batch.response_order, batch.response_offsets)
+            for line in token_logps[: parts.num_labels]
+        ]
     if batch.head_order is not None and batch.head_offsets is not None:
         columns.append(response_logps(logps, batch.head_order, batch.head_offsets))
     if batch.parts.alignments:

@@ -37,8 +37,11 @@ ADAM_BYTES = {"float32": 8, "bfloat16": 12}
 """Both moments in float32, and float32 weights if the model's own are bfloat16."""
 
 
-def parameter_counts(sizes: ModelSizes, vocab_size: int, kind: str = "lm") -> dict[str, int]:
-    """Parameters of the whole model by component, the vocabulary unpadded; `kind` is the model's.
+def parameter_counts(
+    sizes: ModelSizes, vocab_size: int, kind: str = "lm", num_labels: int = 1
+) -> dict[str, int]:
+    """Parameters of the whole model by component, the vocabulary unpadded; `kind` and
+    `num_labels` are the model's.
 
     Llama-3-8B with a vocabulary of 128,256: their sum is 8,030,261,248.
     """
@@ -59,7 +62,7 @@ def parameter_counts(sizes: ModelSizes, vocab_size: int, kind: str = "lm") -> di
         counts["feed_forward"] = layers * 3 * width * sizes.ffn_hidden_size
     counts["norms"] = layers * norms + width
     if kind == "reward":
-        counts["head"] = width
+        counts["head"] = num_labels * width
     else:
         counts["head"] = vocab_size * width if sizes.untie_embeddings_and_output_weights else 0
     return counts
@@ -91,7 +94,7 @@ def rank_parameters(
     """
     tensor, width = parallel.tensor_model_parallel_size, sizes.hidden_size
     layers = stage_layers(sizes.num_layers, parallel)[stage]
-    whole = parameter_counts(sizes, vocab_size, model.kind)
+    whole = parameter_counts(sizes, vocab_size, model.kind, model.num_labels)
     share = layers / sizes.num_layers  # all layers have the same size
     dense = round(share * (whole["attention"] + whole.get("feed_forward", 0))) // tensor
     # whole["norms"] has the norm after the last layer too, which only the last stage has
@@ -105,7 +108,7 @@ def rank_parameters(
     if stage == num_stages - 1:
         dense += width  # the norm after the last layer
         if model.kind == "reward":
-            dense += width
+            dense += model.num_labels * width
         elif not is_tied or num_stages > 1:
             dense += vocabulary
     return dense, experts // (tensor * parallel.expert_model_parallel_size)

@@ -47,7 +47,7 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
     """Everything that `plan` prints, ready for JSON; `world_size` is by default the smallest number
     of processes that the layout takes. Raises InputError if the layout divides neither the model
     nor `world_size`."""
-    objective = check(config.loss, config.model.kind)
+    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
     if config.lora is not None:
         raise InputError(
             "plan counts the training of all weights, not yet of adapters: remove the lora section "
@@ -88,7 +88,9 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
     if row_tokens is None:
         missing.append("data.row_capacity is not set: only the data tells the longest row")
     if model is not None and model.vocab_size is not None:
-        plan["parameters"] = parameter_counts(model.sizes, model.vocab_size, config.model.kind)
+        plan["parameters"] = parameter_counts(
+            model.sizes, model.vocab_size, config.model.kind, config.model.num_labels
+        )
         if row_tokens is not None:
             plan["memory"] = _memory(
                 config, objective, model.sizes, model.vocab_size, world_size, row_tokens, rows
@@ -208,7 +210,7 @@ def _data(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[st
 
 def _modes(config: Config) -> dict[str, str]:
     """The sharing modes that the run may have, each with the one in which its rows are laid out."""
-    objective = check(config.loss, config.model.kind)
+    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
     modes = [x for x in SHARING_MODES if not (objective.needs_sets and x == "pair")]
     return {mode: run_sharing(objective, mode) for mode in modes}
 

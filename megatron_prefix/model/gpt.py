@@ -55,6 +55,8 @@ class TreeTransformerConfig(TransformerConfig):
 
     kind: str = "lm"
     """`lm` or `reward`, as config.ModelConfig has it."""
+    num_labels: int = 1
+    """Scores that a reward model gives each response."""
     vocab_size: int = 0
     """Tokens of the tokenizer's vocabulary; the embedding may be padded beyond them."""
     make_vocab_size_divisible_by: int = 64

@@ -1,11 +1,12 @@
-"""The reward model: Megatron-Core's GPT with one number in place of next-token probabilities.
+"""The reward model: Megatron-Core's GPT with scores in place of next-token probabilities.
 
 It is the same model up to the last norm. After it a linear map without bias scores the last token
 of every response. Every tensor-parallel rank has the whole head: all of them have the same hidden
 states, and compute the same scores and the same gradient, which is not summed over ranks and
 counts once in gradient norms.
 
-Shapes: C hidden channels, U tokens that are scored, N targets (one per response).
+Shapes: C hidden channels, U tokens that are scored, N targets (one per response), A
+attributes (usually one).
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from megatron_prefix.model.gpt import TreeGPTModel
 
 
 class RewardHead(torch.nn.Module):
-    """Hidden states [U, C] -> scores [U], in float32 (float64 stays).
+    """Hidden states [U, C] -> scores [U], or [U, A] of several attributes, in float32 (float64
+    stays).
 
-    The weight [1, C] has the model's precision, so that wrappers, optimizer and files treat it
+    The weight [A, C] has the model's precision, so that wrappers, optimizer and files treat it
     like every other weight. The product is in float32: scores rounded to the 8 bits of bfloat16
     would make ties of pairs that the model distinguishes.
     """
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, dtype: torch.dtype, num_labels: int = 1) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
+        self.weight = torch.nn.Parameter(torch.empty(num_labels, hidden_size, dtype=dtype))
 
     def forward(self, hidden_UC: Tensor) -> Tensor:
         # bfloat16 has 8 bits: 2.01 and 2.013 both become 2.015625.
@@ -37,15 +39,16 @@ class RewardHead(torch.nn.Module):
 
     @torch.no_grad()
     def scales(self, hidden_UC: Tensor, num_layers: int) -> Tensor:
-        """Size of what is rounded on the way to each score, [U], without gradient.
+        """Size of what is rounded on the way to each score, [U], without gradient; of several
+        attributes the largest.
 
             scale = sqrt(1 + num_layers) * sqrt(sum over c of (weight_c hidden_c)^2)
 
         The last norm and each layer round every channel of the hidden state, independently.
         """
         dtype = torch.promote_types(hidden_UC.dtype, torch.float32)
-        products_UC = hidden_UC.to(dtype) * self.weight.to(dtype)
-        return (1 + num_layers) ** 0.5 * products_UC.norm(dim=1)
+        squares_UA = hidden_UC.to(dtype).square() @ self.weight.to(dtype).square().T
+        return (1 + num_layers) ** 0.5 * squares_UA.amax(dim=1).sqrt()
 
 
 class TreeRewardModel(TreeGPTModel):
@@ -58,7 +61,7 @@ class TreeRewardModel(TreeGPTModel):
     def _add_head(self) -> None:
         config = self.config
         assert not config.share_embeddings_and_output_weights, "a reward model has no output layer"
-        self.score = RewardHead(config.hidden_size, config.params_dtype)
+        self.score = RewardHead(config.hidden_size, config.params_dtype, config.num_labels)
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark the embedding, as Megatron-Core does; there is no output layer to mark."""
@@ -66,13 +69,15 @@ class TreeRewardModel(TreeGPTModel):
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
 
     def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
-        """Score of every target, float32 [N]; with scales [2, N]."""
+        """Score of every target, float32 [N]; of several attributes a line each, and with scales
+        one more: [lines, N]."""
         assert params.logit_of_target is not None
-        lines_U = [self.score(hidden_UC)]
+        scores = self.score(hidden_UC)
+        lines_U = [scores] if scores.dim() == 1 else list(scores.T)
         if params.with_scales:
             lines_U.append(self.score.scales(hidden_UC, self.config.num_layers))
         lines = torch.stack(lines_U).index_select(1, params.logit_of_target)
-        return lines if params.with_scales else lines[0]
+        return lines if len(lines) > 1 else lines[0]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

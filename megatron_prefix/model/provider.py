@@ -98,6 +98,7 @@ def transformer_config(
         vocab_size=vocab_size,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         kind=model.kind,
+        num_labels=model.num_labels,
         share_embeddings_and_output_weights=model.kind == "lm"
         and not sizes.untie_embeddings_and_output_weights,
         rotary_base=sizes.rotary_base,
@@ -218,7 +219,7 @@ def load_hf_weights(
     directory = Path(directory)
     if sizes is None:
         sizes = HFModel.read(directory).sizes
-    weights = WeightMap(sizes, model.config.vocab_size, model.config.kind)
+    weights = WeightMap(sizes, model.config.vocab_size, model.config.kind, model.config.num_labels)
     tensors = HFTensors(directory)
     shapes = weights.hf_shapes()
     if keeps_head:

@@ -20,8 +20,10 @@ def check(
     loss: LossConfig,
     model_kind: str | None = None,
     records: Mapping[str, ObjectiveRecord] = OBJECTIVES,
+    *,
+    num_labels: int = 1,
 ) -> Objective:
-    """The objective that a loss section asks for.
+    """The objective that a loss section asks for; `num_labels` is the model's.
 
     Raises InputError with every fault: an unknown name, an objective of another kind of model
     (`model_kind` None takes any, and language models if there are two of a name), weights that do
@@ -37,6 +39,7 @@ def check(
         *_unit_faults(loss, chosen),
         *_reference_faults(loss, chosen),
         *mixture_faults(loss, chosen, _units(loss, chosen)),
+        *_label_faults(loss, chosen, num_labels),
     ]
     if faults:
         raise InputError("; ".join(dict.fromkeys(faults)))
@@ -59,6 +62,8 @@ def check(
         ld_alpha=loss.ld_alpha,
         use_weighting=bool(loss.use_weighting),
         mixture=mixture,
+        num_labels=num_labels,
+        attribute=loss.attribute or 0,
         is_list=not isinstance(loss.loss_type, str),
     )
 
@@ -236,4 +241,28 @@ def _reference_faults(loss: LossConfig, chosen: Sequence[ObjectiveRecord]) -> It
         yield (
             f"loss.reference = {loss.reference}: loss.loss_type: {record.name}, for "
             f"{MODELS[record.model]}, has no reference: leave it out"
+        )
+
+
+def _label_faults(
+    loss: LossConfig, chosen: Sequence[ObjectiveRecord], num_labels: int
+) -> Iterator[str]:
+    """Several scores per response, of which only regression learns all."""
+    if num_labels == 1:
+        if loss.attribute is not None:
+            yield (
+                f"loss.attribute = {loss.attribute}: has no effect with model.num_labels: 1: "
+                "remove it, or set model.num_labels"
+            )
+        return
+    for record in chosen:
+        if "label_scores" not in record.columns:
+            yield (
+                f"model.num_labels = {num_labels}: loss.loss_type: {record.name} trains one score "
+                "per response: set loss.loss_type: regression, or remove model.num_labels"
+            )
+    if loss.attribute is not None and loss.attribute >= num_labels:
+        yield (
+            f"loss.attribute = {loss.attribute}: the attributes of model.num_labels: {num_labels} "
+            f"are 0 to {num_labels - 1}: choose one of them"
         )

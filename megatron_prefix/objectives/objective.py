@@ -113,6 +113,10 @@ class Objective:
     denominator stays the sum of the pairs' own weights."""
     mixture: ReferenceMixture | None = None
     """How several references become one; None if there is one or none."""
+    num_labels: int = 1
+    """Scores that a reward model gives each response."""
+    attribute: int = 0
+    """Of several scores, the one that rewards and pairs are about."""
     is_list: bool = False
     """Whether the configuration gives a list of loss types."""
 
@@ -134,7 +138,12 @@ class Objective:
     @property
     def parts(self) -> ScoreParts:
         """What it needs of a model beside the score of each response."""
-        return ScoreParts(heads=self.ld_alpha is not None, alignments=self.use_weighting)
+        return ScoreParts(
+            heads=self.ld_alpha is not None,
+            alignments=self.use_weighting,
+            num_labels=self.num_labels,
+            attribute=self.attribute,
+        )
 
     @property
     def needs_step(self) -> bool:

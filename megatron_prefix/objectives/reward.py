@@ -62,23 +62,31 @@ def scaled_bradley_terry_loss(
 
 
 def regression_loss(
-    scores: Tensor, labels: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor
+    label_scores: Tensor,
+    label_values: Tensor,
+    attribute_names: tuple[str, ...],
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
 ) -> LossOutputs:
     """Squared error of the reward against the score that the data gives.
 
         loss = (r - score)^2
 
-    Wang et al. 2024 (HelpSteer2, arXiv 2406.08673), section 4. `scores` and `labels` are [R]; a
-    label of NaN is unknown, and takes no part. The mean is over all labels of the step; NeMo takes
-    it per micro batch.
+    Wang et al. 2024 (HelpSteer2, arXiv 2406.08673), section 4. `label_scores` and `label_values`
+    are [R, A], with one attribute or several; a label of NaN is unknown, and takes no part. The
+    mean is over all labels of the step; NeMo takes it per micro batch. `losses` are the sums over
+    attributes, [R].
     """
-    is_known = ~labels.isnan()
-    losses = (scores - labels.nan_to_num()).square().where(is_known, 0.0)
-    mse = losses.detach().sum(), is_known.sum().to(losses.dtype)
+    is_known = ~label_values.isnan()
+    losses = (label_scores - label_values.nan_to_num()).square().where(is_known, 0.0)
+    sums, counts = losses.detach().sum(dim=0), is_known.sum(dim=0).to(losses.dtype)
+    mse = {"mse": (sums.sum(), counts.sum())}
+    for i, name in enumerate(attribute_names):
+        mse[f"mse/{name}"] = sums[i], counts[i]
     return LossOutputs(
-        losses=losses,
+        losses=losses.sum(dim=1),
         metrics=reward_metrics(chosen_rewards, rejected_rewards),
-        label_metrics={"mse": mse},
+        label_metrics=mse,
     )
 
 
@@ -105,7 +113,7 @@ RECORDS = (
     ObjectiveRecord(
         name="regression",
         function=regression_loss,
-        columns=("scores", "labels", *PAIR),
+        columns=("label_scores", "label_values", "attribute_names", *PAIR),
         options={},
         model="reward",
         unit="response",

@@ -32,12 +32,25 @@ class ScoreParts:
     """Log-probability of the first tokens of each side, as many as the shorter side has."""
     alignments: bool = False
     """Mean over each response's tokens of logp - log(sum over the vocabulary of p^2)."""
+    num_labels: int = 1
+    """Scores that a reward model gives each response. If there are several, the vector has those
+    of one attribute [R], and then those of each attribute in turn [A R]."""
+    attribute: int = 0
+    """The attribute whose scores come first."""
 
     def split(self, vector: Any, num_responses: int) -> tuple[Any, Any, Any]:
         """Scores [R], heads [P, 2] or None, alignments [R] or None; of a tensor or an array."""
+        if self.num_labels > 1:
+            return vector[:num_responses], None, None
         end = len(vector) - num_responses if self.alignments else len(vector)
         heads = vector[num_responses:end].reshape(-1, 2) if self.heads else None
         return vector[:num_responses], heads, vector[end:] if self.alignments else None
+
+    def attribute_scores(self, vector: Any, num_responses: int) -> Any:
+        """Scores of all attributes [R, A], or None if there is one; of a tensor or an array."""
+        if self.num_labels == 1:
+            return None
+        return vector[num_responses:].reshape(self.num_labels, -1).T
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +113,13 @@ class LossInputs:
     ref_sides: Tensor | None = None
     """Float64 [P, 2]: log-probabilities of both sides of the pairs under a mixture of references;
     None if they are those of `ref_logps`."""
+    attribute_scores: Tensor | None = None
+    """Float64 [R, A]: a reward model's scores of A attributes; `scores` are those of one of them.
+    None if there is one."""
+    attributes: Tensor | None = None
+    """Float64 [R, A]: the scores that the data gives for them; NaN if it gives none."""
+    attribute_names: tuple[str, ...] = ()
+    """Of the A attributes; empty if there is one."""
     tail_weight: float | None = None
     """What multiplies the log-probability of the tokens after the head; None: they count whole."""
     alignments: Tensor | None = None
@@ -137,6 +157,8 @@ class LossInputs:
             set_weights=self.set_weights[own_sets],
             heads=of(self.heads, pairs),
             ref_heads=of(self.ref_heads, pairs),
+            attribute_scores=of(self.attribute_scores, responses),
+            attributes=of(self.attributes, responses),
             references=None if self.references is None else self.references.part(responses, pairs),
             alignments=of(self.alignments, responses),
         )
@@ -193,6 +215,20 @@ class LossInputs:
     def rejected_labels(self) -> Tensor:
         return self.labels[self.pairs[:, 1]]
 
+    @property
+    def label_scores(self) -> Tensor:
+        """Float64 [R, A]: the scores that are compared with labels."""
+        return self.scores[:, None] if self.attribute_scores is None else self.attribute_scores
+
+    @property
+    def label_values(self) -> Tensor:
+        """Float64 [R, A]: these labels."""
+        if self.attribute_scores is None:
+            return self.labels[:, None]
+        if self.attributes is None:
+            raise ValueError("the table has scores of attributes, but no attributes of the data")
+        return self.attributes
+
     @cached_property
     def set_mask(self) -> Tensor:
         """Bool [S, K]: whether the entry is a response."""
@@ -220,7 +256,7 @@ class LossInputs:
 
     def denominators(self) -> dict[str, Tensor]:
         """What the loss of each unit is divided by if this table is a whole step, 0-dimensional."""
-        is_labelled = ~self.labels.isnan()
+        is_labelled = ~self.label_values.isnan()
         return {
             "pair": self.pair_weights.sum(),
             "set": self.set_weights.sum(),

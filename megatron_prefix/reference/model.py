@@ -365,7 +365,8 @@ class ScorePlaces:
         """Entries of the whole data set."""
         heads = 2 * len(self.dataset.pair_weights) if self.parts.heads else 0
         responses = len(self.dataset.response_lengths)
-        return responses + heads + (responses if self.parts.alignments else 0)
+        attributes = self.parts.num_labels * responses if self.parts.num_labels > 1 else 0
+        return responses + heads + attributes + (responses if self.parts.alignments else 0)
 
     def of(self, row: MicroBatch) -> np.ndarray:
         """The places of a row's entries, in their order."""
@@ -374,6 +375,10 @@ class ScorePlaces:
         if self.parts.heads:
             sides = 2 * pair_index(self.dataset, row)[:, None] + np.arange(2)
             places.append(len(self.dataset.response_lengths) + sides.ravel())
+        if self.parts.num_labels > 1:
+            num_responses = len(self.dataset.response_lengths)
+            lines = np.arange(1, self.parts.num_labels + 1) * num_responses
+            places.append((lines[:, None] + responses).ravel())
         if self.parts.alignments:
             places.append(self.size - len(self.dataset.response_lengths) + responses)
         return np.concatenate(places)

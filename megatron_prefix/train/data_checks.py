@@ -64,7 +64,9 @@ def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str
             f"loss.loss_type: {objective.name} needs one for each: build from records whose "
             f"responses have {word}s",
         )
-    if "labels" in columns and np.isnan(dataset.response_scores).all():
+    if objective.num_labels > 1:
+        _check_attributes(objective.num_labels, dataset, setting)
+    elif "label_values" in columns and np.isnan(dataset.response_scores).all():
         raise InputError(
             f"{setting}: no response in {dataset.prefix} has a score, but loss.loss_type: "
             f"{objective.name} learns scores: build from records whose responses have scores"
@@ -96,6 +98,22 @@ def check_betas(objective: Objective, dataset: PreferenceDataset) -> None:
             f"loss.pair_beta: true: no pair in data.train = {dataset.prefix} has a beta of its "
             "own: give records a column beta and build again, or remove loss.pair_beta"
         )
+
+
+def _check_attributes(num_labels: int, dataset: PreferenceDataset, setting: str) -> None:
+    values = dataset.response_attributes
+    if values.shape[1] != num_labels:
+        has = f"{values.shape[1]} attributes" if values.shape[1] else "no attributes"
+        raise InputError(
+            f"{setting}: the responses of {dataset.prefix} have {has}, and model.num_labels is "
+            f"{num_labels}: build with {num_labels} --attributes, or change model.num_labels"
+        )
+    for name, column in zip(dataset.attribute_names, values.T, strict=True):
+        if np.isnan(column).all():
+            raise InputError(
+                f"{setting}: no response of {dataset.prefix} has a score for the attribute {name}: "
+                "correct the names of build --attributes, or leave it out"
+            )
 
 
 def _asker(objective: Objective, option: str) -> str:

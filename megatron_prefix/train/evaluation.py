@@ -59,7 +59,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     the checkpoint `load`, or the initial model. `per_response` names a file for every response's
     log-probability under the policy, or its reward. Raises InputError.
     """
-    objective = check(config.loss, config.model.kind)
+    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
     if config.data.valid is None:
         raise InputError("data.valid is not set: name the data set to evaluate on")
     weights = None if load is None else resolve_checkpoint(load)
@@ -87,11 +87,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
             )
         if per_response is not None:
             key = PER_RESPONSE[config.model.kind]
-            logps = [
-                objective.parts.split(own, len(dataset.response_lengths))[0]
-                for own, dataset in zip(scores, datasets.values(), strict=True)
-            ]
-            world.once(lambda: _write_records(per_response, datasets, logps, key))
+            world.once(lambda: _write_records(per_response, datasets, scores, objective.parts, key))
     metrics: dict[str, float] = {}
     for name, sampler, own, reference in zip(datasets, samplers, scores, ref_logps, strict=True):
         prefix = f"{name}/" if name else ""
@@ -228,6 +224,7 @@ def dataset_inputs(
         scores=torch.from_numpy(own),
         **_of_references(objective, dataset, ref_logps, weights, anchor),
         heads=_tensor(heads),
+        **_of_attributes(objective, dataset, scores),
         alignments=_tensor(alignments),
     )
 
@@ -262,6 +259,20 @@ def _of_references(
     return columns
 
 
+def _of_attributes(
+    objective: Objective, dataset: PreferenceDataset, scores: np.ndarray
+) -> dict[str, Any]:
+    """The columns of the table that are of several attributes."""
+    own = objective.parts.attribute_scores(scores, len(dataset.response_lengths))
+    if own is None:
+        return {}
+    return {
+        "attribute_scores": torch.from_numpy(own),
+        "attributes": torch.from_numpy(np.array(dataset.response_attributes)),
+        "attribute_names": dataset.attribute_names,
+    }
+
+
 def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
     return None if values is None else torch.from_numpy(values)
 
@@ -273,10 +284,15 @@ def own_tokens(dataset: PreferenceDataset) -> np.ndarray:
 
 
 def response_records(
-    dataset: PreferenceDataset, scores: np.ndarray, name: str, set_name: str = ""
+    dataset: PreferenceDataset,
+    scores: np.ndarray,
+    name: str,
+    set_name: str = "",
+    attribute_scores: np.ndarray | None = None,
 ) -> Iterator[str]:
     """A JSON line per response: its data set if that has a name, group, response, record, its
-    score under the key `name`, num_tokens (the response's own)."""
+    score under the key `name`, num_tokens (the response's own), and `attributes`: its score for
+    each, if there are several ([R, A])."""
     own = own_tokens(dataset)
     for group in range(len(dataset)):
         start, end = (int(x) for x in dataset.group_responses[group : group + 2])
@@ -289,15 +305,26 @@ def response_records(
                 name: None if np.isnan(scores[index]) else float(scores[index]),
                 "num_tokens": int(own[index]),
             }
+            if attribute_scores is not None:
+                values = attribute_scores[index].tolist()
+                record["attributes"] = dict(zip(dataset.attribute_names, values, strict=True))
             yield json.dumps(record)
 
 
 def _write_records(
-    path: str, datasets: Mapping[str, PreferenceDataset], scores: list[np.ndarray], key: str
+    path: str,
+    datasets: Mapping[str, PreferenceDataset],
+    scores: list[np.ndarray],
+    parts: ScoreParts,
+    key: str,
 ) -> None:
     try:
         with Path(path).open("w", encoding="utf-8") as file:
-            for (name, dataset), own in zip(datasets.items(), scores, strict=True):
-                file.writelines(f"{line}\n" for line in response_records(dataset, own, key, name))
+            for (name, dataset), vector in zip(datasets.items(), scores, strict=True):
+                num_responses = len(dataset.response_lengths)
+                own = parts.split(vector, num_responses)[0]
+                of_attributes = parts.attribute_scores(vector, num_responses)
+                lines = response_records(dataset, own, key, name, of_attributes)
+                file.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise InputError(f"--per-response {path}: {error.strerror}") from None

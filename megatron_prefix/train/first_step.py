@@ -22,6 +22,25 @@ DEVIATIONS = 4.0
 """Roundings of tokens add as a random walk; a response may be this many times its size off."""
 
 
+LARGEST_MEAN = 1.0
+"""Of the first rewards of a reward model whose head is drawn."""
+
+
+def reward_start_note(mean: float) -> str | None:
+    """A warning if the first rewards of a drawn head are far from 0 on average, else None.
+
+    There is no first value of a reward model's loss, because its head is drawn at random; but
+    rewards of one sign are a constant that most losses ignore, and regression has to unlearn.
+    """
+    if abs(mean) < LARGEST_MEAN:
+        return None
+    return (
+        f"the rewards of the first step are {mean:.3f} on average, and a drawn head should give "
+        f"less than {LARGEST_MEAN:g}: lower model.init_method_std, or set "
+        "loss.center_rewards_coefficient if the loss takes it"
+    )
+
+
 @torch.no_grad()
 def value_of_scores(
     chunks: list[torch.nn.Module], batches: list[TrainBatch], objective: Objective, world: World

@@ -31,7 +31,7 @@ def save_rows(
 
     `row0_tokens`, `row0_lengths` and `row0_parents` (the layout's segments), the targets, the
     pairs with their weights and margins, `row0_response_ids` (group, response) with
-    `row0_response_tokens`, ranks and labels, the members of the comparison sets, and
+    `row0_response_tokens`, ranks, labels and attributes, the members of the comparison sets, and
     `row0_ref_logps` if there is a reference; with several also `row0_references_logps` [K, R] and
     the step's `row0_references_weights` [K]. Raises OSError.
     """
@@ -56,6 +56,8 @@ def save_rows(
         }
         if row.pair_betas is not None:
             own["pair_betas"] = row.pair_betas
+        if row.attributes is not None:
+            own["attributes"] = row.attributes
         if batch.ref_logps is not None:
             own["ref_logps"] = batch.ref_logps.cpu().numpy()
         if batch.references is not None:

@@ -26,7 +26,7 @@ def train(config: Config) -> None:
     wrong, and Stopped if a signal ended it early.
     """
     with open_session(config) as world, StopRequest(world) as stop:
-        objective = check(config.loss, config.model.kind)
+        objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
         plan = open_plan(config, world)
         dataset = open_training_set(config, world, plan, needs_pairs=objective.needs_pairs)
         valid = open_valid_sets(config, world, needs_pairs=objective.needs_pairs)

@@ -31,7 +31,7 @@ def score_reference(config: Config, output: str) -> None:
 
     Scores so far are saved beside `output` while it runs. Raises InputError.
     """
-    objective = check(config.loss, config.model.kind)
+    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
     if objective.reference == "none":
         raise InputError(
             f"loss.loss_type = {objective.name} (model.kind: {config.model.kind}) has no "

@@ -43,7 +43,7 @@ def prepare_trainer(
     valid = valid or {}
     datasets = [dataset, *valid.values()]
     check_one_vocabulary(datasets)
-    objective = check(config.loss, config.model.kind)
+    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
     check_columns(objective, dataset, "data.train")
     check_betas(objective, dataset)
     for name, held_out in valid.items():

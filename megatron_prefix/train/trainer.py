@@ -29,7 +29,12 @@ from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference, score_dataset
 from megatron_prefix.trackers import Status, Trackers
 from megatron_prefix.train.evaluation import preference_metrics
-from megatron_prefix.train.first_step import check_first_step, check_first_value, value_of_scores
+from megatron_prefix.train.first_step import (
+    check_first_step,
+    check_first_value,
+    reward_start_note,
+    value_of_scores,
+)
 from megatron_prefix.train.non_finite import describe, file_name, finite_rows, save_rows
 from megatron_prefix.train.pace import Pace
 from megatron_prefix.train.samplers import evaluation_block
@@ -145,6 +150,9 @@ class Trainer:
             check_first_value(means["loss"], value, self.objective, self.world)
         elif is_first:
             check_first_step(means["loss"], checks, self.objective, self.reference, self.world)
+        if self.step == 0 and self.initial.draws_rewards and self.world.is_main:
+            if (note := reward_start_note(means.get("rewards/mean", 0.0))) is not None:
+                print(note, flush=True)
         update = self.policy.update()
         if update is None:
             is_finite = self._finite_gradients(batches)

@@ -70,7 +70,7 @@ def split(inputs: LossInputs) -> list[LossInputs]:
         columns = {}
         for field in fields(inputs):
             value = getattr(inputs, field.name)
-            if value is None:
+            if not isinstance(value, Tensor):
                 continue
             if field.name in ("margins", "betas", "pair_weights", "heads", "ref_heads"):
                 columns[field.name] = value[is_own]

@@ -91,7 +91,11 @@ def _build(
     """Build one group per record; `tables` get an entry for each, one table per data set."""
     inputs = Inputs(paths, options.split)
     reader = ExampleReader(
-        options.format, options.columns, options.ignored, options.on_contradiction
+        options.format,
+        options.columns,
+        options.ignored,
+        options.on_contradiction,
+        options.attributes,
     )
     inputs.check()
     if not isinstance(tokenizer, Tokenizer):
@@ -101,6 +105,8 @@ def _build(
     recorded = {**asdict(options), "inputs": [str(path) for path in inputs.paths]}
     for name in ("workers", "overwrite"):  # the files do not depend on them
         recorded.pop(name)
+    if not options.attributes:
+        recorded.pop("attributes")  # as before there were any
     state = reader.state
     build_chunk = ChunkBuilder(reader, encoder, options)
     chunks = (  # read as workers ask for them, with the state that is known by then

@@ -18,6 +18,8 @@ class BuildOptions:
     """Column -> the path of its value in a record."""
     ignored: tuple[str, ...] = ()
     """Columns that are left out, and fields of messages (message.FIELD) that stay unread."""
+    attributes: tuple[str, ...] = ()
+    """Fields of responses with a score each; they become `response_attributes`."""
     split: str | None = None
     """The part of a Hugging Face data set that is read."""
     parse_special: bool = False
@@ -59,6 +61,13 @@ class BuildOptions:
             )
         if self.holdout_seed < 0:
             raise InputError(f"--holdout-seed is {self.holdout_seed}: give at least 0")
+        if len(set(self.attributes)) < len(self.attributes):
+            raise InputError(f"--attributes {' '.join(self.attributes)}: a name is given twice")
+        if self.attributes and self.merge_prompts:
+            raise InputError(
+                f"--attributes {' '.join(self.attributes)} with --merge-prompts: merged groups "
+                "keep no attributes: leave one of them out"
+            )
         if self.workers < 1:
             raise InputError(f"--workers is {self.workers}: give at least 1")
         if self.overflow not in OVERFLOW_MODES:

@@ -7,7 +7,7 @@ decodes JSON texts, reads, and refuses what would be lost (unread.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ class ExampleReader:
     `format` is "auto" (detected from the first record's columns) or one of FORMATS. `columns` maps
     a column's name to the path of its value in the record, see `mapped`. `ignored` are columns that
     are left out, and fields of messages (message.FIELD) that may be left unread. `on_contradiction`
-    is one of CONTRADICTION_MODES.
+    is one of CONTRADICTION_MODES. `attributes` are fields of responses with a score each.
     """
 
     WARNINGS = (NOTE_AGAINST, NOTE_EQUAL, NOTE_REPEATED)
@@ -67,6 +67,7 @@ class ExampleReader:
         columns: Mapping[str, str] | None = None,
         ignored: Collection[str] = (),
         on_contradiction: str = "keep",
+        attributes: Sequence[str] = (),
     ) -> None:
         if format != "auto" and format not in FORMATS:
             raise InputError(f"format {format!r} is not one of auto, {', '.join(FORMATS)}")
@@ -81,6 +82,7 @@ class ExampleReader:
             name.removeprefix(MESSAGE) for name in ignored if name.startswith(MESSAGE)
         }
         self._on_contradiction = on_contradiction
+        self._attributes = tuple(attributes)
         self._detects = format == "auto"
         self.state = ReaderState(format)
         """What the records so far have decided; a reader in another process can take it over."""
@@ -147,15 +149,21 @@ class ExampleReader:
         return kind
 
     def _example(self, record: dict[str, Any], name: str, taken: frozenset[str]) -> Example:
-        format, reads = FORMATS[name], Reads(record)
+        format, reads = FORMATS[name], Reads(record, self._attributes)
         example = format.read(reads)
+        if any(len(x.attributes) != len(self._attributes) for x in example.responses):
+            raise InputError(
+                f"--attributes {' '.join(self._attributes)}: responses of format {name!r} have "
+                "none: give lists of responses with scores (ranked), or responses with a label "
+                "(unpaired)"
+            )
         self.unread += unread_names(
             record,
             example,
             format=name,
             read=reads.reads,
             taken=taken,
-            fields=format.fields,
+            fields=(*format.fields, *self._attributes),
             harmless=format.harmless,
             harmless_fields=self._ignored_fields,
         )

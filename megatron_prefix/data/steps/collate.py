@@ -73,6 +73,10 @@ class MicroBatch:
     is_divided: bool = False
     """Whether pairs or sets of the row's step lie in several rows, so that it has no loss alone."""
     served: np.ndarray | None = None
+    attributes: np.ndarray | None = None
+    """Float64 [R, A]: the data's score for each attribute, NaN if unknown; None if no model
+    learns them."""
+    attribute_names: tuple[str, ...] = ()
 
     @property
     def num_responses(self) -> int:

@@ -46,13 +46,16 @@ def _chosen_responses(dataset: PreferenceDataset, group: int) -> np.ndarray:
 
 
 def step_denominators(
-    dataset: PreferenceDataset, groups: Iterable[int], weighting: str
+    dataset: PreferenceDataset,
+    groups: Iterable[int],
+    weighting: str,
+    with_attributes: bool = False,
 ) -> dict[str, float]:
     """The denominators of a step of these groups; a group that is there twice counts twice.
 
     pair      sum of the pairs' weights
     set       number of comparison sets with a pair
-    response  number of responses with a score
+    response  number of responses with a score, or `with_attributes` of scores of attributes
     token     tokens of chosen responses, weighted: the sum over pairs of weight times tokens
     """
     totals = dict.fromkeys(("pair", "set", "response", "token"), 0.0)
@@ -63,6 +66,7 @@ def step_denominators(
         own = dataset.response_lengths[chosen].astype(np.int64) - dataset.response_prompts[chosen]
         totals["pair"] += float(weights.sum())
         totals["set"] += len(np.unique(dataset.response_sets[chosen]))
-        totals["response"] += int((~np.isnan(dataset.response_scores[r0:r1])).sum())
+        labels = dataset.response_attributes if with_attributes else dataset.response_scores
+        totals["response"] += int((~np.isnan(labels[r0:r1])).sum())
         totals["token"] += float((weights * own).sum())
     return totals

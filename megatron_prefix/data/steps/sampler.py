@@ -89,6 +89,8 @@ class Sampler:
     packing_method: str = "first-fit"
     cost: CostModel | None = None
     oversized: str = "error"
+    with_attributes: bool = False
+    """Rows have the responses' attributes, which then are the labels of the step."""
 
     def __post_init__(self) -> None:
         if not (self.row_capacity or self.micro_batch_size):
@@ -188,7 +190,9 @@ class Sampler:
             step=step,
             groups=groups,
             rows=[[rows[i] for i in share] for share in dealt],
-            denominators=step_denominators(self.dataset, groups, self.weighting),
+            denominators=step_denominators(
+                self.dataset, groups, self.weighting, self.with_attributes
+            ),
             num_pairs=int((offsets[ends] - offsets[ends - 1]).sum()),
             costs=[sum(costs[i] for i in share) for share in dealt],
             is_divided=bool(parts),
@@ -206,13 +210,27 @@ class Sampler:
             row_items(self.dataset, row, self.sharing, self.weighting) for row in step.rows[rank]
         )
         rows = [collate(row, self.row_multiple, self.targets) for row in items]
+        rows = self._with_attributes(rows)
         return [replace(row, is_divided=True) for row in rows] if step.is_divided else rows
 
     def rows_of_group(self, group: int, sharing: str) -> list[MicroBatch]:
         """A group without packing under any sharing mode: a row for each bundle or part."""
         size = self.row_capacity, self.micro_batch_size
         limits = Limits.of(self.oversized, sharing, *size)
-        return group_rows(self.dataset, group, sharing, self.targets, limits)
+        rows = group_rows(self.dataset, group, sharing, self.targets, limits)
+        return self._with_attributes(rows)
+
+    def _with_attributes(self, rows: list[MicroBatch]) -> list[MicroBatch]:
+        """The rows with the attributes of their responses, if they are asked for."""
+        if not self.with_attributes:
+            return rows
+        firsts, values = np.asarray(self.dataset.group_responses), self.dataset.response_attributes
+        names = self.dataset.attribute_names
+        places = [firsts[row.response_ids[:, 0]] + row.response_ids[:, 1] for row in rows]
+        return [
+            replace(row, attributes=np.asarray(values[own], np.float64), attribute_names=names)
+            for row, own in zip(rows, places, strict=True)
+        ]
 
     def _rows(self, step: int, groups: np.ndarray) -> list[Row]:
         """The rows of all ranks: a multiple of `num_ranks * count_multiple` in number.

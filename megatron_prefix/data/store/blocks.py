@@ -36,12 +36,16 @@ class Block:
     def of_paths(cls, groups: Sequence[MergedPaths], records: Sequence[int]) -> Block:
         """A block of merged paths; group i is made of the one input record `records[i]`."""
         arrays = joined(groups)
-        return cls._of(
+        block = cls._of(
             arrays,
             lengths=np.diff(arrays["node_offsets"]),
             counts=[(len(g.parents), len(g.responses), len(g.pairs)) for g in groups],
             records=[(record, 1) for record in records],
         )
+        attributes = np.array([r.attributes for g in groups for r in g.responses], np.float64)
+        if attributes.shape[1]:
+            block.columns["response_attributes"] = attributes
+        return block
 
     @classmethod
     def of_trees(cls, trees: Sequence[PrefixTree], records: Sequence[tuple[int, int]]) -> Block:

@@ -53,6 +53,14 @@ class PreferenceDataset(MappedFiles):
         """The data sets that this one joins (joined.py), or it alone."""
         return (self,)
 
+    @property
+    def attribute_names(self) -> tuple[str, ...]:
+        """Of the attributes of responses, as `build --attributes` was given them; else their
+        numbers."""
+        count = self.response_attributes.shape[1]
+        names = self.parts[0].manifest["options"].get("attributes") or []
+        return tuple(names) if len(names) == count else tuple(map(str, range(count)))
+
     def locate(self, group: int) -> tuple[PreferenceDataset, int]:
         """The part with group `group`, and the group's number in it."""
         return self, group

@@ -192,6 +192,7 @@ class PathEncoder:
             set_id=response.set_id,
             rank=response.rank,
             score=response.score,
+            attributes=response.attributes,
         )
         return path, prompt_only + len(lead)
 

@@ -73,19 +73,17 @@ class HFModel:
 
     @cached_property
     def kind(self) -> str:
-        """`reward` for a sequence classifier with one label, else `lm`. Raises InputError for a
-        classifier with more labels, and for names of another form."""
+        """`reward` for a sequence classifier, else `lm`. Raises InputError for names of another
+        form."""
         names = self.config.get("architectures") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError(f"{self.source}: architectures is {names!r}, expected a list of names")
-        if not any(name.endswith(REWARD) for name in names):
-            return "lm"
-        if (count := self.settings.num_labels) != 1:
-            raise InputError(
-                f"{self.source}: a sequence classifier with {count} labels; a reward model has "
-                "num_labels 1"
-            )
-        return "reward"
+        return "reward" if any(name.endswith(REWARD) for name in names) else "lm"
+
+    @property
+    def num_labels(self) -> int:
+        """Scores of a sequence classifier; 1 for a language model."""
+        return int(self.settings.num_labels) if self.kind == "reward" else 1
 
     @cached_property
     def sizes(self) -> ModelSizes:

@@ -46,7 +46,7 @@ def write_hf_folder(
             return
     folder.mkdir(parents=True, exist_ok=True)
     if model.kind == "reward":
-        config = reward_config(config, folder)
+        config = reward_config(config, folder, model.num_labels)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -142,7 +142,7 @@ def _architecture(sizes: ModelSizes) -> str:
     return kind
 
 
-def reward_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def reward_config(config: dict[str, Any], folder: Path, num_labels: int = 1) -> dict[str, Any]:
     """`config.json` of the reward model that was made of the model with `config`.
 
     `pad_token_id` is the configuration's, else that of the tokenizer in `folder`. It is null if
@@ -154,7 +154,12 @@ def reward_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     pad = _tokenizer_pad(folder) if pad is None else pad
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
-    labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    names = ["reward"] if num_labels == 1 else [f"LABEL_{i}" for i in range(num_labels)]
+    labels: dict[str, Any] = {
+        "num_labels": num_labels,
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
     if classifier in (config.get("architectures") or []):
         labels = {}  # it has its own
     padding = {"pad_token_id": None if pad in ends else pad}

@@ -71,11 +71,13 @@ _MIXTRAL = {"gate": "gate", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3
 
 @dataclass(frozen=True)
 class WeightMap:
-    """The parameters of one model; `vocab_size` is unpadded, `kind` is `lm` or `reward`."""
+    """The parameters of one model; `vocab_size` is unpadded, `kind` is `lm` or `reward`, and
+    `num_labels` are the scores of a reward model."""
 
     sizes: ModelSizes
     vocab_size: int
     kind: str = "lm"
+    num_labels: int = 1
 
     def names(self) -> list[str]:
         """Canonical names of all parameters, from the embedding to the head."""
@@ -202,7 +204,7 @@ class WeightMap:
         rows, columns = {
             "embed_tokens": (self.vocab_size, hidden),
             "lm_head": (self.vocab_size, hidden),
-            "score": (1, hidden),
+            "score": (self.num_labels, hidden),
             "q_proj": (query, hidden),
             "k_proj": (key, hidden),
             "v_proj": (key, hidden),

@@ -15,7 +15,7 @@ from megatron_prefix.objectives.reference_checks import KEYS
 from megatron_prefix.objectives.registry import OBJECTIVES
 
 SETTINGS = ("loss_type", "loss_weights", "weighting", "reference", "ref_logps", "comparisons")
-SETTINGS += ("references", *KEYS)
+SETTINGS += ("references", *KEYS, "attribute")
 GIVEN = {
     "beta": 0.2,
     "label_smoothing": 0.1,

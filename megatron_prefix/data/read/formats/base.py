@@ -69,6 +69,8 @@ class ExampleResponse:
     set_id: int = 0
     rank: int = UNRANKED
     score: float = math.nan
+    attributes: tuple[float, ...] = ()
+    """A score for each of `--attributes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +93,13 @@ class Reads(dict[str, Any]):
     """A record that remembers which of its columns were read: `reads`.
 
     Questions about what a record has (`in`, `has`, `first_of`) do not count as reading.
+    `attributes` are the fields of responses that `--attributes` names.
     """
 
-    def __init__(self, record: dict[str, Any]) -> None:
+    def __init__(self, record: dict[str, Any], attributes: Sequence[str] = ()) -> None:
         super().__init__(record)
         self.reads: set[str] = set()
+        self.attributes = tuple(attributes)
 
     def get(self, name: str, default: Any = None) -> Any:
         self.reads.add(name)
@@ -222,6 +226,12 @@ def best_and_others(
     return ranked_example(record, prompt, [best, *others], ranks, [math.nan] * len(ranks))
 
 
+def attributes_of(record: dict[str, Any], item: dict[str, Any]) -> tuple[float, ...]:
+    """The scores of `--attributes` that `item`, a response of the record, has; NaN for others."""
+    names = record.attributes if isinstance(record, Reads) else ()
+    return tuple(number(item, name) for name in names)
+
+
 def weight(record: dict[str, Any]) -> float:
     """The optional column `weight`; 1 if it is absent."""
     value = number(record, "weight", 1.0)
@@ -305,6 +315,7 @@ def ranked_example(
     responses: Sequence[Text],
     ranks: Sequence[int | None],
     scores: Sequence[float],
+    attributes: Sequence[tuple[float, ...]] | None = None,
 ) -> Example:
     """The Example of all pairs of `responses` with different ranks; the lower rank is better.
 
@@ -320,7 +331,11 @@ def ranked_example(
     return Example(
         responses=tuple(
             ExampleResponse(
-                prompt=prompt, response=responses[i], rank=rank_of[i], score=float(scores[i])
+                prompt=prompt,
+                response=responses[i],
+                rank=rank_of[i],
+                score=float(scores[i]),
+                attributes=() if attributes is None else attributes[i],
             )
             for i in paired
         ),

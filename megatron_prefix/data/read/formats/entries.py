@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megatron_prefix.data.read.fields import column, json_type, number, rank
+from megatron_prefix.data.read.formats.base import attributes_of
 from megatron_prefix.data.read.texts import Text
 from megatron_prefix.data.read.turns import text_or_turns
 from megatron_prefix.errors import InputError
 
 
 class Entries(NamedTuple):
-    """Responses with their ranks (0 is best) and scores (NaN if there is none)."""
+    """Responses with their ranks (0 is best), scores (NaN if there is none) and attributes."""
 
     responses: list[Text]
     ranks: list[int | None]
     scores: list[float]
+    attributes: list[tuple[float, ...]]
 
 
 def read_entries(
@@ -29,7 +31,7 @@ def read_entries(
     first that an object has counts. If no object has a rank, the ranks follow from the scores.
     Raises InputError if only some have a rank, or if there is neither rank nor score.
     """
-    entries = Entries([], [], [])
+    entries = Entries([], [], [], [])
     for i, item in enumerate(column(record, name, list)):
         place = f"{name}, entry {i + 1}"
         if not isinstance(item, dict):
@@ -41,6 +43,7 @@ def read_entries(
             entries.ranks.append(rank(item))
             score = next((field for field in scores if item.get(field) is not None), scores[0])
             entries.scores.append(number(item, score))
+            entries.attributes.append(attributes_of(record, item))
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
     if all(value is None for value in entries.ranks):

@@ -49,7 +49,9 @@ def read_ranked(record: dict[str, Any]) -> Example:
         *_with_objects(record, first_of(record, *LISTS)), RESPONSE_TEXTS, RESPONSE_SCORES
     )
     prompt, responses = as_messages(prompt, entries.responses)
-    return ranked_example(record, prompt, responses, entries.ranks, entries.scores)
+    return ranked_example(
+        record, prompt, responses, entries.ranks, entries.scores, entries.attributes
+    )
 
 
 def _with_objects(record: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:

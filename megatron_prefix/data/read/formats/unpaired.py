@@ -26,6 +26,7 @@ from megatron_prefix.data.read.formats.base import (
     Format,
     as_messages,
     assistant,
+    attributes_of,
     blank_notes,
     checked_prompt,
     first_of,
@@ -61,7 +62,14 @@ def unpaired_example(record: dict[str, Any], prompt: Text, response: Text) -> Ex
     """The Example of one response: `label` true becomes the score 1, false the score 0."""
     score = float(read_label(record))
     return Example(
-        responses=(ExampleResponse(prompt=prompt, response=response, score=score),),
+        responses=(
+            ExampleResponse(
+                prompt=prompt,
+                response=response,
+                score=score,
+                attributes=attributes_of(record, record),
+            ),
+        ),
         pairs=(),
         notes=blank_notes([response]),
         tools=tools(record),

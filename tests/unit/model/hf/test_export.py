@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.config import HFModel
 from megatron_prefix.model.hf.export import reward_config
 
@@ -26,12 +25,12 @@ def test_kinds(tmp_path):
     assert kind_of(tmp_path, LM) == "lm" and kind_of(tmp_path, {}) == "lm"
 
 
-def test_a_classifier_with_other_labels_is_refused(tmp_path):
+def test_a_classifier_with_several_labels(tmp_path):
     two = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
-    with pytest.raises(InputError, match="config.json: a sequence classifier with 2 labels"):
-        kind_of(tmp_path, two)
-    with pytest.raises(InputError, match="with 3 labels"):
-        kind_of(tmp_path, {**two, "id2label": {"0": "a", "1": "b", "2": "c"}})
+    assert kind_of(tmp_path, two) == "reward"
+    config = reward_config({**LM, "hidden_size": 64, "pad_token_id": 5}, tmp_path, 3)
+    assert config["num_labels"] == 3 and config["id2label"]["2"] == "LABEL_2"
+    assert kind_of(tmp_path, config) == "reward"
 
 
 def test_the_result_is_a_reward_models(tmp_path):
