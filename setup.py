@@ -13,7 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_prefix", "megatron_prefix.*"]),
-    package_data={"megatron_prefix.attention": ["auto_table.json"]},
+    package_data={
+        "megatron_prefix.attention": ["auto_table.json"],
+        "megatron_prefix.report": ["page.html.jinja"],
+    },
     install_requires=[
         "torch>=2.8",
         "megatron-core>=0.16,<0.20",  # from 0.17 on it needs Python 3.12
@@ -28,6 +31,7 @@ setup(
         "safetensors",
         "pydantic>=2",
         "PyYAML",
+        "jinja2",
         "tqdm",
         "matplotlib",
         "tensorboard",

@@ -23,13 +23,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run (two or more)")
     parser.add_argument(
-        "--output", metavar="DIR", help="also write comparison.png and comparison.md to DIR"
+        "--output",
+        metavar="DIR",
+        help="also write report.html, comparison.png and comparison.md to DIR",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the comparison, and write it to --output."""
+    from megatron_prefix.report import compare_runs
     from megatron_prefix.trackers import read_metrics
 
     if len(args.runs) < 2:
@@ -55,11 +58,13 @@ def run(args: argparse.Namespace) -> None:
             output.mkdir(parents=True, exist_ok=True)
             (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
             plot(series, output / "comparison.png")
+            report = compare_runs(args.runs, list(series), output)
         except OSError as error:
             raise InputError(
                 f"--output {output}: {error.strerror}; name a directory that can be written"
             ) from None
-        print(f"wrote {output / 'comparison.md'} and {output / 'comparison.png'}")
+        written = [output / "comparison.md", output / "comparison.png", report]
+        print(f"wrote {', '.join(map(str, written))}")
 
 
 def _name(path: str, taken: dict) -> str:

@@ -1,7 +1,16 @@
 """Trackers: where a run's metrics go (metrics.jsonl, TensorBoard, the terminal)."""
 
 from megatron_prefix.trackers.jsonl import read_metrics
+from megatron_prefix.trackers.run_folder import CONFIG_FILE, EXAMPLES_FILE, VERSIONS_FILE
 from megatron_prefix.trackers.several import Trackers, configured_trackers
 from megatron_prefix.trackers.tracker import Status
 
-__all__ = ["Status", "Trackers", "configured_trackers", "read_metrics"]
+__all__ = [
+    "CONFIG_FILE",
+    "EXAMPLES_FILE",
+    "VERSIONS_FILE",
+    "Status",
+    "Trackers",
+    "configured_trackers",
+    "read_metrics",
+]

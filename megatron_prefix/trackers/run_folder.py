@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import platform
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_prefix.config import Config
@@ -14,17 +17,43 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FILE = "wandb.json"
+EXAMPLES_FILE = "examples.json"
+"""The held-out pairs whose margin is worst."""
+VERSIONS_FILE = "versions.json"
+REPORT_FILE = "report.html"
+_OF_A_RUN = (CONFIG_FILE, TENSORBOARD_FOLDER, WANDB_FILE, EXAMPLES_FILE, VERSIONS_FILE, REPORT_FILE)
+_PACKAGES = ("megatron-prefix", "megatron-core", "torch", "transformers", "transformer-engine")
 
 
 def open_run_folder(config: Config, step: int) -> None:
-    """Make `logging.output` and write config.yaml. A new run (`step` 0) first renames the files
-    of an earlier one. Raises InputError."""
+    """Make `logging.output` and write config.yaml and versions.json. A new run (`step` 0) first
+    renames the files of an earlier one. Raises InputError."""
     with starting(config):
         folder = Path(config.logging.output)
         folder.mkdir(parents=True, exist_ok=True)
         if not step and (folder / METRICS_FILE).exists():
             _rename_earlier(folder)
         (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        versions = json.dumps(_versions(), indent=1)
+        (folder / VERSIONS_FILE).write_text(versions + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    """The versions of what the results depend on, and where the run is."""
+    import torch
+
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return {
+        **versions,
+        "Python": platform.python_version(),
+        "device": device,
+        "processes": processes,
+    }
 
 
 def _rename_earlier(folder: Path) -> None:
@@ -32,7 +61,7 @@ def _rename_earlier(folder: Path) -> None:
     number = 1
     while (folder / f"metrics-{number}.jsonl").exists():
         number += 1
-    for name in (CONFIG_FILE, TENSORBOARD_FOLDER, WANDB_FILE, METRICS_FILE):
+    for name in (*_OF_A_RUN, METRICS_FILE):
         path = folder / name
         if path.exists():
             os.replace(path, path.with_name(f"{path.stem}-{number}{path.suffix}"))

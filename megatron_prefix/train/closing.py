@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from megatron_prefix.checkpoint import RunCheckpoints
 from megatron_prefix.config import Config
 
 
-def closing_lines(config: Config, step: int) -> list[str]:
-    """What a run of `step` steps leaves behind."""
+def closing_lines(config: Config, step: int, report: Path) -> list[str]:
+    """What a run of `step` steps leaves behind; `report` is its page."""
     output, save = config.logging.output, config.train.save
     lines = [f"done after {step} steps: configuration and metrics are in {output}"]
+    page = f"report: {report}"
     if save is None:
-        return [*lines, "train.save is not set, so the weights are not kept"]
+        return [*lines, page, "train.save is not set, so the weights are not kept"]
     lines[0] += f", checkpoints in {save}"
+    lines.append(page)
     best = RunCheckpoints(save).best() if config.train.keep_best is not None else None
     if best is not None:
         lines.append(f"best checkpoint: step {best['step']}, {best['metric']} {best['value']:.6g}")

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from megatron_prefix.config import Config
 from megatron_prefix.distributed import StopRequest, open_session, owned
-from megatron_prefix.errors import Stopped
+from megatron_prefix.errors import RunError, Stopped
 from megatron_prefix.objectives import check
+from megatron_prefix.report import report_run
 from megatron_prefix.trackers import Status
 from megatron_prefix.train.closing import closing_lines
+from megatron_prefix.train.examples import write_examples
 from megatron_prefix.train.samplers import open_plan, open_training_set, open_valid_sets
 from megatron_prefix.train.setup import make_outputs, prepare_trainer
 from megatron_prefix.train.trainer import Trainer
@@ -34,8 +36,21 @@ def train(config: Config) -> None:
         with owned(make_outputs(config, world), world):
             trainer = prepare_trainer(config, dataset, valid, world, plan)
             _run(trainer, stop)
-            if world.is_main:
-                print("\n".join(closing_lines(config, trainer.step)), flush=True)
+            world.once(lambda: _close(trainer))
+
+
+def _close(trainer: Trainer) -> None:
+    """Write what the finished run is looked at with, and say where it is."""
+    config = trainer.config
+    write_examples(config.logging.output, trainer.step, trainer.worst_pairs())
+    try:
+        report = report_run(config.logging.output)
+    except OSError as error:
+        raise RunError(
+            f"logging.output = {config.logging.output}: report.html could not be written ({error});"
+            " checkpoints and metrics are complete"
+        ) from error
+    print("\n".join(closing_lines(config, trainer.step, report)), flush=True)
 
 
 def _run(trainer: Trainer, stop: StopRequest) -> None:

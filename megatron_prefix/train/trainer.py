@@ -29,6 +29,7 @@ from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference, score_dataset
 from megatron_prefix.trackers import Status, Trackers
 from megatron_prefix.train.evaluation import preference_metrics
+from megatron_prefix.train.examples import worst_pairs
 from megatron_prefix.train.first_step import (
     check_first_step,
     check_first_value,
@@ -64,6 +65,8 @@ class Trainer:
     """What checkpoints say about the adapters, if the run has any."""
     trackers: Trackers
     valid_ref_logps: dict[str, np.ndarray | None] = field(default_factory=dict)
+    last_scores: dict[str, np.ndarray] = field(default_factory=dict)
+    """The policy's scores of every held-out response in the last evaluation, by data set."""
     evaluated: tuple[int, float | None] = (-1, None)
     """The step of the last evaluation, and its value of `train.keep_best`'s metric."""
 
@@ -202,7 +205,18 @@ class Trainer:
                 f"the evaluation after step {self.step} is not finite (loss {metrics['loss']}): "
                 "the weights have diverged. Lower optimizer.lr, and resume from a checkpoint"
             )
+        self.last_scores[name] = parts.split(scores, len(sampler.dataset.response_lengths))[0]
         return metrics
+
+    def worst_pairs(self) -> list[dict[str, Any]]:
+        """The held-out pairs whose margin is worst in the last evaluation."""
+        pairs: list[dict[str, Any]] = []
+        for name, scores in self.last_scores.items():
+            dataset, ref_logps = self.valid[name].dataset, self.valid_ref_logps[name]
+            if ref_logps is not None:
+                ref_logps = ref_logps[: len(scores)]
+            pairs += worst_pairs(dataset, scores, ref_logps, name)
+        return pairs
 
     def save(self) -> None:
         """Write a checkpoint of this step to `train.save`, if that is set."""

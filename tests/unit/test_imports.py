@@ -26,7 +26,7 @@ LEVELS = (
     ("data", "model"),
     ("engine", "checkpoint", "distributed"),
     ("reference",),
-    ("train", "trackers"),
+    ("train", "trackers", "report"),
     ("estimate", "cli", "bridge"),
     ("__main__", "testing"),
 )

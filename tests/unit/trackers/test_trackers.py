@@ -95,6 +95,7 @@ class TestMetricsFile:
         assert steps_of(tmp_path / "metrics.jsonl") == [3]
         names = ["config", "config-1", "config-2", "metrics", "metrics-1", "metrics-2"]
         names += ["tensorboard", "tensorboard-1", "tensorboard-2"]
+        names += ["versions", "versions-1", "versions-2"]
         assert sorted(path.stem for path in tmp_path.iterdir()) == names
 
     @pytest.mark.parametrize("torn", ["", '{"step": 5, "loss', '{"step": 3}', '{"step": 9'])
@@ -106,7 +107,8 @@ class TestMetricsFile:
         metrics.finish("stopped")
         assert steps_of(path) == [0, 1, 2, 3, 3, 4]
         assert path.read_text().startswith(line(0) + line(1) + line(2) + line(3))
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]
+        names = ["config.yaml", "metrics.jsonl", "versions.json"]
+        assert sorted(p.name for p in tmp_path.iterdir()) == names
 
     def test_resuming_without_a_file_begins_one(self, tmp_path):
         metrics = started(JsonlTracker(), tmp_path, step=3)

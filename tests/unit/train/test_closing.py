@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from tiny_models import tiny_config
 
@@ -12,7 +13,8 @@ from megatron_prefix.train.closing import closing_lines
 
 
 def test_without_checkpoints(tmp_path):
-    first, second = closing_lines(tiny_config("set", tmp_path / "run"), 2)
+    first, page, second = closing_lines(tiny_config("set", tmp_path / "run"), 2, Path("r.html"))
+    assert page == "report: r.html"
     assert first == f"done after 2 steps: configuration and metrics are in {tmp_path / 'run'}"
     assert "weights are not kept" in second
 
@@ -27,9 +29,9 @@ def test_the_next_commands_are_ones(tmp_path):
         data={"valid": "held"},
         train={"save": str(saved), "keep_best": best},
     )
-    assert len(closing_lines(config, 2)) == 3, "no checkpoint is noted as the best one"
+    assert len(closing_lines(config, 2, Path("r.html"))) == 4, "no checkpoint is the best yet"
     note_best(saved, 1, 0.5, Keeping(**best))
-    first, noted, *commands = closing_lines(config, 2)
+    first, _, noted, *commands = closing_lines(config, 2, Path("r.html"))
     assert str(saved) in first and noted == "best checkpoint: step 1, eval_loss 0.5"
     evaluate, export = (shlex.split(line.removeprefix("next: ")) for line in commands)
     args = make_parser().parse_args(evaluate[1:])

@@ -22,7 +22,11 @@ def test_the_trackers_get_the_status(tmp_path, monkeypatch, end, status):
 
         step = 2
 
+        def worst_pairs(self) -> list:
+            return []
+
         close = staticmethod(statuses.append)
+        config = tiny_config("set", tmp_path)
 
         def run(self, stop) -> None:
             assert not stop.is_asked()
@@ -38,6 +42,7 @@ def test_the_trackers_get_the_status(tmp_path, monkeypatch, end, status):
         return Run()
 
     monkeypatch.setattr(run, "prepare_trainer", prepare)
+    monkeypatch.setattr(run, "report_run", lambda folder: f"{folder}/report.html")
     if end is None:
         run.train(config)
     else:
