@@ -214,7 +214,8 @@ class Trainer:
         for name, scores in self.last_scores.items():
             dataset, ref_logps = self.valid[name].dataset, self.valid_ref_logps[name]
             if ref_logps is not None:
-                ref_logps = ref_logps[: len(scores)]
+                own = ref_logps if ref_logps.ndim == 1 else ref_logps[self.reference.anchor]
+                ref_logps = own[: len(scores)]
             pairs += worst_pairs(dataset, scores, ref_logps, name)
         return pairs
 
