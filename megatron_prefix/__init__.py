@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from megatron_prefix.objectives.record import FirstValue, ObjectiveRecord, Option
     from megatron_prefix.objectives.reward import bradley_terry_loss
     from megatron_prefix.reference import PrecomputedReference
-    from megatron_prefix.reference.model import with_reference
+    from megatron_prefix.reference.scoring import with_reference
 else:
     __getattr__ = lazy_face(
         __name__,
@@ -69,7 +69,7 @@ else:
         objectives__reward=["bradley_terry_loss"],
         platform=[],
         reference=["PrecomputedReference"],
-        reference__model=["with_reference"],
+        reference__scoring=["with_reference"],
     )
 
 

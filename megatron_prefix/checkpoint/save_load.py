@@ -105,9 +105,14 @@ def load_weights(path: str | Path, chunks: list[torch.nn.Module], keeps_head: bo
     return load_only_weights(resolve_checkpoint(path), chunks, keeps_head)
 
 
-def load_adapters(path: str | Path, chunks: list[torch.nn.Module], adapter: SavedAdapter) -> dict:
-    """Load only the adapters of a checkpoint, as `resolve_checkpoint` finds it, which must be those
-    of `adapter`, and return what its objective kept. Collective. Raises InputError."""
+def load_trained(
+    path: str | Path, chunks: list[torch.nn.Module], adapter: SavedAdapter | None
+) -> dict:
+    """Load what a run has saved, as `resolve_checkpoint` finds it, and return what its objective
+    kept: all weights, or, with `adapter`, adapters onto the base that `chunks` hold. Collective.
+    Raises InputError."""
+    if adapter is None:
+        return load_weights(path, chunks)
     return load_only_adapters(resolve_checkpoint(path), chunks, adapter)
 
 

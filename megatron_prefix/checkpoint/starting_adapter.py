@@ -10,7 +10,7 @@ import torch
 
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.adapter_state import SavedAdapter, lora_settings
-from megatron_prefix.checkpoint.save_load import load_adapters, resolve_checkpoint
+from megatron_prefix.checkpoint.save_load import load_trained, resolve_checkpoint
 from megatron_prefix.config import ModelSizes
 from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.errors import InputError
@@ -50,7 +50,7 @@ class CheckpointAdapter:
         return None
 
     def load(self, chunks: list[torch.nn.Module], adapter: SavedAdapter) -> None:
-        load_adapters(self.path, chunks, adapter)
+        load_trained(self.path, chunks, adapter)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 
 from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.adapter_state import SavedAdapter
-from megatron_prefix.checkpoint.save_load import load_adapters, load_weights, resolve_checkpoint
+from megatron_prefix.checkpoint.save_load import load_trained, load_weights, resolve_checkpoint
 from megatron_prefix.checkpoint.starting_adapter import (
     StartingAdapter,
     open_adapter,
@@ -86,8 +86,11 @@ class StartingModel:
             adapter_seed=seed,
         )
 
-    def load(self, chunks: list[torch.nn.Module]) -> None:
-        """Load the weights to start from into models made from `transformer_config`."""
+    def load(self, chunks: list[torch.nn.Module]) -> SavedAdapter | None:
+        """Load the weights to start from into models made from `transformer_config`. Collective.
+
+        Returns what a checkpoint of the run says about its adapters; None without `lora`.
+        """
         if self.config.hf is not None:
             assert self.source is not None
             for chunk in chunks:
@@ -96,31 +99,31 @@ class StartingModel:
                 load_hf_weights(model, self.source.directory, self.sizes, keeps_head)
         elif self.config.checkpoint is not None:
             load_weights(self.config.checkpoint, chunks, self.draws_head)
-        if self.lora is not None:
-            for chunk in chunks:
-                start_saved_modules(unwrap(chunk))
-        if self.adapter is not None and (saved := self.saved_adapter(chunks)) is not None:
-            self.adapter.load(chunks, saved)
-
-    def load_trained(self, path: str | Path, chunks: list[torch.nn.Module]) -> dict:
-        """Load what a run that started from this model has saved: all weights, or adapters onto
-        the base that `chunks` hold. Returns what its objective kept. Collective. Raises
-        InputError."""
-        adapter = self.saved_adapter(chunks)
-        if adapter is None:
-            return load_weights(path, chunks)
-        return load_adapters(path, chunks, adapter)
-
-    def saved_adapter(self, chunks: list[torch.nn.Module]) -> SavedAdapter | None:
-        """What a checkpoint of a run says about its adapters; None without `lora`. Collective."""
         if self.lora is None:
             return None
+        for chunk in chunks:
+            start_saved_modules(unwrap(chunk))
+        saved = SavedAdapter.of(self.lora, model_fingerprint(chunks), self._base())
+        if self.adapter is not None:
+            self.adapter.load(chunks, saved)
+        return saved
+
+    def load_trained(
+        self, path: str | Path, chunks: list[torch.nn.Module], adapter: SavedAdapter | None
+    ) -> dict:
+        """Load what a run that started from this model has saved, and return what its objective
+        kept; `adapter` is what `load` returned, which comes first if there is any. Collective.
+        Raises InputError."""
+        return load_trained(path, chunks, adapter)
+
+    def _base(self) -> dict[str, str]:
+        """The base of the adapters, as `SavedAdapter` has it."""
         base = {}
         if self.config.hf is not None:
             base["hf"] = _absolute(self.config.hf)
         elif self.config.checkpoint is not None:
             base["checkpoint"] = _absolute(self.config.checkpoint)
-        return SavedAdapter.of(self.lora, model_fingerprint(chunks), base)
+        return base
 
     def note(self, seed: int) -> str | None:
         """Messages for the user about the weights and the vocabulary, one a line, if there are

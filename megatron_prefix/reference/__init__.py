@@ -5,8 +5,9 @@ from megatron_prefix.reference.model import (
     Reference,
     frozen_model,
     open_reference,
-    score_dataset,
+    reference_fingerprint,
 )
+from megatron_prefix.reference.scoring import score_dataset
 from megatron_prefix.reference.sidecars import PartialScores, write_sidecar
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Reference",
     "frozen_model",
     "open_reference",
+    "reference_fingerprint",
     "score_dataset",
     "write_sidecar",
 ]

@@ -26,7 +26,6 @@ from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.adapters import as_reference
-from megatron_prefix.model.parameters import reference_fingerprint
 from megatron_prefix.objectives import (
     LossInputs,
     Objective,
@@ -37,6 +36,7 @@ from megatron_prefix.objectives import (
 from megatron_prefix.reference import (
     frozen_model,
     open_reference,
+    reference_fingerprint,
     score_dataset,
 )
 from megatron_prefix.train.data_checks import check_columns, refuse_unused_reference
@@ -108,10 +108,9 @@ def _own_scores(
 ) -> list[np.ndarray]:
     """The model's score of every response, float64 [responses] per data set, without a
     reference."""
-    if weights is None or initial.lora is not None:
-        initial.load(model)
+    adapter = initial.load(model) if weights is None or initial.lora is not None else None
     if weights is not None:
-        initial.load_trained(weights, model)
+        initial.load_trained(weights, model, adapter)
     else:
         if world.is_main and (note := initial.note(config.train.seed)) is not None:
             print(note, file=sys.stderr)
@@ -130,12 +129,12 @@ def _logps(
 ) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, Any]]:
     """Log-probabilities of every response under policy and reference, float64 [responses] per
     data set, and the weights and the anchor of several references."""
-    initial.load(model)
+    adapter = initial.load(model)
     parts = objective.parts
     mixed: dict[str, Any] = {}
     if objective.reference == "precomputed":
         datasets = [sampler.dataset for sampler in samplers]
-        fingerprint = reference_fingerprint(model)
+        fingerprint = reference_fingerprint(model, adapter)
         reference = open_reference(
             objective, config, initial, fingerprint, datasets, world, valid=datasets
         )
@@ -149,7 +148,7 @@ def _logps(
         if weights is None and not parts.alignments and is_same:
             return ref_logps, ref_logps, {}
     if weights is not None:
-        saved = initial.load_trained(weights, model).get("references")
+        saved = initial.load_trained(weights, model, adapter).get("references")
         if objective.mixture is not None and objective.mixture.is_learned:
             mixed["weights"] = reference.saved_weights(saved, str(weights))
     return [score_dataset(model, x, world, parts=parts) for x in samplers], ref_logps, mixed

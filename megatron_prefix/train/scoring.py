@@ -10,11 +10,11 @@ from megatron_prefix.data.store import check_one_vocabulary
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.adapters import as_reference
-from megatron_prefix.model.parameters import reference_fingerprint
 from megatron_prefix.objectives import ScoreParts, check
 from megatron_prefix.reference import (
     PartialScores,
     frozen_model,
+    reference_fingerprint,
     score_dataset,
     write_sidecar,
 )
@@ -49,8 +49,8 @@ def score_reference(config: Config, output: str) -> None:
         initial = resolve_starting_model(config.model, list(datasets.values()), config.lora)
         refuse_unused_reference(config, objective)
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
-        initial.load(model)
-        fingerprint = reference_fingerprint(model)
+        adapter = initial.load(model)
+        fingerprint = reference_fingerprint(model, adapter)
         parts = ScoreParts(heads=objective.parts.heads)
         scores, heads = [], []
         for dataset in datasets.values():

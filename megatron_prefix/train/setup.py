@@ -14,9 +14,8 @@ from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import build_model, build_policy
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.parameters import reference_fingerprint
 from megatron_prefix.objectives import Objective, check
-from megatron_prefix.reference import open_reference
+from megatron_prefix.reference import open_reference, reference_fingerprint
 from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.data_checks import check_betas, check_columns, refuse_unused_reference
 from megatron_prefix.train.identity import run_identity, run_schedule
@@ -67,11 +66,10 @@ def prepare_trainer(
     model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, world)
     world.beat("the initial weights")
-    initial.load(chunks)
-    adapter = initial.saved_adapter(chunks)
+    adapter = initial.load(chunks)
     fingerprint = None
     if objective.reference != "none":
-        fingerprint = reference_fingerprint(chunks)
+        fingerprint = reference_fingerprint(chunks, adapter)
     reference = open_reference(
         objective,
         config,

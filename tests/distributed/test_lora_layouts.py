@@ -32,6 +32,7 @@ SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {**FULL, "recompute_method": "block"}
 TIED = {"add_qkv_bias": True, "qk_layernorm": True, "untie_embeddings_and_output_weights": False}
+BF16 = {"dtype": "bfloat16"}
 MIXTURE = {"num_layers": 2, "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 REWARD = {"kind": "reward"}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -42,6 +43,7 @@ ZERO = {"use_distributed_optimizer": True}
 OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 LORA = {"r": 4, "lora_alpha": 8}
+IN_BF16 = {"tp2sp bfloat16": TP2SP, "dp2 zero bfloat16": ZERO, "pp2 full bfloat16": PP2}
 STARTS = {  # name: model, adapters
     "plain": ({}, LORA),
     "tied": (TIED, {**LORA, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj"]}),
@@ -52,6 +54,7 @@ STARTS = {  # name: model, adapters
         {**LORA, "target_modules": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
     ),
     "reward": (REWARD, LORA),
+    "bfloat16": (BF16, LORA),
 }
 ONES = {  # name: start, model beside SIZES and that of the start, other sections
     "one": ("plain", {}, {}),
@@ -65,6 +68,7 @@ ONES = {  # name: start, model beside SIZES and that of the start, other section
     "one mixture": ("mixture", {}, {}),
     "one reward": ("reward", {}, {}),
     "one start": ("plain", {}, {"lora": {"reference": "start"}}),
+    "one bfloat16": ("bfloat16", {}, {}),
 }
 OF_TWO = {  # name: layout, model, the one-process run that it follows
     "tp2": (TP2, {}, "one"),
@@ -133,6 +137,9 @@ def runs(tmp_path_factory) -> Runs:
     commands += [command(runs, name, {}, name) for name in ONES]
     on_processes(1, runs.folder, commands, TIMEOUT_S)
     twos = [command(runs, n, layout, one, model) for n, (layout, model, one) in OF_TWO.items()]
+    for name, layout in IN_BF16.items():
+        model = FULL if "full" in name else {}
+        twos.append(command(runs, name, layout, "one bfloat16", model))
     on_processes(2, runs.folder, twos, 3 * TIMEOUT_S)
     return runs
 
@@ -148,6 +155,24 @@ def test_two_processes_follow_one(runs, name):
     follows = OF_TWO[name][2]
     assert_same_history(runs.lines(name), runs.lines(follows))
     assert_same_weights(runs, name, follows)
+
+
+@pytest.mark.parametrize("name", IN_BF16)
+def test_bfloat16_follows_one_process(runs, name):
+    """Within what 8 bits of a log-probability change of the loss and its gradient."""
+    pairs = zip(runs.lines(name), runs.lines("one bfloat16"), strict=True)
+    steps = [(ours, theirs) for ours, theirs in pairs if "loss" in theirs]
+    assert len(steps) == NUM_STEPS
+    for ours, theirs in steps:
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+    start, ours, theirs = (
+        runs.weights(run, step)
+        for run, step in (("start bfloat16", 3), (name, NUM_STEPS), ("one bfloat16", NUM_STEPS))
+    )
+    apart = sum(float((ours[key] - x).float().norm()) for key, x in theirs.items())
+    moved = sum(float((start[key] - x).float().norm()) for key, x in theirs.items())
+    assert apart < 0.2 * moved
 
 
 def test_the_runs_learn(runs):

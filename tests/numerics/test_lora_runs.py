@@ -162,6 +162,9 @@ def test_another_start_has_a_first_loss_that_is_checked(start, random_set, tmp_p
     trained(run_of(tmp_path, random_set, "run", lora=adapted(start), train={"steps": 1}))
     text = capsys.readouterr().out
     assert "policy (lora.adapter) and reference (base) differ, so no value is known" in text
+    of_the_step = {"lora": adapted(start), "loss": {"loss_type": "aot"}, "train": {"steps": 1}}
+    trained(run_of(tmp_path, random_set, "of the step", **of_the_step))
+    assert "so no value is known" in capsys.readouterr().out
     with join_world(start.parallel, 0) as world:
         trainer = prepare(run_of(tmp_path, random_set, "x", lora=adapted(start)), world)
         with pytest.raises(Exception, match="the first loss is 0.5"):

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from megatron_prefix.config.bounds import KNOWN_KEYS, PathText, Positive, Switch
+from megatron_prefix.config.bounds import KNOWN_KEYS, Factor, PathText, Switch
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
@@ -59,7 +59,7 @@ class LoraConfig:
 
     r: Annotated[int, Field(strict=True, ge=1, le=2**14)] | None = None
     """Rank of an adapter: rows of A, columns of B. 8 if not given."""
-    lora_alpha: Positive | None = None
+    lora_alpha: Factor | None = None
     """An adapter's output is multiplied by `lora_alpha / r`. 8 if not given."""
     target_modules: Literal["all-linear"] | Targets | None = None
     """Linear layers of every transformer layer that get an adapter. `all-linear` (if not given):

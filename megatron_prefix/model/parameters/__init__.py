@@ -7,7 +7,7 @@ from megatron_prefix.model.parameters.canonical import (
     tensor_group,
     whole_parameters,
 )
-from megatron_prefix.model.parameters.fingerprint import model_fingerprint, reference_fingerprint
+from megatron_prefix.model.parameters.fingerprint import model_fingerprint
 from megatron_prefix.model.parameters.parts import trained_parts
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "canonical_parameters",
     "model_fingerprint",
     "partition_dim",
-    "reference_fingerprint",
     "tensor_group",
     "trained_parts",
     "whole_parameters",

@@ -12,14 +12,6 @@ from megatron_prefix.model.names import REWARD_HEAD, is_added
 from megatron_prefix.model.parameters.canonical import whole_parameters
 
 
-def reference_fingerprint(chunks: list[torch.nn.Module]) -> str:
-    """Fingerprint of the reference of `chunks`, which hold the policy of the start; collective. It
-    is that of the base, unless the adapter of the start belongs to the reference."""
-    lora = unwrap(chunks[0]).config.lora
-    with_adapters = lora is not None and lora.reference == "start"
-    return model_fingerprint(chunks, with_adapters=with_adapters)
-
-
 @torch.no_grad()
 def model_fingerprint(chunks: list[torch.nn.Module], *, with_adapters: bool = False) -> str:
     """SHA-256 over the SHA-256 of every parameter, in the order of canonical names.
