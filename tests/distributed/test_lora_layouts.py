@@ -6,6 +6,7 @@ Data, steps and tolerances are those of the other layouts.
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from unittest import mock
 
@@ -21,9 +22,12 @@ from runs import (
     called,
     on_processes,
 )
+from safetensors.torch import save_file
 
+from megatron_prefix.config.lora import TARGETS
 from megatron_prefix.model.adapters.linear import AdaptedLinear
 from megatron_prefix.model.gpt import TreeGPTModel
+from megatron_prefix.model.hf.peft import peft_name
 from megatron_prefix.model.layers import SEQUENCE_PARALLEL
 from megatron_prefix.testing import free_port
 
@@ -78,6 +82,8 @@ OF_TWO = {  # name: layout, model, the one-process run that it follows
     "tp2sp head": (TP2SP, {}, "one head"),
     "tp2sp mixture": (TP2SP, {}, "one mixture"),
     "tp2 start": (TP2, {}, "one start"),
+    "tp2sp head peft": (TP2SP, {}, "one head"),
+    "pp2 tied peft": (PP2, {}, "one tied"),
     "pp2": (PP2, {}, "one"),
     "pp2 tied full": (PP2, FULL, "one tied"),
     "pp2 saved": (PP2, {}, "one saved"),
@@ -110,11 +116,29 @@ RESUMED = {  # name: the run that was cut, the layout it goes on in
 }
 
 
+def as_peft(runs: Runs, start: str) -> str:
+    """The adapters of a start as a PEFT directory."""
+    directory = runs.folder / f"peft {start}"
+    if not directory.exists():
+        directory.mkdir()
+        _, settings = STARTS[start]
+        targets = settings.get("target_modules", TARGETS)
+        config = {**settings, "target_modules": targets, "peft_type": "LORA", "bias": "none"}
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        weights = {peft_name(name): x for name, x in runs.weights(f"start {start}", 3).items()}
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):  # of 258 bytes, padded
+            if (own := weights.get(f"base_model.model.{name}")) is not None:
+                weights[f"base_model.model.{name}"] = own[:258].clone()
+        save_file(weights, directory / "adapter_model.safetensors")
+    return str(directory)
+
+
 def command(runs: Runs, name: str, layout: dict, one: str, sizes: dict | None = None) -> list[str]:
     """A run like the one-process run `one`, in another layout."""
     start, own, sections = ONES[one]
     model, _ = STARTS[start]
-    lora = {"adapter": str(runs.output(f"start {start}") / "saved"), **sections.get("lora", {})}
+    saved = as_peft(runs, start) if "peft" in name else runs.output(f"start {start}") / "saved"
+    lora = {"adapter": str(saved), **sections.get("lora", {})}
     data = {"train": runs.data, "valid": runs.valid, "row_capacity": 120, "global_batch_size": 4}
     return runs.train(
         name,

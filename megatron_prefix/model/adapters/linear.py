@@ -151,8 +151,8 @@ class AdaptedLinear(torch.nn.Module):
         firsts, seconds = zip(*(adapter() for adapter in self.adapters.values()), strict=True)
         # one product for all adapters of the layer
         low = F.linear(input_, firsts[0] if len(firsts) == 1 else torch.cat(firsts))
-        low = self._communicated(low)
-        return add_products(output, low, seconds, self.spans, self.num_groups, self.scale)
+        low = self._communicated(low * self.scale)
+        return add_products(output, low, seconds, self.spans, self.num_groups)
 
     def _communicated(self, low: Tensor) -> Tensor:
         """A x, made what B of this rank must see; see the tables of the module."""

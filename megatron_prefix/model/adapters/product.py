@@ -28,20 +28,19 @@ def add_products(
     factors: Sequence[Tensor],
     spans: Sequence[Span],
     num_groups: int,
-    scale: float,
 ) -> Tensor:
-    """`output` [T, 1, G W], of experts [T, G W], plus scale * B (A x) in the span of each adapter.
+    """`output` [T, 1, G W], of experts [T, G W], plus B A x in the span of each adapter.
 
-    `low` [T, 1, P R] are the products A x of the adapters in order, and `factors` their B
+    `low` [T, 1, P R] are the products A x of the adapters in order, scaled, and `factors` their B
     [G w, R]. `output` must be used nowhere else: its memory is written and returned.
     """
-    return _AddProducts.apply(output, low, scale, num_groups, tuple(spans), *factors)
+    return _AddProducts.apply(output, low, num_groups, tuple(spans), *factors)
 
 
 class _AddProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, low, scale, num_groups, spans, *factors):
-        ctx.scale, ctx.num_groups, ctx.spans = scale, num_groups, spans
+    def forward(ctx, output, low, num_groups, spans, *factors):
+        ctx.num_groups, ctx.spans = num_groups, spans
         ctx.save_for_backward(low, *factors)
         # Not the tensor itself: it may be a view that another function returned, which autograd
         # does not let anyone write to. Were it saved for a backward pass, that would still fail.
@@ -49,7 +48,7 @@ class _AddProducts(torch.autograd.Function):
         for rows, low_TR, factor in zip(_spans(total, ctx), _lows(low, ctx), factors, strict=True):
             factor_GwR = factor.view(num_groups, -1, factor.size(1))
             low_GTR = low_TR.expand(num_groups, -1, -1)
-            rows.baddbmm_(low_GTR, factor_GwR.transpose(1, 2), alpha=scale)
+            rows.baddbmm_(low_GTR, factor_GwR.transpose(1, 2))
         return total
 
     @staticmethod
@@ -62,10 +61,9 @@ class _AddProducts(torch.autograd.Function):
             _spans(grad, ctx), _lows(low, ctx), _lows(grad_low, ctx), factors, strict=True
         ):
             factor_GwR = factor.view(ctx.num_groups, -1, factor.size(1))
-            torch.sum(rows @ factor_GwR, 0, out=into_TR).mul_(ctx.scale)
-            own_GwR = rows.transpose(1, 2) @ low_TR
-            grad_factors.append(own_GwR.mul_(ctx.scale).view_as(factor))
-        return grad, grad_low, None, None, None, *grad_factors
+            torch.sum(rows @ factor_GwR, 0, out=into_TR)
+            grad_factors.append((rows.transpose(1, 2) @ low_TR).view_as(factor))
+        return grad, grad_low, None, None, *grad_factors
 
 
 def _spans(channels: Tensor, ctx) -> list[Tensor]:

@@ -30,13 +30,13 @@ def inputs(name: str, num_tokens: int = 7, rank: int = 3):
     return output, low, factors, spans, groups
 
 
-def by_definition(output, low, factors, spans, groups, scale):
+def by_definition(output, low, factors, spans, groups):
     """Group by group: each adapter's own product, added to its channels."""
     parts = list(output.unflatten(-1, (groups, -1)).unbind(-2))
     for index, ((start, stop), factor) in enumerate(zip(spans, factors, strict=True)):
         rank = factor.size(1)
         own = low[..., index * rank : (index + 1) * rank]
-        products = (scale * own @ factor.T).unflatten(-1, (groups, -1))
+        products = (own @ factor.T).unflatten(-1, (groups, -1))
         for group in range(groups):
             before, after = parts[group][..., :start], parts[group][..., stop:]
             middle = parts[group][..., start:stop] + products[..., group, :]
@@ -47,9 +47,9 @@ def by_definition(output, low, factors, spans, groups, scale):
 @pytest.mark.parametrize("name", FUSED)
 def test_values_and_gradients_are_those_of_the_definition(name):
     output, low, factors, spans, groups = inputs(name)
-    expected = by_definition(output, low, factors, spans, groups, 0.5)
+    expected = by_definition(output, low, factors, spans, groups)
     # the memory of the first argument is written, as that of a linear layer's output is
-    total = add_products(output * 1, low, factors, spans, groups, 0.5)
+    total = add_products(output * 1, low, factors, spans, groups)
     assert torch.allclose(total, expected, rtol=0, atol=1e-12)
     weights = torch.randn(total.shape, dtype=torch.float64)
     leaves = [output, low, *factors]
@@ -63,7 +63,7 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zero():
     _, _, factors, spans, groups = inputs("gate and up")
     output = torch.zeros(0, 10, dtype=torch.float64)
     low = torch.zeros(0, 6, dtype=torch.float64, requires_grad=True)
-    add_products(output, low, factors, spans, groups, 1.0).sum().backward()
+    add_products(output, low, factors, spans, groups).sum().backward()
     assert all(factor.grad is not None and not factor.grad.any() for factor in factors)
 
 
@@ -80,8 +80,8 @@ def test_a_view_that_a_function_returned_is_taken():
             return grad
 
     output, low, factors, spans, groups = inputs("one layer")
-    expected = by_definition(output, low, factors, spans, groups, 2.0)
-    total = add_products(InPlace.apply(output * 1), low, factors, spans, groups, 2.0)
+    expected = by_definition(output, low, factors, spans, groups)
+    total = add_products(InPlace.apply(output * 1), low, factors, spans, groups)
     assert torch.allclose(total, expected, rtol=0, atol=1e-12)
 
 
@@ -89,4 +89,4 @@ def test_an_output_that_its_producer_saved_is_not_written_silently():
     output, low, factors, spans, groups = inputs("one layer")
     saved = output.exp()  # its backward pass reads its output
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        add_products(saved, low, factors, spans, groups, 1.0).sum().backward()
+        add_products(saved, low, factors, spans, groups).sum().backward()
