@@ -11,6 +11,7 @@ from functools import partial
 from unittest import mock
 
 import pytest
+import torch
 from processes import on_ranks
 from runs import (
     CUT,
@@ -24,11 +25,14 @@ from runs import (
 )
 from safetensors.torch import save_file
 
-from megatron_prefix.config.lora import TARGETS
+from megatron_prefix.config import ModelConfig, ParallelConfig
+from megatron_prefix.config.lora import TARGETS, LoraConfig
+from megatron_prefix.distributed import join_world
 from megatron_prefix.model.adapters.linear import AdaptedLinear
 from megatron_prefix.model.gpt import TreeGPTModel
 from megatron_prefix.model.hf.peft import peft_name
 from megatron_prefix.model.layers import SEQUENCE_PARALLEL
+from megatron_prefix.model.provider import model_provider, transformer_config
 from megatron_prefix.testing import free_port
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
@@ -225,6 +229,38 @@ def test_a_missing_sum_over_tensor_parallel_ranks_is_found(runs):
     on_ranks(2, partial(called_without_the_sum, commands), runs.folder, TIMEOUT_S)
     with pytest.raises(AssertionError, match="grad_norm"):
         assert_same_history(runs.lines("unsummed"), runs.lines("one"))
+
+
+def keeps_no_gathered_input() -> int:
+    """0 if no adapted layer saves, for its backward pass, an input that was gathered."""
+    parallel, rows = ParallelConfig(**TP2SP), 48
+    with join_world(parallel, seed=0) as world:
+        config = transformer_config(
+            ModelConfig(**SIZES),
+            vocab_size=64,
+            seed=1,
+            parallel=parallel,
+            lora=LoraConfig(r=4),
+            adapter_seed=1,
+        )
+        layer = model_provider(config=config, pg_collection=world.groups).decoder.layers[0]
+        own = torch.randn(rows // 2, 1, SIZES["hidden_size"], requires_grad=True)
+        saved: list[tuple[int, ...]] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output, _ = layer.self_attention.linear_qkv(own)
+        assert output.shape[0] == rows and (rows // 2, SIZES["hidden_size"]) in {
+            (shape[0], shape[-1]) for shape in saved
+        }
+        return int(any(shape[0] == rows and shape[-1] > 3 * 4 for shape in saved))
+
+
+def test_sequence_parallel_adapters_keep_their_own_tokens_only(tmp_path):
+    on_ranks(2, keeps_no_gathered_input, tmp_path, TIMEOUT_S)
 
 
 def test_an_input_without_a_gradient_is_found_under_recomputation(runs, monkeypatch):
