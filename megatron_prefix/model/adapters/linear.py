@@ -6,6 +6,7 @@ adapter adds must be in the state in which the layer's own output is, because th
                         output of the layer         A              what A x needs    B
     column parallel     this rank's channels        whole          (see below)       its channels
     row parallel        sum over the ranks          its channels   summed            whole
+    experts, column     this rank's channels        whole          nothing           its channels
     experts, row        a term of that sum          its channels   nothing           whole
 
 A x has r channels, so it is cheap to communicate, and a gathered input is never needed nor kept:
@@ -58,8 +59,11 @@ class LowRank(torch.nn.Module):
     It is called for its factors, so that a wrapper that gathers updated weights late sees the call.
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int, rank: int, like: Tensor) -> None:
+    def __init__(
+        self, num_inputs: int, num_outputs: int, rank: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
+        like = torch.empty(0, dtype=dtype, device=device)
         self.lora_A = torch.nn.Parameter(like.new_empty(rank, num_inputs))
         self.lora_B = torch.nn.Parameter(like.new_empty(num_outputs, rank))
 
@@ -100,18 +104,15 @@ class AdaptedLinear(torch.nn.Module):
         self.spans: list[Span] = []
         start = 0
         num_inputs = input_size if self.is_column else input_size // ranks
+        place = config.params_dtype, next(self.parameters()).device
         for name, width in zip(self.targets, widths, strict=True):
             if name in (lora.target_modules or ()):
                 assert lora.r is not None
-                # the weight's precision and device
-                adapter = LowRank(num_inputs, self.num_groups * width, lora.r, self._weight())
+                adapter = LowRank(num_inputs, self.num_groups * width, lora.r, *place)
                 self._mark(adapter, is_expert and config.expert_model_parallel_size > 1)
                 self.adapters[name] = adapter
                 self.spans.append((start, start + width))
             start += width
-
-    def _weight(self) -> Tensor:
-        return next(parameter for parameter in self.parameters())
 
     def _fused_widths(
         self, config: TransformerConfig, output_size: int
