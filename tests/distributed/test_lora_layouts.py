@@ -76,6 +76,7 @@ ONES = {  # name: start, model beside SIZES and that of the start, other section
     "one mixture": ("mixture", {}, {}),
     "one reward": ("reward", {}, {}),
     "one start": ("plain", {}, {"lora": {"reference": "start"}}),
+    "one aot": ("plain", {}, {"loss": {"loss_type": "aot"}}),
     "one bfloat16": ("bfloat16", {}, {}),
 }
 OF_TWO = {  # name: layout, model, the one-process run that it follows
@@ -97,6 +98,7 @@ OF_TWO = {  # name: layout, model, the one-process run that it follows
     "dp2 zero": (ZERO, {}, "one"),
     "dp2 overlaps": (OVERLAP, {}, "one tied"),
     "dp2 overlaps start": (OVERLAP, {}, "one start"),
+    "dp2 zero aot": (ZERO, {}, "one aot"),
     "ep2": (EP2, {}, "one mixture"),
     "ep2 zero full": ({**EP2, **ZERO}, FULL, "one mixture"),
     "tp2sp reward": (TP2SP, {}, "one reward"),
@@ -149,6 +151,7 @@ def command(runs: Runs, name: str, layout: dict, one: str, sizes: dict | None = 
         parallel=layout,
         model={**SIZES, **model, **own, **(sizes or {})},
         lora=lora,
+        loss=sections.get("loss", {}),
         data={**data, "seed": 3, **sections.get("data", {})},
     )
 

@@ -30,6 +30,7 @@ OBJECTIVES = {  # of every unit and scope: loss section, model section
     "on policy": ({"loss_type": "ipo", "use_weighting": True}, {}),
     "sets": ({"loss_type": "plackett_luce"}, {}),
     "responses": ({"loss_type": ["nca", "infonca"], "temperature": 0.5}, {}),
+    "step": ({"loss_type": "aot"}, {}),
     "rewards": ({"loss_type": "bradley_terry"}, REWARD),
     "regression": ({"loss_type": "regression"}, REWARD),
 }
