@@ -39,6 +39,7 @@ MODELS = {
         "recompute_num_layers": 1,
     },
 }
+LORA = {"r": 4, "lora_alpha": 64}
 TOLERANCES = {
     "float32": {"loss": 1e-5, "grad_norm": 1e-5, "rewards/margins": 1e-3},
     "bfloat16": {"loss": 2e-2, "grad_norm": 3e-2, "rewards/margins": 3e-2},
@@ -75,8 +76,10 @@ def write_decided_set(prefix: Path, num_groups: int = 24, seed: int = 3) -> str:
     return str(prefix)
 
 
-def trained(output: Path, train_set: str, layout: str, **model) -> list[dict]:
-    """Train in this process and return the run's lines."""
+def trained(
+    output: Path, train_set: str, layout: str, lora: dict | None = None, **model
+) -> list[dict]:
+    """Train in this process and return the run's lines; with `lora`, adapters."""
     sizes = {
         "num_layers": 2,
         "hidden_size": 128,
@@ -91,6 +94,7 @@ def trained(output: Path, train_set: str, layout: str, **model) -> list[dict]:
         "optimizer": {"lr": 1e-3},
         "train": {"steps": STEPS},
         "logging": {"output": str(output)},
+        **({} if lora is None else {"lora": lora}),
     }
     train(parse_config(config))
     return [json.loads(x) for x in (output / "metrics.jsonl").read_text("utf-8").splitlines()]

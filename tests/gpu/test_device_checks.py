@@ -3,6 +3,7 @@
 import pytest
 import torch
 from device_checks import (
+    LORA,
     MODELS,
     assert_follows,
     assert_learns,
@@ -34,6 +35,12 @@ def test_layouts(decided, tmp_path, model):
     assert metrics[0]["tokens/executed"] < expected[0]["tokens/executed"]
     with pytest.raises(AssertionError):
         assert_follows(metrics[::-1], expected, model.get("dtype", "float32"))
+
+
+def test_adapters(decided, tmp_path):
+    expected = trained(tmp_path / "none", decided, "none", LORA)
+    assert_learns(expected)
+    assert_follows(trained(tmp_path / "tree", decided, "tree", LORA), expected, "float32")
 
 
 def test_alone(world):

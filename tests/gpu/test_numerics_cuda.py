@@ -4,6 +4,7 @@ import pytest
 from budget import needs_cuda, skip_without
 from device_checks import (
     LAYOUTS,
+    LORA,
     MODELS,
     assert_follows,
     assert_learns,
@@ -59,6 +60,19 @@ def test_every_layout_follows_the_unpacked_run(runs, layout):
 def test_memory_savers_follow_it_too(runs, name):
     run, expected, dtype = runs
     assert_follows(run(name, "tree", **MODELS[name]), expected, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_follow_the_unpacked_run(decided, tmp_path, kind):
+    """With Transformer Engine installed these are adapters on its layers."""
+    model = KINDS[kind]
+    if "attention_backend" in model:
+        skip_without(model["attention_backend"], bfloat16, 64)
+    expected = trained(tmp_path / "unpacked", decided, "unpacked", LORA, **model)
+    assert_learns(expected)
+    for name, more in {"tree": {}, "recompute": MODELS["recompute"]}.items():
+        metrics = trained(tmp_path / name, decided, "tree", LORA, **model, **more)
+        assert_follows(metrics, expected, model["dtype"])
 
 
 @pytest.mark.parametrize("settings", [{}, *MODELS.values()], ids=["plain", *MODELS])
