@@ -38,7 +38,7 @@ LAYOUTS = {
 REWARD = {"kind": "reward", "init_method_std": 0.05}
 OBJECTIVES = {  # name: loss section, model section
     "sigmoid": ({"loss_type": "sigmoid"}, {}),
-    "list": ({"loss_type": ["hinge", "sft"], "weighting": "group", "use_weighting": False}, {}),
+    "list": ({"loss_type": ["hinge", "sft"], "weighting": "group"}, {}),
     "on policy": ({"loss_type": "ipo", "use_weighting": True, "comparisons": "adjacent"}, {}),
     "plackett_luce": ({"loss_type": "plackett_luce"}, {}),
     "bradley_terry": ({"loss_type": "bradley_terry", "margin": True}, REWARD),
@@ -241,6 +241,21 @@ def test_a_mixture_of_sets_is_the_same(runs, tmp_path):
             train={"steps": 3, "save": str(tmp_path / ("a" if split else "b"))},
         )
         lines.append((trained(config), saved_weights(config.train.save, 3)))
+    assert_same(lines[1], lines[0])
+
+
+def test_an_objective_of_the_whole_step(tmp_path):
+    plain = write_ranked_set(tmp_path / "plain", 0, 10, weighted=False)
+    lines = []
+    for name, split in (("whole", {}), ("split", SPLIT)):
+        config = configure(
+            tmp_path / name,
+            plain,
+            data={**BATCHES, **split},
+            loss={"loss_type": ["aot", "sft"]},
+            train={"steps": 4, "save": str(tmp_path / name / "saved")},
+        )
+        lines.append((trained(config), saved_weights(config.train.save, 4)))
     assert_same(lines[1], lines[0])
 
 
