@@ -101,11 +101,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _read_entries(path: Path) -> dict:
-    """The entries of the checkpoint `path`, by name. Raises InputError."""
+    """The entries of the checkpoint `path`, by name; its tensors are in files of the same folder.
+    Raises InputError."""
     metadata_path = path / ".metadata"
     try:
         with metadata_path.open("rb") as file:
-            return dict(_MetadataUnpickler(file).load().state_dict_metadata)
+            metadata = _MetadataUnpickler(file).load()
+        for place in (metadata.storage_data or {}).values():
+            if Path(place.relative_path).name != str(place.relative_path):
+                raise ValueError(f"{str(place.relative_path)[:100]!r} is no name of a file")
+        return dict(metadata.state_dict_metadata)
     except OSError as error:
         raise InputError(f"{metadata_path}: {error.strerror}; the checkpoint is damaged") from None
     except Exception as error:  # whatever a damaged or hostile pickle raises

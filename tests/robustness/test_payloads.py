@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from broken_sets import seal_plan
 from commands import command, refused, write_config
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -163,6 +164,60 @@ def zipped_in_tensors(directory: Path, payload: Payload) -> None:
             place.offset = file.tell()
             place.length = file.write(as_torch(payload))
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("place", ["../iter_0000001/", "/", "./"])
+def test_a_checkpoint_reads_only_its_own_files(finished, dataset, tmp_path, capsys, place):
+    """`.metadata` names the file of every tensor; sums of all files are right."""
+    saved = tmp_path / "saved"
+    shutil.copytree(finished / "saved", saved)
+    directory = saved / "iter_0000002"
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        elsewhere = str(directory) + "/" if place == "/" else place
+        info.relative_path = f"{elsewhere}{info.relative_path}"
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    rehash(directory)
+    for argv in commands(tmp_path, dataset, saved).values():
+        refused(argv, capsys, directory / ".metadata", "is no name of a file")
+
+
+def test_packed_steps_execute_nothing(dataset, tmp_path, marker, capsys):
+    plan = tmp_path / "plan"
+    flags = ["--row-capacity", "120", "--global-batch-size", "2"]
+    assert command(["pack", dataset, "--output", str(plan), *flags], capsys)[0] == 0
+    for name in ("groups.npy", "items.npy", "plan.json"):
+        sound = (plan / name).read_bytes()
+        for wrap in (raw, as_npy, as_torch):
+            (plan / name).write_bytes(wrap(Payload(marker)))
+            if name != "plan.json":
+                seal_plan(plan)
+            refused(["inspect", str(plan)], capsys, plan)
+            assert not marker.exists()
+        (plan / name).write_bytes(sound)
+
+
+def test_a_chat_template_executes_nothing(tmp_path, marker, capsys):
+    """Jinja's sandbox is the one of transformers; nothing outside the messages can be reached."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    talk = [{"role": "user", "content": "a"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("a", "b")]
+    record = {"prompt": talk, "chosen": answers[0], "rejected": answers[1]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(record) + "\n")
+    call = f"__import__('os').mkdir({str(marker)!r})"
+    roots = ("cycler.__init__.__globals__", "''.__class__.__mro__[1].__subclasses__()")
+    roots += ("messages.append.__self__.__class__.__base__", "raise_exception.__globals__")
+    for root in roots:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+        tokenizer.chat_template = f"{{{{ {root}['__builtins__']['eval'](\"{call}\") }}}}"
+        shutil.rmtree(tmp_path / "tokenizer", ignore_errors=True)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        argv = ["build", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "set")]
+        refused([*argv, "--tokenizer", str(tmp_path / "tokenizer")], capsys, "chat template")
+        assert not marker.exists(), root
 
 
 def in_complete(directory: Path, payload: Payload) -> None:
