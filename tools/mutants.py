@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mutant_list import MUTANTS, Mutant
 from mutant_list_data import DATA_MUTANTS
+from mutant_list_faults import FAULT_MUTANTS
 from mutant_list_lora import LORA_MUTANTS
 from mutant_list_references import REFERENCE_MUTANTS
 from mutant_list_steps import STEP_MUTANTS
@@ -81,6 +82,7 @@ def main() -> int:
         for m in (
             *MUTANTS,
             *DATA_MUTANTS,
+            *FAULT_MUTANTS,
             *LORA_MUTANTS,
             *REFERENCE_MUTANTS,
             *STEP_MUTANTS,

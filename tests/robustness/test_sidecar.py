@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from megatron_prefix.data.steps.collate import MicroBatch
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.reference.sidecars import PartialScores
 
@@ -154,3 +155,12 @@ def test_saved_scores_that_do_not_fit_are_computed_again(
     assert command(argv, capsys)[0] == 0
     assert path.read_bytes() == sidecar.read_bytes()
     assert not (tmp_path / "ref.partial").exists()
+
+
+def test_a_file_in_the_place_of_saved_scores_is_named(tmp_path):
+    path = tmp_path / "ref"
+    (tmp_path / "ref.partial").write_text("not a folder")
+    scores = PartialScores(str(path), "train", {"model": "a"}, 3)
+    with pytest.raises(RunError, match=f"--output {path}: cannot be written"):
+        scores.save(1)
+    assert (tmp_path / "ref.partial").read_text() == "not a folder"

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from mutant_list import MUTANTS  # noqa: E402
 from mutant_list_data import DATA_MUTANTS  # noqa: E402
+from mutant_list_faults import FAULT_MUTANTS  # noqa: E402
 from mutant_list_lora import LORA_MUTANTS  # noqa: E402
 from mutant_list_references import REFERENCE_MUTANTS  # noqa: E402
 from mutant_list_steps import STEP_MUTANTS  # noqa: E402
@@ -19,6 +20,7 @@ from mutant_list_windows import WINDOW_MUTANTS  # noqa: E402
 LISTS = {
     "mutant_list": MUTANTS,
     "mutant_list_data": DATA_MUTANTS,
+    "mutant_list_faults": FAULT_MUTANTS,
     "mutant_list_lora": LORA_MUTANTS,
     "mutant_list_references": REFERENCE_MUTANTS,
     "mutant_list_steps": STEP_MUTANTS,
