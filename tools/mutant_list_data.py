@@ -142,7 +142,7 @@ DATA_MUTANTS = (
     Mutant(
         "packed steps of other settings accepted",
         "data/steps/packed/reading.py",
-        'if value != packed.get(name) and not (name == "epochs" and steps):',
+        'if value != then and not (name == "epochs" and steps):',
         "if False:",
         "unit/data/steps/packed/test_reading.py",
     ),
