@@ -22,6 +22,25 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def own_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """The counts of a data set without its mismatches."""
+    taken = {
+        "responses": counts.get("mismatches", 0),
+        "nodes": counts.get("mismatch_nodes", 0),
+        "tokens": counts.get("mismatch_tokens", 0),
+    }
+    names = ("groups", "nodes", "responses", "pairs", "tokens")
+    return {name: counts[name] - taken.get(name, 0) for name in names if name in counts}
+
+
+def mismatch_cells(counts: Mapping[str, int]) -> list[str]:
+    """A line of a table of counts; no cells for a data set without mismatches."""
+    if "mismatches" not in counts:
+        return []
+    own = f"{counts['mismatches']:,}", f"{counts['mismatch_tokens']:,} tokens of their own"
+    return ["mismatches", *own]
+
+
 def format_counts(
     counts: Mapping[str, int], tokens: Mapping[str, int], lengths: Mapping[str, Any]
 ) -> list[str]:
@@ -32,10 +51,17 @@ def format_counts(
         if number  # responses without pairs have no tokens under the modes that take pairs
     ]
     return [
-        *align([[name, f"{counts[name]:,}"] for name in ("groups", "responses", "pairs")]),
+        *align(count_cells(counts, ("groups", "responses", "pairs"))),
         *["", "tokens by sharing mode", *align(modes)],
         *["", *format_lengths(lengths)],
     ]
+
+
+def count_cells(counts: Mapping[str, int], names: Sequence[str]) -> list[list[str]]:
+    """A table of counts without mismatches, and a line for these if there are some."""
+    own, last = own_counts(counts), mismatch_cells(counts)
+    table = [[name, f"{own[name]:,}", *[""] * bool(last)] for name in names]
+    return [*table, last] if last else table
 
 
 def format_lengths(lengths: Mapping[str, Any]) -> list[str]:

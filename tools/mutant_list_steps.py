@@ -68,4 +68,18 @@ STEP_MUTANTS = (
         "block_size = len(dataset)\n    for start in range(0, len(dataset), block_size):",
         "numerics/test_step_objectives.py",
     ),
+    Mutant(
+        "the mean reward of earlier steps forgotten at a resume",
+        "train/setup.py",
+        'running_rewards=tuple(saved.get("running_rewards") or (0.0, 0.0)),',
+        "running_rewards=(0.0, 0.0),",
+        "numerics/test_unpaired_runs.py",
+    ),
+    Mutant(
+        "a mismatch from the same prompt",
+        "data/build/mismatches.py",
+        "if prompts[donor] != prompts[group]:",
+        "if donor != group:",
+        "unit/data/build/test_mismatches.py",
+    ),
 )

@@ -15,6 +15,7 @@ from megatron_prefix.config import LossConfig, ParallelConfig
 from megatron_prefix.data.steps import MicroBatch, Sampler
 from megatron_prefix.data.steps.compositions import StepSettings, with_comparisons
 from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.data.store.roles import own_responses
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import Feed, TrainBatch
 from megatron_prefix.objectives import Objective, check
@@ -142,7 +143,7 @@ class PreferenceData:
         self, data: PreferenceDataset, attach: Attach | None, repeats: bool = False
     ) -> RowIterator:
         model, world = self.model, self.world
-        data = with_comparisons(data, self.objective.comparisons)
+        data = with_comparisons(own_responses(data), self.objective.comparisons)
         check_columns(self.objective, data, "prefix")
         sharing = run_sharing(self.objective, self.sharing)
         if data.vocab_size > model.vocab_size:
@@ -237,7 +238,7 @@ def preference_data(
             "Bridge only policies with a reference are trained; use megatron-prefix train for "
             "reward models"
         )
-    if objective.needs_step:
+    if objective.needs_blocks:
         raise ValueError(
             f"loss.loss_type = {objective.name}: looks at all responses of a step, which needs two "
             "passes over it, and Bridge's loop has one: use megatron-prefix train"

@@ -82,4 +82,5 @@ def row_loss(
     own = batch.loss_inputs(value.detach().expand(len(batch.response_tokens))).denominators()[unit]
     part = own if batch.denominators is None else own / batch.denominators[unit]
     loss = {"loss": torch.stack([logs["loss"], part.to(logs["loss"])])}
-    return value, torch.zeros_like(count), loss | logs["sums"]
+    means = {name: x for name, x in logs["sums"].items() if not name.startswith("count/")}
+    return value, torch.zeros_like(count), loss | means

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from megatron_prefix.errors import InputError
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -194,6 +196,18 @@ def _add_handling(parser: argparse.ArgumentParser) -> None:
         help="decides which prompts --holdout takes (default: 1234)",
     )
     parser.add_argument(
+        "--kto",
+        action="store_true",
+        help="also put a response of another prompt behind each prompt, which loss.loss_type: kto "
+        "measures its distance to the reference on; other losses ignore these (default: none)",
+    )
+    parser.add_argument(
+        "--kto-seed",
+        type=int,
+        metavar="S",
+        help="decides which responses --kto takes (default: 1234)",
+    )
+    parser.add_argument(
         "--on-contradiction",
         choices=("keep", "drop", "swap", "error"),
         default="keep",
@@ -227,6 +241,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prefix.data.build import BuildOptions, build_dataset
     from megatron_prefix.data.read import parse_columns
 
+    if args.kto_seed is not None and not args.kto:
+        raise InputError(f"--kto-seed {args.kto_seed} has no effect without --kto: give both")
     options = BuildOptions(
         format=args.format,
         columns=parse_columns(args.map),
@@ -239,6 +255,8 @@ def run(args: argparse.Namespace) -> None:
         overflow=args.overflow,
         holdout=args.holdout,
         holdout_seed=args.holdout_seed,
+        kto=args.kto,
+        **({} if args.kto_seed is None else {"kto_seed": args.kto_seed}),
         bos=args.bos,
         eos=args.eos,
         on_contradiction=args.on_contradiction,

@@ -81,9 +81,11 @@ def run(args: argparse.Namespace) -> None:
     """Pack and print one line about the packed steps."""
     from megatron_prefix.data.steps.packed import describe_packed_steps, write_packed_steps
     from megatron_prefix.data.store import PreferenceDataset, join_datasets
+    from megatron_prefix.data.store.roles import own_responses
 
     prefixes, settings, steps = (_from_config if args.config else _from_flags)(args)
-    dataset = join_datasets([PreferenceDataset.verified(prefix) for prefix in prefixes])
+    datasets = [PreferenceDataset.verified(prefix) for prefix in prefixes]
+    dataset = own_responses(join_datasets(datasets))
     if steps is not None and settings.weights is None:
         settings, steps = _with_epochs(settings, dataset, steps), None
     with _Progress() as progress:

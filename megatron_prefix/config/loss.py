@@ -125,6 +125,11 @@ class LossConfig:
     """Margin of `simpo`, in units of reward; 0.5 if not given."""
     alpha: Annotated[float, Field(strict=True, gt=-1, le=10, allow_inf_nan=False)] | None = None
     """For `simpo`: the exponent of AlphaPO's reward; 0 (the log-probability) if not given."""
+    desirable_weight: NonNegative | None = None
+    """For `kto` and `apo_zero_unpaired`: what multiplies the loss of desirable responses; 1 if not
+    given."""
+    undesirable_weight: NonNegative | None = None
+    """The same of undesirable responses."""
     temperature: Annotated[float, Field(strict=True, ge=1e-6, le=1e6)] | None = None
     """For `infonca` and `nca`: what the data's scores are divided by; 1 if not given."""
     comparisons: Literal["all", "best_vs_rest", "best_vs_worst", "adjacent"] | None = None

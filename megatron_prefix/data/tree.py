@@ -345,6 +345,30 @@ def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> Pref
     return PrefixTree(**joined([merge_paths(responses, pairs)]))
 
 
+def tree_paths(tree: PrefixTree) -> tuple[list[ResponsePath], list[Pair]]:
+    """The responses and pairs that `build_tree` made a tree of."""
+    paths = []
+    for response in range(tree.num_responses):
+        tokens, loss_start = tree.response_tokens(response)
+        paths.append(
+            ResponsePath(
+                tokens=tokens,
+                loss_start=loss_start,
+                set_id=int(tree.response_sets[response]),
+                rank=int(tree.ranks[response]),
+                score=float(tree.scores[response]),
+            )
+        )
+    numbers = np.stack([tree.pair_weights, tree.pair_margins, tree.pair_betas], axis=1).tolist()
+    pairs = [
+        Pair(chosen=chosen, rejected=rejected, weight=weight, margin=margin, beta=beta)
+        for (chosen, rejected), (weight, margin, beta) in zip(
+            tree.pairs.tolist(), numbers, strict=True
+        )
+    ]
+    return paths, pairs
+
+
 def joined(groups: Sequence[MergedPaths]) -> dict[str, np.ndarray]:
     """The arrays of a PrefixTree for all groups, concatenated.
 

@@ -28,10 +28,10 @@ class TrainBatch:
     response, and `response_offsets` [R + 1] is where each response's targets begin in that order.
     response_tokens int64 [R] counts each response's own tokens; pairs int64 [P, 2] index the row's
     responses; pair_weights, pair_margins and pair_betas float64 [P], NaN if the data has none;
-    ranks int64 [R], labels float64 [R] and members int64 [S, K] as in MicroBatch; denominators are
-    those of the step, None if the row is the whole step; ref_logps float64 [R] and ref_heads
-    float64 [P, 2] are None if there is no reference; with several `references` they are those of
-    the anchor. With `parts.heads`, head_order and
+    ranks int64 [R], labels and desirable float64 [R] and members int64 [S, K] as in MicroBatch;
+    denominators are those of the step, None if the row is the whole step; ref_logps float64 [R] and
+    ref_heads float64 [P, 2] are None if there is no reference; with several `references` they are
+    those of the anchor. With `parts.heads`, head_order and
     head_offsets [2P + 1] are like those of responses, for the first tokens of each side of a pair.
     attributes float64 [R, A] and attribute_names are as in MicroBatch. slopes are, in the second
     pass over a step, the slope of the step's loss for each value of `response_scores`, float64;
@@ -63,6 +63,12 @@ class TrainBatch:
     attributes: Tensor | None = None
     attribute_names: tuple[str, ...] = ()
     slopes: Tensor | None = None
+    desirable: Tensor | None = None
+    kl: Tensor | None = None
+
+    def with_kl(self, kl: Tensor) -> TrainBatch:
+        """The same row with LossInputs.kl of its step, float64, 0-dimensional."""
+        return replace(self, kl=kl)
 
     def with_slopes(self, slopes: Tensor) -> TrainBatch:
         return replace(self, slopes=slopes)
@@ -121,6 +127,8 @@ class TrainBatch:
             pair_weights=self.pair_weights,
             ranks=self.ranks,
             labels=self.labels,
+            desirable=self.desirable,
+            kl=self.kl,
             members=self.members,
             set_weights=weights,
             heads=heads,
@@ -198,6 +206,7 @@ def to_device(
         attribute_names=batch.attribute_names,
         head_order=None if heads is None else tensor(heads[0]),
         head_offsets=None if heads is None else tensor(heads[1]),
+        desirable=None if batch.desirable is None else tensor(batch.desirable),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from megatron_prefix.attention import prepare_attention
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.data.steps import MicroBatch, Sampler, Step
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch, to_device
 from megatron_prefix.engine.table import StepTable
@@ -57,6 +58,11 @@ class Feed:
         self._with_table = with_table
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[int, Future[StepRows]] | None = None
+
+    @property
+    def dataset(self) -> PreferenceDataset:
+        """The data set that rows are made of."""
+        return self._sampler.dataset
 
     def step(self, step: int) -> StepRows:
         """Step `step`, counted from 0. Raises what its preparation raised."""

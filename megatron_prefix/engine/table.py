@@ -105,8 +105,12 @@ class StepTable:
         scores: Tensor,
         reference: Tensor | None,
         references: ReferenceColumns | None = None,
+        running_rewards: tuple[float, float] = (0.0, 0.0),
+        kl: Tensor | None = None,
     ) -> TableLoss:
-        """Loss of the step and its slopes; `scores` and `reference` are tables of `gather`."""
+        """Loss of the step and its slopes; `scores` and `reference` are tables of `gather`,
+        `running_rewards` the sum and number of the rewards of the steps before, and `kl` is that of
+        LossInputs."""
         own = scores.detach().clone().requires_grad_()
         num_entries = self.columns.num_entries
         logps, heads, alignments = self.parts.split(own, num_entries)
@@ -121,11 +125,16 @@ class StepTable:
             ref_heads=ref_heads,
             references=references,
             alignments=alignments,
+            running_rewards=torch.tensor(running_rewards, dtype=torch.float64),
+            kl=None if kl is None else kl.cpu(),
         )
+        inputs = objective.advanced(inputs)
         with torch.enable_grad():
             value, logs = objective_logs(objective, inputs, self.denominators)
             (slopes,) = torch.autograd.grad(value, [own], materialize_grads=True)
-        return TableLoss(inputs=inputs, logs=logs, slopes=slopes)
+        assert inputs.running_rewards is not None
+        total, count = inputs.running_rewards.tolist()
+        return TableLoss(inputs=inputs, logs=logs, running_rewards=(total, count), slopes=slopes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,6 +144,7 @@ class TableLoss:
 
     inputs: LossInputs
     logs: dict
+    running_rewards: tuple[float, float]
     slopes: Tensor
 
 

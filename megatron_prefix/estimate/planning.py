@@ -20,6 +20,7 @@ import numpy as np
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
 from megatron_prefix.data.steps import SHARING_MODES, Sampler
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
+from megatron_prefix.data.store.roles import own_responses
 from megatron_prefix.data.store.verify import verify_tokens
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
@@ -113,7 +114,7 @@ def _dataset(config: Config, missing: list[str]) -> PreferenceDataset | None:
         datasets = [PreferenceDataset(prefix) for prefix in prefixes]
         for dataset in datasets:
             verify_tokens(dataset)
-        return join_datasets(datasets)
+        return own_responses(join_datasets(datasets))
     missing.append(
         f"data.train = {', '.join(absent)} is not on this machine: tokens, rows, what sharing saves"
     )

@@ -5,12 +5,13 @@ Shapes: R responses, P pairs, S comparison sets.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_prefix.objectives.record import LossOutputs, ObjectiveRecord, Unit
+from megatron_prefix.objectives.record import LossOutputs, ObjectiveRecord, Unit, logged_values
 from megatron_prefix.objectives.reference_mixtures import ReferenceMixture
 from megatron_prefix.objectives.table import LossInputs, ScoreParts
 
@@ -71,6 +72,11 @@ class Member:
                 if own is None:
                     raise ValueError(f"loss.{name}: the table has no {option.column}")
                 parameters[option.replaces] = own.where(~own.isnan(), default)
+        if missing := [name for name, column in columns.items() if column is None]:
+            raise ValueError(
+                f"loss.loss_type: {self.name} needs {', '.join(missing)}, which the rows do not "
+                "have: train with megatron-prefix train, or Trainer"
+            )
         if self.omits_reference:
             zeros = inputs.margins.new_zeros(len(inputs.pairs))
             columns |= {x: zeros for x in self.record.columns if is_of_reference(x)}
@@ -133,7 +139,7 @@ class Objective:
     @property
     def needs_sets(self) -> bool:
         """Whether it needs all responses of a comparison set in one row, and not only pairs."""
-        return any(member.unit in ("set", "response") for member in self.members)
+        return any(member.unit in ("set", "response", "label") for member in self.members)
 
     @property
     def parts(self) -> ScoreParts:
@@ -153,7 +159,7 @@ class Objective:
     @property
     def needs_pairs(self) -> bool:
         """Whether a data set without pairs has nothing to learn from."""
-        return any(member.unit != "response" for member in self.members)
+        return any(member.unit not in ("response", "label") for member in self.members)
 
     @property
     def weighs_pairs(self) -> bool:
@@ -239,10 +245,39 @@ class Objective:
             total = total + member.weight * (numerator / divisor if divisor else numerator)
             self._log(sums, member, outputs, inputs, (numerator.detach(), own[member.unit]))
         for name, values in self._model_metrics(inputs).items():
-            sums[name] = _mean(values)
+            sums.setdefault(name, _mean(values))
         if self.mixture is not None:
             sums |= {name: _mean(x) for name, x in self.mixture.metrics(inputs).items()}
         return total, sums
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether held-out data has to be evaluated in blocks, each as one step."""
+        return self.needs_step or self.needs_mismatches
+
+    @property
+    def needs_mismatches(self) -> bool:
+        """Whether it needs the data set's mismatched responses."""
+        return "kl" in self.columns
+
+    @property
+    def needs_running(self) -> bool:
+        """Whether it needs the rewards of the run so far."""
+        return any(member.record.adds_to_running is not None for member in self.members)
+
+    def advanced(self, inputs: LossInputs) -> LossInputs:
+        """The table with `running_rewards` brought up to date by its own responses."""
+        for member in self.members:
+            add = member.record.adds_to_running
+            if add is not None:
+                assert inputs.running_rewards is not None
+                taken = inspect.signature(add).parameters
+                columns = {name: getattr(inputs, name) for name in member.columns if name in taken}
+                own = add(**columns, **{k: x for k, x in member.parameters.items() if k in taken})
+                inputs = replace(inputs, running_rewards=inputs.running_rewards + own)
+        return inputs
+
+    logged = staticmethod(logged_values)
 
     def _outputs(self, inputs: LossInputs) -> list[tuple[Member, LossOutputs]]:
         """A likelihood last, so that rewards are those of another member."""
@@ -347,7 +382,7 @@ def _weighted(unit: Unit, losses: Tensor, inputs: LossInputs) -> Tensor:
     """Weighted sum over the units of a table."""
     if unit == "set":
         return (inputs.set_weights * losses).sum()
-    return losses.sum() if unit == "response" else (inputs.pair_weights * losses).sum()
+    return losses.sum() if unit in ("response", "label") else (inputs.pair_weights * losses).sum()
 
 
 def _mean(values: Tensor) -> Tensor:

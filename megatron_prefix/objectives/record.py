@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
-Unit = Literal["pair", "set", "response", "token"]
+Unit = Literal["pair", "set", "response", "token", "label"]
 """What has one loss value each, and what the mean is over:
 
     pair      the loss of a pair [P]; the denominator is the sum of the pairs' weights
     set       the loss of a comparison set [S]; the number of sets with a pair
-    response  the loss of a response [R]; the number of labels
+    response  the loss of a response [R]; the number of scores
+    label     the loss of a response [R]; the number of responses labelled desirable or undesirable
     token     the sum over the tokens of a pair's chosen response [P]; the weighted number of these
 
 Every denominator is that of the whole step and known before it.
@@ -36,7 +37,23 @@ class LossOutputs:
     set_metrics: dict[str, Tensor] = field(default_factory=dict)
     """[S] each, without gradient; logged is the mean over sets with a pair."""
     label_metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Sum and count, without gradient; logged is the sum over the count of the whole step."""
+    """Sum and count, without gradient; logged is the sum over the count of the whole step. Of a
+    name that begins with `count/` the sum is logged; its count is 0."""
+
+
+def logged_values(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """What is logged of the sums and counts of `Objective.loss`, added up over rows and ranks:
+    means, and sums of `count/` names. A mean of nothing is left out. Without pairs,
+    `rewards/margins` is the difference of the means of both sides."""
+    values = {
+        name: total if name.startswith("count/") else total / count
+        for name, (total, count) in sums.items()
+        if count or name.startswith("count/")
+    }
+    sides = [values.get(f"rewards/{side}") for side in ("chosen", "rejected")]
+    if "rewards/margins" not in values and sides[0] is not None and sides[1] is not None:
+        values["rewards/margins"] = sides[0] - sides[1]
+    return values
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -145,6 +162,9 @@ class ObjectiveRecord:
     scope: Literal["set", "step"] = "set"
     """`set`: the loss of a step is the sum over any split into comparison sets. `step`: it needs
     all responses of the step at once, so a step runs in two passes (engine/table.py)."""
+    adds_to_running: Callable[..., Tensor] | None = None
+    """What a step adds to `LossInputs.running_rewards`, float64 [2], before its loss is computed.
+    Called with those of `columns` and options that it takes, by name."""
     takes_weights: bool = True
     """Whether pairs may have weights other than 1."""
     may_omit_reference: bool = False

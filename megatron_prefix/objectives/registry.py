@@ -23,11 +23,12 @@ from megatron_prefix.objectives import (
     reward,
     sides,
     sorted_pairs,
+    unpaired,
 )
 from megatron_prefix.objectives.record import ObjectiveRecord
 from megatron_prefix.objectives.table import LossInputs
 
-FAMILIES = (pairwise, sides, sorted_pairs, reference_free, ranking, reward)
+FAMILIES = (pairwise, sides, sorted_pairs, unpaired, reference_free, ranking, reward)
 OBJECTIVES = {record.name: record for family in FAMILIES for record in family.RECORDS}
 PLACE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """A loss type that names a module and a record in it."""

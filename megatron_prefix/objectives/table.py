@@ -120,6 +120,14 @@ class LossInputs:
     """Float64 [R, A]: the scores that the data gives for them; NaN if it gives none."""
     attribute_names: tuple[str, ...] = ()
     """Of the A attributes; empty if there is one."""
+    desirable: Tensor | None = None
+    """Float64 [R]: 1 for a response labelled good, 0 for bad, NaN without a label; None if the
+    rows were made without labels."""
+    kl: Tensor | None = None
+    """Float64, 0-dimensional: how far the policy is from the reference on mismatched responses of
+    the step, in nats, at least 0; see `kto`."""
+    running_rewards: Tensor | None = None
+    """Float64 [2]: sum and number of the rewards of the run up to this step, see `bco`."""
     tail_weight: float | None = None
     """What multiplies the log-probability of the tokens after the head; None: they count whole."""
     alignments: Tensor | None = None
@@ -153,6 +161,7 @@ class LossInputs:
             pair_weights=self.pair_weights[pairs],
             ranks=self.ranks[responses],
             labels=self.labels[responses],
+            desirable=of(self.desirable, responses),
             members=members.where(members < 0, members - first),
             set_weights=self.set_weights[own_sets],
             heads=of(self.heads, pairs),
@@ -262,7 +271,13 @@ class LossInputs:
             "set": self.set_weights.sum(),
             "response": is_labelled.sum().to(self.set_weights.dtype),
             "token": (self.pair_weights * self.chosen_num_tokens).sum(),
+            "label": self._num_labelled(),
         }
+
+    def _num_labelled(self) -> Tensor:
+        if self.desirable is None:
+            return self.pair_weights.new_zeros(())
+        return (~self.desirable.isnan()).sum().to(self.pair_weights.dtype)
 
     def on_policy_weights(self) -> Tensor:
         """Float64 [P]: how likely the policy itself would write both sides of a pair, relative to

@@ -30,7 +30,7 @@ from megatron_prefix.model.adapters import StartWeights, without_adapters
 from megatron_prefix.model.parameters import model_fingerprint
 from megatron_prefix.objectives import Objective, ScoreParts
 from megatron_prefix.platform import on_device
-from megatron_prefix.reference.places import pair_index, response_index
+from megatron_prefix.reference.places import pair_index, stored_index
 from megatron_prefix.reference.scoring import score_dataset, with_reference
 from megatron_prefix.reference.several import read_references
 from megatron_prefix.reference.sidecars import read_heads, read_sidecar
@@ -61,9 +61,14 @@ class Reference(Protocol):
         """The one of several references that `ref_logps` are of."""
 
     def attach(
-        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+        self,
+        rows: list[MicroBatch],
+        batches: list[TrainBatch],
+        step: int = 0,
+        dataset: PreferenceDataset | None = None,
     ) -> list[TrainBatch]:
-        """The same rows with reference log-probabilities; `step` counts from 0."""
+        """The same rows with reference log-probabilities; `step` counts from 0. Rows are of
+        `dataset`, or of the data set that is trained on."""
 
     def score(self, sampler: Sampler) -> np.ndarray | None:
         """Log-probabilities of every response of the sampler's data set, float64 [responses], or
@@ -115,7 +120,11 @@ class ModelReference(OneReference):
     parts: ScoreParts = ScoreParts()
 
     def attach(
-        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+        self,
+        rows: list[MicroBatch],
+        batches: list[TrainBatch],
+        step: int = 0,
+        dataset: PreferenceDataset | None = None,
     ) -> list[TrainBatch]:
         return with_reference(self.chunks, batches)
 
@@ -135,7 +144,11 @@ class AdapterReference(OneReference):
     parts: ScoreParts = ScoreParts()
 
     def attach(
-        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+        self,
+        rows: list[MicroBatch],
+        batches: list[TrainBatch],
+        step: int = 0,
+        dataset: PreferenceDataset | None = None,
     ) -> list[TrainBatch]:
         with self.in_place():
             return with_reference(self.chunks, batches)
@@ -166,8 +179,8 @@ class AdapterReference(OneReference):
 
 @dataclass(frozen=True, eq=False)
 class PrecomputedReference(OneReference):
-    """Log-probabilities of every response of data sets, float64 [responses] by the data set's
-    fingerprint; `dataset` is the one that rows are made of."""
+    """Log-probabilities of every response of data sets as they are stored, float64 [responses] by
+    the data set's fingerprint; `dataset` is the one that rows are made of."""
 
     dataset: PreferenceDataset
     logps: dict[str, np.ndarray]
@@ -193,7 +206,7 @@ class PrecomputedReference(OneReference):
         """
         logps = {
             data.fingerprint: np.concatenate(
-                [read_sidecar(path, fingerprint, part) for part in data.parts]
+                [read_sidecar(path, fingerprint, part.stored) for part in data.parts]
             )
             for data in datasets
         }
@@ -206,23 +219,30 @@ class PrecomputedReference(OneReference):
         return cls(datasets[0], logps, rounding, heads)
 
     def attach(
-        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+        self,
+        rows: list[MicroBatch],
+        batches: list[TrainBatch],
+        step: int = 0,
+        dataset: PreferenceDataset | None = None,
     ) -> list[TrainBatch]:
-        name = self.dataset.fingerprint
+        dataset = dataset or self.dataset
+        name = dataset.fingerprint
         attached = []
         for row, batch in zip(rows, batches, strict=True):
             device, heads = batch.tokens.device, None
-            logps = self.logps[name][response_index(self.dataset, row)]
+            logps = self.logps[name][stored_index(dataset, row)]
             if self.heads is not None:
-                heads = on_device(self.heads[name][pair_index(self.dataset, row)], device)
+                heads = on_device(self.heads[name][pair_index(dataset, row)], device)
             attached.append(batch.with_reference(on_device(logps, device), heads))
         return attached
 
     def score(self, sampler: Sampler) -> np.ndarray:
         name = sampler.dataset.fingerprint
+        numbers = sampler.dataset.response_numbers
+        logps = self.logps[name] if numbers is None else self.logps[name][numbers]
         if self.heads is None:
-            return self.logps[name]
-        return np.concatenate([self.logps[name], self.heads[name].ravel()])
+            return logps
+        return np.concatenate([logps, self.heads[name].ravel()])
 
 
 @dataclass(frozen=True)
@@ -232,7 +252,11 @@ class NoReference(OneReference):
     rounding: float = 0.0
 
     def attach(
-        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+        self,
+        rows: list[MicroBatch],
+        batches: list[TrainBatch],
+        step: int = 0,
+        dataset: PreferenceDataset | None = None,
     ) -> list[TrainBatch]:
         return batches
 

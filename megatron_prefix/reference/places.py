@@ -20,6 +20,12 @@ def response_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
     return np.asarray(dataset.group_responses)[groups] + responses
 
 
+def stored_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
+    """A row's responses as indices among all that the data set's files have, int64 [R]."""
+    index = response_index(dataset, row)
+    return index if dataset.response_numbers is None else dataset.response_numbers[index]
+
+
 def pair_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
     """A row's pairs as indices among all of the data set, int64 [P]."""
     whole = dataset.whole or dataset

@@ -68,9 +68,15 @@ class SeveralReferences:
         return {"loss.references": models, "loss.reference_anchor": names[self.anchor], **settings}
 
     def attach(
-        self, rows: list[MicroBatch], batches: list[TrainBatch], step: int = 0
+        self,
+        rows: list[MicroBatch],
+        batches: list[TrainBatch],
+        step: int = 0,
+        dataset: PreferenceDataset | None = None,
     ) -> list[TrainBatch]:
-        """The same rows with every reference and the weights of the step."""
+        """The same rows with every reference and the weights of the step; no objective of several
+        references takes rows of another `dataset`."""
+        assert dataset in (None, self.dataset), dataset
         return [
             batch.with_several_references(self._columns(row, batch, step))
             for row, batch in zip(rows, batches, strict=True)
@@ -159,7 +165,7 @@ def read_references(
     """
     assert loss.references is not None
     paths = [file.ref_logps for file in loss.references]
-    logps = {data.fingerprint: _read(read_sidecar, paths, data) for data in datasets}
+    logps = {data.fingerprint: _own(data, _read(read_sidecar, paths, data)) for data in datasets}
     heads = None
     if with_heads:
         heads = {
@@ -181,10 +187,15 @@ def read_references(
     )
 
 
+def _own(data: PreferenceDataset, stored: np.ndarray) -> np.ndarray:
+    """Of values of all responses in the files [K, …], those of the data set, [K, R]."""
+    return stored if data.response_numbers is None else stored[:, data.response_numbers]
+
+
 def _read(reader: Any, paths: Sequence[str], data: PreferenceDataset) -> np.ndarray:
     """Arrays of every file for a data set, or for those that it joins, [K, …]."""
     return np.stack(
-        [np.concatenate([reader(path, None, part) for part in data.parts]) for path in paths]
+        [np.concatenate([reader(path, None, part.stored) for part in data.parts]) for path in paths]
     )
 
 

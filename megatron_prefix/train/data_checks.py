@@ -64,12 +64,46 @@ def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str
             f"loss.loss_type: {objective.name} needs one for each: build from records whose "
             f"responses have {word}s",
         )
+    if "desirable" in columns:
+        _check_labels(objective, dataset, setting, group)
     if objective.num_labels > 1:
         _check_attributes(objective.num_labels, dataset, setting)
     elif "label_values" in columns and np.isnan(dataset.response_scores).all():
         raise InputError(
             f"{setting}: no response in {dataset.prefix} has a score, but loss.loss_type: "
             f"{objective.name} learns scores: build from records whose responses have scores"
+        )
+
+
+def _check_labels(
+    objective: Objective, dataset: PreferenceDataset, setting: str, group: np.ndarray
+) -> None:
+    """Refuse responses without a clear label, for an objective that judges each by itself."""
+    sides = pair_sides(dataset)
+    is_chosen, is_rejected = np.zeros((2, len(group)), bool)
+    is_chosen[sides[:, 0]], is_rejected[sides[:, 1]] = True, True
+    asks = f"loss.loss_type: {objective.name} judges each response by itself"
+    _refuse_missing(
+        is_chosen & is_rejected,
+        group,
+        dataset,
+        setting,
+        f"responses in {dataset.prefix} are chosen in one pair and rejected in another",
+        f"{asks}: build from pairs of two responses, or from unpaired records with a label",
+    )
+    scores = np.asarray(dataset.response_scores)
+    _refuse_missing(
+        ~is_chosen & ~is_rejected & ~np.isnan(scores) & (scores != 0) & (scores != 1),
+        group,
+        dataset,
+        setting,
+        f"responses in {dataset.prefix} have no pair and another score than 1 or 0",
+        f"{asks} as desirable (1) or undesirable (0): build from unpaired records with a label",
+    )
+    if np.isnan(dataset.desirable).all():
+        raise InputError(
+            f"{setting}: no response in {dataset.prefix} has a pair or a label, but {asks}: build "
+            "from unpaired records with a label, or from pairs"
         )
 
 
@@ -142,12 +176,16 @@ def _refuse_missing(
 
 def _is_in_pair(dataset: PreferenceDataset) -> np.ndarray:
     """Whether each response is in a pair, [R]."""
+    is_in = np.zeros(len(dataset.response_sets), bool)
+    is_in[pair_sides(dataset).ravel()] = True
+    return is_in
+
+
+def pair_sides(dataset: PreferenceDataset) -> np.ndarray:
+    """Both sides of every pair as indices among all responses of the data set, [P, 2]."""
     group_of_pair = np.repeat(np.arange(len(dataset)), np.diff(dataset.group_pairs))
     firsts = np.asarray(dataset.group_responses)[group_of_pair]
-    sides = np.asarray(dataset.pair_responses, np.int64) + firsts[:, None]
-    is_in = np.zeros(len(dataset.response_sets), bool)
-    is_in[sides.ravel()] = True
-    return is_in
+    return np.asarray(dataset.pair_responses, np.int64) + firsts[:, None]
 
 
 def _is_compared(dataset: PreferenceDataset, group: np.ndarray) -> np.ndarray:

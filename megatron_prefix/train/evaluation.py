@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from megatron_prefix.train.samplers import (
     EVALUATION_GROUPS,
     evaluation_block,
     evaluation_sampler,
+    mismatch_sampler,
     open_valid_sets,
     valid_setting,
 )
@@ -77,22 +79,47 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         for name, dataset in datasets.items():
             check_columns(objective, dataset, valid_setting(name))
+        others = {
+            name: other
+            for name, own in zip(datasets, samplers, strict=True)
+            if (
+                other := mismatch_sampler(
+                    config, objective, own, valid_setting(name), world, initial.sizes
+                )
+            )
+        }
+        every = [*samplers, *others.values()]
         if objective.reference == "none":
-            scores = _own_scores(objective, config, initial, model, weights, samplers, world)
-            ref_logps: Sequence[np.ndarray | None] = [None] * len(samplers)
+            scores = _own_scores(objective, config, initial, model, weights, every, world)
+            ref_logps: Sequence[np.ndarray | None] = [None] * len(every)
             mixed: dict[str, Any] = {}
         else:
             scores, ref_logps, mixed = _logps(
-                objective, config, initial, model, weights, samplers, world
+                objective, config, initial, model, weights, every, world
             )
         if per_response is not None:
             key = PER_RESPONSE[config.model.kind]
-            world.once(lambda: _write_records(per_response, datasets, scores, objective.parts, key))
+            own = scores[: len(samplers)]
+            world.once(lambda: _write_records(per_response, datasets, own, objective.parts, key))
     metrics: dict[str, float] = {}
-    for name, sampler, own, reference in zip(datasets, samplers, scores, ref_logps, strict=True):
+    count = len(samplers)
+    logratios = {
+        name: mismatch_logratios(other, own, reference)
+        for (name, other), own, reference in zip(
+            others.items(), scores[count:], ref_logps[count:], strict=True
+        )
+    }
+    for i, (name, sampler) in enumerate(zip(datasets, samplers, strict=True)):
         prefix = f"{name}/" if name else ""
-        block_size = evaluation_block(config)
-        values = preference_metrics(objective, sampler.dataset, own, reference, block_size, **mixed)
+        values = preference_metrics(
+            objective,
+            sampler.dataset,
+            scores[i],
+            ref_logps[i],
+            evaluation_block(config),
+            kl_logratios=logratios.get(name),
+            **mixed,
+        )
         metrics |= {f"{prefix}{key}": value for key, value in values.items()}
     return metrics
 
@@ -148,7 +175,9 @@ def _logps(
         if weights is None and not parts.alignments and is_same:
             return ref_logps, ref_logps, {}
     if weights is not None:
-        saved = initial.load_trained(weights, model, adapter).get("references")
+        state = initial.load_trained(weights, model, adapter)
+        saved = state.get("references")
+        mixed["running_rewards"] = state.get("running_rewards") or (0.0, 0.0)
         if objective.mixture is not None and objective.mixture.is_learned:
             mixed["weights"] = reference.saved_weights(saved, str(weights))
     return [score_dataset(model, x, world, parts=parts) for x in samplers], ref_logps, mixed
@@ -163,6 +192,8 @@ def preference_metrics(
     *,
     weights: np.ndarray | None = None,
     anchor: int = 0,
+    running_rewards: Sequence[float] = (0.0, 0.0),
+    kl_logratios: np.ndarray | None = None,
 ) -> dict[str, float]:
     """The loss of the whole data set as one step, and the means of the objective's metrics. An
     objective that looks at the whole step sees `block_size` consecutive groups at a time.
@@ -170,24 +201,45 @@ def preference_metrics(
     `scores` and `ref_logps` are as `score_dataset` returns them for the objective's parts, the
     reference's without alignments; None if there is no reference. Of several references they are
     [K, …], with the `weights` [K] that they have and the one of them that is the `anchor`.
+    `running_rewards` are those of the run that trained the policy; evaluation adds nothing to them.
+    `kl_logratios` [groups] are as `mismatch_logratios` returns them.
     """
     inputs = dataset_inputs(objective, dataset, scores, ref_logps, weights, anchor)
-    if objective.needs_step:
-        loss, sums = block_loss(objective, inputs, dataset, block_size)
+    running = torch.tensor(running_rewards, dtype=torch.float64)
+    inputs = replace(inputs, running_rewards=running)
+    if objective.needs_blocks:
+        loss, sums = block_loss(objective, inputs, dataset, block_size, kl_logratios)
     else:
         loss, sums = objective.loss(inputs)
     extremes = objective.extremes(inputs).items()
     metrics = {
         "loss": float(loss),
-        **{name: float(total / count) for name, (total, count) in sums.items() if count},
+        **objective.logged({name: (float(x), float(n)) for name, (x, n) in sums.items()}),
         **{name: -float(x) if name.endswith("/min") else float(x) for name, x in extremes},
         "num_pairs": len(inputs.pairs),
     }
-    return metrics | ({"groups_per_block": block_size} if objective.needs_step else {})
+    return metrics | ({"groups_per_block": block_size} if objective.needs_blocks else {})
+
+
+def mismatch_logratios(
+    sampler: Sampler, scores: np.ndarray, ref_logps: np.ndarray | None
+) -> np.ndarray:
+    """The log-ratio of the mismatch of each group, float64 [groups]; NaN for a group without one.
+
+    `sampler` is a `mismatch_sampler`; `scores` and `ref_logps` are of its data set.
+    """
+    assert ref_logps is not None, "an objective with mismatches has a reference"
+    logratios = np.full(len(sampler.dataset), np.nan)
+    logratios[np.diff(sampler.dataset.group_responses) > 0] = scores - ref_logps
+    return logratios
 
 
 def block_loss(
-    objective: Objective, inputs: LossInputs, dataset: PreferenceDataset, block_size: int
+    objective: Objective,
+    inputs: LossInputs,
+    dataset: PreferenceDataset,
+    block_size: int,
+    kl_logratios: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and sums of a data set in blocks of `block_size` groups, each of which the objective
     sees as one step; the last may be smaller. The mean is over all of the data set."""
@@ -197,7 +249,13 @@ def block_loss(
         stop = min(start + block_size, len(dataset))
         responses = slice(*(int(dataset.group_responses[g]) for g in (start, stop)))
         pairs = slice(*(int(dataset.group_pairs[g]) for g in (start, stop)))
-        loss, own = objective.loss(inputs.part(responses, pairs), denominators)
+        part = inputs.part(responses, pairs)
+        if kl_logratios is not None:
+            known = kl_logratios[start:stop]
+            known = known[~np.isnan(known)]
+            kl = max(0.0, float(known.mean())) if len(known) else 0.0
+            part = replace(part, kl=torch.tensor(kl, dtype=torch.float64))
+        loss, own = objective.loss(part, denominators)
         total += loss
         for name, values in own.items():
             sums[name] = sums.get(name, torch.zeros_like(values)) + values

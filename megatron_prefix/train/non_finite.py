@@ -58,6 +58,8 @@ def save_rows(
             own["pair_betas"] = row.pair_betas
         if row.attributes is not None:
             own["attributes"] = row.attributes
+        if row.desirable is not None:
+            own["desirable"] = row.desirable
         if batch.ref_logps is not None:
             own["ref_logps"] = batch.ref_logps.cpu().numpy()
         if batch.references is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.data.steps import TARGETS, CostModel, Sampler
@@ -16,6 +19,7 @@ from megatron_prefix.data.steps.compositions import (
 )
 from megatron_prefix.data.steps.packed import PackedSteps, check_rows
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
+from megatron_prefix.data.store.roles import mismatched_responses, own_responses
 from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective
@@ -91,15 +95,15 @@ def open_verified(
 def open_training_set(
     config: Config, world: World, plan: PackedSteps | None = None, *, needs_pairs: bool = True
 ) -> PreferenceDataset:
-    """The data set of `data.train`, or those that it lists, joined. Rows of `plan` must hold it."""
+    """The data set of `data.train`, or those that it lists, joined, without mismatches. Rows of
+    `plan` must hold it."""
     sets = config.data.train_sets
     names = [f"data.train[{i}]" for i in range(len(sets))] if len(sets) > 1 else ["data.train"]
-    dataset = join_datasets(
-        [
-            open_verified(item.prefix, name, world, plan, needs_pairs=needs_pairs)
-            for item, name in zip(sets, names, strict=True)
-        ]
-    )
+    parts = [
+        open_verified(item.prefix, name, world, plan, needs_pairs=needs_pairs)
+        for item, name in zip(sets, names, strict=True)
+    ]
+    dataset = own_responses(join_datasets(parts))
     # A plan of other data is refused later, with both values.
     if plan is not None and plan.manifest["data"]["fingerprint"] == dataset.fingerprint:
         world.once_per_node(partial(named, "data.plan", partial(check_rows, plan, dataset)))
@@ -109,9 +113,11 @@ def open_training_set(
 def open_valid_sets(
     config: Config, world: World, *, needs_pairs: bool = True
 ) -> dict[str, PreferenceDataset]:
-    """The held-out data sets by name; the name of a single one is ""."""
+    """The held-out data sets by name, without mismatches; the name of a single one is ""."""
     return {
-        name: open_verified(prefix, valid_setting(name), world, needs_pairs=needs_pairs)
+        name: own_responses(
+            open_verified(prefix, valid_setting(name), world, needs_pairs=needs_pairs)
+        )
         for name, prefix in config.data.valid_sets.items()
     }
 
@@ -187,13 +193,54 @@ def evaluation_sampler(
     sizes: ModelSizes | None = None,
     *,
     is_scoring: bool = False,
+    sharing: str | None = None,
 ) -> Sampler:
-    """All groups once, in the data set's order, in the configuration's rows. `is_scoring` takes
-    every response, also if `loss.comparisons` leaves out its pairs."""
+    """All groups once, in the data set's order, in the configuration's rows, or under another
+    `sharing`. `is_scoring` takes every response, also if `loss.comparisons` leaves out its pairs.
+    """
     if not is_scoring:
         dataset = _selected(objective, dataset, "data.valid")
     composition = InOrder(len(dataset), evaluation_block(config))
-    return _sampler(config, objective, dataset, composition, world, sizes)
+    return _sampler(config, objective, dataset, composition, world, sizes, sharing)
+
+
+def mismatch_sampler(
+    config: Config,
+    objective: Objective,
+    sampler: Sampler,
+    setting: str,
+    world: World | None = None,
+    sizes: ModelSizes | None = None,
+) -> Sampler | None:
+    """The mismatches of the groups of `sampler`'s steps, each behind its prompt in a sequence of
+    its own; None if the objective does not need them.
+
+    Raises InputError if the data set `setting` has none.
+    """
+    if not objective.needs_mismatches:
+        return None
+    view = mismatched_responses(sampler.dataset)
+    if view is None:
+        raise InputError(
+            f"{setting} = {sampler.dataset.prefix}: loss.loss_type: {objective.name} measures the "
+            "distance to the reference on mismatched responses, and the data set has none: build "
+            "it again with megatron-prefix build --kto, or take apo_zero_unpaired or bco"
+        )
+    groups = _Groups(sampler.composition)
+    return _sampler(config, objective, view, groups, world, sizes, sharing="response")
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The groups of the steps of another composition, without its rows."""
+
+    composition: Composition
+
+    def groups(self, step: int) -> np.ndarray:
+        return self.composition.groups(step)
+
+    def num_steps(self, epochs: int) -> int:
+        return self.composition.num_steps(epochs)
 
 
 def evaluation_block(config: Config) -> int:
@@ -216,13 +263,14 @@ def _sampler(
     composition: Composition,
     world: World | None,
     sizes: ModelSizes | None,
+    sharing: str | None = None,
 ) -> Sampler:
     data, kind = config.data, config.model.kind
     sizes = sizes or config.model.sizes()
     sampler = Sampler(
         dataset=dataset,
         composition=composition,
-        sharing=run_sharing(objective, data.sharing),
+        sharing=sharing or run_sharing(objective, data.sharing),
         weighting=objective.weighting,
         row_capacity=data.row_capacity,
         micro_batch_size=data.micro_batch_size,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from megatron_prefix.checkpoint import resolve_starting_model
 from megatron_prefix.config import Config
-from megatron_prefix.data.store import check_one_vocabulary
+from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
+from megatron_prefix.data.store.roles import mismatched_responses
 from megatron_prefix.distributed import World, open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.adapters import as_reference
@@ -41,7 +44,9 @@ def score_reference(config: Config, output: str) -> None:
     if not Path(output).absolute().parent.is_dir():
         raise InputError(f"--output {output}: no such directory; make it first")
     with open_session(config) as world:
-        train, valid = open_training_set(config, world), open_valid_sets(config, world)
+        needs_pairs = objective.needs_pairs
+        train = open_training_set(config, world, needs_pairs=needs_pairs)
+        valid = open_valid_sets(config, world, needs_pairs=needs_pairs)
         check_one_vocabulary([train, *valid.values()])
         datasets = {
             part.fingerprint: part for data in (train, *valid.values()) for part in data.parts
@@ -54,28 +59,41 @@ def score_reference(config: Config, output: str) -> None:
         parts = ScoreParts(heads=objective.parts.heads)
         scores, heads = [], []
         for dataset in datasets.values():
-            sampler = evaluation_sampler(
-                config, objective, dataset, world, initial.sizes, is_scoring=True
-            )
             key = {"model": fingerprint, "data": dataset.fingerprint} | _rows(config, world)
-            num_responses = len(dataset.response_lengths)
-            num_heads = 2 * len(dataset.pair_weights) if parts.heads else 0
-            partial = PartialScores(
-                output, dataset.fingerprint[:16], key, num_responses + num_heads
-            )
-            if world.is_main and partial.step:
-                print(f"{dataset.prefix}: continuing after step {partial.step}", flush=True)
-            with as_reference(model, initial.lora):
-                vector = score_dataset(model, sampler, world, partial, parts=parts)
-            logps, own, _ = parts.split(vector, num_responses)
-            scores.append((dataset, logps))
-            heads += [] if own is None else [own]
+            logps = np.full(len(dataset.stored.response_lengths), np.nan)
+            for view, name, sharing in _views(dataset):
+                sampler = evaluation_sampler(
+                    config, objective, view, world, initial.sizes, is_scoring=True, sharing=sharing
+                )
+                own_parts = parts if sharing is None else ScoreParts()
+                num_responses = len(view.response_lengths)
+                num_heads = 2 * len(view.pair_weights) if own_parts.heads else 0
+                partial = PartialScores(output, name, key, num_responses + num_heads)
+                if world.is_main and partial.step:
+                    print(f"{dataset.prefix}: continuing after step {partial.step}", flush=True)
+                with as_reference(model, initial.lora):
+                    vector = score_dataset(model, sampler, world, partial, parts=own_parts)
+                numbers = view.response_numbers
+                own, own_heads, _ = own_parts.split(vector, num_responses)
+                logps[slice(None) if numbers is None else numbers] = own
+                heads += [] if own_heads is None else [own_heads]
+            scores.append((dataset.stored, logps))
             if world.is_main:
                 print(f"{dataset.prefix}: {len(logps):,} responses scored", flush=True)
         world.once(lambda: write_sidecar(output, fingerprint, scores, heads or None))
         if world.is_main:
             partial.discard()
             print(f"wrote {output} (reference model {fingerprint[:16]}…)")
+
+
+def _views(dataset: PreferenceDataset) -> list[tuple[PreferenceDataset, str, str | None]]:
+    """The own responses of a data set, and its mismatches if it has some; each with the name of its
+    partial scores, and the sharing mode that it needs."""
+    name = dataset.fingerprint[:16]
+    views: list[tuple[PreferenceDataset, str, str | None]] = [(dataset, name, None)]
+    if (mismatches := mismatched_responses(dataset)) is not None:
+        views.append((mismatches, f"{name}-mismatches", "response"))
+    return views
 
 
 def _rows(config: Config, world: World) -> dict:

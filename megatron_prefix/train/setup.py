@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_prefix.checkpoint import RunCheckpoints, StartingModel, resolve_starting_model
 from megatron_prefix.config import Config
@@ -19,7 +20,12 @@ from megatron_prefix.reference import open_reference, reference_fingerprint
 from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.data_checks import check_betas, check_columns, refuse_unused_reference
 from megatron_prefix.train.identity import run_identity, run_schedule
-from megatron_prefix.train.samplers import evaluation_sampler, training_sampler, valid_setting
+from megatron_prefix.train.samplers import (
+    evaluation_sampler,
+    mismatch_sampler,
+    training_sampler,
+    valid_setting,
+)
 from megatron_prefix.train.steps_report import describe_steps
 from megatron_prefix.train.trainer import Trainer
 
@@ -54,6 +60,17 @@ def prepare_trainer(
     valid_samplers = {
         name: evaluation_sampler(config, objective, held_out, world, initial.sizes)
         for name, held_out in valid.items()
+    }
+    own_settings = {name: valid_setting(name) for name in valid}
+    mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
+    valid_mismatches = {
+        name: others
+        for name, own in valid_samplers.items()
+        if (
+            others := mismatch_sampler(
+                config, objective, own, own_settings[name], world, initial.sizes
+            )
+        )
     }
     num_steps = config.train.steps
     if num_steps is None:
@@ -90,7 +107,12 @@ def prepare_trainer(
     policy = build_policy(chunks, model_config, config, num_steps)
     identity = run_identity(config, objective, dataset, fingerprint) | reference.identity
     schedule = run_schedule(config, num_steps)
-    step, changes = 0, []
+    step, changes, saved = 0, list[str](), dict[str, Any]()
+
+    def restore(state: dict[str, Any]) -> None:
+        saved.update(state)
+        reference.check_state(state.get("references"), step)
+
     if config.train.load is not None:
         checkpoints = RunCheckpoints(config.train.load)
         step = checkpoints.whole_step_to_resume(world.once, config.train.load_fallback)
@@ -103,7 +125,7 @@ def prepare_trainer(
                 policy.scheduler,
                 identity,
                 schedule,
-                lambda saved: reference.check_state(saved.get("references"), step),
+                restore,
                 adapter,
             )
     if world.is_main:
@@ -118,6 +140,8 @@ def prepare_trainer(
         initial=initial,
         sampler=sampler,
         valid=valid_samplers,
+        mismatches=mismatches,
+        valid_mismatches=valid_mismatches,
         reference=reference,
         policy=policy,
         num_steps=num_steps,
@@ -125,6 +149,7 @@ def prepare_trainer(
         identity=identity,
         schedule=schedule,
         adapter=adapter,
+        running_rewards=tuple(saved.get("running_rewards") or (0.0, 0.0)),
         trackers=trackers,
     )
 

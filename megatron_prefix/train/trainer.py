@@ -19,7 +19,6 @@ import torch
 from megatron_prefix.checkpoint import RunCheckpoints, SavedAdapter, StartingModel
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps import MicroBatch, Sampler, Step
-from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import StopRequest, World
 from megatron_prefix.engine import Feed, Policy, StepRows, TrainBatch
 from megatron_prefix.errors import RunError, Stopped
@@ -28,7 +27,7 @@ from megatron_prefix.model.layers import step_auxiliary
 from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference, score_dataset
 from megatron_prefix.trackers import Status, Trackers
-from megatron_prefix.train.evaluation import preference_metrics
+from megatron_prefix.train.evaluation import mismatch_logratios, preference_metrics
 from megatron_prefix.train.examples import worst_pairs
 from megatron_prefix.train.first_step import (
     check_first_step,
@@ -36,10 +35,11 @@ from megatron_prefix.train.first_step import (
     reward_start_note,
     value_of_scores,
 )
+from megatron_prefix.train.logical import logical_tokens
 from megatron_prefix.train.non_finite import describe, file_name, finite_rows, save_rows
 from megatron_prefix.train.pace import Pace
 from megatron_prefix.train.samplers import evaluation_block
-from megatron_prefix.train.two_passes import ROUNDING, check_passes, first_pass
+from megatron_prefix.train.two_passes import ROUNDING, check_passes, first_pass, mismatch_kl
 
 
 @dataclass(kw_only=True, eq=False)
@@ -53,6 +53,10 @@ class Trainer:
     sampler: Sampler
     valid: Mapping[str, Sampler]
     """Held-out data sets by name; the name of a single one is ""."""
+    mismatches: Sampler | None
+    """The mismatches of the groups of `sampler`'s steps, if the objective needs them."""
+    valid_mismatches: Mapping[str, Sampler]
+    """The same of held-out data sets, if it does."""
     reference: Reference
     policy: Policy
     num_steps: int
@@ -67,6 +71,8 @@ class Trainer:
     valid_ref_logps: dict[str, np.ndarray | None] = field(default_factory=dict)
     last_scores: dict[str, np.ndarray] = field(default_factory=dict)
     """The policy's scores of every held-out response in the last evaluation, by data set."""
+    running_rewards: tuple[float, float] = (0.0, 0.0)
+    """Sum and number of the rewards of all steps so far, for objectives that need them."""
     evaluated: tuple[int, float | None] = (-1, None)
     """The step of the last evaluation, and its value of `train.keep_best`'s metric."""
 
@@ -105,6 +111,14 @@ class Trainer:
         lora = self.initial.lora
         return self.objective.reference != "none" and not (lora is None or lora.starts_as_reference)
 
+    @cached_property
+    def mismatch_feed(self) -> Feed | None:
+        """The mismatches of the run's steps, if the objective needs them."""
+        if self.mismatches is None:
+            return None
+        model_config = unwrap(self.policy.chunks[0]).config
+        return Feed(self.mismatches, self.world, model_config, self.num_steps, with_table=True)
+
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until a signal asks to stop. Raises Stopped then."""
         settings, _ = self.config.train, self.pace  # whose clock starts here
@@ -132,7 +146,7 @@ class Trainer:
         if self.config.model.moe_aux_loss_coeff:
             count = self._step_count(rows)
             batches = [batch.with_step_count(count) for batch in batches]
-        batches = self.reference.attach(rows, batches, self.step)
+        batches = self.reference.attach(rows, self._with_kl(step, batches), self.step)
         is_first = self.step == 0 and self.checks_first_step
         if is_first and self.reference.rounding:
             batches = [batch.with_scales() for batch in batches]
@@ -188,6 +202,12 @@ class Trainer:
         self.world.beat(f"the evaluation after step {self.step}")
         if name not in self.valid_ref_logps:
             self.valid_ref_logps[name] = self.reference.score(sampler)
+        kl_logratios = None
+        if (others := self.valid_mismatches.get(name)) is not None:
+            if (key := f"{name}/mismatches") not in self.valid_ref_logps:
+                self.valid_ref_logps[key] = self.reference.score(others)
+            own = score_dataset(self.policy.chunks, others, self.world)
+            kl_logratios = mismatch_logratios(others, own, self.valid_ref_logps[key])
         parts = self.objective.parts
         scores = score_dataset(self.policy.chunks, sampler, self.world, parts=parts)
         ref_logps = self.valid_ref_logps[name]
@@ -199,6 +219,8 @@ class Trainer:
             evaluation_block(self.config),
             weights=self.reference.weights(self.step),
             anchor=self.reference.anchor,
+            running_rewards=self.running_rewards,
+            kl_logratios=kl_logratios,
         )
         if not np.isfinite(list(metrics.values())).all():
             raise RunError(
@@ -235,18 +257,36 @@ class Trainer:
             self.schedule,
             attach=self.initial.attach,
             value=value if step == self.step else None,
-            objective_state={"references": self.reference.state(self.step)},
+            objective_state={
+                "references": self.reference.state(self.step),
+                "running_rewards": list(self.running_rewards),
+            },
             adapter=self.adapter,
         )
 
     def close(self, status: Status = "done") -> None:
-        """Stop the feed and finish the trackers: the run ended with `status`."""
+        """Stop the feeds and finish the trackers: the run ended with `status`."""
         self.feed.close()
+        if self.mismatch_feed is not None:
+            self.mismatch_feed.close()
         self.trackers.finish(status)
 
     def _gradients(self, batches: list[TrainBatch], is_first: bool = False) -> list[dict]:
         """Forward and backward over rows, from zero gradients. Returns the rows' logs."""
         return self.policy.gradients(batches, self.objective, is_first)
+
+    def _with_kl(self, step: StepRows, batches: list[TrainBatch]) -> list[TrainBatch]:
+        """The rows with the KL of the step, if the objective needs it: from a forward pass over the
+        mismatches of its groups."""
+        if self.mismatch_feed is None:
+            return batches
+        own = self.mismatch_feed.step(self.step)
+        dataset = self.mismatch_feed.dataset
+        others = self.reference.attach(own.rows, own.batches, self.step, dataset)
+        kl, not_finite = mismatch_kl(self.policy.chunks, own, others, self.world)
+        if not_finite:
+            self._stop_non_finite("loss", step.rows, batches, not_finite)
+        return [batch.with_kl(kl.to(self.world.device)) for batch in batches]
 
     def _passes(
         self, step: StepRows, batches: list[TrainBatch], is_first: bool
@@ -256,9 +296,18 @@ class Trainer:
         if step.table is None:
             logs = self._gradients(batches, is_first)
             return logs, logs, batches, {}
-        first = first_pass(self.policy.chunks, step, batches, self.objective, self.world, is_first)
+        first = first_pass(
+            self.policy.chunks,
+            step,
+            batches,
+            self.objective,
+            self.world,
+            running_rewards=self.running_rewards,
+            is_first=is_first,
+        )
         if first.not_finite:
             self._stop_non_finite("loss", step.rows, batches, first.not_finite)
+        self.running_rewards = first.running_rewards
         rows = self._gradients(first.batches, is_first)
         rounding = ROUNDING[self.config.model.dtype]
         difference = check_passes(
@@ -284,9 +333,7 @@ class Trainer:
         own = torch.cat([losses, sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
         loss, *totals = self.world.sum(own).tolist()
         pairs = zip(totals[0 : 2 * len(names) : 2], totals[1 : 2 * len(names) : 2], strict=True)
-        means = {"loss": loss} | {
-            name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count
-        }
+        means = {"loss": loss} | self.objective.logged(dict(zip(names, pairs, strict=True)))
         means |= self._extremes(logs)
         logical = logical_tokens(self.sampler.dataset, plan.groups, self.objective.needs_sets)
         summed = {key: int(x) for key, x in zip(counts, totals[2 * len(names) :], strict=True)}
@@ -356,20 +403,3 @@ class Trainer:
 
 def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def logical_tokens(dataset: PreferenceDataset, groups: np.ndarray, is_by_response: bool) -> int:
-    """Tokens of unshared training of these groups: both sides of each pair, each with its whole
-    prompt, or, `is_by_response`, each response once with its own."""
-    if not is_by_response:
-        return sum(int(pair_lengths(dataset, int(g)).sum()) for g in groups)
-    ends = np.asarray(dataset.group_responses)
-    lengths = dataset.response_lengths
-    return sum(int(lengths[ends[g] : ends[g + 1]].sum(dtype=np.int64)) for g in groups)
-
-
-def pair_lengths(dataset: PreferenceDataset, group: int) -> np.ndarray:
-    """Tokens of both sides of each pair of a group, each with its whole prompt, [pairs, 2]."""
-    p0, p1 = (int(x) for x in dataset.group_pairs[group : group + 2])
-    first = int(dataset.group_responses[group])
-    return np.asarray(dataset.response_lengths)[dataset.pair_responses[p0:p1] + first]

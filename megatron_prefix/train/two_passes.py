@@ -29,12 +29,14 @@ class FirstPass:
     has one entry: the step's loss and metrics on the first data-parallel rank, zeros on the others,
     so that their sum over ranks is the step's. `starts` has, in the first step of a run, for each
     row its `start` and `slopes` as `preference_loss` returns them, which sum to the step's.
+    `running_rewards` are those of the run with this step.
     """
 
     scores: list[Tensor]
     batches: list[TrainBatch]
     logs: list[dict]
     starts: list[dict]
+    running_rewards: tuple[float, float]
     not_finite: list[str]
     """The responses of the step, on any rank, whose log-probability under policy or reference is
     not finite. If there are any, there is no loss: no logs, and rows without slopes."""
@@ -46,20 +48,17 @@ def first_pass(
     batches: list[TrainBatch],
     objective: Objective,
     world: World,
-    is_first: bool,
+    *,
+    running_rewards: tuple[float, float] = (0.0, 0.0),
+    is_first: bool = False,
 ) -> FirstPass:
     """Score the rows, gather the step's table, and evaluate the objective on it. Collective.
 
-    `batches` are the step's rows with the reference.
+    `batches` are the step's rows with the reference, `running_rewards` those of the steps before.
     """
     table = step.table
     assert table is not None, "the feed was made without tables"
-    was_training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    scores = score_rows(chunks, batches)
-    for chunk, training in zip(chunks, was_training, strict=True):
-        chunk.train(training)
+    scores = _scored(chunks, batches)
     own = table.gather(scores, world)
     reference = None
     if objective.reference != "none":
@@ -67,9 +66,16 @@ def first_pass(
     bad = ~own.isfinite() if reference is None else ~(own.isfinite() & reference.isfinite())
     if bad.any():
         names = table.responses(bad.numpy())
-        return FirstPass(scores=scores, batches=batches, logs=[], starts=[], not_finite=names)
+        return FirstPass(
+            scores=scores,
+            batches=batches,
+            logs=[],
+            starts=[],
+            running_rewards=running_rewards,
+            not_finite=names,
+        )
     references = table.gather_references(batches, world)
-    loss = table.loss(objective, own, reference, references)
+    loss = table.loss(objective, own, reference, references, running_rewards, batches[0].kl)
     device = batches[0].tokens.device
     sloped = [
         batch.with_slopes(loss.slopes[torch.from_numpy(places)].to(device))
@@ -84,7 +90,46 @@ def first_pass(
             whole = share if i == 0 else torch.zeros_like(share)
             starts[i] = {"start": whole, "slopes": slopes[entries].to(device)}
     logs = of_one_rank(loss.logs, world)
-    return FirstPass(scores=scores, batches=sloped, logs=[logs], starts=starts, not_finite=[])
+    return FirstPass(
+        scores=scores,
+        batches=sloped,
+        logs=[logs],
+        starts=starts,
+        running_rewards=loss.running_rewards,
+        not_finite=[],
+    )
+
+
+def _scored(chunks: Sequence[torch.nn.Module], batches: list[TrainBatch]) -> list[Tensor]:
+    """`score_rows` by models in evaluation mode, which are then as they were."""
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    scores = score_rows(chunks, batches)
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
+    return scores
+
+
+def mismatch_kl(
+    chunks: Sequence[torch.nn.Module], step: StepRows, batches: list[TrainBatch], world: World
+) -> tuple[Tensor, list[str]]:
+    """`LossInputs.kl` of a step: max(0, mean log-ratio of its mismatches), 0 without any; float64,
+    on the CPU. Collective.
+
+    `step` and `batches` are the rows of the mismatches, with the reference. Also returns those
+    whose log-probability is not finite, as text.
+    """
+    table = step.table
+    assert table is not None, "the feed was made without tables"
+    own = table.gather(_scored(chunks, batches), world)
+    reference = table.gather([batch.reference_scores() for batch in batches], world)
+    logratios = own - reference
+    if not len(logratios):
+        return torch.zeros((), dtype=torch.float64), []
+    bad = ~logratios.isfinite().numpy()
+    names = [f"the mismatch of group {group}" for group in table.columns.response_ids[bad, 0]]
+    return logratios.mean().clamp(min=0), names
 
 
 def of_one_rank(logs: dict, world: World) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 
 import torch
@@ -32,6 +33,9 @@ def table(ref_is_policy: bool = False, seed: int = 0, **columns: Tensor | None) 
         pair_weights=float64([1.0, 2.0, 0.5, 1.0, 1.5]),
         ranks=torch.tensor([0, 1, 0, 1, 2, 1, -1]),
         labels=float64([1.0, 0.25, 0.75, 0.5, 0.0, 0.5, 0.125]),
+        desirable=float64([1.0, 0.0, 1.0, 0.0, 0.0, 1.0, math.nan]),
+        kl=float64(0.0 if ref_is_policy else 1.5),
+        running_rewards=torch.zeros(2, dtype=torch.float64),
         members=torch.tensor([[0, 1, -1, -1], [2, 3, 4, 5], [6, -1, -1, -1]]),
         set_weights=float64([1.0, 1.0, 0.0]),
         betas=float64([0.05, float("nan"), 0.3, 1.0, float("nan")]),
@@ -54,9 +58,16 @@ def one_pair(scores: torch.Tensor, num_tokens: torch.Tensor) -> LossInputs:
         pair_weights=one,
         ranks=torch.tensor([0, 1]),
         labels=torch.tensor([1.0, 0.0], dtype=torch.float64),
+        desirable=torch.tensor([1.0, 0.0], dtype=torch.float64),
+        kl=torch.zeros((), dtype=torch.float64),
+        running_rewards=torch.zeros(2, dtype=torch.float64),
         members=torch.tensor([[0, 1]]),
         set_weights=one,
     )
+
+
+OF_THE_STEP = ("pairs", "members", "set_weights", "tail_weight", "running_rewards", "kl")
+"""Fields of a table that have no value for each response or pair."""
 
 
 def split(inputs: LossInputs) -> list[LossInputs]:
@@ -74,7 +85,7 @@ def split(inputs: LossInputs) -> list[LossInputs]:
                 continue
             if field.name in ("margins", "betas", "pair_weights", "heads", "ref_heads"):
                 columns[field.name] = value[is_own]
-            elif field.name not in ("pairs", "members", "set_weights", "tail_weight"):
+            elif field.name not in OF_THE_STEP:
                 columns[field.name] = value[responses]
         pairs = place[inputs.pairs[is_own]].reshape(-1, 2)
         own = torch.arange(len(responses))[None]

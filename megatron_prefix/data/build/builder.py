@@ -17,6 +17,8 @@ from pathlib import Path
 from megatron_prefix.data.build.chunks import Chunk, ChunkBuilder, read_chunks
 from megatron_prefix.data.build.combine import combine
 from megatron_prefix.data.build.duplicates import DigestTable, combined_duplicates
+from megatron_prefix.data.build.group_texts import GroupTexts
+from megatron_prefix.data.build.mismatches import add_mismatches, source_of
 from megatron_prefix.data.build.options import BuildOptions
 from megatron_prefix.data.build.prompt_groups import merge_prompts, place_before_merging
 from megatron_prefix.data.build.report import MAX_LISTED, BuildReport
@@ -53,14 +55,35 @@ def build_dataset(
             stack.enter_context(contextlib.closing(DigestTable()))
             for _ in range(options.num_outputs)
         ]
-        if not options.merge_prompts:
-            report = _build(inputs, tokenizer, output, options, tables, progress)
-        else:
-            place = stack.enter_context(place_before_merging(output))
-            separate = replace(options, merge_prompts=False)
-            report = _build(inputs, tokenizer, place, separate, tables, progress)
-            sources = [PreferenceDataset(path, check=False) for path in _outputs(place, options)]
-            merge_prompts(sources, tables, report, _outputs(output, options))
+        # Each stage writes to a temporary place, and the last one to `output`.
+        kinds = ["merging"] * options.merge_prompts + ["matching"] * options.kto
+        places = [stack.enter_context(place_before_merging(output, kind)) for kind in kinds]
+        places.append(Path(output))
+        texts = [
+            stack.enter_context(contextlib.closing(GroupTexts()))
+            for _ in range(options.num_outputs * options.kto)
+        ]
+        separate = replace(options, merge_prompts=False)
+        report, encoder = _build(inputs, tokenizer, places[0], separate, tables, texts, progress)
+        if options.merge_prompts:
+            sources = [
+                PreferenceDataset(path, check=False) for path in _outputs(places[0], options)
+            ]
+            merge_prompts(sources, tables, report, _outputs(places[1], options))
+        if options.kto:
+            sources = [
+                PreferenceDataset(path, check=False) for path in _outputs(places[-2], options)
+            ]
+            add_mismatches(
+                [
+                    source_of(source, table, own, options.merge_prompts)
+                    for source, table, own in zip(sources, tables, texts, strict=True)
+                ],
+                _outputs(output, options),
+                encoder,
+                options,
+                report,
+            )
     report.seconds = time.monotonic() - started
     return report
 
@@ -86,9 +109,11 @@ def _build(
     output: str | Path,
     options: BuildOptions,
     tables: Sequence[DigestTable],
+    texts: Sequence[GroupTexts],
     progress: Progress | None,
-) -> BuildReport:
-    """Build one group per record; `tables` get an entry for each, one table per data set."""
+) -> tuple[BuildReport, PathEncoder]:
+    """Build one group per record; `tables`, and with `--kto` `texts`, get an entry for each, one
+    per data set."""
     inputs = Inputs(paths, options.split)
     reader = ExampleReader(
         options.format,
@@ -103,7 +128,8 @@ def _build(
     encoder = PathEncoder(tokenizer, options.bos, options.eos)
     report, total = BuildReport(), inputs.num_bytes
     recorded = {**asdict(options), "inputs": [str(path) for path in inputs.paths]}
-    for name in ("workers", "overwrite"):  # the files do not depend on them
+    # The files do not depend on the first two; add_mismatches notes the others.
+    for name in ("workers", "overwrite", "kto", "kto_seed"):
         recorded.pop(name)
     if not options.attributes:
         recorded.pop("attributes")  # as before there were any
@@ -131,6 +157,8 @@ def _build(
             state = result.reader
             combine(report, result.report)
             report.limit_unread()
+            for own, part in zip(texts, result.parts, strict=False):
+                own.extend(part.texts)
             for writer, table, part in zip(writers, tables, result.parts, strict=True):
                 if part.block is not None:
                     writer.add_block(part.block)
@@ -150,7 +178,7 @@ def _build(
         _check_sides(writers, options)
         report.duplicates = combined_duplicates(tables, MAX_LISTED)
         report.publish(writers)
-    return report
+    return report, encoder
 
 
 def _parts(options: BuildOptions) -> list[dict[str, str]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prefix.data.build.duplicates import Digests, is_held_out
+from megatron_prefix.data.build.group_texts import GroupText, packed
 from megatron_prefix.data.build.options import BuildOptions
 from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
@@ -48,10 +49,11 @@ class Chunk:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
     """The groups of a chunk that go to one data set: None if there are none, and one entry of
-    `digests` per group."""
+    `digests` per group; with `--kto` also of `texts`, see group_texts.py."""
 
     block: Block | None
     digests: list[Digests]
+    texts: list[bytes]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,9 +104,7 @@ class ChunkBuilder:
         reader.state = chunk.reader
         encoder.reset_counts()
         error = None
-        sides: list[list[tuple[MergedPaths, Digests]]] = [
-            [] for _ in range(self._options.num_outputs)
-        ]
+        sides: list[list[Group]] = [[] for _ in range(self._options.num_outputs)]
         self._records = chunk.records
         try:
             with _collector_paused():
@@ -112,9 +112,12 @@ class ChunkBuilder:
                     report.num_records += 1
                     report.num_rows += record.rows
                     if built := self._build(record, report):
-                        example, group = built
+                        example, group, kept = built
                         digests = Digests.of(record.number, example)
-                        sides[self._side(digests)].append((group, digests))
+                        text = b""
+                        if self._options.kto:
+                            text = packed(GroupText.of(example, kept))
+                        sides[self._side(digests)].append((group, digests, text))
         except InputError as stopping:
             error = stopping
         report.format, report.num_tokens_made = reader.format, encoder.num_tokens
@@ -127,8 +130,11 @@ class ChunkBuilder:
         share, seed = self._options.holdout, self._options.holdout_seed
         return 0 if share is None else int(is_held_out(digests.prompt, share, seed))
 
-    def _build(self, record: Record, report: BuildReport) -> tuple[Example, MergedPaths] | None:
-        """A record's Example and tree, or None if it is dropped; `report` counts everything."""
+    def _build(
+        self, record: Record, report: BuildReport
+    ) -> tuple[Example, MergedPaths, tuple[int, ...]] | None:
+        """A record's Example, its tree, and which responses are in it, or None if it is dropped;
+        `report` counts everything."""
         record, options = record.decoded(), self._options
         place = f"{record.path.name}:{record.line}"
         try:
@@ -166,7 +172,7 @@ class ChunkBuilder:
         report.num_cut_groups += selection.num_cut > 0
         report.num_cut_responses += selection.num_cut
         report.num_cut_tokens += selection.cut_tokens
-        return example, merge_paths(selection.paths, selection.pairs)
+        return example, merge_paths(selection.paths, selection.pairs), selection.kept
 
     def _read(self, value: dict[str, Any], is_joined: bool, report: BuildReport) -> Example:
         """The Example of a record; `report` counts the columns that were not read."""
@@ -192,10 +198,18 @@ class ChunkBuilder:
         return ". Correct the record, or skip such records with --on-error skip"
 
 
-def _part(groups: list[tuple[MergedPaths, Digests]]) -> Part:
-    digests = [digest for _, digest in groups]
-    paths, records = [path for path, _ in groups], [digest.record for digest in digests]
-    return Part(block=Block.of_paths(paths, records) if groups else None, digests=digests)
+Group = tuple[MergedPaths, Digests, bytes]
+"""A group's tree, its digests, and with `--kto` its texts."""
+
+
+def _part(groups: list[Group]) -> Part:
+    digests = [digest for _, digest, _ in groups]
+    paths, records = [path for path, _, _ in groups], [digest.record for digest in digests]
+    return Part(
+        block=Block.of_paths(paths, records) if groups else None,
+        digests=digests,
+        texts=[text for _, _, text in groups],
+    )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megatron_prefix.data.read import Text
 from megatron_prefix.data.read.formats import Example
 from megatron_prefix.errors import InputError
@@ -138,6 +140,11 @@ class DigestTable:
         )
         for _, members in groupby(rows, key=itemgetter(1)):
             yield [group for group, _ in members]
+
+    def prompts(self) -> np.ndarray:
+        """The digest of each group's prompt, int64 [groups]."""
+        rows = self._rows("SELECT prompt FROM groups ORDER BY id")
+        return np.fromiter((prompt for (prompt,) in rows), np.int64)
 
     def close(self) -> None:
         self._table.close()

@@ -38,6 +38,10 @@ class BuildOptions:
     """Share of the prompts that go to a second data set, PREFIX_valid; None for no second one."""
     holdout_seed: int = 1234
     """Decides which prompts these are."""
+    kto: bool = False
+    """Each group also gets a response of another prompt, see mismatches.py."""
+    kto_seed: int = 1234
+    """Decides which responses these are."""
     on_contradiction: str = "keep"
     """What happens to pairs whose scores contradict their label: keep, drop, swap or error."""
     on_error: str = "stop"
@@ -68,6 +72,13 @@ class BuildOptions:
                 f"--attributes {' '.join(self.attributes)} with --merge-prompts: merged groups "
                 "keep no attributes: leave one of them out"
             )
+        if self.attributes and self.kto:
+            raise InputError(
+                f"--attributes {' '.join(self.attributes)} with --kto: reward models learn "
+                "attributes, and KTO trains policies: leave one of them out"
+            )
+        if self.kto_seed < 0:
+            raise InputError(f"--kto-seed is {self.kto_seed}: give at least 0")
         if self.workers < 1:
             raise InputError(f"--workers is {self.workers}: give at least 1")
         if self.overflow not in OVERFLOW_MODES:

@@ -15,25 +15,27 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_prefix.data.build.duplicates import DigestTable
 from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.files import building_folder, checked_prefix
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
-from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree
+from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree, tree_paths
 from megatron_prefix.errors import InputError
 
 
 @contextmanager
-def place_before_merging(output: str | Path) -> Iterator[Path]:
-    """A temporary prefix beside `output` for the data set before merging; removed at the end.
+def place_before_merging(output: str | Path, kind: str = "merging") -> Iterator[Path]:
+    """A temporary prefix beside `output` for the data set before merging, or before another stage
+    of this `kind`; removed at the end.
 
     Error messages name `output` instead of it.
     """
     prefix = checked_prefix(output)
     new_folders = [folder for folder in prefix.parents if not folder.exists()]
-    place = building_folder(prefix, "merging")
+    place = building_folder(prefix, kind)
     try:
         try:
             place.mkdir(parents=True)
@@ -97,29 +99,11 @@ def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:
     for tree in trees:
         # Trees of 2 and 3 responses: the second tree's pair (0, 2) becomes (2, 4), its set 0 set 1.
         first = len(paths)  # responses of this tree are numbered from here on
-        for response in range(tree.num_responses):
-            tokens, loss_start = tree.response_tokens(response)
-            paths.append(
-                ResponsePath(
-                    tokens=tokens,
-                    loss_start=loss_start,
-                    set_id=num_sets + int(tree.response_sets[response]),
-                    rank=int(tree.ranks[response]),
-                    score=float(tree.scores[response]),
-                )
-            )
-        numbers = tree.pair_weights, tree.pair_margins, tree.pair_betas
+        own_paths, own_pairs = tree_paths(tree)
+        paths += [replace(path, set_id=num_sets + path.set_id) for path in own_paths]
         pairs += [
-            Pair(
-                chosen=first + chosen,
-                rejected=first + rejected,
-                weight=float(weight),
-                margin=float(margin),
-                beta=float(beta),
-            )
-            for (chosen, rejected), weight, margin, beta in zip(
-                tree.pairs.tolist(), *numbers, strict=True
-            )
+            replace(pair, chosen=first + pair.chosen, rejected=first + pair.rejected)
+            for pair in own_pairs
         ]
         num_sets += int(tree.response_sets.max()) + 1
     return build_tree(paths, pairs)

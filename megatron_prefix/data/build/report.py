@@ -9,7 +9,7 @@ from typing import Any
 from megatron_prefix.data.read import ExampleReader
 from megatron_prefix.data.store import DatasetWriter
 from megatron_prefix.data.tokenize import WARNINGS
-from megatron_prefix.text import align, format_counts
+from megatron_prefix.text import align, format_counts, own_counts
 
 MAX_LISTED = 1000
 """Records listed per reason; all are counted."""
@@ -67,6 +67,8 @@ class BuildReport:
     unread: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, Any] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
+    mismatches: dict[str, int] = field(default_factory=dict)
+    """With `--kto`: groups that have a mismatch, and groups without one."""
     manifest: dict[str, Any] = field(default_factory=dict)
     valid_manifest: dict[str, Any] = field(default_factory=dict)
     """Of the data set that `--holdout` made, if there is one."""
@@ -116,6 +118,7 @@ class BuildReport:
             "unread": self.unread,
             "duplicates": self.duplicates,
             "merged": self.merged,
+            **({"mismatches": self.mismatches} if self.mismatches else {}),
         }
 
     def summary(self) -> str:
@@ -138,7 +141,7 @@ class BuildReport:
     def _held_out_lines(self) -> list[str]:
         if not self.valid_manifest:
             return []
-        valid = self.valid_manifest["counts"]
+        valid = own_counts(self.valid_manifest["counts"])
         groups = valid["groups"] + self.manifest["counts"]["groups"]
         return [
             "",
@@ -209,6 +212,11 @@ class BuildReport:
                 f"merged  {self.merged['records']:,} records into {self.merged['groups']:,} groups "
                 f"with different prompts: {before:,} tree tokens became {after:,} "
                 f"({before / after:.2f} x)"
+            )
+        if self.mismatches.get("without"):
+            lines.append(
+                f"mismatches  {self.mismatches['without']:,} groups have none: no response of "
+                "another prompt fits"
             )
         return lines
 

@@ -1,7 +1,8 @@
 """Work folders: data sets grow in them until they are complete.
 
 A build works in `.NAME.HOST.PID.building` next to PREFIX, and `--merge-prompts` keeps the data set
-that it merges in `.NAME.HOST.PID.merging`. A killed build cannot remove its folder. The next build
+that it merges in `.NAME.HOST.PID.merging`, `--kto` the one without mismatches in
+`.NAME.HOST.PID.matching`. A killed build cannot remove its folder. The next build
 of the same PREFIX on the same machine removes it if no process has that number.
 """
 
@@ -26,14 +27,14 @@ def checked_prefix(output: str | Path) -> Path:
 
 
 def building_folder(prefix: Path, kind: str = "building") -> Path:
-    """This process's folder for `prefix`; `kind` is building or merging."""
+    """This process's folder for `prefix`; `kind` is building, merging or matching."""
     return prefix.with_name(f".{prefix.name}.{platform.node()}.{os.getpid()}.{kind}")
 
 
 def clear_leftovers(prefix: Path) -> None:
     """Remove the folders of builds of `prefix` whose process has ended."""
     own = f".{prefix.name}.{platform.node()}."
-    pattern = re.compile(re.escape(own) + r"(\d+)\.(building|merging)")
+    pattern = re.compile(re.escape(own) + r"(\d+)\.(building|merging|matching)")
     for folder in prefix.parent.iterdir():
         match = pattern.fullmatch(folder.name)
         if match and not _is_running(int(match[1])):

@@ -61,7 +61,7 @@ def find_tokenizer(dataset: PreferenceDataset) -> tuple[Tokenizer | None, str]:
 
 def tree_dict(dataset: PreferenceDataset, group: int) -> dict[str, Any]:
     """One tree as plain values; NaN scores and margins become None."""
-    tree = dataset[_checked_group(dataset, group)]
+    tree, mismatches = dataset[_checked_group(dataset, group)], _mismatches(dataset, group)
     return {
         "group": group,
         "record": int(dataset.group_records[group]),
@@ -75,6 +75,7 @@ def tree_dict(dataset: PreferenceDataset, group: int) -> dict[str, Any]:
                 "set": int(tree.response_sets[r]),
                 "rank": int(tree.ranks[r]),
                 "score": _known(tree.scores[r]),
+                **({"is_mismatch": r in mismatches} if mismatches else {}),
             }
             for r in range(tree.num_responses)
         ],
@@ -89,6 +90,12 @@ def tree_dict(dataset: PreferenceDataset, group: int) -> dict[str, Any]:
             for p in range(tree.num_pairs)
         ],
     }
+
+
+def _mismatches(dataset: PreferenceDataset, group: int) -> list[int]:
+    """The responses of a group that are of another prompt."""
+    r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
+    return np.flatnonzero(dataset.response_roles[r0:r1]).tolist()
 
 
 def _known(value: float) -> float | None:
@@ -108,16 +115,19 @@ def tree_text(dataset: PreferenceDataset, group: int) -> str:
     """
     tree = dataset[_checked_group(dataset, group)]
     tokenizer, reason = find_tokenizer(dataset)
+    mismatches = _mismatches(dataset, group)
+    own = tree.num_responses - len(mismatches)
     lines = [
         f"group {group} of {dataset.prefix}, record {int(dataset.group_records[group])}: "
-        f"{tree.num_tokens:,} tokens, {tree.num_nodes} nodes, {tree.num_responses} responses, "
+        f"{tree.num_tokens:,} tokens, {tree.num_nodes} nodes, {own} responses, "
         f"{tree.num_pairs} pairs"
+        + (f", {len(mismatches)} mismatch of another prompt" if mismatches else "")
     ]
     if tokenizer is None:
         lines.append(f"(token ids instead of text: {reason})")
     lines += _branch_lines(tree, tokenizer)
     lines += ["", "responses"]
-    lines += align([_response_cells(tree, r) for r in range(tree.num_responses)])
+    lines += align([_response_cells(tree, r, r in mismatches) for r in range(tree.num_responses)])
     lines += ["pairs"]
     lines += align([_pair_cells(tree, p) for p in range(tree.num_pairs)])
     return "\n".join(lines)
@@ -173,12 +183,12 @@ def _content(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
     return text if len(text) <= TEXT_WIDTH else f"{text[: half - 2]} … {text[-half + 1 :]}"
 
 
-def _response_cells(tree: PrefixTree, response: int) -> list[str]:
+def _response_cells(tree: PrefixTree, response: int, is_mismatch: bool) -> list[str]:
     tokens, loss_start = tree.response_tokens(response)
     rank, score = int(tree.ranks[response]), _known(tree.scores[response])
     return [
         f"  {response}",
-        f"set {int(tree.response_sets[response])}",
+        "mismatch" if is_mismatch else f"set {int(tree.response_sets[response])}",
         f"rank {rank}" if rank >= 0 else "no rank",
         f"score {score:g}" if score is not None else "no score",
         f"{loss_start:,} prompt tokens",

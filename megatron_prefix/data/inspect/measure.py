@@ -15,7 +15,9 @@ from megatron_prefix.config import ModelSizes
 from megatron_prefix.data.inspect.describe import packed_rows
 from megatron_prefix.data.steps import CostModel
 from megatron_prefix.data.store import SHARING_TOKENS, Histogram, PreferenceDataset
+from megatron_prefix.data.store.roles import own_responses, without_mismatches
 from megatron_prefix.data.store.verify import Span, all_spans, verify_tokens
+from megatron_prefix.text import own_counts
 
 SIZES = ModelSizes(
     num_layers=32,
@@ -59,7 +61,7 @@ def survey(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[
         "prefix": str(dataset.prefix),
         "fingerprint": dataset.fingerprint,
         "tokenizer": manifest["tokenizer"],
-        "counts": manifest["counts"],
+        "counts": own_counts(manifest["counts"]),
         "tokens": tokens,
         "factors": {
             a: {b: round(tokens[a] / tokens[b], 4) if tokens[b] else None for b in SHARING_TOKENS}
@@ -80,8 +82,12 @@ def survey(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[
             "merged": report.get("merged", {}),
         },
     }
+    if "mismatches" in manifest["counts"]:
+        result["mismatches"] = {
+            name: manifest["counts"][name] for name in ("mismatches", "mismatch_tokens")
+        }
     if row_capacity is not None:
-        rows = packed_rows(dataset, row_capacity)
+        rows = packed_rows(own_responses(dataset), row_capacity)
         result["packing"] = {
             "row_capacity": row_capacity,
             "rows": rows.num_steps(1),
@@ -105,7 +111,7 @@ class _Survey:
         self._total_cost = 0.0
         self._cost_model = CostModel.of_model(SIZES, dataset.vocab_size)
         for span in all_spans(dataset):
-            self._add(span)
+            self._add(Span(span.start, span.stop, without_mismatches(span.block)))
 
     def _add(self, span: Span) -> None:
         prompts = span["response_prompts"].astype(np.int64)

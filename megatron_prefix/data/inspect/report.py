@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from megatron_prefix.data.store import SHARING_TOKENS
-from megatron_prefix.text import align, format_lengths
+from megatron_prefix.text import align, format_lengths, mismatch_cells
 
 WIDTH = 100
 BAR = 20
@@ -25,7 +25,10 @@ def survey_text(values: Mapping[str, Any]) -> str:
     lines = [f"{values['prefix']}  ({tokenizer['kind']}, vocabulary {tokenizer['vocab_size']:,})"]
     lines += [f"fingerprint {values['fingerprint']}", ""]
     names = ("groups", "responses", "pairs", "nodes", "tokens")
-    lines += align([[name, f"{values['counts'][name]:,}"] for name in names])
+    cells = [[name, f"{values['counts'][name]:,}"] for name in names]
+    if (last := mismatch_cells(values.get("mismatches", {})))[:1]:
+        cells = [*([*row, ""] for row in cells), last]
+    lines += align(cells)
     lines += _build_lines(values["build"])
     lines += ["", *_factor_lines(values["tokens"], values["factors"])]
     lines += ["", *format_lengths(values["lengths"])]

@@ -52,6 +52,8 @@ class MicroBatch:
     unknown) and scores (NaN unknown); members int64 [S, K] are the responses of each comparison
     set, filled up with -1. `num_tokens` counts tokens without padding. served int64 [T] is how many
     of the row's responses each token is part of, 0 for padding; only routers of experts use it.
+    desirable float64 [R] is 1 for a response labelled good, 0 for bad, NaN without a label; None if
+    unknown.
     """
 
     tokens: np.ndarray
@@ -77,6 +79,7 @@ class MicroBatch:
     """Float64 [R, A]: the data's score for each attribute, NaN if unknown; None if no model
     learns them."""
     attribute_names: tuple[str, ...] = ()
+    desirable: np.ndarray | None = None
 
     @property
     def num_responses(self) -> int:
@@ -97,6 +100,8 @@ class RowItem:
     pair_weights: np.ndarray
     pair_places: np.ndarray | None = None
     """The pairs' places in their group with all of its pairs, if some are left out."""
+    desirable: np.ndarray | None = None
+    """The labels of the view's responses, as in MicroBatch; None for none."""
 
 
 def tree_targets(tree: PrefixTree) -> TreeTargets:
@@ -230,7 +235,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
     is_real = np.concatenate([np.arange(len(p.tokens)) < p.num_real for p in parts])
     place = np.flatnonzero(is_real)  # token of the data -> token of the row
     logit_tokens, tokens, responses, pairs, margins, served = [], [], [], [], [], []
-    ranks, labels, sets, betas = [], [], [], []
+    ranks, labels, sets, betas, desirable = [], [], [], [], []
     ids: list[tuple[int, int]] = []
     pair_ids: list[tuple[int, int]] = []
     own_tokens: list[int] = []
@@ -252,6 +257,8 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         betas.append(tree.pair_betas)
         ranks.append(tree.ranks)
         labels.append(tree.scores)
+        unknown = np.full(tree.num_responses, np.nan)
+        desirable.append(unknown if item.desirable is None else item.desirable)
         sets += set_members(tree.response_sets, num_responses)
         served.append(responses_served(tree))
         num_tokens += tree.num_tokens
@@ -280,6 +287,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         num_tokens=num_tokens,
         pair_betas=_concatenate(betas, np.float64),
         served=served_T,
+        desirable=_concatenate(desirable, np.float64),
     )
 
 

@@ -56,9 +56,10 @@ def step_denominators(
     pair      sum of the pairs' weights
     set       number of comparison sets with a pair
     response  number of responses with a score, or `with_attributes` of scores of attributes
+    label     number of responses that are labelled desirable or undesirable
     token     tokens of chosen responses, weighted: the sum over pairs of weight times tokens
     """
-    totals = dict.fromkeys(("pair", "set", "response", "token"), 0.0)
+    totals = dict.fromkeys(("pair", "set", "response", "token", "label"), 0.0)
     for group in groups:
         weights = loss_weights(dataset, int(group), weighting)
         r0, r1 = (int(x) for x in dataset.group_responses[group : group + 2])
@@ -68,5 +69,6 @@ def step_denominators(
         totals["set"] += len(np.unique(dataset.response_sets[chosen]))
         labels = dataset.response_attributes if with_attributes else dataset.response_scores
         totals["response"] += int((~np.isnan(labels[r0:r1])).sum())
+        totals["label"] += int((~np.isnan(dataset.desirable[r0:r1])).sum())
         totals["token"] += float((weights * own).sum())
     return totals

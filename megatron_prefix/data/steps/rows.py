@@ -28,8 +28,16 @@ def row_items(
         part = view(dataset[bundle.group], sharing, bundle.item, bundle.part)
         weights = loss_weights(dataset, bundle.group, weighting)[part.pairs]
         places = _pair_places(dataset, bundle.group, part.pairs)
-        item = RowItem(group=bundle.group, view=part, pair_weights=weights, pair_places=places)
-        items.append(item)
+        first = int(dataset.group_responses[bundle.group])
+        items.append(
+            RowItem(
+                group=bundle.group,
+                view=part,
+                pair_weights=weights,
+                pair_places=places,
+                desirable=dataset.desirable[first + part.responses],
+            )
+        )
     return items
 
 

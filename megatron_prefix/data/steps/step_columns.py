@@ -25,16 +25,17 @@ class StepColumns:
     """The columns of a table; `pairs` and `members` index its entries.
 
     response_ids int64 [E, 2] are (group, response in the group); num_tokens int64 [E] counts own
-    tokens; ranks int64 [E], labels float64 [E], pairs int64 [P, 2], pair_weights float64 [P],
-    margins and betas float64 [P] and members int64 [S, K] are as in MicroBatch. set_weights float64
-    [S] is 1 for a set with a pair, else 0. `places` has, for each bundle or part of one, its
-    entries and its pairs, in the order in which they are in its row.
+    tokens; ranks int64 [E], labels and desirable float64 [E], pairs int64 [P, 2], pair_weights
+    float64 [P], margins and betas float64 [P] and members int64 [S, K] are as in MicroBatch.
+    set_weights float64 [S] is 1 for a set with a pair, else 0. `places` has, for each bundle or
+    part of one, its entries and its pairs, in the order in which they are in its row.
     """
 
     response_ids: np.ndarray
     num_tokens: np.ndarray
     ranks: np.ndarray
     labels: np.ndarray
+    desirable: np.ndarray
     pairs: np.ndarray
     pair_weights: np.ndarray
     margins: np.ndarray
@@ -56,6 +57,7 @@ class StepColumns:
             num_tokens=lengths - np.asarray(dataset.response_prompts, np.int64),
             ranks=np.array(dataset.response_ranks, np.int64),
             labels=np.array(dataset.response_scores),
+            desirable=dataset.desirable,
             pairs=pairs,
             pair_weights=np.concatenate(weights),
             margins=np.array(dataset.pair_margins),
@@ -122,6 +124,7 @@ def step_columns(
         num_tokens=lengths - np.asarray(dataset.response_prompts[response], np.int64),
         ranks=np.asarray(dataset.response_ranks[response], np.int64),
         labels=np.asarray(dataset.response_scores[response], np.float64),
+        desirable=dataset.desirable[response],
         pairs=np.concatenate(pairs),
         pair_weights=_joined(weights, np.float64),
         margins=np.asarray(dataset.pair_margins[numbers_of_pairs], np.float64),

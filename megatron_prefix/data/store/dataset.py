@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
+from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.mapped import MappedFiles
+from megatron_prefix.data.store.pruning import own_block
 from megatron_prefix.data.store.verify import (
     check_structure,
     refuse_foreign_tokens,
@@ -70,8 +73,27 @@ class PreferenceDataset(MappedFiles):
         part, local = self.locate(int(group))
         return f"group {local} of {part.prefix}"
 
+    @cached_property
+    def desirable(self) -> np.ndarray:
+        """Whether each response is good (1) or bad (0), float64 [R]; NaN without a label.
+
+        By its pairs, in which it is chosen or rejected; without a pair by its score, if that is 1
+        or 0. One that is both chosen and rejected has no label.
+        """
+        scores = np.asarray(self.response_scores)
+        labels = np.where((scores == 0) | (scores == 1), scores, np.nan)
+        pairs_of_group = np.diff(self.group_pairs)
+        firsts = np.repeat(np.asarray(self.group_responses[:-1]), pairs_of_group)
+        sides = np.asarray(self.pair_responses, np.int64) + firsts[:, None]
+        is_chosen, is_rejected = (np.isin(np.arange(len(labels)), side) for side in sides.T)
+        labels[is_chosen], labels[is_rejected] = 1.0, 0.0
+        labels[is_chosen & is_rejected] = np.nan
+        return labels
+
     def __getitem__(self, group: int) -> PrefixTree:
         group = self._checked(group)
+        if self.source is not None:
+            return self._restricted(self.source, group)
         m0, m1 = (int(x) for x in self.group_nodes[group : group + 2])
         r0, r1 = (int(x) for x in self.group_responses[group : group + 2])
         p0, p1 = (int(x) for x in self.group_pairs[group : group + 2])
@@ -96,20 +118,58 @@ class PreferenceDataset(MappedFiles):
             pair_betas=np.array(self.pair_betas[p0:p1]),
         )
 
+    def _restricted(self, source: PreferenceDataset, group: int) -> PrefixTree:
+        """The tree of a view: that of the data set `source` with some of its responses."""
+        assert self.response_numbers is not None
+        r0, r1 = (int(x) for x in self.group_responses[group : group + 2])
+        own = self.response_numbers[r0:r1] - int(source.group_responses[group])
+        tree = source[group].restrict(own.tolist())
+        if self.pair_numbers is None:
+            return tree
+        p0, p1 = (int(x) for x in self.group_pairs[group : group + 2])
+        return replace(
+            tree,
+            pairs=np.array(self.pair_responses[p0:p1]),
+            pair_weights=np.array(self.pair_weights[p0:p1]),
+            pair_margins=np.array(self.pair_margins[p0:p1]),
+            pair_betas=np.array(self.pair_betas[p0:p1]),
+        )
+
+    def block(self, start: int, stop: int) -> Block:
+        """Groups `start` to `stop` as columns; of a view, its own responses."""
+        if self.source is not None:
+            return own_block(self.source.block(start, stop))
+        return super().block(start, stop)
+
     def group_num_tokens(self, group: int) -> int:
         """Tokens of a group as a tree."""
         group = self._checked(group)
+        if self.source is not None:
+            first, last = (int(x) for x in self.group_nodes[group : group + 2])
+            return int(self.node_lengths[first:last].sum())
         m0, m1 = (int(x) for x in self.group_nodes[group : group + 2])
         end = int(self.node_pointers[m1]) if m1 < len(self.node_pointers) else self.tokens.nbytes
         return (end - int(self.node_pointers[m0])) // self.tokens.itemsize
 
     def groups_num_tokens(self) -> np.ndarray:
         """Tokens of every group as a tree, int64 [G]."""
+        if self.source is not None:
+            ends = np.cumsum(np.concatenate([[0], self.node_lengths]), dtype=np.int64)
+            return np.diff(ends[self.group_nodes])
         # Pointers [0 6 10] of 18 bytes, 2 per token, group_nodes [0 2 3]: the groups begin at bytes
         # [0 10] and the last ends at 18, so they have 5 and 4 tokens.
         ends = np.append(self.node_pointers, self.tokens.nbytes)
         return np.diff(ends[self.group_nodes]) // self.tokens.itemsize
 
+    @property
+    def stored(self) -> PreferenceDataset:
+        """The data set with all responses that its files have."""
+        return self if self.source is None else self.source
+
+    source: PreferenceDataset | None = None
+    """The data set with all responses, if some are left out; see roles/."""
+    response_numbers: np.ndarray | None = None
+    """The number of each response among all of `source`, [R]; None if none is left out."""
     comparisons: str = "all"
     """Which of the pairs are there; see steps/compositions/comparisons.py."""
     whole: PreferenceDataset | None = None
@@ -118,6 +178,8 @@ class PreferenceDataset(MappedFiles):
     """The number of each pair among all of the whole data set, [P]; None if none is left out."""
 
     def __reduce__(self) -> tuple[Callable[..., PreferenceDataset], tuple]:
+        if self.source is not None:
+            raise TypeError(f"{self.prefix} with some of its responses cannot be pickled")
         if self.comparisons != "all":
             raise TypeError(f"{self.prefix} with {self.comparisons} of its pairs cannot be pickled")
         return partial(PreferenceDataset, check=False), (self.prefix,)

@@ -38,6 +38,9 @@ def _are_options(value: Any) -> bool:
     return isinstance(value, dict) and a_list_of(is_text)(value.get("inputs", []))
 
 
+MISMATCH_COUNTS = ("mismatches", "mismatch_nodes", "mismatch_tokens")
+"""Counts of a data set with mismatches: these responses, and nodes and tokens that only they have.
+"""
 LISTED = {"num_records": is_count, "records": a_list_of(is_text)}
 REPORT: dict[str, Rule] = {
     "format": is_text,
@@ -53,6 +56,7 @@ REPORT: dict[str, Rule] = {
     "unread": a_map_of(is_count),
     "duplicates": an_object({}, {"num_records": is_count, "records": a_list_of(is_pair)}),
     "merged": a_map_of(is_count),
+    "mismatches": a_map_of(is_count),
 }
 ADDED = an_object({"mode": is_text, "text": a_list_of(is_count), "messages": a_list_of(is_count)})
 TOKENIZER = an_object(
@@ -74,7 +78,10 @@ KEYS: dict[str, Rule] = {
     "format": is_text,
     "version": is_count,
     "fingerprint": is_text,
-    "counts": an_object({**dict.fromkeys(COUNTS, is_size), "pairs": is_count}),
+    "counts": an_object(
+        {**dict.fromkeys(COUNTS, is_size), "pairs": is_count},
+        dict.fromkeys(MISMATCH_COUNTS, is_count),
+    ),
     "tokens": an_object(dict.fromkeys(SHARING_TOKENS, is_count)),
     "lengths": an_object(dict.fromkeys(LENGTHS, an_object(dict.fromkeys(QUANTILES, is_number)))),
     "columns": a_map_of(lambda value: isinstance(value, dict)),

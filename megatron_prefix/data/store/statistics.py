@@ -7,7 +7,8 @@ from itertools import cycle
 import numpy as np
 
 from megatron_prefix.data.store.blocks import Block, starts
-from megatron_prefix.data.store.manifest_keys import COUNTS, SHARING_TOKENS
+from megatron_prefix.data.store.manifest_keys import COUNTS, MISMATCH_COUNTS, SHARING_TOKENS
+from megatron_prefix.data.store.pruning import MISMATCH, ROLES, own_block
 from megatron_prefix.data.tree import PrefixTree
 
 QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
@@ -111,13 +112,24 @@ class Statistics:
         self._lengths = {name: Histogram() for name in ("prompt", "response", "path", "tree")}
 
     def add(self, block: Block) -> None:
-        """Add all groups of a block."""
+        """Add all groups of a block. Mismatches are part of `counts`, which are those of the files,
+        and are counted there by themselves; tokens by sharing mode and lengths are without them."""
         columns = block.columns
         sizes = (columns["group_nodes"], columns["response_last"], columns["pair_weights"])
         nodes = len(block.node_lengths)
         counted = (len(sizes[0]), nodes, len(sizes[1]), len(sizes[2]), len(block.tokens))
-        for name, count in zip(self.counts, counted, strict=True):
+        for name, count in zip(COUNTS, counted, strict=True):
             self.counts[name] += count
+        if (roles := block.columns.get(ROLES)) is not None and (roles == MISMATCH).any():
+            whole, block = block, own_block(block)
+            own = (
+                len(roles) - len(block.columns[ROLES]),
+                len(whole.node_lengths) - len(block.node_lengths),
+                len(whole.tokens) - len(block.tokens),
+            )
+            for name, count in zip(MISMATCH_COUNTS, own, strict=True):
+                self.counts[name] = self.counts.get(name, 0) + count
+        columns = block.columns
         for name, count in sharing_tokens(block).items():
             self.tokens[name] += count
         lengths, prompts = columns["response_lengths"], columns["response_prompts"]

@@ -40,6 +40,8 @@ class Selection:
     dropped: dict[str, tuple[int, int]]
     num_cut: int = 0
     cut_tokens: int = 0
+    kept: tuple[int, ...] = ()
+    """The responses of the Example that the paths are of."""
 
 
 def select(
@@ -80,13 +82,19 @@ def select(
         else:
             pairs.append(pair)
     if example.pairs:
-        remaining, pairs = _renumber(fitted, pairs)
+        remaining, pairs, kept = _renumber(fitted, pairs)
     else:  # responses that are judged alone
-        remaining = [path for i, path in enumerate(fitted) if i not in lost]
+        kept = [i for i in range(len(fitted)) if i not in lost]
+        remaining = [fitted[i] for i in kept]
     if num_unpaired := len(paths) - len(lost) - len(remaining):
         dropped[Reason.UNPAIRED] = (num_unpaired, 0)
     return Selection(
-        paths=remaining, pairs=pairs, dropped=dropped, num_cut=num_cut, cut_tokens=cut_tokens
+        paths=remaining,
+        pairs=pairs,
+        dropped=dropped,
+        num_cut=num_cut,
+        cut_tokens=cut_tokens,
+        kept=tuple(kept),
     )
 
 
@@ -115,14 +123,15 @@ def _count(
 
 def _renumber(
     paths: Sequence[ResponsePath], pairs: Sequence[Pair]
-) -> tuple[list[ResponsePath], list[Pair]]:
-    """The responses that have a pair, with new numbers for them and for their sets.
+) -> tuple[list[ResponsePath], list[Pair], list[int]]:
+    """The responses that have a pair, with new numbers for them and for their sets, and which they
+    are.
 
     Four responses in sets [0, 0, 2, 2] with the pair (3, 2) -> two in sets [0, 0], pair (1, 0).
     """
     paired = sorted({side for pair in pairs for side in (pair.chosen, pair.rejected)})
     if paired == list(range(len(paths))) and not any(path.set_id for path in paths):
-        return list(paths), list(pairs)
+        return list(paths), list(pairs), paired
     new = {old: i for i, old in enumerate(paired)}
     sets: dict[int, int] = {}
     for old in paired:
@@ -130,6 +139,7 @@ def _renumber(
     return (
         [replace(paths[old], set_id=sets[paths[old].set_id]) for old in paired],
         [replace(p, chosen=new[p.chosen], rejected=new[p.rejected]) for p in pairs],
+        paired,
     )
 
 

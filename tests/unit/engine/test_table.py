@@ -20,17 +20,9 @@ WORLD = SimpleNamespace(device=torch.device("cpu"), sum=lambda values: values)
 def columns() -> StepColumns:
     """The columns of `loss_tables.table`."""
     inputs = table()
-    names = (
-        "num_tokens",
-        "ranks",
-        "labels",
-        "pairs",
-        "pair_weights",
-        "margins",
-        "betas",
-        "members",
-    )
-    arrays = {name: getattr(inputs, name).numpy() for name in (*names, "set_weights")}
+    names = ("num_tokens", "ranks", "labels", "desirable", "pairs", "pair_weights", "margins")
+    names = (*names, "betas", "members", "set_weights")
+    arrays = {name: getattr(inputs, name).numpy() for name in names}
     ids = np.stack([np.array([4, 4, 9, 9, 9, 9, 2]), np.array([0, 1, 0, 1, 2, 3, 0])], axis=1)
     return StepColumns(response_ids=ids, places={}, **arrays)
 
@@ -74,7 +66,11 @@ def test_rows_make_the_table_of_the_whole_step(parts):
 
 
 @pytest.mark.parametrize(
-    "loss", [{"loss_type": "aot"}, {"loss_type": ["aot_unpaired", "sigmoid"], "ld_alpha": 0.3}]
+    "loss",
+    [
+        {"loss_type": "aot"},
+        {"loss_type": ["aot_unpaired", "sigmoid"], "ld_alpha": 0.3},
+    ],
 )
 def test_slopes_are_the_gradient_of_the_loss(loss):
     parts = {"heads": "ld_alpha" in loss}

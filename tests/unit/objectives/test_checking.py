@@ -17,6 +17,8 @@ from megatron_prefix.objectives.registry import OBJECTIVES
 SETTINGS = ("loss_type", "loss_weights", "weighting", "reference", "ref_logps", "comparisons")
 SETTINGS += ("references", *KEYS, "attribute")
 GIVEN = {
+    "desirable_weight": 2.0,
+    "undesirable_weight": 2.0,
     "beta": 0.2,
     "label_smoothing": 0.1,
     "f_divergence_type": "js_divergence",

@@ -43,6 +43,7 @@ DATASET = TwoGroups(
     response_sets=np.array([0, 0, 0, 0, 1], np.int32),
     response_ranks=np.array([0, 1, 0, 0, 1], np.int32),
     response_scores=np.array([1.0, 0.0, 0.5, np.nan, 0.25]),
+    desirable=np.array([1.0, 0.0, 1.0, 1.0, 0.0]),
 )
 
 
@@ -56,7 +57,8 @@ def test_sets_are_numbered_through_the_data_set():
     assert dataset_members(DATASET).tolist() == [[0, 1], [2, 3], [4, -1]]
     inputs = dataset_inputs(check(LossConfig()), DATASET, np.zeros(5), np.zeros(5))
     assert inputs.set_weights.tolist() == [1.0, 1.0, 1.0]
-    assert inputs.denominators() == {"pair": 5.0, "set": 3.0, "response": 4.0, "token": 5 + 5 + 12}
+    expected = {"pair": 5.0, "set": 3.0, "response": 4.0, "token": 5 + 5 + 12, "label": 5.0}
+    assert inputs.denominators() == expected
 
 
 def test_metrics_by_hand():

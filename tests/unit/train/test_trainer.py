@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from megatron_prefix.train.trainer import _is_due, pair_lengths
+from megatron_prefix.train.logical import pair_lengths
+from megatron_prefix.train.trainer import _is_due
 
 
 def test_both_sides_of_a_pair_have_their_whole_prompt():

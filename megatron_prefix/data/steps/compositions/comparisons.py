@@ -48,6 +48,7 @@ def with_comparisons(dataset: PreferenceDataset, comparisons: str) -> Preference
         "adjacent": rejected == chosen + 1,
     }[comparisons]
     view = copy.copy(dataset)
+    vars(view).pop("desirable", None)  # computed of all pairs
     view.comparisons, view.whole = comparisons, dataset
     view.pair_numbers = np.flatnonzero(selected)
     counts = np.bincount(group[selected], minlength=len(dataset))

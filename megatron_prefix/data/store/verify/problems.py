@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_prefix.data.store.blocks import starts
 from megatron_prefix.data.store.columns import column
+from megatron_prefix.data.store.pruning import MISMATCH, ROLES
 from megatron_prefix.data.store.verify.spans import Span
 
 Problem = tuple[int, str]
@@ -145,6 +146,10 @@ def _pair_problems(span: Span) -> Iterator[Problem]:
     if same.any():
         yield from _first(same, group, "pair {n} compares a response with itself")
     first_response, sets = starts(span["group_responses"])[group], span["response_sets"]
+    if ROLES in span.block.columns:
+        is_mismatch = span[ROLES] == MISMATCH
+        bad = is_mismatch[chosen + first_response] | is_mismatch[rejected + first_response]
+        yield from _first(bad, group, "pair {n} has a mismatch, which has no label")
     apart = sets[chosen + first_response] != sets[rejected + first_response]
     if apart.any():
         text = "pair {n} takes its responses from two comparison sets"

@@ -36,7 +36,7 @@ def dataset(tmp_path) -> PreferenceDataset:
 
 def test_by_hand(dataset):
     # tokens: 2 x 2 + 0.5 x 2 + 1 x 3 of the first group, 1 of the second
-    expected = {"pair": 4.5, "set": 2.0, "response": 4.0, "token": 9.0}
+    expected = {"pair": 4.5, "set": 2.0, "response": 4.0, "token": 9.0, "label": 4.0}
     assert step_denominators(dataset, [0, 1], "pair") == expected
     weights = np.array([2.0, 0.5, 1.0]) / 3.5
     tokens = float((weights * [2, 2, 3]).sum()) + 1

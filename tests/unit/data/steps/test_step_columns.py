@@ -53,6 +53,8 @@ def test_every_value_of_a_row_has_its_own_entry(dataset, mode, ranks):
                 assert np.array_equal(columns.num_tokens[entries], row.response_tokens)
                 assert np.array_equal(columns.ranks[entries], row.ranks)
                 assert np.array_equal(columns.labels[entries], row.labels)
+                desirable = columns.desirable[entries]
+                assert np.array_equal(desirable, row.desirable, equal_nan=True)
                 assert np.array_equal(columns.pairs[pairs], entries[row.pairs].reshape(-1, 2))
                 assert np.array_equal(columns.pair_weights[pairs], row.pair_weights)
                 assert np.array_equal(columns.margins[pairs], row.pair_margins)
