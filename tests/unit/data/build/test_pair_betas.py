@@ -26,7 +26,7 @@ RANKED = {"prompt": "p", "responses": ["a", "b", "c"], "scores": [3, 2, 1]}
 def build(tmp_path, records, **options):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    build_dataset([path], "bytes", tmp_path / "out", BuildOptions(**options))
+    build_dataset([path], "bytes", tmp_path / "out", BuildOptions(overwrite=True, **options))
     dataset = PreferenceDataset(tmp_path / "out")
     verify_dataset(dataset)
     return dataset
@@ -70,5 +70,6 @@ def test_a_beta_of_several_pairs_is_refused(tmp_path):
         build(tmp_path, [{**RANKED, "beta": 0.5}])
     path = tmp_path / "in.jsonl"
     flags = ["--tokenizer", "bytes", "--output", str(tmp_path / "out"), "--ignore-columns", "beta"]
+    flags += ["--overwrite"]
     assert main(["build", "--input", str(path), *flags]) == 0
     assert np.isnan(PreferenceDataset(tmp_path / "out").pair_betas).all()
