@@ -10,6 +10,7 @@ import torch
 
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps import Sampler
+from megatron_prefix.data.steps.packed import PackedSteps
 
 MEASURED = (
     "wall_time_s",
@@ -48,7 +49,10 @@ def steps_per_epoch(config: Config, sampler: Sampler, num_steps: int) -> float:
         return num_steps / config.train.epochs
     if config.data.global_batch_size is not None:
         return len(sampler.dataset) / config.data.global_batch_size
-    return float(sampler.composition.num_steps(1))
+    composition, epochs = sampler.composition, 1
+    if isinstance(composition, PackedSteps):  # it knows all of its epochs together
+        epochs = composition.manifest["settings"]["epochs"]
+    return composition.num_steps(epochs) / epochs
 
 
 def peak_memory() -> int:
