@@ -21,6 +21,7 @@ from mutant_list import MUTANTS, Mutant
 from mutant_list_data import DATA_MUTANTS
 from mutant_list_faults import FAULT_MUTANTS
 from mutant_list_lora import LORA_MUTANTS
+from mutant_list_models import MODEL_MUTANTS
 from mutant_list_references import REFERENCE_MUTANTS
 from mutant_list_steps import STEP_MUTANTS
 from mutant_list_windows import WINDOW_MUTANTS
@@ -84,6 +85,7 @@ def main() -> int:
             *DATA_MUTANTS,
             *FAULT_MUTANTS,
             *LORA_MUTANTS,
+            *MODEL_MUTANTS,
             *REFERENCE_MUTANTS,
             *STEP_MUTANTS,
             *WINDOW_MUTANTS,

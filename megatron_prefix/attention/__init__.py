@@ -20,17 +20,18 @@ if TYPE_CHECKING:
         prepare_attention,
     )
     from megatron_prefix.attention.plan import TreePlan
-    from megatron_prefix.attention.rotary import rotation_of
+    from megatron_prefix.attention.rotary import Rotation, rotation_of
 else:
     __getattr__ = lazy_face(
         __name__,
         api=["tree_attention"],
         megatron=["TreeCoreAttention", "TreePackedSeqParams", "check_backend", "prepare_attention"],
         plan=["TreePlan"],
-        rotary=["rotation_of"],
+        rotary=["Rotation", "rotation_of"],
     )
 
 __all__ = [
+    "Rotation",
     "TreeCoreAttention",
     "TreePackedSeqParams",
     "TreePlan",

@@ -54,6 +54,8 @@ class TreePackedSeqParams(PackedSeqParams):
     """int64 [T]: each token's depth along its root path."""
     rotation: Rotation | None = None
     """Rotates queries and keys by their positions. A model sets it; None rotates nothing."""
+    local_rotation: Rotation | None = None
+    """The same for layers whose rotation is `local`."""
     logit_tokens: Tensor
     """int64 [U]: the tokens that become logits, ascending."""
     logit_of_target: Tensor
@@ -127,7 +129,9 @@ class TreeCoreAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: object | None = None,
         backend: str = "auto",
+        rotary: tuple[str, ...] = (),
     ) -> None:
+        """`rotary` has the rotation of every layer of the model; empty: `global` in all."""
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if attention_type != "self" or attn_mask_type != AttnMaskType.causal:
@@ -140,6 +144,7 @@ class TreeCoreAttention(MegatronModule):
             raise ValueError(f"attention_dropout = {dropout}: tree attention has none; set it to 0")
         self.softmax_scale = softmax_scale
         self.backend = backend
+        self.rotary = rotary[layer_number - 1] if rotary else "global"
         self.window = layer_windows(config)[layer_number - 1]
         self.softcap = softcap_of(config)
         self.softmax_offset: Tensor | None = None
@@ -204,8 +209,12 @@ class TreeCoreAttention(MegatronModule):
             )
         # One row is one micro batch, so the batch dimension is always 1.
         query, key, value = (x.squeeze(1) for x in (query, key, value))
-        if packed_seq_params.rotation is not None:
-            query, key = (rotate(x, packed_seq_params.rotation) for x in (query, key))
+        rotation = packed_seq_params.rotation
+        if self.rotary == "local":
+            rotation = packed_seq_params.local_rotation
+            assert rotation is not None, "the model sets it if a layer needs it"
+        if rotation is not None and self.rotary != "none":
+            query, key = (rotate(x, rotation) for x in (query, key))
             value = value.contiguous()  # a view would keep the unrotated query and key alive
         params = packed_seq_params
         attend: Callable[..., Tensor] = partial(tree_attention, layout=params.plan)

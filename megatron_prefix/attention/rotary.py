@@ -1,51 +1,77 @@
 """Rotary embedding of heads, as one operation that saves only the rotation for backward.
 
-Channels i and i + H/2 are rotated together, by the angle of their position:
+Two channels are rotated together, by the angle of their position:
 
     y1 = x1 cos - x2 sin        backward rotates the gradient by the negative angle
     y2 = x2 cos + x1 sin
 
-Shapes: T tokens, N heads, H head dim.
+Of D rotated channels, channels i and i + D/2 form a pair, or, interleaved, 2i and 2i + 1. The
+channels after the first D are not rotated.
+
+Shapes: T tokens, N heads, H head dim, D rotated channels, at most H.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-Rotation = tuple[Tensor, Tensor]
-"""Cosine and sine of each token's angles, both [T, 1, H/2]."""
+
+class Rotation(NamedTuple):
+    """Cosine and sine of each token's angles, both [T, 1, D/2], and which channels form a pair."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
 
 
-def rotation_of(angles_TH2: Tensor) -> Rotation:
-    """Cosine and sine of angles in radians, [T, H/2]."""
-    return angles_TH2.cos()[:, None], angles_TH2.sin()[:, None]
+def rotation_of(angles_TD2: Tensor, amplitude: float = 1.0, interleaved: bool = False) -> Rotation:
+    """The rotation by angles in radians, [T, D/2]; what is rotated is multiplied by `amplitude`."""
+    cos, sin = angles_TD2.cos()[:, None], angles_TD2.sin()[:, None]
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    return Rotation(cos, sin, interleaved)
 
 
 def rotate(x_TNH: Tensor, rotation: Rotation) -> Tensor:
     """Rotate every head by its token's angles, differentiable; in the dtype of `x_TNH`."""
-    cos, sin = (part.to(x_TNH.dtype) for part in rotation)
-    return _Rotate.apply(x_TNH, cos, sin)
+    cos, sin = (part.to(x_TNH.dtype) for part in rotation[:2])
+    return _Rotate.apply(x_TNH, cos, sin, rotation.interleaved)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+        ctx.interleaved = interleaved
+        return _rotated(x, cos, sin, 1, interleaved)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, -1), None, None
+        return _rotated(grad, cos, sin, -1, ctx.interleaved), None, None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:
     # An angle of 90 degrees turns (1, 0) into (0, 1); with sign -1 it turns (0, 1) back into
     # (1, 0). The two halves of `out` are written in place, so that no third tensor of its size is
     # made.
     out = torch.empty_like(x)
-    (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    channels = 2 * cos.size(-1)
+    if channels < x.size(-1):
+        out[..., channels:] = x[..., channels:]
+    (x1, x2), (y1, y2) = (_pairs(part[..., :channels], interleaved) for part in (x, out))
     torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
     torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
     return out
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """First and second channels of all pairs, as views: of [a b c d], [a b] and [c d], or [a c]
+    and [b d]."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    first, second = x.chunk(2, dim=-1)
+    return first, second

@@ -25,6 +25,7 @@ from megatron_prefix.bridge.settings import (
     refuse,
 )
 from megatron_prefix.config import RopeScaling
+from megatron_prefix.config.parts import Architecture
 
 
 def prefix_layer_spec(config: Any, vp_stage: int | None = None) -> Any:
@@ -38,6 +39,7 @@ class PrefixProvider:
 
     kind = "lm"
     moe_count = "tokens"
+    architecture = Architecture()
     init_seed = head_seed = adapter_seed = lora = None
     tree_attention_backend = "auto"
     lm_head_chunk_size = 2048

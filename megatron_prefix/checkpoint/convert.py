@@ -149,12 +149,18 @@ def export_hf(load: str | Path, hf: str | Path, max_shard_bytes: int = 5 * 10**9
 
 
 def _hf_tensors(weights: WeightMap, checkpoint: CheckpointTensors) -> Iterator[tuple[str, Tensor]]:
-    for name in weights.names():
-        yield from weights.split(name, checkpoint.read(name)).items()
+    for group in weights.groups():
+        read = ((name, checkpoint.read(name)) for name in group)
+        if weights.pieces(group[0])[0].expert is not None:
+            yield from weights.join_experts(read).items()
+            continue
+        for name, parameter in read:
+            yield from weights.split(name, parameter).items()
 
 
 def _weight_map(model: HFModel) -> WeightMap:
-    return WeightMap(model.sizes, model.vocab_size, model.kind, model.num_labels)
+    names = model.family.names
+    return WeightMap(model.sizes, model.vocab_size, model.kind, model.num_labels, names)
 
 
 def _summary(dtypes: dict[str, torch.dtype], weights: WeightMap, companions: list) -> Converted:

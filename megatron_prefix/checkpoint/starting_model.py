@@ -194,6 +194,13 @@ def resolve_starting_model(
             _check_vocabulary(dataset, vocab_size, source.directory)
         if not model.allow_other_tokenizer:
             vocabulary_note = compare_vocabularies(source.directory, datasets)
+        if model.kind == "reward" and source.family.classifier is None:
+            raise InputError(
+                f"model.kind = reward with the model in {source.directory}: transformers has no "
+                f"sequence classifier of model_type {source.config['model_type']}, so it could not "
+                "be exported: take a model of another type"
+            )
+    _check_longest_path(sizes, longest)
     adapter = None
     if lora is not None:
         if lora.adapter is not None:
@@ -202,6 +209,8 @@ def resolve_starting_model(
         if faults := list(lora_size_faults(lora, sizes, model.kind)):
             raise InputError("; ".join(faults))
         lora = lora.resolved(sizes.num_moe_experts > 0, sizes.num_layers)
+        if source is not None:
+            _check_targets(lora, source)
     return StartingModel(
         lora=lora,
         adapter=adapter,
@@ -218,6 +227,40 @@ def resolve_starting_model(
 def _absolute(path: str) -> str:
     """A directory's absolute path; the id of a model on the Hub stays."""
     return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def _check_targets(lora: LoraConfig, source: HFModel) -> None:
+    """Refuse adapters of linear layers that the family joins or names in another way: PEFT would
+    make one adapter for a joined layer, and here every part has its own."""
+    linears = source.family.linears
+    names = list(linears.values())
+    for target in lora.target_modules or ():
+        part = {"q": "query", "k": "key", "v": "value", "o": "output"}.get(target[0], target[:-5])
+        if source.sizes.num_moe_experts and part in ("gate", "up", "down"):
+            fits = not source.sizes.architecture.expert_bias
+        else:
+            fits = linears.get(part) == target and names.count(target) == 1
+        if not fits:
+            raise InputError(
+                f"lora.target_modules has {target}, and linear layers of model_type "
+                f"{source.config['model_type']} are {', '.join(dict.fromkeys(names))}: adapters of "
+                "joined layers, of layers without gate and of experts with biases are not "
+                "supported: leave it out"
+            )
+
+
+def _check_longest_path(sizes: ModelSizes, longest: int) -> None:
+    """Refuse paths for which rotary frequencies depend on the length of the path: then a prompt
+    that responses of several lengths share has no frequencies of its own."""
+    for scaling in (sizes.rope_scaling, sizes.architecture.local_rope_scaling):
+        limit = None if scaling is None else scaling.longest_path
+        if scaling is not None and limit is not None and longest > limit:
+            raise InputError(
+                f"rotary scaling {scaling.type} of the model: beyond {limit} tokens "
+                "(original_max_position_embeddings, or max_position_embeddings) frequencies depend "
+                f"on the length of the path, and the data's longest path has {longest}: build the "
+                f"data set with --max-length {limit}"
+            )
 
 
 def _draws_head(model: ModelConfig, hf_kind: str | None) -> bool:

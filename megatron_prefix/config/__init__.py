@@ -2,8 +2,9 @@
 
 from megatron_prefix.config.load import load_config, parse_config
 from megatron_prefix.config.loss import LossConfig
-from megatron_prefix.config.model import ModelConfig, ModelSizes, RopeScaling
+from megatron_prefix.config.model import ModelConfig, ModelSizes
 from megatron_prefix.config.parallel import ParallelConfig
+from megatron_prefix.config.parts import RopeScaling
 from megatron_prefix.config.schema import Config
 
 __all__ = [

@@ -33,36 +33,8 @@ from megatron_prefix.config.bounds import (
     Width,
     WindowSize,
 )
+from megatron_prefix.config.parts import Architecture, RopeScaling
 from megatron_prefix.errors import InputError
-
-
-@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
-class RopeScaling:
-    """Rotary frequencies for longer contexts than the model was first trained on."""
-
-    type: Literal["linear", "llama3"]
-    """`linear`: all frequencies are divided by `factor`; `llama3`: the low ones are, and those
-    between `low_freq_factor` and `high_freq_factor` in part."""
-    factor: Factor
-    low_freq_factor: Factor | None = None
-    high_freq_factor: Factor | None = None
-    original_max_position_embeddings: Count | None = None
-    """Context length in tokens before scaling."""
-
-    def faults(self) -> Iterator[str]:
-        """Settings that `type` needs or has no use for."""
-        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            if (getattr(self, key) is not None) != (self.type == "llama3"):
-                yield (
-                    f"model.rope_scaling.{key} = {getattr(self, key)}: needed with type "
-                    "llama3, and only there"
-                )
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if low is not None and high is not None and high <= low:
-            yield (
-                f"model.rope_scaling.high_freq_factor = {high} must be above "
-                f"low_freq_factor = {low}"
-            )
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
@@ -94,6 +66,8 @@ class ModelSizes:
     """1 for each layer with the window, 0 for each without; None: all layers have it."""
     attn_logit_softcapping: Factor | None = None
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = "vanilla"
+    architecture: Architecture = Architecture()
+    """Parts that a Hugging Face directory may have besides; the model section has none of them."""
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -117,6 +91,15 @@ class ModelSizes:
                 f"a head of {self.kv_channels} channels is odd and rotary embedding rotates "
                 "pairs: change model.hidden_size or model.kv_channels"
             )
+        yield from self.architecture.faults()
+        scalings = (self.rope_scaling, self.architecture.local_rope_scaling)
+        pairs = (self.architecture.rotary_channels or self.kv_channels) // 2
+        for scaling in scalings:
+            if scaling and scaling.short_factor and len(scaling.short_factor) != pairs:
+                yield (
+                    f"model.rope_scaling.short_factor has {len(scaling.short_factor)} numbers, and "
+                    f"a head has {pairs} pairs of channels that are rotated: give one for each"
+                )
         kinds = self.window_attn_skip_freq
         if kinds is None:
             return
@@ -132,7 +115,7 @@ class ModelSizes:
             )
 
 
-SIZES = tuple(field.name for field in fields(ModelSizes))
+SIZES = tuple(field.name for field in fields(ModelSizes) if field.name != "architecture")
 """Settings of the model section that `model.hf` or an imported `model.checkpoint` gives."""
 REQUIRED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
@@ -148,7 +131,7 @@ class ModelConfig:
     """Scores that a reward model gives each response, one for each attribute of the data."""
     hf: PathText | None = None
     """Hugging Face model (directory or id) that gives sizes and weights to policy and
-    reference: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE. No size may be given with it."""
+    reference; docs/models.md has the families. No size may be given with it."""
     checkpoint: PathText | None = None
     """Distributed checkpoint whose weights the policy and the reference start from. Sizes may
     be left out if `convert import` wrote it. Without it and `hf`, both start from weights drawn

@@ -1,7 +1,7 @@
 """Parameters, memory of a rank and pipeline bubble, computed from sizes, not measured.
 
 Layers of hidden size C with N query heads, G key/value heads of size H and feed-forward size F
-(gated, no biases), a vocabulary of V; t, p, v, c, e are the tensor, pipeline, virtual pipeline,
+(gated), a vocabulary of V; t, p, v, c, e are the tensor, pipeline, virtual pipeline,
 context and expert parallel sizes and d data-parallel ranks. A rank holds, in bytes,
 
     weights        b per parameter         b = 2 (bfloat16) or 4 (float32)
@@ -17,7 +17,8 @@ parallelism, which divides the tokens; else s = 1):
     input, norm, second input, norm    4 C / s
     queries, keys, values, output      (2 N + 2 G) H / t,  and 4 N / t bytes of log-sum-exp
     gate and up, their product         3 F / t
-    or with experts (k per token)      k (2 C + 3 F / t),  tokens spread evenly over ranks
+    or with experts (k per token)      k (2 C + 3 F / t),  tokens spread evenly over ranks;
+                                       a shared expert 3 F / t
 
 Selective recomputation drops the log-sum-exp, full recomputation all but the layer's input. Not
 counted: CUDA's context, NCCL's buffers, keys in transfer between context-parallel ranks, one
@@ -50,17 +51,34 @@ def parameter_counts(
     # One layer of width 4, 2 heads of 2, 1 group, feed-forward size 8: attention 4 * 8 + 4 * 4 =
     # 48, feed-forward 3 * 4 * 8 = 96, norms 2 * 4 and 4 after the last layer; a vocabulary of 10:
     # 40.
+    parts = sizes.architecture
     qkv = (heads + 2 * groups) * head_dim
     attention = width * qkv + heads * head_dim * width + (qkv if sizes.add_qkv_bias else 0)
     attention += heads if sizes.softmax_type == "learnable" else 0
-    norms = 2 * width + (2 * head_dim if sizes.qk_layernorm else 0)
+    attention += (heads + groups) * head_dim if parts.qk_norm != "none" else 0
+    per_layer = {"before": 2, "after": 2, "both": 4}[parts.norms] - parts.parallel_layers
+    norm = width * (1 + parts.norm_bias)
+    norms = per_layer * norm + (2 * head_dim if sizes.qk_layernorm else 0)
+    gates = 1 + parts.gated_linear_unit
     counts = {"embedding": vocab_size * width, "attention": layers * attention}
     if sizes.num_moe_experts:
         counts["experts"] = layers * sizes.num_moe_experts * 3 * width * sizes.moe_ffn_hidden_size
         counts["router"] = layers * sizes.num_moe_experts * width
+        if parts.expert_bias:
+            biases = gates * sizes.moe_ffn_hidden_size + width
+            counts["experts"] += layers * sizes.num_moe_experts * biases
+            counts["router"] += layers * sizes.num_moe_experts
+        if parts.shared_expert_size:
+            shared = (gates + 1) * width * parts.shared_expert_size
+            counts["feed_forward"] = layers * shared
+            counts["router"] += layers * width * parts.shared_expert_gate
     else:
-        counts["feed_forward"] = layers * 3 * width * sizes.ffn_hidden_size
-    counts["norms"] = layers * norms + width
+        bias = gates * sizes.ffn_hidden_size if parts.mlp_bias else 0
+        matrices = (gates + 1) * width * sizes.ffn_hidden_size
+        counts["feed_forward"] = layers * (matrices + bias)
+    if parts.output_bias or parts.mlp_bias:
+        counts["output_biases"] = layers * width * (parts.output_bias + parts.mlp_bias)
+    counts["norms"] = layers * norms + norm
     if kind == "reward":
         counts["head"] = num_labels * width
     else:
@@ -98,7 +116,9 @@ def rank_parameters(
     share = layers / sizes.num_layers  # all layers have the same size
     dense = round(share * (whole["attention"] + whole.get("feed_forward", 0))) // tensor
     # whole["norms"] has the norm after the last layer too, which only the last stage has
-    dense += round(share * (whole["norms"] - width)) + round(share * whole.get("router", 0))
+    final_norm = width * (1 + sizes.architecture.norm_bias)
+    dense += round(share * (whole["norms"] - final_norm))
+    dense += round(share * (whole.get("router", 0) + whole.get("output_biases", 0)))
     experts = round(share * whole.get("experts", 0))
     vocabulary = padded_vocabulary(model, parallel, vocab_size) // tensor * width
     num_stages = parallel.pipeline_model_parallel_size
@@ -106,7 +126,7 @@ def rank_parameters(
     if stage == 0:
         dense += vocabulary
     if stage == num_stages - 1:
-        dense += width  # the norm after the last layer
+        dense += final_norm
         if model.kind == "reward":
             dense += model.num_labels * width
         elif not is_tied or num_stages > 1:
@@ -133,8 +153,9 @@ def layer_activations(
     if sizes.num_moe_experts:
         expert = 2 * width + 3 * sizes.moe_ffn_hidden_size / tensor
         feed_forward = sizes.moe_router_topk * expert
+        feed_forward += 3 * sizes.architecture.shared_expert_size / tensor
     else:
-        feed_forward = 3 * sizes.ffn_hidden_size / tensor
+        feed_forward = (2 + sizes.architecture.gated_linear_unit) * sizes.ffn_hidden_size / tensor
     # The layer of the example in `parameter_counts`, in float32 on one rank: 4 * 4 + (4 + 2) * 2 +
     # 3 * 8 = 52 values and 2 heads' log-sum-exp per token, 52 * 4 + 2 * 4 = 216 bytes.
     values = 4 * width / slices + attention + feed_forward

@@ -11,6 +11,7 @@ Shapes: T tokens, C hidden channels, U tokens that are projected, N targets.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import (
@@ -29,9 +30,10 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prefix.attention import TreePackedSeqParams, rotation_of
+from megatron_prefix.attention import Rotation, TreePackedSeqParams, rotation_of
 from megatron_prefix.config import RopeScaling
 from megatron_prefix.config.lora import LoraConfig
+from megatron_prefix.config.parts import Architecture
 from megatron_prefix.model.layers import rotary_angles
 from megatron_prefix.model.logps import token_logps
 from megatron_prefix.model.spec import tree_block_spec
@@ -43,6 +45,7 @@ PARTITION_DIMS = {
     "linear_qkv.weight": 0,
     "linear_qkv.bias": 0,
     "linear_fc1.weight": 0,
+    "linear_fc1.bias": 0,
     "linear_proj.weight": 1,
     "linear_fc2.weight": 1,
 }
@@ -66,6 +69,7 @@ class TreeTransformerConfig(TransformerConfig):
     rope_scaling: RopeScaling | None = None
     attn_logit_softcapping: float | None = None
     """Bound c of attention scores s, which become c tanh(s / c)."""
+    architecture: Architecture = Architecture()
     tree_attention_backend: str = "auto"
     """One of attention.backends.BACKENDS, or `auto`."""
     lm_head_chunk_size: int = 2048
@@ -220,14 +224,15 @@ class TreeGPTModel(LanguageModule):
         if decoder_input is None and self.pre_process:
             embedding = self._used("embed_tokens", self.embedding)
             decoder_input = embedding(input_ids=input_ids, position_ids=position_ids)
+            multiplier = self.config.architecture.embedding_multiplier
+            if multiplier != 1:  # rounded like the embedding, as in transformers
+                decoder_input = decoder_input * decoder_input.new_tensor(multiplier)
             if self.config.lora is not None and torch.is_grad_enabled():
                 decoder_input = self._with_gradient(decoder_input)
         hidden_states = self.decoder(
             hidden_states=decoder_input,
             attention_mask=None,
-            packed_seq_params=replace(
-                packed_seq_params, rotation=self._rotation(packed_seq_params)
-            ),
+            packed_seq_params=replace(packed_seq_params, **self._rotations(packed_seq_params)),
         )
         if not self.post_process:
             return hidden_states
@@ -245,16 +250,26 @@ class TreeGPTModel(LanguageModule):
         only if its input has one, and so has a pipeline stage before the first adapter."""
         return decoder_input.requires_grad_()
 
-    def _rotation(self, params: TreePackedSeqParams) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position along its root path, once for all layers."""
-        config = self.config
-        assert params.position_ids is not None
-        cos, sin = rotation_of(
-            rotary_angles(
-                params.position_ids, config.kv_channels, config.rotary_base, config.rope_scaling
-            )
-        )
-        return (cos.bfloat16(), sin.bfloat16()) if config.bf16 else (cos, sin)
+    def _rotations(self, params: TreePackedSeqParams) -> dict[str, Any]:
+        """The rotations of every position along its root path, once for all layers."""
+        config, parts = self.config, self.config.architecture
+        position_ids = params.position_ids
+        assert position_ids is not None
+
+        def rotation(base: float, scaling: RopeScaling | None) -> Rotation:
+            channels = parts.rotary_channels or config.kv_channels
+            angles = rotary_angles(position_ids, channels, base, scaling)
+            amplitude = 1.0 if scaling is None else scaling.amplitude
+            result = rotation_of(angles, amplitude, parts.rotary_interleaved)
+            if config.bf16:
+                result = result._replace(cos=result.cos.bfloat16(), sin=result.sin.bfloat16())
+            return result
+
+        rotations = {"rotation": rotation(config.rotary_base, config.rope_scaling)}
+        if parts.local_rotary_base is not None:
+            local = rotation(parts.local_rotary_base, parts.local_rope_scaling)
+            rotations["local_rotation"] = local
+        return rotations
 
     def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
         """Log-probability of every target, float32 [N]; [lines, N] with collisions or scales."""
@@ -265,7 +280,7 @@ class TreeGPTModel(LanguageModule):
         output_layer = self._used("lm_head", self.output_layer)
         return token_logps(
             hidden_UC,
-            lambda chunk: output_layer(chunk.unsqueeze(1), weight=weight)[0].squeeze(1),
+            lambda chunk: self._logits(output_layer, chunk, weight),
             params.logit_of_target,
             params.target_tokens,
             offsets=params.target_offsets,
@@ -275,6 +290,16 @@ class TreeGPTModel(LanguageModule):
             with_collisions=params.with_collisions,
             scale_layers=self.config.num_layers if params.with_scales else None,
         )
+
+    def _logits(self, output_layer: Any, hidden_UC: Tensor, weight: Tensor | None) -> Tensor:
+        """This rank's logits, [U, vocabulary / tensor-parallel ranks]."""
+        logits = output_layer(hidden_UC.unsqueeze(1), weight=weight)[0].squeeze(1)
+        parts = self.config.architecture
+        if parts.logits_multiplier != 1:
+            logits = logits * parts.logits_multiplier
+        if (cap := parts.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

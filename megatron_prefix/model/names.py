@@ -22,7 +22,9 @@ SINKS = "self_attention.core_attention.softmax_offset"
 """The sinks of a layer, one for each query head."""
 TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_bias": "input_layernorm.bias",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_bias": "pre_mlp_layernorm.bias",
 }
 """Norms that Transformer Engine fuses, and their names in Megatron-Core's local layers."""
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.weight)(\d+))")

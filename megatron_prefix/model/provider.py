@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_prefix.attention import check_backend
@@ -20,9 +23,16 @@ from megatron_prefix.model.hf import HFModel, HFTensors, WeightMap
 from megatron_prefix.model.init import initialize_adapters, initialize_weights
 from megatron_prefix.model.names import EMBEDDING, OUTPUT_LAYER, REWARD_HEAD
 from megatron_prefix.model.parameters import base_parameters, tensor_group
-from megatron_prefix.model.spec import has_transformer_engine
+from megatron_prefix.model.spec import uses_transformer_engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ACTIVATIONS: dict[str, Callable] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+}
 
 
 def transformer_config(
@@ -52,7 +62,10 @@ def transformer_config(
             raise InputError("; ".join(faults))
         lora = lora.resolved(sizes.num_moe_experts > 0, sizes.num_layers)
     on_cuda = torch.cuda.is_available()
-    own_gate = not (has_transformer_engine() or sizes.num_moe_experts)  # see swiglu.py
+    parts = sizes.architecture
+    is_swiglu = parts.activation == "silu" and parts.gated_linear_unit and not parts.linear_offset
+    # see swiglu.py
+    own_gate = is_swiglu and not (uses_transformer_engine(parts) or sizes.num_moe_experts)
     dtype = DTYPES[model.dtype]
     config = TreeTransformerConfig(
         num_layers=sizes.num_layers,
@@ -68,10 +81,14 @@ def transformer_config(
         window_attn_skip_freq=list(sizes.window_attn_skip_freq or ()) or None,
         softmax_type=sizes.softmax_type,
         attn_logit_softcapping=sizes.attn_logit_softcapping,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        normalization="RMSNorm" if parts.normalization == "rms" else "LayerNorm",
+        layernorm_zero_centered_gamma=parts.norm_adds_one,
+        gated_linear_unit=parts.gated_linear_unit,
+        activation_func=ACTIVATIONS[parts.activation],
+        activation_func_clamp_value=parts.gate_limit,
+        glu_linear_offset=parts.linear_offset,
+        add_bias_linear=parts.output_bias or parts.mlp_bias or parts.expert_bias,
+        softmax_scale=parts.softmax_scale,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=model.init_method_std,
@@ -85,7 +102,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=on_cuda and not own_gate,
+        bias_activation_fusion=on_cuda and is_swiglu and not own_gate,
         use_te_activation_func=own_gate,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -103,6 +120,7 @@ def transformer_config(
         and not sizes.untie_embeddings_and_output_weights,
         rotary_base=sizes.rotary_base,
         rope_scaling=sizes.rope_scaling,
+        architecture=parts,
         tree_attention_backend=model.attention_backend,
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
@@ -160,13 +178,17 @@ def _expert_settings(
     return dict(
         num_moe_experts=sizes.num_moe_experts if has_experts else None,
         moe_ffn_hidden_size=sizes.moe_ffn_hidden_size if has_experts else None,
+        moe_shared_expert_intermediate_size=sizes.architecture.shared_expert_size or None,
+        moe_shared_expert_gate=sizes.architecture.shared_expert_gate,
         moe_router_topk=sizes.moe_router_topk,
         moe_router_pre_softmax=sizes.moe_router_pre_softmax,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",  # our router has its own; see model/layers/moe.py
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_count=model.moe_count,
-        moe_grouped_gemm=has_experts and has_transformer_engine() and not adapts_experts,
+        moe_grouped_gemm=has_experts
+        and uses_transformer_engine(sizes.architecture)
+        and not adapts_experts,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
     )
 
@@ -217,9 +239,10 @@ def load_hf_weights(
     without one. Adapters stay as they are. Raises InputError.
     """
     directory = Path(directory)
-    if sizes is None:
-        sizes = HFModel.read(directory).sizes
-    weights = WeightMap(sizes, model.config.vocab_size, model.config.kind, model.config.num_labels)
+    source, config = HFModel.read(directory), model.config
+    sizes = sizes or source.sizes
+    names = source.family.names
+    weights = WeightMap(sizes, config.vocab_size, config.kind, config.num_labels, names)
     tensors = HFTensors(directory)
     shapes = weights.hf_shapes()
     if keeps_head:

@@ -25,6 +25,7 @@ BASE = {
     "rope_theta": 10000.0,
     "sliding_window": None,
 }
+WINDOWED = {**BASE, "sliding_window": 8}
 MIXTURE = {"num_experts_per_tok": 2}
 BASES = {
     "llama": BASE,
@@ -33,9 +34,33 @@ BASES = {
     "qwen3": BASE,
     "mixtral": {**BASE, **MIXTURE, "num_local_experts": 4},
     "qwen3_moe": {**BASE, **MIXTURE, "num_experts": 4, "moe_intermediate_size": 40},
+    "qwen2_moe": {
+        **{**BASE, **MIXTURE, "num_experts": 4, "moe_intermediate_size": 40},
+        "shared_expert_intermediate_size": 24,
+    },
+    "gpt_oss": {**WINDOWED, **MIXTURE, "num_local_experts": 4, "rope_parameters": None},
+    "phi3": {**BASE, "original_max_position_embeddings": 2048, "pad_token_id": None},
+    "olmo2": BASE,
+    "smollm3": {**BASE, "no_rope_layers": [1, 0], "pad_token_id": None},
+    "granite": BASE,
+    "glm": {**BASE, "head_dim": 16, "pad_token_id": None},
+    "glm4": {**BASE, "head_dim": 16, "pad_token_id": None},
+    "cohere": BASE,
+    "cohere2": WINDOWED,
+    "starcoder2": BASE,
+    "gemma": BASE,
+    "gemma2": {**WINDOWED, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**WINDOWED, "query_pre_attn_scalar": 20},
+    "olmo3": WINDOWED,
+    "ministral": WINDOWED,
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [2.0, 2.0, 3.0, 4.0],
+}
 _SCALINGS = [
     {"type": "linear", "factor": 3.0},
     {"rope_type": "linear", "type": "default", "factor": 2, "rope_theta": 700.0},
@@ -46,14 +71,19 @@ _SCALINGS = [
     {"rope_type": "default", "factor": 4.0},
     {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    {"rope_type": "yarn", "factor": 4.0, "mscale": 0.5, "mscale_all_dim": 0.8, "beta_slow": 2},
+    {"rope_type": "yarn", "attention_factor": 1.2, "factor": 2.0, "truncate": False},
     {"rope_type": "dynamic", "factor": 4.0},
+    {**_LONGROPE, "factor": 4.0, "original_max_position_embeddings": 64},
+    _LONGROPE,
+    {**_LONGROPE, "partial_rotary_factor": 0.5, "short_factor": [1.0, 2.0], "rope_theta": 90.0},
     {"type": "linear"},
     None,
     ABSENT,
 ]
 SWITCH = [True, False, ABSENT]
 VALUES: dict[str, list[Any]] = {
-    "hidden_act": ["swish", "silu", "gelu", "relu", ABSENT],
+    "hidden_act": ["swish", "silu", "gelu", "relu", "gelu_pytorch_tanh", "mish", ABSENT],
     "rms_norm_eps": [0.5, 1e-2, ABSENT],
     "num_attention_heads": [3, 12, 5],
     "num_key_value_heads": [6, 1, 3, 4, None, ABSENT],
@@ -70,6 +100,32 @@ VALUES: dict[str, list[Any]] = {
     "original_max_position_embeddings": [16, 64],
     "partial_rotary_factor": [0.5, 1.0],
     "attention_bias": SWITCH,
+    "hidden_activation": ["gelu", "gelu_pytorch_tanh", "tanh", ABSENT],
+    "use_bias": SWITCH,
+    "swiglu_limit": [0.5, 3.0, 0.0],
+    "swiglu_alpha": [1.702, 1.0],
+    "qkv_bias": SWITCH,
+    "shared_expert_intermediate_size": [32, 0, None],
+    "use_qk_norm": SWITCH,
+    "norm_epsilon": [0.5, 1e-2, ABSENT],
+    "layer_norm_eps": [0.5, 1e-2, ABSENT],
+    "logit_scale": [0.5, 2.0, None, ABSENT],
+    "query_pre_attn_scalar": [8, 256, ABSENT],
+    "attn_logit_softcapping": [5.0, None, ABSENT],
+    "use_bidirectional_attention": SWITCH,
+    "residual_dropout": [0.2],
+    "embedding_dropout": [0.2],
+    "sliding_window_pattern": [1, 2],
+    "_sliding_window_pattern": [2],
+    "rope_local_base_freq": [90.0],
+    "no_rope_layers": [[1, 1], [0, 0, 1], [1], [2, 0], None, ABSENT],
+    "no_rope_layer_interval": [1, 2],
+    "embedding_multiplier": [3.0, 2, 0.0],
+    "residual_multiplier": [0.5, -1.0],
+    "attention_multiplier": [0.5, 2],
+    "logits_scaling": [4.0, 0.5],
+    "resid_pdrop": [0.2],
+    "embd_pdrop": [0.2],
     "mlp_bias": SWITCH,
     "sliding_window": [8, 4096, LONGEST, 0, None, ABSENT],
     "use_sliding_window": SWITCH,
@@ -111,8 +167,7 @@ VALUES: dict[str, list[Any]] = {
     "quantization_config": [{"quant_method": "gptq", "bits": 4}],
     "per_layer_config": [{"0": {"rms_norm_eps": 0.5}}],
     "auto_map": [{"AutoConfig": "configuration.Own"}, {"AutoTokenizer": "tokenization.Own"}],
-    "logit_scale": [0.5, None],
-    "final_logit_softcapping": [30.0],
+    "final_logit_softcapping": [30.0, 1.0, None, ABSENT],
     "n_shared_experts": [0, 1],
 }
 STORED = ("as saved", "without prefix", "sharded", "bfloat16", "only the head", "both, equal")
@@ -137,7 +192,7 @@ def random_case(seed: int, longest: int) -> Case:
     keys = list(VALUES)
     # a case of each key in turn, and random ones with it
     more = rng.choice(len(keys), size=rng.integers(0, 3), replace=False)
-    flips = dict.fromkeys([keys[seed // len(BASES) % len(keys)], *(keys[i] for i in more)])
+    flips = dict.fromkeys([keys[(seed + seed // len(BASES)) % len(keys)], *(keys[i] for i in more)])
     for key in flips:
         value = VALUES[key][rng.integers(len(VALUES[key]))]
         if value == ABSENT:

@@ -9,9 +9,11 @@ N query heads, G key/value heads of size H and feed-forward size F (gated):
 
 With a sliding window a token has at most as many entries as the window. Layers may differ, and an
 area is the mean of the layers.
+Without a gate, 6 C F is 4 C F.
 
 A logit token is one whose logits are computed. With experts, 6 C F counts once for each of the k
-experts (of size F) that a token is sent to, and the router of E experts takes 2 C E.
+experts (of size F) that a token is sent to and for a shared expert, and the router of E experts
+takes 2 C E.
 
 The work of a bundle is read from the data set's columns alone, without its tokens. A node of n
 tokens below d others has an area of n d + n (n + 1) / 2 visible (q, k) entries, a path of n tokens
@@ -65,8 +67,10 @@ class CostModel:
         if sizes.num_moe_experts:
             expert = 6 * width * sizes.moe_ffn_hidden_size
             layer += sizes.moe_router_topk * expert + 2 * width * sizes.num_moe_experts
+            layer += 6 * width * sizes.architecture.shared_expert_size
         else:
-            layer += 6 * width * sizes.ffn_hidden_size
+            matrices = 3 if sizes.architecture.gated_linear_unit else 2
+            layer += 2 * matrices * width * sizes.ffn_hidden_size
         columns = 1 if kind == "reward" else vocab_size
         return cls(
             per_token=float(sizes.num_layers * layer),

@@ -1,38 +1,36 @@
 """Hugging Face's `config.json` -> the sizes of a model.
 
-Llama 2 and 3, Mistral, Qwen2 and 2.5, and Qwen3 differ in biases, query-key norms, tied embeddings
-and rotary scaling. Mixtral is Mistral, and Qwen3-MoE is Qwen3, with a mixture of experts in every
-layer (families.py). The values are those of transformers (reading.py). export.py writes such a
-file for a model that did not come from Hugging Face.
+families.py has what differs between model types. The values are those of transformers (reading.py).
+export.py writes such a file for a model that did not come from Hugging Face.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_prefix.config import ModelSizes, RopeScaling
+from megatron_prefix.config import ModelSizes
+from megatron_prefix.config.parts import Architecture
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.families import Family
 from megatron_prefix.model.hf.reading import family_of, read_json, read_settings, refuse_adapter
+from megatron_prefix.model.hf.rotary import FULL, SLIDING, check_layer_types, read_rotary
+from megatron_prefix.model.hf.values import count, number, switch
 
-LM, REWARD = "ForCausalLM", "ForSequenceClassification"
-_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-_LLAMA3_KEYS = frozenset(
-    {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-)
-ROPE_KEYS = {
-    "default": _ROPE_KEYS,
-    "linear": _ROPE_KEYS | {"factor"},
-    "llama3": _ROPE_KEYS | {"factor"} | _LLAMA3_KEYS,
+REWARD = "ForSequenceClassification"
+ACTIVATIONS: dict[str, Any] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
 }
-"""Keys of `rope_parameters` by rotary scaling."""
-FULL, SLIDING = "full_attention", "sliding_attention"
-"""Kinds of layers in `layer_types`."""
+"""transformers' names of activations, and ours."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """Files that are fetched from the Hub: weights without pickles, configuration, tokenizer."""
 
@@ -93,7 +91,7 @@ class HFModel:
     @property
     def vocab_size(self) -> int:
         """Tokens of the vocabulary, unpadded. Raises InputError."""
-        return _count(self.settings, "vocab_size", self.source)
+        return count(self.settings, "vocab_size", self.source)
 
 
 def _locate(model: str) -> Path:
@@ -116,11 +114,11 @@ def _locate(model: str) -> Path:
 
 
 def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
-    heads = _count(settings, "num_attention_heads", source)
-    groups = _count(settings, "num_key_value_heads", source)
-    hidden = _count(settings, "hidden_size", source)
+    heads = count(settings, "num_attention_heads", source)
+    groups = count(settings, "num_key_value_heads", source)
+    hidden = count(settings, "hidden_size", source)
     if getattr(settings, "head_dim", None) is not None:
-        head_dim = _count(settings, "head_dim", source)
+        head_dim = count(settings, "head_dim", source)
     else:
         head_dim = hidden // heads
     if heads % groups or head_dim % 2 or not head_dim:
@@ -128,26 +126,66 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
             f"{source}: {heads} query heads over {groups} key-value heads of {head_dim} channels: "
             "heads must share key-value heads evenly, and have an even number of channels"
         )
+    num_layers = count(settings, "num_hidden_layers", source)
+    rotary_sizes, rotary_parts = read_rotary(settings, family, head_dim, num_layers, source)
+    bias = family.qkv_bias
     try:
-        return ModelSizes(
-            num_layers=_count(settings, "num_hidden_layers", source),
+        sizes = ModelSizes(
+            num_layers=num_layers,
             hidden_size=hidden,
-            ffn_hidden_size=_count(settings, "intermediate_size", source),
+            ffn_hidden_size=count(settings, "intermediate_size", source),
             num_attention_heads=heads,
             num_query_groups=groups,
             kv_channels=head_dim,
-            norm_epsilon=_number(settings.rms_norm_eps, "rms_norm_eps", source),
-            add_qkv_bias=family.qkv_bias,
+            norm_epsilon=number(getattr(settings, family.epsilon), family.epsilon, source),
+            add_qkv_bias=switch(settings, bias, source) if isinstance(bias, str) else bias,
             qk_layernorm=family.qk_norm,
-            untie_embeddings_and_output_weights=not _switch(
-                settings, "tie_word_embeddings", source
-            ),
+            untie_embeddings_and_output_weights=not switch(settings, "tie_word_embeddings", source),
+            architecture=_architecture(settings, family, rotary_parts, source),
+            softmax_type="learnable" if family.sinks else "vanilla",
+            attn_logit_softcapping=_softcap(settings, family, source),
             **_windows(settings, family, source),
-            **_rope(settings, source),
+            **rotary_sizes,
             **(_experts(settings, family.experts, source) if family.experts else {}),
         )
     except ValidationError as error:
         raise InputError(_fault(error, source)) from None
+    if faults := list(sizes.faults()):
+        raise InputError(f"{source}: {faults[0]}")
+    return sizes
+
+
+def _architecture(
+    settings: Any, family: Family, rotary: dict[str, Any], source: str
+) -> Architecture:
+    """The parts that all models of the family have, and those that a key sets."""
+    parts: dict[str, Any] = {}
+    for part, key in family.set_by.items():
+        if Architecture.__dataclass_fields__[part].default is False:
+            parts[part] = switch(settings, key.name, source)
+        elif (value := getattr(settings, key.name, None)) is not None:
+            parts[part] = number(value, key.name, source) ** key.power
+    if family.head_norm_key and switch(settings, family.head_norm_key, source):
+        parts["qk_norm"] = "by head"
+    if family.shared_expert:
+        parts["shared_expert_size"] = count(settings, family.shared_expert, source)
+    if family.fixed_activation:
+        return replace(family.parts, **parts, **rotary, activation=family.fixed_activation)
+    name = getattr(settings, family.activation, None)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise InputError(
+            f"{source}: {family.activation} = {name!r} is not supported: one of "
+            f"{', '.join(ACTIVATIONS)} is"
+        )
+    return replace(family.parts, **parts, **rotary, activation=ACTIVATIONS[name])
+
+
+def _softcap(settings: Any, family: Family, source: str) -> float | None:
+    """Bound of attention's scores, in families that have one."""
+    key = "attn_logit_softcapping"
+    if key not in family.read or getattr(settings, key) is None:
+        return None
+    return number(getattr(settings, key), key, source)
 
 
 def _windows(settings: Any, family: Family, source: str) -> dict[str, Any]:
@@ -157,19 +195,18 @@ def _windows(settings: Any, family: Family, source: str) -> dict[str, Any]:
     if family.window == "none":
         return {}
     if family.window == "layer_types":
-        num_layers = _count(settings, "num_hidden_layers", source)
         types = settings.layer_types or []
-        if len(types) != num_layers or not set(types) <= {FULL, SLIDING}:
-            raise InputError(
-                f"{source}: layer_types {types!r} must name {FULL} or {SLIDING} for each of "
-                f"{num_layers} layers"
-            )
+        check_layer_types(types, count(settings, "num_hidden_layers", source), source)
         if SLIDING not in types:
             return {}
+        if getattr(settings, "use_sliding_window", True) is False:
+            raise InputError(
+                f"{source}: use_sliding_window is false, and layer_types has {SLIDING}: change one"
+            )
         kinds = tuple(int(kind == SLIDING) for kind in types) if FULL in types else None
     elif settings.sliding_window is None:
         return {}
-    window = _count(settings, "sliding_window", source)
+    window = count(settings, "sliding_window", source)
     return {"window_size": (window - 1, 0), "window_attn_skip_freq": kinds}
 
 
@@ -181,7 +218,7 @@ def _fault(error: ValidationError, source: str) -> str:
 
 
 def _experts(settings: Any, key: str, source: str) -> dict[str, Any]:
-    experts, topk = _count(settings, key, source), _count(settings, "num_experts_per_tok", source)
+    experts, topk = count(settings, key, source), count(settings, "num_experts_per_tok", source)
     if topk > experts:
         raise InputError(f"{source}: num_experts_per_tok is {topk}, above {key} = {experts}")
     is_qwen = hasattr(settings, "moe_intermediate_size")
@@ -189,69 +226,6 @@ def _experts(settings: Any, key: str, source: str) -> dict[str, Any]:
     return {
         "num_moe_experts": experts,
         "moe_router_topk": topk,
-        "moe_ffn_hidden_size": _count(settings, size, source),
-        "moe_router_pre_softmax": is_qwen and not _switch(settings, "norm_topk_prob", source),
+        "moe_ffn_hidden_size": count(settings, size, source),
+        "moe_router_pre_softmax": is_qwen and not switch(settings, "norm_topk_prob", source),
     }
-
-
-def _rope(settings: Any, source: str) -> dict[str, Any]:
-    rope = settings.rope_parameters
-    if not isinstance(rope, dict):
-        raise InputError(f"{source}: rotary scaling {rope!r} is not an object")
-    kind = rope.get("rope_type")
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        *others, last = ROPE_KEYS
-        raise InputError(
-            f"{source}: rotary scaling {kind!r} is not supported; {', '.join(others)} and {last} "
-            "are"
-        )
-    for key, value in rope.items():
-        if key not in ROPE_KEYS[kind] and value is not None:
-            raise InputError(
-                f"{source}: rope_parameters.{key} = {value!r} is no setting of rotary scaling "
-                f"{kind!r}: remove it, or choose another rope_type"
-            )
-    if rope.get("partial_rotary_factor") not in (1, None):
-        raise InputError(
-            f"{source}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not "
-            "supported: all channels of a head are rotated"
-        )
-    base = _number(rope.get("rope_theta"), "rope_theta", source)
-    sizes: dict[str, Any] = {"rotary_base": base}
-    if kind == "default":
-        return sizes
-    scaling: dict[str, Any] = {
-        "type": kind,
-        "factor": _number(rope.get("factor"), "factor", source),
-    }
-    if kind == "llama3":
-        for name in ("low_freq_factor", "high_freq_factor"):
-            scaling[name] = _number(rope.get(name), name, source)
-        name = "original_max_position_embeddings"
-        scaling[name] = _natural(rope.get(name), name, source)
-        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            raise InputError(f"{source}: high_freq_factor must exceed low_freq_factor in {rope}")
-    return sizes | {"rope_scaling": RopeScaling(**scaling)}
-
-
-def _count(settings: Any, key: str, source: str) -> int:
-    return _natural(getattr(settings, key, None), key, source)
-
-
-def _natural(value: Any, key: str, source: str) -> int:
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise InputError(f"{source}: {key} is {value!r}, expected a number from 1 to 2^31 - 1")
-    return value
-
-
-def _number(value: Any, key: str, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-        raise InputError(f"{source}: {key} is {value!r}, expected a positive number")
-    return float(value)
-
-
-def _switch(settings: Any, key: str, source: str) -> bool:
-    value = getattr(settings, key, None)
-    if type(value) is not bool:
-        raise InputError(f"{source}: {key} is {value!r}, expected true or false")
-    return value

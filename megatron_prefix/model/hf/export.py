@@ -13,9 +13,10 @@ from typing import Any
 
 from megatron_prefix.config import ModelConfig, ModelSizes
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.config import FULL, LM, REWARD, SLIDING, HFModel
+from megatron_prefix.model.hf.config import HFModel
 from megatron_prefix.model.hf.families import FAMILIES
 from megatron_prefix.model.hf.files import copy_companions
+from megatron_prefix.model.hf.rotary import FULL, SLIDING
 
 
 def write_hf_folder(
@@ -149,7 +150,8 @@ def reward_config(config: dict[str, Any], folder: Path, num_labels: int = 1) -> 
     neither has one, or if it is an end-of-text token, which texts end in: transformers then
     scores single texts correctly and refuses batches, instead of scoring another token.
     """
-    classifier = FAMILIES[config["model_type"]].architecture.replace(LM, REWARD)
+    classifier = FAMILIES[config["model_type"]].classifier
+    assert classifier is not None, "refused when the run started"
     pad = config.get("pad_token_id")
     pad = _tokenizer_pad(folder) if pad is None else pad
     ends = config.get("eos_token_id")

@@ -1,28 +1,27 @@
-"""The model types that can be read, and what each does with the keys of its `config.json`.
+"""The model types that can be read: what differs from Llama, as one entry each.
 
-Every key of a file is one of these, or the file is refused by that key's name:
-
-    READ        gives a size of the model (config.py)
-    ONLY        is supported with some values only
-    NO_EFFECT   does not change what the model computes from tokens
-
-transformers also ignores keys that no model knows. They are refused here, because a key that this
-version does not know may be one that a newer transformers reads. A key that is null counts as
-absent.
+An entry has the names of the tensors, the parts that all models of the type have, and the keys of
+`config.json` that set a part. keys.py has what is common to all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_prefix.config.parts import Architecture
+from megatron_prefix.model.hf import names
+from megatron_prefix.model.hf.keys import NO_EFFECT, ONLY, READ, Only
+from megatron_prefix.model.hf.names import Names
 
 
 @dataclass(frozen=True)
-class Only:
-    """Values with which a key is supported, and why no others are."""
+class Key:
+    """A number or switch of `config.json`, to the power of `power`."""
 
-    values: tuple[Any, ...]
-    reason: str
+    name: str
+    power: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,134 +29,339 @@ class Family:
     """A model type: its class in transformers, its parts, and keys that other types lack."""
 
     architecture: str
-    qkv_bias: bool = False
+    classifier: str | None = None
+    """Class of reward models; None: there is none in transformers."""
+    names: Names = field(default_factory=lambda: names.LLAMA)
+    parts: Architecture = Architecture()
+    set_by: Mapping[str, Key] = field(default_factory=dict)
+    """Fields of `parts`, and the keys that set them."""
+    qkv_bias: bool | str = False
+    """Whether there is one, or the key that says so."""
     qk_norm: bool = False
+    """RMSNorm over each query and key head."""
+    epsilon: str = "rms_norm_eps"
+    activation: str = "hidden_act"
+    """The key that names it."""
+    fixed_activation: Literal["quick_gelu"] | None = None
+    """The activation, if no key sets it."""
+    sinks: bool = False
+    """Whether each query head has a learned sink."""
     experts: str | None = None
     """The key with the number of experts; None: no experts."""
+    shared_expert: str | None = None
+    """The key with the size of the shared expert."""
     window: Literal["none", "every layer", "layer_types"] = "none"
     """Layers that a `sliding_window` limits."""
+    rotary: Literal["one", "by layer type", "no_rope_layers", "sliding layers"] = "one"
+    """`by layer type`: full and sliding layers have their own `rope_parameters`; `sliding layers`:
+    only these are rotated."""
+    head_norm_key: str | None = None
+    """The key that switches on `Architecture.qk_norm: by head`."""
+    partial_rotary: bool = False
+    """Whether `partial_rotary_factor` is read."""
     read: frozenset[str] = frozenset()
     no_effect: frozenset[str] = frozenset()
+    only_some: Mapping[str, Only] = field(default_factory=dict)
+
+    @property
+    def linears(self) -> dict[str, str]:
+        """Last names of the linear layers in Hugging Face by their part: query, key, value, output,
+        gate, up, down. Parts that one tensor joins have the same name."""
+        gated = self.parts.gated_linear_unit
+        feed_forward = names.EXPERT_FC1, names.EXPERT_FC2
+        if not self.experts:
+            feed_forward = names.FC1, names.FC2
+        parts = {
+            names.QKV: ("query", "key", "value"),
+            names.PROJ: ("output",),
+            feed_forward[0]: ("gate", "up") if gated else ("up",),
+            feed_forward[1]: ("down",),
+        }
+        linears: dict[str, str] = {}
+        for module, own in parts.items():
+            tensors = self.names[module]
+            joined = tensors if len(tensors) == len(own) else tensors * len(own)
+            linears |= {part: x.split(".")[-1] for part, x in zip(own, joined, strict=True)}
+        return linears
+
+    @property
+    def own(self) -> frozenset[str]:
+        """Keys that are read, besides those that all types read."""
+        keys = {key.name for key in self.set_by.values()} | {self.epsilon}
+        keys |= set() if self.fixed_activation else {self.activation}
+        keys |= {self.qkv_bias} if isinstance(self.qkv_bias, str) else set()
+        keys |= {self.shared_expert} if self.shared_expert else set()
+        keys |= {self.head_norm_key} if self.head_norm_key else set()
+        keys |= {"partial_rotary_factor"} if self.partial_rotary else set()
+        return self.read | keys
 
     @property
     def known(self) -> frozenset[str]:
         """Every key that `config.json` may have."""
-        return READ | ONLY.keys() | NO_EFFECT | self.read | self.no_effect
+        return READ | ONLY.keys() | NO_EFFECT | self.own | self.no_effect | self.only_some.keys()
 
     @property
     def only(self) -> dict[str, Only]:
         """The keys that are supported with some values only."""
-        return {key: x for key, x in ONLY.items() if key not in self.read | self.no_effect}
+        common = {key: x for key, x in ONLY.items() if key not in self.own | self.no_effect}
+        return common | dict(self.only_some)
 
 
-READ = frozenset(
+def _keys(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+WITH_STATE = _keys(
     """
-    model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
-    num_attention_heads num_key_value_heads head_dim rms_norm_eps tie_word_embeddings
-    rope_parameters rope_scaling rope_theta max_position_embeddings
-    original_max_position_embeddings num_labels id2label pad_token_id eos_token_id
-    """.split()
-)
-"""`max_position_embeddings` is the original context length of a llama3 scaling that names none.
-Labels, padding and end of text matter for reward models."""
-
-ONLY: dict[str, Only] = {
-    "hidden_act": Only(("silu", "swish"), "only SiLU, which is also called swish, is supported"),
-    "partial_rotary_factor": Only((1, None), "all channels of a head are rotated"),
-    "quantization_config": Only((None,), "weights must not be quantised"),
-    "compression_config": Only((None,), "weights must not be quantised"),
-    "is_encoder_decoder": Only((False, None), "only decoders are supported"),
-    "add_cross_attention": Only((False, None), "only decoders are supported"),
-    "attention_bias": Only((False, None), "it adds a bias to the output projection too"),
-    "mlp_bias": Only((False, None), "linear layers of the MLP have no biases"),
-    "use_mrope": Only((False, None), "positions have one axis"),
-    "layer_types": Only((None,), "layers of this model type are all of one kind"),
-    "router_jitter_noise": Only((0, None), "routing is a function of the weights"),
-    "capacity_factor": Only((0, None), "experts take every token that is sent to them"),
-    "expert_capacity": Only((0, None), "experts take every token that is sent to them"),
-    "shared_expert_intermediate_size": Only((0, None), "there are no shared experts"),
-    "n_shared_experts": Only((0, None), "there are no shared experts"),
-    "mlp_only_layers": Only(([], None), "every layer has experts, or none has"),
-    "decoder_sparse_step": Only((1, None), "every layer has experts, or none has"),
-}
-
-NO_EFFECT = frozenset(
-    # names, versions, precision on disk (each tensor has its own), implementations
+    bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe
+    lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text
+    qwen3_5_text qwen3_next recurrent_gemma rwkv xlstm zamba zamba2
     """
-    _name_or_path name_or_path _commit_hash transformers_version torch_dtype dtype
-    attn_implementation _attn_implementation _attn_implementation_internal
-    _attn_implementation_autoset _flash_attn_2_enabled experts_implementation
-    _experts_implementation _experts_implementation_internal unsloth_version unsloth_fixed
-    pretraining_tp torchscript use_bfloat16 tf_legacy_loss
-    """.split()
-    # training: there is no dropout here, weights are loaded, a balancing loss has its own setting
-    + """
-    initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop
-    classifier_dropout router_aux_loss_coef output_router_logits gradient_checkpointing
-    """.split()
-    # labels and tokens: the tokenizer and the data decide
-    + """
-    label2id problem_type bos_token_id sep_token_id unk_token_id decoder_start_token_id
-    tokenizer_class prefix task_specific_params finetuning_task
-    """.split()
-    # output and generation
-    + """
-    use_cache cache_implementation is_decoder return_dict output_hidden_states output_attentions
-    chunk_size_feed_forward cross_attention_hidden_size tie_encoder_decoder
-    tie_last_hidden_states
-    assistant_confidence_threshold bad_words_ids begin_suppress_tokens diversity_penalty do_sample
-    early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff
-    eta_cutoff exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id
-    length_penalty max_length max_new_tokens min_length no_repeat_ngram_size
-    num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
-    num_return_sequences output_scores remove_invalid_values repetition_penalty
-    return_dict_in_generate suppress_tokens target_lookbehind assistant_lookbehind temperature
-    top_k top_p typical_p
-    """.split()
 )
+"""Model types with layers that carry a state from token to token: Mamba, gated delta rule, linear
+attention, convolution. See docs/design.md."""
 
-_NOT_READ = frozenset({"attention_bias"})
+_NOT_READ = _keys("attention_bias")
 """The biases of these types do not depend on it."""
-_BY_LAYER = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
+_BY_LAYER = _keys("sliding_window use_sliding_window max_window_layers layer_types")
+_ATTENTION_BIAS = {"output_bias": Key("attention_bias")}
+"""The output projection has the bias of queries, keys and values."""
+_SQRT_WIDTH = {"embedding_multiplier": Key("hidden_size", 0.5)}
+_CAUSAL = {"use_bidirectional_attention": Only((False, None), "attention is causal")}
+_GEMMA2 = {
+    **_ATTENTION_BIAS,
+    **_SQRT_WIDTH,
+    "softmax_scale": Key("query_pre_attn_scalar", -0.5),
+    "final_logit_softcapping": Key("final_logit_softcapping"),
+}
+_BIASES = {**_ATTENTION_BIAS, "mlp_bias": Key("mlp_bias")}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(architecture="LlamaForCausalLM", no_effect=frozenset({"sliding_window"})),
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        classifier="LlamaForSequenceClassification",
+        qkv_bias="attention_bias",
+        set_by=_BIASES,
+        no_effect=_keys("sliding_window"),
+    ),
     "mistral": Family(
         architecture="MistralForCausalLM",
+        classifier="MistralForSequenceClassification",
         window="every layer",
-        read=frozenset({"sliding_window"}),
+        read=_keys("sliding_window"),
         no_effect=_NOT_READ,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
+        classifier="Qwen2ForSequenceClassification",
         qkv_bias=True,
         window="layer_types",
         read=_BY_LAYER,
         no_effect=_NOT_READ,
     ),
     "qwen3": Family(
-        architecture="Qwen3ForCausalLM", qk_norm=True, window="layer_types", read=_BY_LAYER
+        architecture="Qwen3ForCausalLM",
+        classifier="Qwen3ForSequenceClassification",
+        qk_norm=True,
+        qkv_bias="attention_bias",
+        set_by=_ATTENTION_BIAS,
+        window="layer_types",
+        read=_BY_LAYER,
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
+        classifier="MixtralForSequenceClassification",
+        names=names.MIXTRAL,
         experts="num_local_experts",
         window="every layer",
-        read=frozenset(
-            {"sliding_window", "num_local_experts", "num_experts", "num_experts_per_tok"}
-        ),
+        read=_keys("sliding_window num_local_experts num_experts num_experts_per_tok"),
         no_effect=_NOT_READ,
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
+        classifier="Qwen3MoeForSequenceClassification",
         qk_norm=True,
         experts="num_experts",
         window="every layer",
-        read=frozenset(
+        read=_keys(
             """
             sliding_window use_sliding_window num_experts num_local_experts num_experts_per_tok
             moe_intermediate_size norm_topk_prob
-            """.split()
+            """
         ),
-        no_effect=frozenset({"max_window_layers"}),  # unlike Qwen3, a window limits every layer
+        no_effect=_keys("max_window_layers"),  # unlike Qwen3, a window limits every layer
+    ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        classifier="Qwen2MoeForSequenceClassification",
+        names=names.QWEN2_MOE,
+        parts=Architecture(shared_expert_gate=True),
+        qkv_bias="qkv_bias",
+        experts="num_experts",
+        shared_expert="shared_expert_intermediate_size",
+        window="layer_types",
+        read=_BY_LAYER
+        | _keys("num_experts num_local_experts num_experts_per_tok moe_intermediate_size")
+        | _keys("norm_topk_prob"),
+        no_effect=_NOT_READ,
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        classifier="GptOssForSequenceClassification",
+        names=names.GPT_OSS,
+        parts=Architecture(expert_bias=True, linear_offset=1.0),
+        fixed_activation="quick_gelu",
+        sinks=True,
+        qkv_bias="attention_bias",
+        set_by={**_ATTENTION_BIAS, "gate_limit": Key("swiglu_limit")},
+        experts="num_local_experts",
+        window="layer_types",
+        read=_keys("sliding_window layer_types num_local_experts num_experts num_experts_per_tok"),
+        no_effect=_keys("hidden_act experts_per_token initial_context_length rope_ntk_alpha"),
+        only_some={"swiglu_alpha": Only((1.702,), "the gate is x sigmoid(1.702 x)")},
+    ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        classifier="Phi3ForSequenceClassification",
+        names=names.PHI3,
+        window="every layer",
+        partial_rotary=True,
+        read=_keys("sliding_window"),
+        no_effect=_NOT_READ | _keys("embd_layer"),
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        classifier="Olmo2ForSequenceClassification",
+        names=names.OLMO2,
+        parts=Architecture(norms="after", qk_norm="wide"),
+        qkv_bias="attention_bias",
+        set_by=_ATTENTION_BIAS,
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        classifier="SmolLM3ForSequenceClassification",
+        qkv_bias="attention_bias",
+        set_by=_BIASES,
+        window="layer_types",
+        rotary="no_rope_layers",
+        read=_keys("sliding_window use_sliding_window layer_types no_rope_layers"),
+        no_effect=_keys("no_rope_layer_interval max_window_layers"),  # read by the configuration
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        qkv_bias="attention_bias",
+        set_by={
+            **_BIASES,
+            "embedding_multiplier": Key("embedding_multiplier"),
+            "residual_multiplier": Key("residual_multiplier"),
+            "softmax_scale": Key("attention_multiplier"),
+            "logits_multiplier": Key("logits_scaling", -1.0),
+        },
+    ),
+    "glm": Family(
+        architecture="GlmForCausalLM",
+        classifier="GlmForSequenceClassification",
+        names=names.GLM,
+        parts=Architecture(rotary_interleaved=True),
+        qkv_bias="attention_bias",
+        partial_rotary=True,
+    ),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        classifier="Glm4ForSequenceClassification",
+        names=names.GLM4,
+        parts=Architecture(rotary_interleaved=True, norms="both"),
+        qkv_bias="attention_bias",
+        partial_rotary=True,
+    ),
+    "cohere": Family(
+        architecture="CohereForCausalLM",
+        parts=Architecture(normalization="layer", parallel_layers=True, rotary_interleaved=True),
+        epsilon="layer_norm_eps",
+        qkv_bias="attention_bias",
+        set_by={**_ATTENTION_BIAS, "logits_multiplier": Key("logit_scale")},
+        head_norm_key="use_qk_norm",
+    ),
+    "cohere2": Family(
+        architecture="Cohere2ForCausalLM",
+        parts=Architecture(normalization="layer", parallel_layers=True, rotary_interleaved=True),
+        epsilon="layer_norm_eps",
+        qkv_bias="attention_bias",
+        set_by={**_ATTENTION_BIAS, "logits_multiplier": Key("logit_scale")},
+        window="layer_types",
+        rotary="sliding layers",
+        read=_keys("sliding_window layer_types"),
+        no_effect=_keys("sliding_window_pattern _sliding_window_pattern"),  # gives layer_types
+    ),
+    "starcoder2": Family(
+        architecture="Starcoder2ForCausalLM",
+        classifier="Starcoder2ForSequenceClassification",
+        names=names.STARCODER2,
+        parts=Architecture(normalization="layer", norm_bias=True, gated_linear_unit=False),
+        epsilon="norm_epsilon",
+        qkv_bias="use_bias",
+        set_by={"output_bias": Key("use_bias"), "mlp_bias": Key("use_bias")},
+        window="every layer",
+        read=_keys("sliding_window"),
+        no_effect=_NOT_READ | _keys("residual_dropout embedding_dropout"),
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        classifier="GemmaForSequenceClassification",
+        parts=Architecture(norm_adds_one=True),
+        qkv_bias="attention_bias",
+        set_by={**_ATTENTION_BIAS, **_SQRT_WIDTH},
+        only_some=_CAUSAL,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        classifier="Gemma2ForSequenceClassification",
+        names=names.GEMMA2,
+        parts=Architecture(norm_adds_one=True, norms="both"),
+        activation="hidden_activation",
+        qkv_bias="attention_bias",
+        set_by=_GEMMA2,
+        window="layer_types",
+        read=_keys("sliding_window layer_types attn_logit_softcapping"),
+        no_effect=_keys("hidden_act"),
+        only_some=_CAUSAL,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        classifier="Gemma3TextForSequenceClassification",
+        names=names.GEMMA2,
+        parts=Architecture(norm_adds_one=True, norms="both"),
+        activation="hidden_activation",
+        qkv_bias="attention_bias",
+        qk_norm=True,
+        set_by=_GEMMA2,
+        window="layer_types",
+        rotary="by layer type",
+        read=_keys("sliding_window layer_types rope_local_base_freq"),
+        # the patterns give layer_types; attention does not read its soft cap
+        no_effect=_keys(
+            """
+            hidden_act sliding_window_pattern _sliding_window_pattern attn_logit_softcapping
+            """
+        ),
+        only_some=_CAUSAL,
+    ),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        classifier="Olmo3ForSequenceClassification",
+        names=names.OLMO2,
+        parts=Architecture(norms="after", qk_norm="wide"),
+        qkv_bias="attention_bias",
+        set_by=_ATTENTION_BIAS,
+        window="layer_types",
+        rotary="by layer type",
+        read=_keys("sliding_window layer_types"),
+    ),
+    "ministral": Family(
+        architecture="MinistralForCausalLM",
+        classifier="MinistralForSequenceClassification",
+        window="layer_types",
+        read=_keys("sliding_window layer_types"),
+        no_effect=_NOT_READ,
     ),
 }

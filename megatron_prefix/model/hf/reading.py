@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.families import FAMILIES, Family
+from megatron_prefix.model.hf.families import FAMILIES, WITH_STATE, Family
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _EXPERTS = ("num_experts", "num_local_experts")
@@ -64,6 +64,13 @@ def family_of(config: dict[str, Any], source: str) -> Family:
     """
     kind = config.get("model_type")
     _refuse_code(config, source)
+    if isinstance(kind, str) and kind in WITH_STATE:
+        raise InputError(
+            f"{source}: model_type {kind!r} is not supported: it has layers with a state that goes "
+            "from token to token (Mamba, gated delta rule, linear attention or convolution). At "
+            "each branch point of a tree the state would have to be saved for every branch, which "
+            "is not done yet: train it elsewhere, without prefix sharing"
+        )
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"{source}: model_type {kind!r} is not supported; one of {known} is")

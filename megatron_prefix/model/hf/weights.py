@@ -6,23 +6,44 @@ value heads v in two groups, and gate g and up-projection u:
     linear_qkv   q0 q1 k0 v0 | q2 q3 k1 v1        one group after another
     linear_fc1   g | u
 
-The experts of a mixture are separate in both. Mixtral and Qwen3-MoE name the parts of a layer
-differently; only Qwen3-MoE has query-key norms, which tells the two apart.
+The experts of a mixture are separate in both. Some families have one tensor of several parts, as
+Phi-3's qkv_proj (q, then k, then v) and gate_up_proj: each part is a `Piece` of it. names.py has
+the names by family.
 
-Every slice that a tensor-parallel rank owns is a slice of each Hugging Face tensor, so a rank
-reads its own rows and columns only. Names are canonical (model/names.py).
+Every slice that a tensor-parallel rank owns is a slice of each piece, so a rank reads its own
+rows and columns only. Names are canonical (model/names.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from megatron_prefix.config import ModelSizes
+from megatron_prefix.model.hf.names import (
+    ATTENTION_NORM,
+    EXPERT_FC1,
+    EXPERT_FC2,
+    FC1,
+    FC2,
+    INPUT_NORM,
+    K_NORM,
+    LLAMA,
+    MLP_NORM,
+    PRE_MLP_NORM,
+    PROJ,
+    Q_NORM,
+    QKV,
+    ROUTER,
+    SHARED_FC1,
+    SHARED_FC2,
+    SHARED_GATE,
+    Names,
+)
 from megatron_prefix.model.names import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -38,35 +59,46 @@ Read = Callable[[str, slice, slice], Tensor]
 
 ALL = slice(None)
 _CHECKPOINT_NAMES = {local: fused for fused, local in TRANSFORMER_ENGINE_NAMES.items()}
+_FINAL_NORM = "decoder.final_layernorm"
 _OUTER = {
     EMBEDDING: "model.embed_tokens.weight",
-    "decoder.final_layernorm.weight": "model.norm.weight",
+    f"{_FINAL_NORM}.weight": "model.norm.weight",
+    f"{_FINAL_NORM}.bias": "model.norm.bias",
     OUTPUT_LAYER: "lm_head.weight",
     REWARD_HEAD: REWARD_HEAD,
 }
 """Parameters outside of the layers, and their names in Hugging Face."""
-_QKV_WEIGHT, _QKV_BIAS = "self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"
-_FC1 = "mlp.linear_fc1.weight"
-_INNER = {
-    "input_layernorm.weight": ("input_layernorm.weight",),
-    _QKV_WEIGHT: tuple(f"self_attn.{x}_proj.weight" for x in "qkv"),
-    _QKV_BIAS: tuple(f"self_attn.{x}_proj.bias" for x in "qkv"),
-    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
-    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
-    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
-    SINKS: ("self_attn.sinks",),
-    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-    _FC1: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
-}
-_ROUTER = "mlp.router.weight"
-_DENSE = (_FC1, "mlp.linear_fc2.weight")
-_SPLIT_COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(.+)|(.+\.weight)(\d+))")
-"""An expert of this rank: a module each, or Transformer Engine's `linear_fc1.weight0`."""
+_SPLIT_COLUMNS = (PROJ, FC2, EXPERT_FC2, SHARED_FC2)
+_SPLIT_ROWS = (QKV, FC1, EXPERT_FC1, SHARED_FC1, SINKS)
+_NOT_OF_A_MODULE = {SHARED_GATE: "weight", SINKS: ""}
+"""Parameters that are no weight or bias of a module, and what their tensors' names end in."""
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
 _CHECKPOINT_EXPERT = "mlp.experts.experts."
-_MIXTRAL = {"gate": "gate", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a Hugging Face tensor that are one part of a parameter.
+
+    If a tensor has all experts, `expert` is the one that is meant. Its matrices are transposed, and
+    its parts take turns: of gate and up, rows 0, 2, 4 … are the gate's, so `start` 0 and `step` 2.
+    """
+
+    tensor: str
+    start: int
+    rows: int
+    columns: int
+    """0 for a vector."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    step: int = 1
+    expert: int | None = None
+
+    def of_expert(self, tensor: Tensor) -> Tensor:
+        """Its rows of the whole tensor, [rows, columns] or [rows]; of a view, also a view."""
+        whole = tensor[self.expert]
+        whole = whole.T if self.columns else whole
+        return whole[self.start :: self.step]
 
 
 @dataclass(frozen=True)
@@ -78,44 +110,143 @@ class WeightMap:
     vocab_size: int
     kind: str = "lm"
     num_labels: int = 1
+    tensor_names: Names = field(default_factory=lambda: LLAMA)
+    """Hugging Face's names; those of the family."""
 
     def names(self) -> list[str]:
         """Canonical names of all parameters, from the embedding to the head."""
         sizes = self.sizes
-        absent = set() if sizes.add_qkv_bias else {_QKV_BIAS}
-        if not sizes.qk_layernorm:
-            absent |= {f"self_attention.{x}_layernorm.weight" for x in "qk"}
-        if sizes.softmax_type != "learnable":
-            absent.add(SINKS)
-        if sizes.num_moe_experts:
-            absent |= set(_DENSE)
-        inner = [part for part in _INNER if part not in absent]
-        if sizes.num_moe_experts:
-            # every expert has the two matrices of a dense layer
-            own = [part.removeprefix("mlp.") for part in _DENSE]
-            inner += [_ROUTER]
-            inner += [f"mlp.experts.{e}.{x}" for e in range(sizes.num_moe_experts) for x in own]
+        inner = self._layer_names()
         layers = [f"decoder.layers.{i}.{part}" for i in range(sizes.num_layers) for part in inner]
+        final = [f"{_FINAL_NORM}.weight"]
+        final += [f"{_FINAL_NORM}.bias"] if sizes.architecture.norm_bias else []
         head = [OUTPUT_LAYER] if sizes.untie_embeddings_and_output_weights else []
         head = [REWARD_HEAD] if self.kind == "reward" else head
-        return [EMBEDDING, *layers, "decoder.final_layernorm.weight", *head]
+        return [EMBEDDING, *layers, *final, *head]
+
+    def _layer_names(self) -> list[str]:
+        """The parameters of one layer, in order."""
+        sizes, parts = self.sizes, self.sizes.architecture
+        has_before, has_after = parts.norms != "after", parts.norms != "before"
+        has_qk_norm = sizes.qk_layernorm or parts.qk_norm != "none"
+        # (module, whether it is there, whether it has a bias)
+        modules = [
+            (INPUT_NORM, has_before, parts.norm_bias),
+            (QKV, True, sizes.add_qkv_bias),
+            (Q_NORM, has_qk_norm, False),
+            (K_NORM, has_qk_norm, False),
+            (PROJ, True, parts.output_bias),
+            (SINKS, sizes.softmax_type == "learnable", False),
+            (ATTENTION_NORM, has_after, parts.norm_bias),
+            (PRE_MLP_NORM, has_before and not parts.parallel_layers, parts.norm_bias),
+        ]
+        if sizes.num_moe_experts:
+            modules += [(ROUTER, True, parts.expert_bias)]
+            for expert in range(sizes.num_moe_experts):
+                own = [_numbered(module, expert) for module in (EXPERT_FC1, EXPERT_FC2)]
+                modules += [(module, True, parts.expert_bias) for module in own]
+            has_shared = parts.shared_expert_size > 0
+            modules += [(SHARED_FC1, has_shared, False), (SHARED_FC2, has_shared, False)]
+            modules += [(SHARED_GATE, has_shared and parts.shared_expert_gate, False)]
+        else:
+            modules += [(FC1, True, parts.mlp_bias), (FC2, True, parts.mlp_bias)]
+        modules += [(MLP_NORM, has_after, parts.norm_bias)]
+        kinds = {False: ("weight",), True: ("weight", "bias")}
+        return [
+            module if module in _NOT_OF_A_MODULE else f"{module}.{kind}"
+            for module, is_there, has_bias in modules
+            for kind in kinds[has_bias]
+            if is_there
+        ]
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """The parts of Hugging Face tensors that a canonical parameter is made of, in order."""
+        if name in _OUTER:
+            rows = {EMBEDDING: self.vocab_size, OUTPUT_LAYER: self.vocab_size}
+            rows[REWARD_HEAD] = self.num_labels
+            hidden = self.sizes.hidden_size
+            shape = (rows[name], hidden) if name in rows else (hidden,)
+            return (Piece(_OUTER[name], 0, shape[0], hidden if name in rows else 0, shape),)
+        layer, part = layer_and_part(name)
+        module, kind, expert = _module(part)
+        rows_of_parts, columns = self._shape_of(module)
+        columns = columns if kind == "weight" else 0
+        if expert and "{expert}" not in self.tensor_names[module][0]:
+            return self._pieces_of_expert(layer, module, kind, int(expert))
+        tensors = [
+            f"model.layers.{layer}.{theirs.format(expert=expert)}.{kind}".rstrip(".")
+            for theirs in self.tensor_names[module]
+        ]
+        # Phi-3's queries, keys and values, 8, 4 and 4 rows: 0 to 8, 8 to 12 and 12 to 16 of one
+        starts, total = [0] * len(rows_of_parts), sum(rows_of_parts)
+        is_joined = len(tensors) < len(rows_of_parts)
+        if is_joined:
+            starts = [sum(rows_of_parts[:i]) for i in range(len(rows_of_parts))]
+            tensors *= len(rows_of_parts)
+        rest = (columns,) if columns else ()
+        return tuple(
+            Piece(tensor, start, rows, columns, (total if is_joined else rows, *rest))
+            for tensor, start, rows in zip(tensors, starts, rows_of_parts, strict=True)
+        )
+
+    def _pieces_of_expert(
+        self, layer: int, module: str, kind: str, expert: int
+    ) -> tuple[Piece, ...]:
+        """Pieces of tensors that have all experts: [experts, columns, rows], or [experts, rows]."""
+        rows_of_parts, columns = self._shape_of(module)
+        suffix = "" if kind == "weight" else "_bias"
+        tensor = f"model.layers.{layer}.{self.tensor_names[module][0]}{suffix}"
+        step, total = len(rows_of_parts), sum(rows_of_parts)
+        inner = (total,) if suffix else (columns, total)
+        return tuple(
+            Piece(
+                tensor,
+                start,
+                rows,
+                0 if suffix else columns,
+                (self.sizes.num_moe_experts, *inner),
+                step,
+                expert,
+            )
+            for start, rows in enumerate(rows_of_parts)
+        )
+
+    def _shape_of(self, module: str) -> tuple[list[int], int]:
+        """Rows of each part of a module's weight, and its columns; 0 for a vector."""
+        sizes, parts = self.sizes, self.sizes.architecture
+        head_dim, hidden = sizes.kv_channels, sizes.hidden_size
+        query, key = sizes.num_attention_heads * head_dim, sizes.num_query_groups * head_dim
+        gates = 2 if parts.gated_linear_unit else 1
+        ffn, expert = sizes.ffn_hidden_size, sizes.moe_ffn_hidden_size
+        known: dict[str, tuple[list[int], int]] = {
+            QKV: ([query, key, key], hidden),
+            Q_NORM: self._qk_norm_shape(sizes.num_attention_heads),
+            K_NORM: self._qk_norm_shape(sizes.num_query_groups),
+            PROJ: ([hidden], query),
+            SINKS: ([sizes.num_attention_heads], 0),
+            FC1: ([ffn] * gates, hidden),
+            FC2: ([hidden], ffn),
+            ROUTER: ([sizes.num_moe_experts], hidden),
+            EXPERT_FC1: ([expert] * gates, hidden),
+            EXPERT_FC2: ([hidden], expert),
+            SHARED_FC1: ([parts.shared_expert_size] * gates, hidden),
+            SHARED_FC2: ([hidden], parts.shared_expert_size),
+            SHARED_GATE: ([1], hidden),
+        }
+        return known.get(module, ([hidden], 0))
+
+    def _qk_norm_shape(self, heads: int) -> tuple[list[int], int]:
+        head_dim, norm = self.sizes.kv_channels, self.sizes.architecture.qk_norm
+        by_norm = {
+            "none": ([head_dim], 0),
+            "wide": ([heads * head_dim], 0),
+            "by head": ([heads], head_dim),
+        }
+        return by_norm[norm]
 
     def hf_names(self, name: str) -> tuple[str, ...]:
         """The Hugging Face tensors that a canonical parameter is made of, in order."""
-        if name in _OUTER:
-            return (_OUTER[name],)
-        layer, part = layer_and_part(name)
-        expert = _EXPERT.fullmatch(part)
-        if not expert and part != _ROUTER:
-            return tuple(f"model.layers.{layer}.{theirs}" for theirs in _INNER[part])
-        block, renamed = ("mlp", {}) if self.sizes.qk_layernorm else ("block_sparse_moe", _MIXTRAL)
-        prefix = f"model.layers.{layer}.{block}"
-        if expert:
-            prefix = f"{prefix}.experts.{expert[1]}"
-            owners = [theirs.split(".")[1] for theirs in _INNER[f"mlp.{expert[2]}"]]
-        else:
-            owners = ["gate"]
-        return tuple(f"{prefix}.{renamed.get(owner, owner)}.weight" for owner in owners)
+        return tuple(dict.fromkeys(piece.tensor for piece in self.pieces(name)))
 
     def checkpoint_key(self, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """The place of a canonical parameter in a distributed checkpoint: its key, its index along
@@ -134,19 +265,19 @@ class WeightMap:
         if expert := _EXPERT.fullmatch(part):
             key = f"decoder.layers.{_CHECKPOINT_EXPERT}{expert[2]}"
             return key, (layer, int(expert[1])), (layers, experts)
-        if not (experts and part == "pre_mlp_layernorm.weight"):  # not fused before experts
+        if not (experts and part.startswith(PRE_MLP_NORM)):  # not fused before experts
             part = _CHECKPOINT_NAMES.get(part, part)
         return f"decoder.layers.{part}", (layer,), (layers,)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a whole canonical parameter, its vocabulary unpadded."""
-        first, *others = [self._hf_shape(part) for part in self.hf_names(name)]
-        return (first[0] + sum(shape[0] for shape in others), *first[1:])
+        pieces = self.pieces(name)
+        rows, columns = sum(piece.rows for piece in pieces), pieces[0].columns
+        return (rows, columns) if columns else (rows,)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all Hugging Face tensors of the model, by name."""
-        parts = [part for name in self.names() for part in self.hf_names(name)]
-        return {part: self._hf_shape(part) for part in parts}
+        return {x.tensor: x.shape for name in self.names() for x in self.pieces(name)}
 
     def read(
         self, name: str, read: Read, rank: int = 0, size: int = 1, padded_vocab_size: int = 0
@@ -155,69 +286,72 @@ class WeightMap:
 
         The vocabulary is filled up with zeros to `padded_vocab_size` tokens; 0 leaves it as it is.
         """
-        parts = self.hf_names(name)
+        pieces = self.pieces(name)
         if name in VOCABULARY:
-            return self._read_vocabulary(parts[0], read, rank, size, padded_vocab_size)
-        if name in _OUTER:
-            return read(parts[0], ALL, ALL)
-        _, part = layer_and_part(name)
-        part = _EXPERT.sub(r"mlp.\2", part)
-        if part == SINKS:
-            return read(parts[0], self._share(self.sizes.num_attention_heads, rank, size), ALL)
-        if part in _SPLIT_COLUMNS:
-            return read(parts[0], ALL, self._share(self._hf_shape(parts[0])[1], rank, size))
-        if part not in (_QKV_WEIGHT, _QKV_BIAS, _FC1):
-            return read(parts[0], ALL, ALL)
-        rows = [self._share(self._hf_shape(theirs)[0], rank, size) for theirs in parts]
-        tensors = [read(theirs, own, ALL) for theirs, own in zip(parts, rows, strict=True)]
-        if part == _FC1:
-            return torch.cat(tensors)
+            return self._read_vocabulary(pieces[0].tensor, read, rank, size, padded_vocab_size)
+        module, kind = name, ""
+        if name not in _OUTER:
+            module, kind, _ = _module(layer_and_part(name)[1])
+        columns = ALL
+        if module in _SPLIT_COLUMNS and kind == "weight":
+            columns = self._share(pieces[0].columns, rank, size)
+        has_norm_by_rank = self.sizes.architecture.qk_norm != "none"
+        is_divided_norm = module in (Q_NORM, K_NORM) and has_norm_by_rank
+        tensors = []
+        for piece in pieces:
+            if piece.expert is not None:
+                assert size == 1, "experts with biases are not divided"
+                one = slice(piece.expert, piece.expert + 1)
+                tensors.append(replace(piece, expert=0).of_expert(read(piece.tensor, one, ALL)))
+                continue
+            own = slice(0, piece.rows)
+            if module in _SPLIT_ROWS or is_divided_norm:
+                own = self._share(piece.rows, rank, size)
+            rows = slice(piece.start + own.start, piece.start + own.stop)
+            tensors.append(read(piece.tensor, rows, columns))
+        if module != QKV:
+            return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         # q [q0 q1 q2 q3], k [k0 k1], v [v0 v1] -> [[q0 q1 k0 v0], [q2 q3 k1 v1]] -> one axis
         groups = self.sizes.num_query_groups // size
         grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in tensors]
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
+    def groups(self) -> list[list[str]]:
+        """Canonical names that give whole tensors together, in the order of `hf_shapes`: one
+        parameter, or, if a tensor has all experts, theirs."""
+        groups: dict[str, list[str]] = {}
+        for name in self.names():
+            piece = self.pieces(name)[0]
+            groups.setdefault(name if piece.expert is None else piece.tensor, []).append(name)
+        return list(groups.values())
+
+    def join_experts(self, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensor that has all experts, from a group of whole canonical parameters."""
+        tensor, joined = "", torch.empty(0)
+        for name, parameter in parameters:
+            pieces = self.pieces(name)
+            if not tensor:
+                tensor, joined = pieces[0].tensor, parameter.new_empty(pieces[0].shape)
+            lengths = [piece.rows for piece in pieces]
+            for piece, part in zip(pieces, parameter.split(lengths), strict=True):
+                piece.of_expert(joined).copy_(part)
+        return {tensor: joined}
+
     def split(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
         """A whole canonical parameter as Hugging Face's tensors by name; the inverse of `read`."""
-        parts = self.hf_names(name)
-        if len(parts) == 1:
-            return {parts[0]: parameter[: self._hf_shape(parts[0])[0]]}
+        pieces = self.pieces(name)
+        assert pieces[0].expert is None, "join_experts writes the tensor of all experts"
+        if len(pieces) == 1:
+            return {pieces[0].tensor: parameter[: pieces[0].rows]}
         # 4 query heads and 2 groups of one channel: rows [q0 q1 k0 v0 | q2 q3 k1 v1] are cut in
         # each group after 2, 1 and 1 rows, which gives q [q0 q1 q2 q3], k [k0 k1], v [v0 v1].
-        groups = 1 if name.endswith("linear_fc1.weight") else self.sizes.num_query_groups
-        lengths = [self._hf_shape(part)[0] // groups for part in parts]
+        groups = self.sizes.num_query_groups if f".{QKV}." in name else 1
+        lengths = [piece.rows // groups for piece in pieces]
         grouped = parameter.reshape(groups, -1, *parameter.shape[1:])
-        tensors = [x.flatten(0, 1) for x in grouped.split(lengths, dim=1)]
-        return dict(zip(parts, tensors, strict=True))
-
-    def _hf_shape(self, part: str) -> tuple[int, ...]:
-        sizes, head_dim = self.sizes, self.sizes.kv_channels
-        query, key = sizes.num_attention_heads * head_dim, sizes.num_query_groups * head_dim
-        hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
-        if ".experts." in part:
-            ffn = sizes.moe_ffn_hidden_size
-        owner, kind = part.split(".")[-2:]
-        if kind == "sinks":
-            return (sizes.num_attention_heads,)
-        if owner in ("q_norm", "k_norm"):
-            return (head_dim,)
-        rows, columns = {
-            "embed_tokens": (self.vocab_size, hidden),
-            "lm_head": (self.vocab_size, hidden),
-            "score": (self.num_labels, hidden),
-            "q_proj": (query, hidden),
-            "k_proj": (key, hidden),
-            "v_proj": (key, hidden),
-            "o_proj": (hidden, query),
-            "gate_proj": (ffn, hidden),
-            "up_proj": (ffn, hidden),
-            "down_proj": (hidden, ffn),
-            "w1": (ffn, hidden),
-            "w2": (hidden, ffn),
-            "w3": (ffn, hidden),
-            "gate": (sizes.num_moe_experts, hidden),
-        }.get(owner, (hidden, 0))
-        return (rows,) if kind == "bias" or not columns else (rows, columns)
+        tensors: dict[str, list[Tensor]] = {}
+        for piece, part in zip(pieces, grouped.split(lengths, dim=1), strict=True):
+            tensors.setdefault(piece.tensor, []).append(part.flatten(0, 1))
+        return {tensor: torch.cat(x) if len(x) > 1 else x[0] for tensor, x in tensors.items()}
 
     def _read_vocabulary(
         self, part: str, read: Read, rank: int, size: int, padded_vocab_size: int
@@ -237,3 +371,19 @@ class WeightMap:
     def _share(total: int, rank: int, size: int) -> slice:
         assert total % size == 0, f"{total} rows or columns over {size} tensor-parallel ranks"
         return slice(total // size * rank, total // size * (rank + 1))
+
+
+def _module(part: str) -> tuple[str, str, str]:
+    """`mlp.experts.5.linear_fc1.weight` -> ("mlp.experts.linear_fc1", "weight", "5"); the last is
+    empty outside of experts."""
+    if part in _NOT_OF_A_MODULE:
+        return part, _NOT_OF_A_MODULE[part], ""
+    module, _, kind = part.rpartition(".")
+    if expert := _EXPERT.fullmatch(module):
+        return f"mlp.experts.{expert[2]}", kind, expert[1]
+    return module, kind, ""
+
+
+def _numbered(module: str, expert: int) -> str:
+    """`mlp.experts.linear_fc1` of expert 5 -> `mlp.experts.5.linear_fc1`."""
+    return module.replace(".experts.", f".experts.{expert}.")

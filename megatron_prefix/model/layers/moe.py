@@ -25,6 +25,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -32,6 +33,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_prefix.attention import TreePackedSeqParams
+from megatron_prefix.model.layers.block import FamilyLayer
 from megatron_prefix.platform import submodules_of
 
 
@@ -92,7 +94,8 @@ class TreeRouter(TopKRouter):
     def gating(self, input: Tensor) -> Tensor:
         """Logits of all experts, at least float32 also if the model is bfloat16."""
         dtype = torch.promote_types(input.dtype, torch.float32)
-        return F.linear(input.to(dtype), self.weight.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, 1, C] -> the chosen experts' weights [T, E], 0 for the others, and which are chosen.
@@ -152,9 +155,25 @@ class TreeMoELayer(TransformerLayer):
             router.counts = None
 
 
-def with_tree_router(layer: ModuleSpec) -> ModuleSpec:
-    """Put this module's router into a layer spec with experts; changes and returns `layer`."""
-    layer.module = TreeMoELayer
+class FamilyMoELayer(TreeMoELayer, FamilyLayer):
+    """A `FamilyLayer` with experts."""
+
+
+class ExpertOutput(RowParallelLinear):
+    """The last linear layer of an expert with biases, to which Megatron-Core adds the bias in
+    place: autograd forbids that for what `RowParallelLinear` returns on one rank, a view."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(input_)
+        return output.clone(), bias
+
+
+def with_tree_router(layer: ModuleSpec, expert_bias: bool = False) -> ModuleSpec:
+    """Put this module's router into a layer spec with experts, and its last layer of experts with
+    biases; changes and returns `layer`."""
+    if expert_bias:
+        submodules_of(submodules_of(layer.submodules.mlp).experts).linear_fc2 = ExpertOutput
+    layer.module = FamilyMoELayer if layer.module is FamilyLayer else TreeMoELayer
     submodules_of(layer.submodules.mlp).router = TreeRouter
     return layer
 

@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 
 from megatron_prefix.checkpoint import hf_folder, resolve_starting_model
 from megatron_prefix.config import ModelConfig
+from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.testing import write_random_set
@@ -80,6 +81,44 @@ def test_a_reward_model_has_no_head_for_a_language_model(dataset, tmp_path):
         resolve_starting_model(ModelConfig(hf=hf), [dataset])
     initial = resolve_starting_model(ModelConfig(hf=hf, kind="reward"), [dataset])
     assert not initial.draws_head
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_paths_whose_rotation_depends_on_their_length_are_refused(kind, dataset, tmp_path):
+    longest = int(dataset.response_lengths.max())
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 500.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 2.0, 2.0, 3.0], "long_factor": [4.0] * 4}
+    for limit in (longest - 1, longest):
+        lengths = {"max_position_embeddings": limit}
+        if kind == "longrope":
+            lengths = {"original_max_position_embeddings": limit}
+        directory = hf_directory(tmp_path / str(limit), rope_parameters=rope, **lengths)
+        model = ModelConfig(hf=directory, allow_other_tokenizer=True)
+        if limit == longest:
+            assert resolve_starting_model(model, [dataset]).sizes.rope_scaling.type == kind
+        else:
+            with pytest.raises(InputError, match=f"has {longest}: build the data.* {limit}$"):
+                resolve_starting_model(model, [dataset])
+
+
+@pytest.mark.parametrize(
+    "kind, target", [("phi3", "q_proj"), ("glm4", "up_proj"), ("starcoder2", "down_proj")]
+)
+def test_adapters_of_joined_layers_are_refused(kind, target, dataset, tmp_path):
+    more = {"rms_norm_eps": None} if kind == "starcoder2" else {"head_dim": 8}
+    changes = {"model_type": kind, "pad_token_id": 2, **more}
+    model = ModelConfig(hf=hf_directory(tmp_path / "hf", **changes), allow_other_tokenizer=True)
+    with pytest.raises(InputError, match=f"has {target}, and linear layers of model_type {kind}"):
+        resolve_starting_model(model, [dataset], LoraConfig(target_modules=(target,)))
+    taken = resolve_starting_model(model, [dataset], LoraConfig(target_modules=("o_proj",)))
+    assert taken.lora is not None
+
+
+def test_a_reward_model_needs_a_classifier_in_transformers(dataset, tmp_path):
+    model = ModelConfig(hf=hf_directory(tmp_path / "hf", model_type="granite"), kind="reward")
+    with pytest.raises(InputError, match="no sequence classifier of model_type granite"):
+        resolve_starting_model(model, [dataset])
 
 
 def test_data_of_another_vocabulary_is_refused_unless_allowed(tmp_path):

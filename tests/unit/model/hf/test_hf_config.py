@@ -11,6 +11,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_prefix.config import ModelConfig, RopeScaling
+from megatron_prefix.config.parts import Architecture
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.config import HFModel
 from megatron_prefix.model.hf.export import hf_from_sizes
@@ -91,6 +92,7 @@ def test_sizes_of_each_architecture(sizes):
         "window_attn_skip_freq": None,
         "attn_logit_softcapping": None,
         "softmax_type": "vanilla",
+        "architecture": Architecture(),
     }
     for kind, head_dim, bias, norm in (
         ("llama", 16, False, False),
@@ -114,7 +116,9 @@ def test_sizes_of_each_architecture(sizes):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_defaults_are_those_of_transformers(kind, opened):
     """A key that is left out has the value that transformers gives it, whatever that is."""
-    full = transformers.AutoConfig.for_model(kind, **SIZES, **MIXTURES.get(kind, {}))
+    epsilon = FAMILIES[kind].epsilon
+    given = {epsilon if key == "rms_norm_eps" else key: value for key, value in SIZES.items()}
+    full = transformers.AutoConfig.for_model(kind, **given, **MIXTURES.get(kind, {}))
     everything = opened({"model_type": kind, **full.to_dict()}).sizes
     for key in full.to_dict():
         if key in ("model_type", "vocab_size"):
@@ -125,7 +129,7 @@ def test_defaults_are_those_of_transformers(kind, opened):
             assert opened({"model_type": kind, **raw}).sizes == everything, key
     fewest = opened({"model_type": kind})
     theirs = transformers.AutoConfig.for_model(kind)
-    assert fewest.sizes.norm_epsilon == theirs.rms_norm_eps
+    assert fewest.sizes.norm_epsilon == getattr(theirs, epsilon)
     assert fewest.vocab_size == theirs.vocab_size
 
 
@@ -152,7 +156,7 @@ def test_mixtures_differ_in_what_weighs_the_chosen_experts(sizes):
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
         ("qwen3_moe", {"shared_expert_intermediate_size": 24}, "there are no shared experts"),
         ("qwen3_moe", {"attention_bias": True}, "attention_bias"),
-        ("qwen2_moe", {}, "model_type 'qwen2_moe'"),
+        ("granitemoe", {}, "model_type 'granitemoe'"),
     ],
 )
 def test_mixtures_that_are_not_supported_are_named(kind, change, named, sizes, tmp_path):
@@ -224,7 +228,7 @@ def test_sliding_windows(kind, keys, window, opened):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"layer_types": [FULL, SLIDING, FULL]}, "sliding_window is None"),
+        ({"layer_types": [FULL, SLIDING, FULL]}, "use_sliding_window is false"),
         ({"layer_types": [FULL, "chunked_attention", FULL]}, "chunked_attention"),
         ({"layer_types": [FULL]}, "layer.types"),
         ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "window is 0"),
@@ -263,7 +267,9 @@ def test_a_file_that_is_no_configuration(tmp_path, text):
     ("change", "named"),
     [
         ({"rope_scaling": {"type": "linear", "factor": 1e299}}, "factor = 1e+299"),
-        ({"kind": "gemma"}, "model_type 'gemma'"),
+        ({"kind": "gpt2"}, "model_type 'gpt2'"),
+        ({"kind": "qwen3_next"}, "state"),
+        ({"kind": "mamba2"}, "state"),
         ({"kind": ["llama"]}, "model_type"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
@@ -276,11 +282,14 @@ def test_a_file_that_is_no_configuration(tmp_path, text):
         ({"rms_norm_eps": None}, "rms_norm_eps"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         ({"rope_theta": float("nan")}, "rope_theta"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "mish"}, "hidden_act = 'mish'"),
+        ({"kind": "qwen3_moe", "attention_bias": True}, "attention_bias"),
+        ({"kind": "qwen2", "mlp_bias": True}, "mlp_bias"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "'proportional' is not supp"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "beta_fast = 0.5"),
+        ({"kind": "glm", "partial_rotary_factor": 0.29}, "partial_rotary_factor = 0.29"),
+        ({"kind": "smollm3", "no_rope_layers": [1, 2, 0]}, "no_rope_layers is [1, 2, 0]"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}, "parameters.mscale"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),

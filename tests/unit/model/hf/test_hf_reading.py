@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prefix.config import RopeScaling
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.config import HFModel
 
@@ -86,7 +87,8 @@ def test_what_one_key_does_to_another_is_left_to_transformers(tmp_path):
     assert added.sizes.rope_scaling.factor == 4.0
     assert added.sizes.rotary_base == added.settings.rope_parameters["rope_theta"]
     yarn = {"rope_type": "yarn", "factor": 4.0}
-    assert "'yarn' is not supported" in refusal(tmp_path, **base, rope_scaling=yarn)
+    scaling = write(tmp_path, **base, rope_scaling=yarn).sizes.rope_scaling
+    assert scaling == RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=2048)
 
 
 @pytest.mark.parametrize(

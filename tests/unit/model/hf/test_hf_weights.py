@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.errors import InputError
+from megatron_prefix.model.hf import names
 from megatron_prefix.model.hf.files import HFTensors, copy_companions, write_safetensors
 from megatron_prefix.model.hf.weights import WeightMap
 from megatron_prefix.model.names import canonical_name, is_expert
@@ -76,6 +78,7 @@ def test_experts_have_their_numbers_among_all_ranks():
 
 def test_the_two_mixtures_name_their_experts_differently():
     mixtral = weight_map(num_moe_experts=2, moe_ffn_hidden_size=10)
+    mixtral = replace(mixtral, tensor_names=names.MIXTRAL)
     qwen = weight_map(num_moe_experts=2, moe_ffn_hidden_size=10, qk_layernorm=True)
     router = "decoder.layers.1.mlp.router.weight"
     fused = "decoder.layers.1.mlp.experts.0.linear_fc1.weight"

@@ -7,7 +7,7 @@ import torch
 
 from megatron_prefix.model.layers.norm import RMSNorm
 
-CONFIG = SimpleNamespace(sequence_parallel=False)
+CONFIG = SimpleNamespace(sequence_parallel=False, layernorm_zero_centered_gamma=False)
 
 
 def both(shape: tuple, dtype: torch.dtype, eps: float = 1e-5):
@@ -53,5 +53,6 @@ def test_eps_bounds_rows_of_zeros():
 
 def test_the_weight_is_marked_under_sequence_parallelism():
     for shared in (False, True):
-        norm = RMSNorm(SimpleNamespace(sequence_parallel=shared), 4)
+        config = SimpleNamespace(sequence_parallel=shared, layernorm_zero_centered_gamma=False)
+        norm = RMSNorm(config, 4)
         assert norm.weight.sequence_parallel is shared

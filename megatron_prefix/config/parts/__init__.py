@@ -1,0 +1,6 @@
+"""Parts of a model besides its sizes: what its layers consist of, and rotary scaling."""
+
+from megatron_prefix.config.parts.architecture import Activation, Architecture
+from megatron_prefix.config.parts.rope import RopeScaling
+
+__all__ = ["Activation", "Architecture", "RopeScaling"]

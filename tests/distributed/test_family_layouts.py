@@ -1,0 +1,91 @@
+"""Parts that Llama lacks, divided over two processes, follow the trajectory of one process.
+
+Every kind of part is in one of the models: norms over all heads and by head, norms of outputs,
+layer norms, biases, multipliers, layers without rotation, two rotations, rotation of some channels,
+parallel layers, layers without gate, shared experts.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from runs import TIMEOUT_S, Runs, assert_same_history, assert_same_weights, on_processes
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "numerics"))
+
+from family_models import make_family  # noqa: E402
+
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+TP2SP, CP2 = {**TP2, "sequence_parallel": True}, {"context_parallel_size": 2}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+FAMILIES = ("olmo2", "cohere", "gpt-oss")
+ALTERNATING = ["sliding_attention", "full_attention"] * 2
+EXTRA = {
+    "smollm3": {"no_rope_layers": [1, 0, 0, 1], "layer_types": ALTERNATING},
+    "gemma3": {"layer_types": ALTERNATING},
+    "qwen2 moe": {"layer_types": ALTERNATING},
+    "gpt-oss": {"layer_types": ALTERNATING, "num_local_experts": 4},
+}
+LAYOUTS = {  # name: family, layout, settings of the model
+    "olmo2 tp2": ("olmo2", TP2, {}),
+    "olmo2 tp2sp": ("olmo2", TP2SP, {}),
+    "cohere tp2sp": ("cohere", TP2SP, {}),
+    "gpt-oss ep2": ("gpt-oss", {"expert_model_parallel_size": 2}, {}),
+}
+MORE = {
+    "olmo2 cp2": ("olmo2", CP2, {}),
+    "granite tp2sp": ("granite", TP2SP, {}),
+    "granite pp2": ("granite", PP2, {}),
+    "glm4 tp2sp full": ("glm4", TP2SP, FULL),
+    "glm4 cp2": ("glm4", CP2, {"recompute_granularity": "selective"}),
+    "gemma3 pp2": ("gemma3", PP2, {}),
+    "gemma3 cp2": ("gemma3", CP2, {}),
+    "starcoder2 tp2sp": ("starcoder2", TP2SP, {}),
+    "qwen2 moe tp2sp": ("qwen2 moe", TP2SP, {}),
+    "gpt-oss pp2": ("gpt-oss", PP2, {}),
+    "smollm3 pp2": ("smollm3", PP2, {}),
+    "smollm3 cp2": ("smollm3", {**CP2, "cp_comm": "all_gather"}, {}),
+}
+
+
+def save(runs: Runs, family: str, spread: float = 0.2) -> None:
+    """The model of a family, of four layers."""
+    more = {"num_hidden_layers": 4, **EXTRA.get(family, {})}
+    make_family(family, runs.folder / "hf" / family, spread, **more)
+
+
+def command(runs: Runs, name: str, family: str, layout: dict, settings: dict) -> list[str]:
+    model = {"hf": str(runs.folder / "hf" / family), **settings}
+    return runs.train(name, parallel=layout, model=model)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("families"))
+    for family in FAMILIES:
+        save(runs, family)
+    ones = [command(runs, family, family, {}, {}) for family in FAMILIES]
+    on_processes(1, runs.folder, ones, TIMEOUT_S)
+    twos = [command(runs, name, *rest) for name, rest in LAYOUTS.items()]
+    on_processes(2, runs.folder, twos, 2 * TIMEOUT_S)
+    return runs
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_two_processes_follow_one(runs, name):
+    family, _, _ = LAYOUTS[name]
+    assert_same_history(runs.lines(name), runs.lines(family))
+    assert_same_weights(runs, name, family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_other_parts_and_layouts_too(name, tmp_path):
+    runs, (family, layout, settings) = Runs(tmp_path), MORE[name]
+    save(runs, family, spread=0.1)
+    on_processes(1, tmp_path, [command(runs, family, family, {}, {})], TIMEOUT_S)
+    on_processes(2, tmp_path, [command(runs, name, family, layout, settings)], TIMEOUT_S)
+    assert_same_history(runs.lines(name), runs.lines(family))
+    assert_same_weights(runs, name, family)
