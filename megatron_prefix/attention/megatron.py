@@ -73,6 +73,8 @@ class TreePackedSeqParams(PackedSeqParams):
     """Whether the head also gives the size of what is rounded on the way to every target."""
     step_count: float = 0.0
     """For routers: the sum of what counts, over the step's rows on all ranks."""
+    with_auxiliary: bool = True
+    """For routers: whether the auxiliary loss is added, if it has a coefficient."""
 
     def plan_of(self, window: int | None) -> TreePlan:
         """The plan of layers with a sliding window of so many tokens; None: without one."""

@@ -82,5 +82,6 @@ def row_loss(
     own = batch.loss_inputs(value.detach().expand(len(batch.response_tokens))).denominators()[unit]
     part = own if batch.denominators is None else own / batch.denominators[unit]
     loss = {"loss": torch.stack([logs["loss"], part.to(logs["loss"])])}
-    means = {name: x for name, x in logs["sums"].items() if not name.startswith("count/")}
+    # Bridge averages each by itself, and these are not means
+    means = {x: y for x, y in logs["sums"].items() if not x.startswith(("count/", "moments/"))}
     return value, torch.zeros_like(count), loss | means

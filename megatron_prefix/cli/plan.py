@@ -10,6 +10,8 @@ from megatron_prefix.cli.options import add_config, quiet_megatron, read_config
 from megatron_prefix.errors import InputError
 
 GIB = 2**30
+PARTS = {"host_gradients": "in host memory: gradients of shadow steps"}
+"""Parts of memory that need more words than their key."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -75,7 +77,9 @@ def _memory_rows(memory: dict[str, Any]) -> list[list[str]]:
     rows = [[f"GiB per rank, rows of {memory['row_tokens']:,} tokens", *names]]
     for part in stages[0]:
         if any(stages[i][part] for i in shown):
-            rows.append([f"  {part}", *(f"{stages[i][part] / GIB:.1f}" for i in shown)])
+            rows.append(
+                [f"  {PARTS.get(part, part)}", *(f"{stages[i][part] / GIB:.1f}" for i in shown)]
+            )
     return rows
 
 

@@ -31,6 +31,7 @@ PerStep = Annotated[int, Field(strict=True, ge=1, le=2**20)]
 """Groups, rows or sequences of one step."""
 Steps = Annotated[int, Field(strict=True, ge=1, lt=10**9)]
 WarmupSteps = Annotated[int, Field(strict=True, ge=0, lt=10**9)]
+NoneOrSteps = Annotated[int, Field(strict=True, ge=0, lt=10**9)]
 Epochs = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 SetEpochs = Annotated[float, Field(strict=True, gt=0, le=10**6, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, ge=1e-6, le=1e9, allow_inf_nan=False)]

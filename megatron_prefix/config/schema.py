@@ -16,6 +16,7 @@ from megatron_prefix.config.bounds import (
     KNOWN_KEYS,
     Count,
     Epochs,
+    NoneOrSteps,
     PathText,
     PerStep,
     Seed,
@@ -171,6 +172,9 @@ class TrainConfig:
     eval_interval: Steps | None = None
     """Steps between evaluations on `data.valid`; there is also one before the first step and one
     after the last."""
+    shadow_steps: NoneOrSteps = 0
+    """First steps of the run that are computed a second time before their update, with every
+    response alone in its row; the run stops if log-probabilities, loss or gradients differ."""
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)

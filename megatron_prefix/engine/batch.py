@@ -140,6 +140,10 @@ class TrainBatch:
             alignments=alignments,
         )
 
+    def without_auxiliary(self) -> TrainBatch:
+        """The same row without the auxiliary loss of experts."""
+        return replace(self, params=replace(self.params, with_auxiliary=False))
+
     def with_step_count(self, step_count: float) -> TrainBatch:
         return replace(self, params=replace(self.params, step_count=step_count))
 

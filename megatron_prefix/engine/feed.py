@@ -14,6 +14,7 @@ import torch
 from megatron_prefix.attention import prepare_attention
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.data.steps import MicroBatch, Sampler, Step
+from megatron_prefix.data.steps.alone import AloneSteps
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch, to_device
@@ -45,7 +46,7 @@ class Feed:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Sampler | AloneSteps,
         world: World,
         config: TreeTransformerConfig,
         num_steps: int,
@@ -94,6 +95,7 @@ class Feed:
         table = None
         if self._with_table or plan.is_divided:
             parts = self._parts or ScoreParts()
+            assert isinstance(self._sampler, Sampler), "AloneTable makes the tables of AloneSteps"
             table = StepTable.of(self._sampler, plan, self._world.data_rank, parts)
         return StepRows(plan=plan, rows=rows, batches=batches, table=table)
 

@@ -51,14 +51,19 @@ def _forward(
     *,
     objective: Objective | None = None,
     is_first: bool = False,
+    with_noise: bool = False,
 ) -> tuple[Tensor, Callable]:
-    """`forward_step` with a checked objective; without one, rows can only be scored."""
+    """`forward_step` with a checked objective; without one, rows can only be scored, `with_noise`
+    as `noisy_scores` returns it."""
     batch = next(data_iterator)
     output = model(batch.tokens, None, None, packed_seq_params=batch.params)
 
     def loss_function(token_logps: Tensor, non_loss_data: bool = False) -> Any:
         if non_loss_data:
-            return response_scores(token_logps, batch).detach()
+            scores = response_scores(token_logps, batch).detach()
+            if not with_noise:
+                return scores
+            return {"scores": scores, "noise": response_noise(token_logps, batch)}
         if batch.slopes is not None:
             return sloped_loss(token_logps, batch, is_first)
         assert objective is not None, "a loss needs an objective"
@@ -110,6 +115,7 @@ def preference_loss(
     """This row's share of the step's loss, its pair count, and its values for logging:
 
     loss       the share, without gradient
+    scores     what `response_scores` returns, without gradient
     sums       name -> [2]: sum and count, whose totals over rows and ranks give the step's mean
     extremes   name -> largest value of the row
 
@@ -130,8 +136,10 @@ def preference_loss(
             "data.oversized: split: responses of one pair or set of this step lie in several rows, "
             "and a row has only its own: use Trainer, which runs such a step in two passes"
         )
-    inputs = batch.loss_inputs(response_scores(token_logps, batch))
+    scores = response_scores(token_logps, batch)
+    inputs = batch.loss_inputs(scores)
     value, logs = objective_logs(objective, inputs, batch.denominators)
+    logs["scores"] = scores.detach()
     if is_first and batch.ref_logps is not None:
         logs["start"], logs["slopes"] = objective.start(inputs, batch.denominators)
         logs |= _first_logs(token_logps, inputs.scores, batch)
@@ -207,6 +215,17 @@ def score_rows(model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]) 
     with torch.no_grad():
         scores = _schedule(_forward, model, batches, forward_only=True, collect_non_loss_data=True)
     return from_last_stage(scores, batches[0].tokens.device)
+
+
+def noisy_scores(
+    model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]
+) -> list[dict[str, Tensor]]:
+    """`score_rows` with, beside the `scores` of every row, the `noise` of its responses."""
+    forward = partial(_forward, with_noise=True)
+    batches = [batch.with_scales() for batch in batches]
+    with torch.no_grad():
+        values = _schedule(forward, model, batches, forward_only=True, collect_non_loss_data=True)
+    return from_last_stage(values, batches[0].tokens.device)
 
 
 def _schedule(

@@ -221,13 +221,7 @@ def rank_memory(
     """Memory of a rank of pipeline stage `stage` at the longest row, `row_tokens` tokens."""
     size = BYTES[model.dtype]
     dense, experts = rank_parameters(model, sizes, parallel, vocab_size, stage)
-    sharers, expert_sharers = 1, 1
-    if parallel.use_distributed_optimizer:
-        model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-        # 16 processes, t = p = 2: 4 ranks have the same parameters and share their state; with
-        # e = 2 only 2 ranks have the same experts
-        sharers = world_size // model_ranks
-        expert_sharers = sharers // parallel.expert_model_parallel_size
+    sharers, expert_sharers = state_sharers(parallel, world_size)
     adam = ADAM_BYTES[model.dtype]
     num_tokens = -(-row_tokens // parallel.context_parallel_size)
     activations, recomputed = _activations(model, sizes, parallel, num_tokens, stage, rows)
@@ -241,6 +235,36 @@ def rank_memory(
         recomputed=recomputed,
         head=_head(model, sizes, parallel, vocab_size, num_tokens) if is_last else 0,
     )
+
+
+def state_sharers(parallel: ParallelConfig, world_size: int) -> tuple[int, int]:
+    """Ranks that share the optimizer's state and the summed gradients of a parameter: (of all but
+    experts, of experts)."""
+    if not parallel.use_distributed_optimizer:
+        return 1, 1
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    # 16 processes, t = p = 2: 4 ranks have the same parameters and share their state; with e = 2
+    # only 2 ranks have the same experts
+    sharers = world_size // model_ranks
+    return sharers, sharers // parallel.expert_model_parallel_size
+
+
+def host_gradients(
+    model: ModelConfig,
+    sizes: ModelSizes,
+    parallel: ParallelConfig,
+    *,
+    vocab_size: int,
+    world_size: int,
+    stage: int,
+) -> int:
+    """Bytes of host memory of a rank while the second run of a step is compared with the first
+    (`train.shadow_steps`): its share of the summed gradients, twice if an auxiliary loss of experts
+    has to be left out of the comparison."""
+    dense, experts = rank_parameters(model, sizes, parallel, vocab_size, stage)
+    sharers, expert_sharers = state_sharers(parallel, world_size)
+    copies = 2 if model.moe_aux_loss_coeff else 1
+    return copies * GRADIENT_BYTES * (dense // sharers + experts // expert_sharers)
 
 
 def _activations(

@@ -25,7 +25,12 @@ from megatron_prefix.data.store.verify import verify_tokens
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
-from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble, rank_memory
+from megatron_prefix.estimate.memory import (
+    host_gradients,
+    parameter_counts,
+    pipeline_bubble,
+    rank_memory,
+)
 from megatron_prefix.model.hf import HFModel
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.train import run_sharing, training_sampler
@@ -264,7 +269,8 @@ def _memory(
     row_tokens: int,
     rows: int | None,
 ) -> dict[str, Any]:
-    """Every stage's memory by component, and the stage that has most."""
+    """Every stage's memory by component, and the stage that has most; `host_gradients`, with
+    `train.shadow_steps`, is on the host and not part of the total."""
     stages = [
         rank_memory(
             config.model,
@@ -279,8 +285,19 @@ def _memory(
         )
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
+    described = [{**asdict(stage), "total": stage.total} for stage in stages]
+    if config.train.shadow_steps:
+        for stage, description in enumerate(described):
+            description["host_gradients"] = host_gradients(
+                config.model,
+                sizes,
+                config.parallel,
+                vocab_size=vocab_size,
+                world_size=world_size,
+                stage=stage,
+            )
     return {
         "row_tokens": row_tokens,
         "fullest_stage": max(range(len(stages)), key=lambda i: stages[i].total),
-        "stages": [{**asdict(stage), "total": stage.total} for stage in stages],
+        "stages": described,
     }

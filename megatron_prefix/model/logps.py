@@ -89,30 +89,49 @@ def vocab_parallel_collisions(
 @torch.no_grad()
 def vocab_parallel_scales(
     logits_UV: Tensor,
+    logit_N: Tensor,
+    target_N: Tensor,
     vocab_size: int,
     num_layers: int,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """Size of what is rounded on the way to each token's log-probability, float32 [U], no gradient.
+    """Size of what is rounded on the way to each target's log-probability, float32 [N], no
+    gradient. The other arguments are as in `vocab_parallel_logps`.
 
-        scale = sqrt(max logit^2 + num_layers * mean logit^2)
+        size_v = sqrt(logit_v^2 + num_layers * mean of logit^2)
+        scale  = sqrt(sum over v of (d logp / d logit_v)^2 size_v^2),  d logp / d logit = onehot - p
 
     Times the relative rounding of the precision, it is by how much two ways to compute the
-    log-probability may differ: the logit is rounded once, by its own size, and the hidden state
-    once or more in each layer, which moves a logit by a share of the logits' root mean square; the
-    roundings of layers are independent. `logits_UV` and `vocab_size` are as in
-    `vocab_parallel_logps`.
+    log-probability may differ: a logit is rounded by its own size, and the hidden state in each
+    layer, which moves a logit by a share of the logits' root mean square. All are independent. A
+    token that is nearly certain has nearly no rounding, however large its logit.
     """
     rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
-    own_UV = logits_UV[:, : max(vocab_size - rank * logits_UV.size(1), 0)]
-    squares_UV = own_UV.to(torch.promote_types(own_UV.dtype, torch.float32)).square()
-    sums_U = squares_UV.sum(dim=1)
-    # a rank whose columns are all padding has no largest one
-    tops_U = squares_UV.amax(dim=1) if squares_UV.size(1) else torch.zeros_like(sums_U)
+    start = rank * logits_UV.size(1)
+    scores_UV = logits_UV.to(torch.promote_types(logits_UV.dtype, torch.float32), copy=True)
+    scores_UV[:, max(vocab_size - start, 0) :] = -torch.inf
+    top_U = scores_UV.amax(dim=1)
     if size > 1:
-        torch.distributed.all_reduce(sums_U, group=group)
-        torch.distributed.all_reduce(tops_U, torch.distributed.ReduceOp.MAX, group)
-    return (tops_U + num_layers / vocab_size * sums_U).sqrt()
+        torch.distributed.all_reduce(top_U, torch.distributed.ReduceOp.MAX, group)
+    probs_UV = scores_UV.sub_(top_U[:, None]).exp_()  # relative to the most likely; 0 at padding
+    squares_UV = logits_UV.to(probs_UV.dtype).square()
+    squares_UV[:, max(vocab_size - start, 0) :] = 0
+    local_N = target_N - start
+    is_local_N = (local_N >= 0) & (local_N < logits_UV.size(1))
+    local_N = torch.where(is_local_N, local_N, 0)
+    picked_2N = torch.stack([x[logit_N, local_N] for x in (probs_UV, squares_UV)]) * is_local_N
+    sums = [probs_UV.sum(dim=1), squares_UV.sum(dim=1)]
+    sums += [probs_UV.square_().sum(dim=1), probs_UV.mul_(squares_UV).sum(dim=1)]
+    sums_4U = torch.stack(sums)
+    if size > 1:
+        torch.distributed.all_reduce(picked_2N, group=group)
+        torch.distributed.all_reduce(sums_4U, group=group)
+    # sum over v of p^2 size^2, and (1 - p)^2 - p^2 = 1 - 2 p for the target
+    total_U, squares_U, collisions_U, weighted_U = sums_4U
+    mean_U = num_layers / vocab_size * squares_U
+    all_U = (weighted_U + mean_U * collisions_U) / total_U.square()
+    prob_N, square_N = picked_2N[0] / total_U[logit_N], picked_2N[1]
+    return (all_U[logit_N] + (1 - 2 * prob_N) * (square_N + mean_U[logit_N])).clamp(min=0).sqrt()
 
 
 def vocab_parallel_logps(
@@ -148,7 +167,7 @@ def token_logps(
 
     With more lines than one, [lines, N]: after the log-probabilities come, with `with_collisions`,
     `vocab_parallel_collisions` of the token that predicts each target and, with `scale_layers` (the
-    model's layers), its `vocab_parallel_scales`.
+    model's layers), `vocab_parallel_scales`.
 
     `logit_N` ascends. At most `chunk_size` tokens are projected at a time; if there are more,
     backward projects each chunk again, so that logits are freed with their chunk. Hidden state u
@@ -163,7 +182,8 @@ def token_logps(
         if with_collisions:
             lines.append(vocab_parallel_collisions(logits, vocab_size, group)[logit])
         if scale_layers is not None:
-            lines.append(vocab_parallel_scales(logits, vocab_size, scale_layers, group)[logit])
+            scales = vocab_parallel_scales(logits, logit, target, vocab_size, scale_layers, group)
+            lines.append(scales)
         return torch.stack(lines) if len(lines) > 1 else logps
 
     num_logits = hidden_UC.size(0)

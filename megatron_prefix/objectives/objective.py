@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_prefix.objectives.record import LossOutputs, ObjectiveRecord, Unit, logged_values
 from megatron_prefix.objectives.reference_mixtures import ReferenceMixture
 from megatron_prefix.objectives.table import LossInputs, ScoreParts
+from megatron_prefix.objectives.watching import length_moments, log_ratios, with_correlation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -238,13 +239,14 @@ class Objective:
         weights = inputs.on_policy_weights() if self.use_weighting else None
         if weights is not None:
             sums["weights/mean"] = _mean(weights)
-        for member, outputs in self._outputs(inputs):
+        outputs_of_members = self._outputs(inputs)
+        for member, outputs in outputs_of_members:
             losses = outputs.losses if weights is None else weights * outputs.losses
             numerator = _weighted(member.unit, losses, inputs)
             divisor = whole[member.unit]  # 0 in a step without labels, where the sum is 0 too
             total = total + member.weight * (numerator / divisor if divisor else numerator)
             self._log(sums, member, outputs, inputs, (numerator.detach(), own[member.unit]))
-        for name, values in self._model_metrics(inputs).items():
+        for name, values in self._model_metrics(inputs, outputs_of_members[0][1]).items():
             sums.setdefault(name, _mean(values))
         if self.mixture is not None:
             sums |= {name: _mean(x) for name, x in self.mixture.metrics(inputs).items()}
@@ -277,7 +279,10 @@ class Objective:
                 inputs = replace(inputs, running_rewards=inputs.running_rewards + own)
         return inputs
 
-    logged = staticmethod(logged_values)
+    @staticmethod
+    def logged(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """`logged_values`, and what follows from several of them."""
+        return with_correlation(logged_values(sums))
 
     def _outputs(self, inputs: LossInputs) -> list[tuple[Member, LossOutputs]]:
         """A likelihood last, so that rewards are those of another member."""
@@ -313,14 +318,27 @@ class Objective:
         for name, entry in new.items():
             sums.setdefault(name, entry)
 
-    def _model_metrics(self, inputs: LossInputs) -> dict[str, Tensor]:
-        """Log-probabilities [P] of a language model, and scores of a reward model."""
+    def _model_metrics(self, inputs: LossInputs, outputs: LossOutputs) -> dict[str, Tensor]:
+        """Log-probabilities [P] of a language model, scores of a reward model, and what is watched
+        of them; `outputs` are those of the member whose rewards are logged."""
+        watched: dict[str, Tensor] = {}
+        if "rewards/chosen" in outputs.metrics:
+            rewards = outputs.metrics["rewards/chosen"], outputs.metrics["rewards/rejected"]
+            watched = length_moments(inputs, *rewards)
         if self.model == "lm":
             return {
                 "logps/chosen": inputs.chosen_full_logps.detach(),
                 "logps/rejected": inputs.rejected_full_logps.detach(),
+                **(log_ratios(inputs) if self.reference != "none" else {}),
+                **watched,
             }
-        return {"rewards/mean": self.judged(inputs)}
+        return {"rewards/mean": self.judged(inputs), **watched}
+
+    def accuracies(self, inputs: LossInputs) -> Tensor | None:
+        """`rewards/accuracies` of every pair [P]; None if no member has rewards."""
+        if self.ld_alpha is not None:
+            inputs = replace(inputs, tail_weight=self.ld_alpha)
+        return self._outputs(inputs)[0][1].metrics.get("rewards/accuracies")
 
     def judged(self, inputs: LossInputs) -> Tensor:
         """The scores that enter: of both sides of every pair [2P], or of every response [R]."""

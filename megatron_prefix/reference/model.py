@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_prefix.checkpoint import SavedAdapter, StartingModel
 from megatron_prefix.config import Config
@@ -24,7 +25,7 @@ from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.data.steps import MicroBatch, Sampler
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
-from megatron_prefix.engine import TrainBatch, build_model
+from megatron_prefix.engine import TrainBatch, build_model, score_rows
 from megatron_prefix.model import TreeTransformerConfig, unwrap
 from megatron_prefix.model.adapters import StartWeights, without_adapters
 from megatron_prefix.model.parameters import model_fingerprint
@@ -70,6 +71,10 @@ class Reference(Protocol):
         """The same rows with reference log-probabilities; `step` counts from 0. Rows are of
         `dataset`, or of the data set that is trained on."""
 
+    def score_rows(self, batches: list[TrainBatch]) -> list[Tensor] | None:
+        """What the model computes of each row (`response_scores`), without alignments; None if no
+        model runs."""
+
     def score(self, sampler: Sampler) -> np.ndarray | None:
         """Log-probabilities of every response of the sampler's data set, float64 [responses], or
         [K, responses] of several references; None if there is no reference."""
@@ -96,6 +101,9 @@ class OneReference:
     @property
     def identity(self) -> dict[str, Any]:
         return {}
+
+    def score_rows(self, batches: list[TrainBatch]) -> list[Tensor] | None:
+        return None
 
     def weights(self, step: int) -> np.ndarray | None:
         return None
@@ -128,6 +136,9 @@ class ModelReference(OneReference):
     ) -> list[TrainBatch]:
         return with_reference(self.chunks, batches)
 
+    def score_rows(self, batches: list[TrainBatch]) -> list[Tensor]:
+        return score_rows(self.chunks, [batch.for_reference() for batch in batches])
+
     def score(self, sampler: Sampler) -> np.ndarray:
         return score_dataset(self.chunks, sampler, self.world, parts=self.parts)
 
@@ -152,6 +163,10 @@ class AdapterReference(OneReference):
     ) -> list[TrainBatch]:
         with self.in_place():
             return with_reference(self.chunks, batches)
+
+    def score_rows(self, batches: list[TrainBatch]) -> list[Tensor]:
+        with self.in_place():
+            return score_rows(self.chunks, [batch.for_reference() for batch in batches])
 
     def score(self, sampler: Sampler) -> np.ndarray:
         with self.in_place():

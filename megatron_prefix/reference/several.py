@@ -59,6 +59,9 @@ class SeveralReferences:
     """None if weights are made per pair."""
     rounding: float
 
+    def score_rows(self, batches: list[TrainBatch]) -> None:
+        return None
+
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the rewards; a resumed run must have the same."""

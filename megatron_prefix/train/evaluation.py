@@ -40,6 +40,7 @@ from megatron_prefix.reference import (
     reference_fingerprint,
     score_dataset,
 )
+from megatron_prefix.train.accuracies import accuracies_of_kinds
 from megatron_prefix.train.data_checks import check_columns, refuse_unused_reference
 from megatron_prefix.train.samplers import (
     EVALUATION_GROUPS,
@@ -218,6 +219,9 @@ def preference_metrics(
         **{name: -float(x) if name.endswith("/min") else float(x) for name, x in extremes},
         "num_pairs": len(inputs.pairs),
     }
+    accuracies = objective.accuracies(inputs)
+    if accuracies is not None:
+        metrics |= accuracies_of_kinds(inputs, accuracies)
     return metrics | ({"groups_per_block": block_size} if objective.needs_blocks else {})
 
 

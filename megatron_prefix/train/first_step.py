@@ -13,14 +13,7 @@ from megatron_prefix.engine import TrainBatch, score_rows
 from megatron_prefix.errors import RunError
 from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference
-
-TOLERANCE = 1e-5
-"""Of a reward, and of the loss."""
-BEND = 2.0
-"""What the first-order bound of the loss is multiplied by, because a loss is not straight."""
-DEVIATIONS = 4.0
-"""Roundings of tokens add as a random walk; a response may be this many times its size off."""
-
+from megatron_prefix.train.rounding import BEND, DEVIATIONS, TOLERANCE
 
 LARGEST_MEAN = 1.0
 """Of the first rewards of a reward model whose head is drawn."""
@@ -81,8 +74,8 @@ def check_first_step(
     change of it, to first order. Collective; `logs` are those of this rank's rows, from
     `preference_loss` with `is_first`.
     """
-    # beta 0.1, a relative rounding of 2^-8, a response of 400 tokens whose scales are 20: its noise
-    # is 20 * sqrt(400) = 400, so its reward may be off by 1e-5 + 4 * 0.1 * 400 * 2^-8.
+    # beta 0.1, a relative rounding of 2^-8, a response of 400 tokens whose scales are 5: its noise
+    # is 5 * sqrt(400) = 100, so its reward may be off by 1e-5 + 8 * 0.1 * 100 * 2^-8 = 0.31.
     scale = objective.rewards_per_nat
     rewards, noise, slopes = (
         torch.cat([log[name] for log in logs]) for name in ("logratios", "noise", "slopes")

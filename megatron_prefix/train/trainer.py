@@ -29,6 +29,8 @@ from megatron_prefix.reference import Reference, score_dataset
 from megatron_prefix.trackers import Status, Trackers
 from megatron_prefix.train.evaluation import mismatch_logratios, preference_metrics
 from megatron_prefix.train.examples import worst_pairs
+from megatron_prefix.train.falling import FallingWatch
+from megatron_prefix.train.first_group import FirstGroup
 from megatron_prefix.train.first_step import (
     check_first_step,
     check_first_value,
@@ -38,8 +40,10 @@ from megatron_prefix.train.first_step import (
 from megatron_prefix.train.logical import logical_tokens
 from megatron_prefix.train.non_finite import describe, file_name, finite_rows, save_rows
 from megatron_prefix.train.pace import Pace
+from megatron_prefix.train.rounding import ROUNDING
 from megatron_prefix.train.samplers import evaluation_block
-from megatron_prefix.train.two_passes import ROUNDING, check_passes, first_pass, mismatch_kl
+from megatron_prefix.train.shadow import ShadowRun
+from megatron_prefix.train.two_passes import check_passes, first_pass, mismatch_kl
 
 
 @dataclass(kw_only=True, eq=False)
@@ -68,6 +72,7 @@ class Trainer:
     adapter: SavedAdapter | None
     """What checkpoints say about the adapters, if the run has any."""
     trackers: Trackers
+    falling: FallingWatch = field(default_factory=FallingWatch)
     valid_ref_logps: dict[str, np.ndarray | None] = field(default_factory=dict)
     last_scores: dict[str, np.ndarray] = field(default_factory=dict)
     """The policy's scores of every held-out response in the last evaluation, by data set."""
@@ -119,6 +124,23 @@ class Trainer:
         model_config = unwrap(self.policy.chunks[0]).config
         return Feed(self.mismatches, self.world, model_config, self.num_steps, with_table=True)
 
+    @cached_property
+    def shadow(self) -> ShadowRun | None:
+        """The second run of the first steps, if `train.shadow_steps` asks for it and they are still
+        to come."""
+        num_steps = min(self.config.train.shadow_steps, self.num_steps)
+        if self.step >= num_steps:
+            return None
+        return ShadowRun(
+            config=self.config,
+            objective=self.objective,
+            world=self.world,
+            sampler=self.sampler,
+            reference=self.reference,
+            policy=self.policy,
+            num_steps=num_steps,
+        )
+
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until a signal asks to stop. Raises Stopped then."""
         settings, _ = self.config.train, self.pace  # whose clock starts here
@@ -150,10 +172,12 @@ class Trainer:
         is_first = self.step == 0 and self.checks_first_step
         if is_first and self.reference.rounding:
             batches = [batch.with_scales() for batch in batches]
+        first_group = None if is_first else self._first_group()
         value = None
         if self.step == 0 and self.starts_elsewhere and step.table is None:
             value = value_of_scores(self.policy.chunks, batches, self.objective, self.world)
         logs, checks, batches, more = self._passes(step, batches, is_first)
+        scores = [log["scores"] for log in checks]
         means, counts = self._totals(plan, rows, logs)
         means |= more
         if self.config.model.moe_aux_loss_coeff:
@@ -170,12 +194,19 @@ class Trainer:
         if self.step == 0 and self.initial.draws_rewards and self.world.is_main:
             if (note := reward_start_note(means.get("rewards/mean", 0.0))) is not None:
                 print(note, flush=True)
+        if first_group is not None:
+            first_group.check(rows, scores)
+        if self.shadow is not None and self.step < self.shadow.num_steps:
+            self.shadow.check(self.step, rows, batches, scores, means["loss"])
         update = self.policy.update()
         if update is None:
             is_finite = self._finite_gradients(batches)
             self._stop_non_finite("gradient", rows, batches, describe(rank, rows, is_finite))
         grad_norm, learning_rate = update
         self.step += 1
+        warning = self.falling.warning(self.step, means)
+        if warning is not None and self.world.is_main:
+            print(warning, flush=True)
         counts = {"num_pairs": plan.num_pairs, **counts}
         return {
             **means,
@@ -269,7 +300,15 @@ class Trainer:
         self.feed.close()
         if self.mismatch_feed is not None:
             self.mismatch_feed.close()
+        if self.shadow is not None:
+            self.shadow.close()
         self.trackers.finish(status)
+
+    def _first_group(self) -> FirstGroup | None:
+        """The first group of the run, alone, if nothing else checks the first step."""
+        if self.step or self.shadow is not None:
+            return None
+        return FirstGroup.scored(self.policy, self.objective, self.sampler, self.world)
 
     def _gradients(self, batches: list[TrainBatch], is_first: bool = False) -> list[dict]:
         """Forward and backward over rows, from zero gradients. Returns the rows' logs."""

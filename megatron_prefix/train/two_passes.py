@@ -14,11 +14,7 @@ from megatron_prefix.distributed import World
 from megatron_prefix.engine import StepRows, TrainBatch, score_rows
 from megatron_prefix.errors import RunError
 from megatron_prefix.objectives import Objective
-
-TOLERANCE = 1e-5
-"""Nats by which a response's log-probabilities of the two passes may differ, beside rounding."""
-ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
-"""Relative difference that rounding allows, by `model.dtype`."""
+from megatron_prefix.train.rounding import TOLERANCE
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -25,6 +25,8 @@ CASES = [(x, y) for x in OBJECTIVES for y in ("cp2", "pp2")]
 CASES += [(x, "dp2 zero") for x in ("tokens", "responses")]
 CASES += [(x, "tp2sp") for x in ("on policy", "sets")]
 SHOWN = ("rewards/top1", "nll_loss", "weights/mean", "rewards/max", "rewards/min", "mse")
+SHOWN += ("kl", "logratios/chosen", "rewards/length_correlation", "eval_kl")
+SHOWN += ("eval_rewards/length_correlation", "eval_rewards/accuracies/chosen_longer")
 SIZES = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
 SIZES |= {"num_query_groups": 2, "init_method_std": 0.1}
 

@@ -240,6 +240,12 @@ def _part_view(tree: PrefixTree, sharing: str, responses: np.ndarray) -> View:
     return View(tree=own, responses=responses, pairs=pairs)
 
 
+def alone(tree: PrefixTree, response: int) -> View:
+    """One response of `tree` by itself, without its pairs."""
+    own, nothing = np.array([response]), np.zeros(0, np.int64)
+    return View(tree=_chains(tree, own, nothing), responses=own, pairs=nothing)
+
+
 def _chains(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> PrefixTree:
     """Each response alone: a root with its prompt and a child with its own tokens."""
     nodes: list[np.ndarray] = []

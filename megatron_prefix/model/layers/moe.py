@@ -88,6 +88,8 @@ class TreeRouter(TopKRouter):
     """How often each of this rank's tokens counts, [T]; set while its layer runs."""
     step_count: float = 0.0
     """Sum of the counts of the step's rows, over all ranks."""
+    with_auxiliary: bool = True
+    """Whether the current row has an auxiliary loss."""
     auxiliary: Tensor | float = 0.0
     """This rank's share of the auxiliary loss, summed since `step_auxiliary` was last called."""
 
@@ -106,7 +108,7 @@ class TreeRouter(TopKRouter):
         probs_TE, chosen_TE = topk_routing_with_score_function(
             logits_TE, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax
         )
-        coefficient = self.config.moe_aux_loss_coeff
+        coefficient = self.config.moe_aux_loss_coeff if self.with_auxiliary else 0.0
         if coefficient and self.training and torch.is_grad_enabled():
             if self.counts is None or not self.step_count:
                 raise ValueError(
@@ -147,6 +149,7 @@ class TreeMoELayer(TransformerLayer):
                 # this rank's tokens of the row, as sequence parallelism divides them
                 counts = counts.chunk(tensor.size())[tensor.rank()]
             router.counts, router.step_count = counts, packed_seq_params.step_count
+        router.with_auxiliary = packed_seq_params.with_auxiliary
         try:
             return super().forward(
                 hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs

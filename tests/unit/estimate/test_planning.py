@@ -80,6 +80,20 @@ def test_repeated_tokens_of_trees_in_parts(data, tmp_path, capsys):
     assert code == 0 and f"split repeats {repeated:,.1f} tokens per step; 100 % of the" in out
 
 
+def test_shadow_steps_need_host_memory(data, tmp_path, capsys):
+    """A share of the gradients of each rank, twice if they are compared without auxiliary loss."""
+    train = {"steps": 3, "shadow_steps": 1}
+    parallel = {"use_distributed_optimizer": True}
+    plain = plan_run(load_config(config(tmp_path, data, parallel=parallel)), 2)["memory"]
+    path = config(tmp_path, data, parallel=parallel, train=train)
+    report = plan_run(load_config(path), 2)["memory"]
+    (stage,), (before,) = report["stages"], plain["stages"]
+    assert stage["host_gradients"] == before["gradients"] // 2
+    assert stage["total"] == before["total"] and "host_gradients" not in before
+    _, out, _ = plan(capsys, path)
+    assert "in host memory: gradients of shadow steps" in out
+
+
 def test_interleaved_stages_take_rows_in_multiples(data, tmp_path):
     interleaved = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
     report = plan_run(load_config(config(tmp_path, data, parallel=interleaved)))

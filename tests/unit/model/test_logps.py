@@ -186,6 +186,17 @@ class TestResponseLogps:
         assert token.grad.shape == (0,)
 
 
+def scales_by_gradient(logits, rows, targets, num_layers):
+    """By autograd, one target after another."""
+    scales = []
+    for row, target in zip(rows.tolist(), targets.tolist(), strict=True):
+        own = logits.detach()[row, :VOCAB].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(log_softmax(own, -1)[target], own)
+        squares = own.detach().square()
+        scales.append((slope.square() * (squares + num_layers * squares.mean())).sum().sqrt())
+    return torch.stack(scales)
+
+
 def _half_of_the_vocabulary(rank, store, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -194,7 +205,7 @@ def _half_of_the_vocabulary(rank, store, results):
     logps = vocab_parallel_logps(half, rows, targets, VOCAB, dist.group.WORLD)
     collisions = vocab_parallel_collisions(half, VOCAB, dist.group.WORLD)
     (draw(len(rows), seed=1) * logps).sum().backward()
-    scales = vocab_parallel_scales(half, VOCAB, 3, dist.group.WORLD)
+    scales = vocab_parallel_scales(half, rows, targets, VOCAB, 3, dist.group.WORLD)
     torch.save((logps.detach(), half.grad, collisions, scales), f"{results}.{rank}")
     dist.destroy_process_group()
 
@@ -208,10 +219,9 @@ def test_split_over_two_ranks_it_is_the_same(tmp_path):
     (draw(len(rows), seed=1) * expected).sum().backward()
     halves = [torch.load(f"{results}.{rank}") for rank in (0, 1)]
     squares = logits.detach()[:, :VOCAB].softmax(-1).square().sum(-1)
-    size = logits.detach()[:, :VOCAB].square()
     for logps, _, collisions, scales in halves:
-        expected_scales = (size.amax(-1) + 3 * size.mean(-1)).sqrt()
-        assert torch.allclose(scales, expected_scales, rtol=1e-13, atol=0)
+        expected_scales = scales_by_gradient(logits, rows, targets, 3)
+        assert torch.allclose(scales, expected_scales, rtol=1e-12, atol=0)
         assert torch.allclose(logps, expected, rtol=0, atol=1e-13)
         assert torch.allclose(collisions, squares.log(), rtol=0, atol=1e-13)
     together = torch.cat([half[1] for half in halves], dim=1)
@@ -236,7 +246,7 @@ def test_collisions_are_those_of_the_whole_vocabulary(chunk_size):
 
 @pytest.mark.parametrize("chunk_size", [2, 100])
 def test_scales_are_those_of_the_whole_vocabulary(chunk_size):
-    """The largest logit and the root mean square of 10 tokens padded to 12; logps are the same."""
+    """Of 10 tokens padded to 12; log-probabilities and their gradients are the same."""
     hidden = draw(5, 12).requires_grad_()
     hidden.data[:, 10:] = 1e6  # padding
     logit, target = torch.tensor([0, 1, 1, 3, 4]), torch.tensor([9, 0, 3, 3, 7])
@@ -246,8 +256,7 @@ def test_scales_are_those_of_the_whole_vocabulary(chunk_size):
         hidden, lambda x: x, logit, target, **options, with_collisions=True, scale_layers=7
     )
     assert torch.equal(result[0], plain)
-    squares = hidden.detach()[:, :10].square()
-    expected = (squares.amax(-1) + 7 * squares.mean(-1)).sqrt()[logit]
+    expected = scales_by_gradient(hidden[:, :10], logit, target, 7)
     assert torch.allclose(result[2], expected, rtol=1e-12, atol=0)
     (gradient,) = torch.autograd.grad(result.sum(), hidden)
     assert torch.equal(gradient, torch.autograd.grad(plain.sum(), hidden)[0])

@@ -1,0 +1,15 @@
+"""The second run of a step, with every response alone: its rows, and gradients beside it."""
+
+from megatron_prefix.engine.shadow.alone import AloneTable, TableReference
+from megatron_prefix.engine.shadow.gradients import Difference, HostGradients
+from megatron_prefix.engine.shadow.random_state import kept_random_state
+from megatron_prefix.engine.table import StepTable
+
+__all__ = [
+    "AloneTable",
+    "Difference",
+    "HostGradients",
+    "StepTable",
+    "TableReference",
+    "kept_random_state",
+]
