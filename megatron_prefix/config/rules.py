@@ -183,7 +183,8 @@ def _run_faults(config: Config) -> Iterator[str]:
     if (train.steps is None) == (train.epochs is None):
         yield f"train.steps = {train.steps} and train.epochs = {train.epochs}: give exactly one"
     yield from config.optimizer.faults()
-    types = loss.loss_type if isinstance(loss.loss_type, list | tuple) else (loss.loss_type,)
+    names = config.loss.loss_type
+    types = names if isinstance(names, list | tuple) else (names,)
     if train.shadow_steps and (unsupported := {"kto", "bco"} & {*types}):
         yield (
             f"train.shadow_steps = {train.shadow_steps} with loss.loss_type = "
