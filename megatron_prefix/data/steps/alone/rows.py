@@ -16,6 +16,7 @@ from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_pack
 from megatron_prefix.data.steps.sampler import Row, Sampler, Step
 from megatron_prefix.data.steps.sharing import Bundle, alone
 from megatron_prefix.data.steps.step_columns import StepColumns, step_columns
+from megatron_prefix.data.store import PreferenceDataset
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +29,10 @@ class AloneSteps:
 
     sampler: Sampler
     most_groups: int | None = None
+
+    @property
+    def dataset(self) -> PreferenceDataset:
+        return self.sampler.dataset
 
     def step(self, step: int) -> Step:
         """Step `step`, counted from 0."""
