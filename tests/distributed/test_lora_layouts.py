@@ -51,7 +51,6 @@ ZERO = {"use_distributed_optimizer": True}
 OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 LORA = {"r": 4, "lora_alpha": 8}
-IN_BF16 = {"tp2sp bfloat16": TP2SP, "dp2 zero bfloat16": ZERO, "pp2 full bfloat16": PP2}
 STARTS = {  # name: model, adapters
     "plain": ({}, LORA),
     "tied": (TIED, {**LORA, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj"]}),
@@ -104,6 +103,11 @@ OF_TWO = {  # name: layout, model, the one-process run that it follows
     "tp2sp reward": (TP2SP, {}, "one reward"),
     "pp2 reward": (PP2, {}, "one reward"),
 }
+IN_BF16 = {
+    "tp2sp bfloat16": (TP2SP, {}, "one bfloat16"),
+    "dp2 zero bfloat16": (ZERO, {}, "one bfloat16"),
+    "pp2 full bfloat16": (PP2, FULL, "one bfloat16"),
+}
 OF_FOUR = {
     "tp2pp2sp": ({**TP2SP, **PP2}, {}, "one"),
     "tp2dp2 zero": ({**TP2SP, **ZERO}, FULL, "one"),
@@ -112,14 +116,21 @@ OF_FOUR = {
     "vpp2dp2 overlaps": ({**VPP2, **OVERLAP}, {}, "one tied"),
 }
 RESUMED = {  # name: the run that was cut, the layout it goes on in
-    "tp-vpp": ("tp2sp", VPP2),
+    "tp-vpp": ("tp2sp full", VPP2),
     "pp-one": ("pp2", {}),
     "zero-tp": ("dp2 zero", {**TP2SP, **ZERO}),
-    "ep-one": ("ep2", {}),
+    "ep-one": ("ep2 zero full", ZERO),
     "one-ep": ("one mixture", EP2),
     "head tp-pp": ("tp2sp head", PP2),
     "reward tp-pp": ("tp2sp reward", PP2),
 }
+
+QUICK = {
+    *("one", "one unshared", "one block", "one start"),
+    *("tp2sp full", "tp2sp head peft", "tp2sp mixture", "tp2sp bfloat16", "pp2", "vpp2 block"),
+    *("cp2", "dp2 overlaps start", "ep2 zero full", "tp-vpp", "ep-one"),
+}
+"""What make test runs of these; make test-all runs all."""
 
 
 def as_peft(runs: Runs, start: str) -> str:
@@ -156,49 +167,78 @@ def command(runs: Runs, name: str, layout: dict, one: str, sizes: dict | None = 
     )
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    runs = Runs(tmp_path_factory.mktemp("lora"))
+def params(names) -> list:
+    """Names of tests; those that are not QUICK are run by make test-all."""
+    return [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in names]
+
+
+def make(runs: Runs, names) -> None:
+    """Make the runs of these names that do not exist, and the ones that they start from and
+    follow."""
+    twos = {name: given for name, given in {**OF_TWO, **IN_BF16}.items() if name in names}
+    ones = {name: ONES[name][0] for name in ONES if name in names}
+    ones |= {follows: ONES[follows][0] for _, _, follows in twos.values()}
     commands = []
-    for name, (model, lora) in STARTS.items():
+    for name in dict.fromkeys(ones.values()):
+        model, lora = STARTS[name]
         saved = str(runs.output(f"start {name}") / "saved")
         train = {"steps": 3, "save": saved}
         sections = {"model": {**SIZES, **model}, "optimizer": {"lr": 0.05}, "train": train}
-        commands.append(runs.train(f"start {name}", lora=lora, **sections))
-    commands += [command(runs, name, {}, name) for name in ONES]
+        if not runs.output(f"start {name}").exists():
+            commands.append(runs.train(f"start {name}", lora=lora, **sections))
+    commands += [command(runs, x, {}, x) for x in ones if not runs.output(x).exists()]
     on_processes(1, runs.folder, commands, TIMEOUT_S)
-    twos = [command(runs, n, layout, one, model) for n, (layout, model, one) in OF_TWO.items()]
-    for name, layout in IN_BF16.items():
-        model = FULL if "full" in name else {}
-        twos.append(command(runs, name, layout, "one bfloat16", model))
-    on_processes(2, runs.folder, twos, 3 * TIMEOUT_S)
+    commands = [
+        command(runs, name, layout, one, model)
+        for name, (layout, model, one) in twos.items()
+        if not runs.output(name).exists()
+    ]
+    on_processes(2, runs.folder, commands, 3 * TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    runs = Runs(tmp_path_factory.mktemp("lora"))
+    make(runs, QUICK)
     return runs
 
 
-@pytest.mark.parametrize("name", ["one unshared", "one full", "one block", "one selective"])
-def test_sharing_and_recomputation_change_nothing(runs, name):
-    assert_same_history(runs.lines(name), runs.lines("one"))
-    assert_same_weights(runs, name, "one")
+@pytest.fixture(scope="module")
+def all_runs(runs) -> Runs:
+    make(runs, [*ONES, *OF_TWO, *IN_BF16])
+    return runs
 
 
-@pytest.mark.parametrize("name", OF_TWO)
-def test_two_processes_follow_one(runs, name):
+@pytest.fixture
+def made(request, name) -> Runs:
+    """The runs, with that of the test's `name` among them."""
+    return request.getfixturevalue("runs" if name in QUICK else "all_runs")
+
+
+@pytest.mark.parametrize("name", params(["one unshared", "one full", "one block", "one selective"]))
+def test_sharing_and_recomputation_change_nothing(made, name):
+    assert_same_history(made.lines(name), made.lines("one"))
+    assert_same_weights(made, name, "one")
+
+
+@pytest.mark.parametrize("name", params(OF_TWO))
+def test_two_processes_follow_one(made, name):
     follows = OF_TWO[name][2]
-    assert_same_history(runs.lines(name), runs.lines(follows))
-    assert_same_weights(runs, name, follows)
+    assert_same_history(made.lines(name), made.lines(follows))
+    assert_same_weights(made, name, follows)
 
 
-@pytest.mark.parametrize("name", IN_BF16)
-def test_bfloat16_follows_one_process(runs, name):
+@pytest.mark.parametrize("name", params(IN_BF16))
+def test_bfloat16_follows_one_process(made, name):
     """Within what 8 bits of a log-probability change of the loss and its gradient."""
-    pairs = zip(runs.lines(name), runs.lines("one bfloat16"), strict=True)
+    pairs = zip(made.lines(name), made.lines("one bfloat16"), strict=True)
     steps = [(ours, theirs) for ours, theirs in pairs if "loss" in theirs]
     assert len(steps) == NUM_STEPS
     for ours, theirs in steps:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
     start, ours, theirs = (
-        runs.weights(run, step)
+        made.weights(run, step)
         for run, step in (("start bfloat16", 3), (name, NUM_STEPS), ("one bfloat16", NUM_STEPS))
     )
     apart = sum(float((ours[key] - x).float().norm()) for key, x in theirs.items())
@@ -281,29 +321,21 @@ def test_an_input_without_a_gradient_is_found_under_recomputation(runs, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_FOUR)
-def test_four_processes_follow_one(runs, name):
+def test_four_processes_follow_one(all_runs, name):
     layout, model, follows = OF_FOUR[name]
-    on_processes(4, runs.folder, [command(runs, name, layout, follows, model)], 2 * TIMEOUT_S)
-    assert_same_history(runs.lines(name), runs.lines(follows))
-    assert_same_weights(runs, name, follows)
+    own = [command(all_runs, name, layout, follows, model)]
+    on_processes(4, all_runs.folder, own, 2 * TIMEOUT_S)
+    assert_same_history(all_runs.lines(name), all_runs.lines(follows))
+    assert_same_weights(all_runs, name, follows)
 
 
-@pytest.fixture(scope="module")
-def resumed(runs) -> Runs:
-    commands: dict[int, list] = {1: [], 2: []}
-    for name, (saved, layout) in RESUMED.items():
-        runs.cut(saved, name)
-        follows = OF_TWO[saved][2] if saved in OF_TWO else saved
-        commands[2 if layout else 1].append(command(runs, name, layout, follows))
-    for count, given in commands.items():
-        on_processes(count, runs.folder, given, TIMEOUT_S)
-    return runs
-
-
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_is_resumed_in_another_layout(resumed, name):
-    saved, _ = RESUMED[name]
+@pytest.mark.parametrize("name", params(RESUMED))
+def test_a_checkpoint_is_resumed_in_another_layout(made, name):
+    saved, layout = RESUMED[name]
     follows = OF_TWO[saved][2] if saved in OF_TWO else saved
     assert CUT < NUM_STEPS
-    assert_same_history(resumed.lines(name), resumed.lines(follows))
-    assert_same_weights(resumed, name, follows)
+    made.cut(saved, name)
+    own = [command(made, name, layout, follows)]
+    on_processes(1 if layout in ({}, ZERO) else 2, made.folder, own, TIMEOUT_S)
+    assert_same_history(made.lines(name), made.lines(follows))
+    assert_same_weights(made, name, follows)
