@@ -183,19 +183,6 @@ def _run_faults(config: Config) -> Iterator[str]:
     if (train.steps is None) == (train.epochs is None):
         yield f"train.steps = {train.steps} and train.epochs = {train.epochs}: give exactly one"
     yield from config.optimizer.faults()
-    names = config.loss.loss_type
-    types = names if isinstance(names, list | tuple) else (names,)
-    if train.shadow_steps and (unsupported := {"kto", "bco"} & {*types}):
-        yield (
-            f"train.shadow_steps = {train.shadow_steps} with loss.loss_type = "
-            f"{', '.join(unsupported)}: not run a second time, set train.shadow_steps: 0"
-        )
-    if train.shadow_steps and config.model.num_labels > 1:
-        yield (
-            f"train.shadow_steps = {train.shadow_steps} with model.num_labels = "
-            f"{config.model.num_labels}: models of several attributes are not run a second time: "
-            "set train.shadow_steps: 0"
-        )
     if train.save_interval is not None and train.save is None:
         yield "train.save_interval is set but train.save is not: name a directory"
     for key in ("keep_last", "keep_best"):

@@ -111,7 +111,7 @@ def _unit_faults(
     belong to."""
     for record in chosen:
         unit = units.get(record.name)
-        if unit == "response" and record.needs_reference():
+        if unit in ("response", "label") and record.needs_reference():
             yield (
                 f"loss.references: loss.loss_type: {record.name} has one loss per response and "
                 "takes one reference: set loss.reference and loss.ref_logps instead"

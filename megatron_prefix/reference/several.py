@@ -28,7 +28,6 @@ from megatron_prefix.reference.weights import (
     Thompson,
     gaps_per_token,
     normalised,
-    pair_sides,
     pairs_of_step,
     preferred_chosen,
     validation_accuracy,
@@ -230,11 +229,11 @@ def _step_weights(
     if not isinstance(rule, str):
         return FixedWeights(normalised(np.array(rule)))
     if rule == "validation_accuracy":
-        preferred = [preferred_chosen(logps[data.fingerprint], pair_sides(data)) for data in valid]
+        preferred = [preferred_chosen(logps[data.fingerprint], data.pair_sides) for data in valid]
         return FixedWeights(validation_accuracy(preferred))
     if rule == "validation_confidence":
         gaps = [
-            gaps_per_token(logps[data.fingerprint], pair_sides(data), own_tokens(data))
+            gaps_per_token(logps[data.fingerprint], data.pair_sides, data.own_tokens)
             for data in valid
         ]
         return FixedWeights(validation_confidence(gaps))
@@ -243,14 +242,8 @@ def _step_weights(
     if sampler is None:
         return Thompson(np.zeros((len(equal), 0)), lambda step: np.zeros(0, np.int64), seed)
     data = sampler.dataset
-    preferred_here = preferred_chosen(logps[data.fingerprint], pair_sides(data))
+    preferred_KP = preferred_chosen(logps[data.fingerprint], data.pair_sides)
     pairs = partial(pairs_of_step, sampler)
     if rule == "sliding_window":
-        return SlidingWindow(preferred_here, pairs, mixture.window)
-    return Thompson(preferred_here, pairs, seed)
-
-
-def own_tokens(dataset: PreferenceDataset) -> np.ndarray:
-    """Tokens with loss of every response, int64 [R]."""
-    lengths = np.asarray(dataset.response_lengths, np.int64)
-    return lengths - np.asarray(dataset.response_prompts, np.int64)
+        return SlidingWindow(preferred_KP, pairs, mixture.window)
+    return Thompson(preferred_KP, pairs, seed)

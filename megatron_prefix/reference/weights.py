@@ -21,7 +21,6 @@ from typing import Protocol
 import numpy as np
 
 from megatron_prefix.data.steps import Sampler
-from megatron_prefix.data.store import PreferenceDataset
 
 PairsOfStep = Callable[[int], np.ndarray]
 """The pairs of a step, as indices among those of the data set, in the order of the plan."""
@@ -135,7 +134,7 @@ def normalised(values: np.ndarray) -> np.ndarray:
 def preferred_chosen(logps: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """Whether each reference finds the chosen response more probable, [K, P]: 1, 0, or 1/2.
 
-    `logps` are [K, R] and `sides` [P, 2] (see `pair_sides`).
+    `logps` are [K, R] and `sides` [P, 2] (`PreferenceDataset.pair_sides`).
     """
     return (np.sign(logps[:, sides[:, 0]] - logps[:, sides[:, 1]]) + 1) / 2
 
@@ -163,13 +162,6 @@ def gaps_per_token(logps: np.ndarray, sides: np.ndarray, num_tokens: np.ndarray)
     """Summands of `validation_confidence`, [K, P]; `num_tokens` are the responses' own, [R]."""
     per_token = logps / num_tokens
     return per_token[:, sides[:, 0]] - per_token[:, sides[:, 1]]
-
-
-def pair_sides(dataset: PreferenceDataset) -> np.ndarray:
-    """(chosen, rejected) of every pair as indices among all responses, int64 [P, 2]."""
-    firsts = np.asarray(dataset.group_responses[:-1], np.int64)
-    first_of_pair = np.repeat(firsts, np.diff(dataset.group_pairs))
-    return np.asarray(dataset.pair_responses, np.int64) + first_of_pair[:, None]
 
 
 def pairs_of_step(sampler: Sampler, step: int) -> np.ndarray:

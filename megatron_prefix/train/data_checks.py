@@ -1,4 +1,6 @@
-"""Whether a data set has what the objective and its sharing mode need."""
+"""Whether a data set has what the objective and its sharing mode need, and which settings the
+objective leaves without effect.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,8 @@ def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str
     _check_weights(objective, dataset, setting)
     group = np.repeat(np.arange(len(dataset)), np.diff(dataset.group_responses))
     if columns & {"chosen_labels", "rejected_labels"}:
-        firsts = np.asarray(dataset.group_responses)[group_of_pair]
-        sides = np.asarray(dataset.pair_responses, np.int64) + firsts[:, None]
         _refuse_missing(
-            np.isnan(dataset.response_scores)[sides].any(axis=1),
+            np.isnan(dataset.response_scores)[dataset.pair_sides].any(axis=1),
             group_of_pair,
             dataset,
             setting,
@@ -79,7 +79,7 @@ def _check_labels(
     objective: Objective, dataset: PreferenceDataset, setting: str, group: np.ndarray
 ) -> None:
     """Refuse responses without a clear label, for an objective that judges each by itself."""
-    sides = pair_sides(dataset)
+    sides = dataset.pair_sides
     is_chosen, is_rejected = np.zeros((2, len(group)), bool)
     is_chosen[sides[:, 0]], is_rejected[sides[:, 1]] = True, True
     asks = f"loss.loss_type: {objective.name} judges each response by itself"
@@ -177,15 +177,8 @@ def _refuse_missing(
 def _is_in_pair(dataset: PreferenceDataset) -> np.ndarray:
     """Whether each response is in a pair, [R]."""
     is_in = np.zeros(len(dataset.response_sets), bool)
-    is_in[pair_sides(dataset).ravel()] = True
+    is_in[dataset.pair_sides.ravel()] = True
     return is_in
-
-
-def pair_sides(dataset: PreferenceDataset) -> np.ndarray:
-    """Both sides of every pair as indices among all responses of the data set, [P, 2]."""
-    group_of_pair = np.repeat(np.arange(len(dataset)), np.diff(dataset.group_pairs))
-    firsts = np.asarray(dataset.group_responses)[group_of_pair]
-    return np.asarray(dataset.pair_responses, np.int64) + firsts[:, None]
 
 
 def _is_compared(dataset: PreferenceDataset, group: np.ndarray) -> np.ndarray:
@@ -201,6 +194,25 @@ def refuse_unused_reference(config: Config, objective: Objective) -> None:
         raise InputError(
             f"lora.reference = {config.lora.reference} has no effect: loss.loss_type: "
             f"{objective.name} runs without a reference; leave it out"
+        )
+
+
+def refuse_shadow_steps(config: Config, objective: Objective) -> None:
+    """Refuse `train.shadow_steps` if the second run would lack what the objective needs."""
+    num_steps, lacking = config.train.shadow_steps, ""
+    if objective.needs_mismatches:
+        lacking = f"loss.loss_type: {objective.name}: the second run has no mismatched responses"
+    elif objective.needs_running:
+        lacking = (
+            f"loss.loss_type: {objective.name}: the second run has no rewards of the steps before"
+        )
+    elif objective.num_labels > 1:
+        lacking = (
+            f"model.num_labels = {objective.num_labels}: the second run has one score per response"
+        )
+    if num_steps and lacking:
+        raise InputError(
+            f"train.shadow_steps = {num_steps} with {lacking}: set train.shadow_steps: 0"
         )
 
 

@@ -338,12 +338,6 @@ def _tensor(values: np.ndarray | None) -> torch.Tensor | None:
     return None if values is None else torch.from_numpy(values)
 
 
-def own_tokens(dataset: PreferenceDataset) -> np.ndarray:
-    """Tokens with loss of every response: its own, without its prompt, int64 [responses]."""
-    lengths = np.asarray(dataset.response_lengths, np.int64)
-    return lengths - np.asarray(dataset.response_prompts, np.int64)
-
-
 def response_records(
     dataset: PreferenceDataset,
     scores: np.ndarray,
@@ -354,7 +348,7 @@ def response_records(
     """A JSON line per response: its data set if that has a name, group, response, record, its
     score under the key `name`, num_tokens (the response's own), and `attributes`: its score for
     each, if there are several ([R, A])."""
-    own = own_tokens(dataset)
+    own = dataset.own_tokens
     for group in range(len(dataset)):
         start, end = (int(x) for x in dataset.group_responses[group : group + 2])
         for index in range(start, end):

@@ -31,7 +31,7 @@ def worst_pairs(
     values = scores if ref_logps is None else scores - ref_logps
     groups = np.repeat(np.arange(len(dataset)), np.diff(dataset.group_pairs))
     of_group = np.asarray(dataset.pair_responses, np.int64)
-    sides = values[of_group + np.asarray(dataset.group_responses)[groups][:, None]]
+    sides = values[dataset.pair_sides]
     margins = sides[:, 0] - sides[:, 1]
     decode = _decoder(dataset)
     return [

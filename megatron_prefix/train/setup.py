@@ -18,7 +18,12 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.reference import open_reference, reference_fingerprint
 from megatron_prefix.trackers import Trackers, configured_trackers
-from megatron_prefix.train.data_checks import check_betas, check_columns, refuse_unused_reference
+from megatron_prefix.train.data_checks import (
+    check_betas,
+    check_columns,
+    refuse_shadow_steps,
+    refuse_unused_reference,
+)
 from megatron_prefix.train.identity import run_identity, run_schedule
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
@@ -56,6 +61,7 @@ def prepare_trainer(
     parts = [part for data in datasets for part in data.parts]
     initial = resolve_starting_model(config.model, parts, config.lora)
     refuse_unused_reference(config, objective)
+    refuse_shadow_steps(config, objective)
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
     valid_samplers = {
         name: evaluation_sampler(config, objective, held_out, world, initial.sizes)

@@ -49,12 +49,11 @@ class StepColumns:
         """A whole data set as one step: each response once, in its order. There are no places."""
         firsts = np.asarray(dataset.group_responses)
         group = np.repeat(np.arange(len(dataset)), np.diff(firsts))
-        pairs, members = pair_responses(dataset), dataset_members(dataset)
+        pairs, members = dataset.pair_sides, dataset_members(dataset)
         weights = [loss_weights(dataset, g, weighting) for g in range(len(dataset))]
-        lengths = np.asarray(dataset.response_lengths, np.int64)
         return cls(
             response_ids=np.stack([group, np.arange(len(group)) - firsts[group]], axis=1),
-            num_tokens=lengths - np.asarray(dataset.response_prompts, np.int64),
+            num_tokens=dataset.own_tokens,
             ranks=np.array(dataset.response_ranks, np.int64),
             labels=np.array(dataset.response_scores),
             desirable=dataset.desirable,
@@ -133,17 +132,6 @@ def step_columns(
         set_weights=_set_weights(members, np.concatenate(pairs), first),
         places=places,
     )
-
-
-def pair_responses(dataset: PreferenceDataset) -> np.ndarray:
-    """(chosen, rejected) of every pair as indices among all responses of the data set, [P, 2].
-
-    Groups of 2 and 3 responses, with pairs [(0, 1)] and [(0, 2), (1, 2)] of their own, start at
-    response 0 and 2: [(0, 1), (2, 4), (3, 4)].
-    """
-    pairs_per_group = np.diff(dataset.group_pairs)
-    first = np.repeat(np.asarray(dataset.group_responses[:-1]), pairs_per_group)
-    return np.asarray(dataset.pair_responses, np.int64) + first[:, None]
 
 
 def dataset_members(dataset: PreferenceDataset) -> np.ndarray:

@@ -73,6 +73,23 @@ class PreferenceDataset(MappedFiles):
         part, local = self.locate(int(group))
         return f"group {local} of {part.prefix}"
 
+    @property
+    def pair_sides(self) -> np.ndarray:
+        """(chosen, rejected) of every pair as indices among all responses, int64 [P, 2].
+
+        Groups of 2 and 3 responses, with pairs [(0, 1)] and [(0, 2), (1, 2)] of their own, start at
+        response 0 and 2: [(0, 1), (2, 4), (3, 4)].
+        """
+        firsts = np.asarray(self.group_responses[:-1], np.int64)
+        first_of_pair = np.repeat(firsts, np.diff(self.group_pairs))
+        return np.asarray(self.pair_responses, np.int64) + first_of_pair[:, None]
+
+    @property
+    def own_tokens(self) -> np.ndarray:
+        """Tokens with loss of every response: its own, without its prompt, int64 [R]."""
+        lengths = np.asarray(self.response_lengths, np.int64)
+        return lengths - np.asarray(self.response_prompts, np.int64)
+
     @cached_property
     def desirable(self) -> np.ndarray:
         """Whether each response is good (1) or bad (0), float64 [R]; NaN without a label.
@@ -82,10 +99,8 @@ class PreferenceDataset(MappedFiles):
         """
         scores = np.asarray(self.response_scores)
         labels = np.where((scores == 0) | (scores == 1), scores, np.nan)
-        pairs_of_group = np.diff(self.group_pairs)
-        firsts = np.repeat(np.asarray(self.group_responses[:-1]), pairs_of_group)
-        sides = np.asarray(self.pair_responses, np.int64) + firsts[:, None]
-        is_chosen, is_rejected = (np.isin(np.arange(len(labels)), side) for side in sides.T)
+        is_chosen, is_rejected = np.zeros((2, len(labels)), bool)
+        is_chosen[self.pair_sides[:, 0]], is_rejected[self.pair_sides[:, 1]] = True, True
         labels[is_chosen], labels[is_rejected] = 1.0, 0.0
         labels[is_chosen & is_rejected] = np.nan
         return labels

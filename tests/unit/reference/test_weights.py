@@ -11,7 +11,6 @@ from megatron_prefix.reference.weights import (
     SlidingWindow,
     Thompson,
     gaps_per_token,
-    pair_sides,
     pairs_of_step,
     preferred_chosen,
     validation_accuracy,
@@ -113,12 +112,7 @@ def test_validation_by_hand():
 
 
 def test_pairs_of_a_plan():
-    data = SimpleNamespace(
-        group_responses=np.array([0, 2, 5]),
-        group_pairs=np.array([0, 1, 3]),
-        pair_responses=np.array([[0, 1], [0, 2], [1, 2]]),
-    )
-    assert pair_sides(data).tolist() == [[0, 1], [2, 4], [3, 4]]
+    data = SimpleNamespace(group_pairs=np.array([0, 1, 3]))
     composition = SimpleNamespace(groups=lambda step: np.array([[1, 0, 1], []][step], np.int64))
     sampler = SimpleNamespace(dataset=data, composition=composition)
     assert pairs_of_step(sampler, 0).tolist() == [1, 2, 0, 1, 2]

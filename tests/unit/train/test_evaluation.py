@@ -11,13 +11,12 @@ import pytest
 from tiny_models import tiny_config
 
 from megatron_prefix.config import LossConfig
-from megatron_prefix.data.steps.step_columns import dataset_members, pair_responses
+from megatron_prefix.data.steps.step_columns import dataset_members
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.train.evaluation import (
     dataset_inputs,
     evaluate,
-    own_tokens,
     preference_metrics,
     response_records,
 )
@@ -44,12 +43,9 @@ DATASET = TwoGroups(
     response_ranks=np.array([0, 1, 0, 0, 1], np.int32),
     response_scores=np.array([1.0, 0.0, 0.5, np.nan, 0.25]),
     desirable=np.array([1.0, 0.0, 1.0, 1.0, 0.0]),
+    pair_sides=np.array([[0, 1], [2, 4], [3, 4]]),
+    own_tokens=np.array([5, 4, 5, 4, 3]),
 )
-
-
-def test_pairs_are_numbered_through_the_data_set():
-    assert pair_responses(DATASET).tolist() == [[0, 1], [2, 4], [3, 4]]
-    assert own_tokens(DATASET).tolist() == [5, 4, 5, 4, 3]
 
 
 def test_sets_are_numbered_through_the_data_set():

@@ -52,6 +52,17 @@ def test_paths_are_kept_as_columns(prefix, trees):
     assert dataset.response_prompts.tolist() == [start for _, start in paths]
 
 
+def test_pairs_and_own_tokens_are_numbered_through_the_data_set(prefix, trees):
+    """Groups of 5 responses, with the pairs (0, 1), (2, 0) and (3, 4) of their own."""
+    dataset = PreferenceDataset(prefix)
+    sides = [
+        [5 * group + side for side in pair] for group in range(7) for pair in trees[group].pairs
+    ]
+    assert dataset.pair_sides.tolist() == sides and sides[3:6] == [[5, 6], [7, 5], [8, 9]]
+    paths = [t.response_tokens(r) for t in trees for r in range(t.num_responses)]
+    assert dataset.own_tokens.tolist() == [len(tokens) - start for tokens, start in paths]
+
+
 def test_everything_is_memory_mapped_and_pickles_small(prefix):
     dataset = PreferenceDataset(prefix)
     for name in (*COLUMNS, "tokens", "node_lengths", "node_pointers"):
