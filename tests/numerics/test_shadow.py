@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from labelled_sets import write_labelled_set
 from ranked_sets import write_ranked_set
 from reference_files import write_references
 from small_runs import configure, lines, prepare, timeless, trained
@@ -60,6 +61,16 @@ def test_a_sound_run_goes_on_bit_for_bit(ranked_set, tmp_path, capsys, name):
     assert out.count("train.shadow_steps = 3: ") == 1 and "the same to rounding" in out
     for quantity in ("loss", "gradient norm", "gradient of ", "of response "):
         assert f"  {quantity}" in out or f" {quantity}" in out
+
+
+def test_labelled_responses(tmp_path):
+    """Mismatches of the data set are in neither run."""
+    data = write_labelled_set(tmp_path / "set", 0, 9, mismatches=True)
+    loss = {"loss_type": "apo_zero_unpaired", "beta": 0.5}
+    sections = {**settings("sigmoid", 0), "loss": loss}
+    without = trained(configure(tmp_path / "without", data, **sections))
+    sections["train"] = {"steps": 3, "shadow_steps": 2}
+    assert timeless(trained(configure(tmp_path / "with", data, **sections))) == timeless(without)
 
 
 def test_with_a_precomputed_reference(ranked_set, tmp_path):
