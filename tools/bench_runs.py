@@ -68,12 +68,16 @@ class Built:
             world=self.world,
             initial=self.initial,
             sampler=training_sampler(config, objective, dataset, self.world),
-            valid=None,
+            valid={},
+            mismatches=None,
+            valid_mismatches={},
             reference=reference or self.model_reference(config),
             policy=self.policy,
             num_steps=steps,
             step=0,
             identity={},
+            schedule={},
+            adapter=None,
             trackers=Trackers(),
         )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.distributed import World
 from megatron_prefix.engine import TrainBatch
+from megatron_prefix.errors import RunError
 
 
 def finite_rows(logs: list[dict]) -> list[bool]:
@@ -80,3 +82,33 @@ def describe(rank: int, rows: list[MicroBatch], is_finite: list[bool]) -> list[s
         for i, (row, finite) in enumerate(zip(rows, is_finite, strict=True))
         if not finite
     ]
+
+
+def stop_non_finite(
+    quantity: str,
+    step: int,
+    rows: list[MicroBatch],
+    batches: list[TrainBatch],
+    causes: list[str],
+    output: str,
+    world: World,
+) -> NoReturn:
+    """Save the rows of step `step`, counted from 1, in the folder `output`, and raise RunError with
+    the causes that all ranks know; `rows`, `batches` and `causes` are this rank's. Collective."""
+    rank, note = world.data_rank, ""
+    if world.leads_data_rank:
+        try:
+            save_rows(output, step, rank, rows, batches)
+        except OSError as error:
+            note = f"could not be saved ({error.strerror})"
+    reports = world.gather((causes, note))
+    lines = sorted({line for part, _ in reports for line in part}) or ["the sum of all rows"]
+    file = file_name(step, rank if world.data_size == 1 else "*")
+    notes = [note for _, note in reports if note]
+    notes = notes or [f"are saved in {output}/{file} for replay"]
+    among = "one of " if quantity == "gradient" and len(lines) > 1 else ""
+    raise RunError(
+        f"the {quantity} of step {step} is not finite: {among}{'; '.join(lines)}. The weights "
+        f"are those of step {step - 1}; the step's rows {notes[0]}. Look at these groups, "
+        "lower optimizer.lr, or resume from a checkpoint"
+    )

@@ -42,7 +42,7 @@ def train(config: Config) -> None:
 def _close(trainer: Trainer) -> None:
     """Write what the finished run is looked at with, and say where it is."""
     config = trainer.config
-    write_examples(config.logging.output, trainer.step, trainer.worst_pairs())
+    write_examples(config.logging.output, trainer.step, trainer.held_out.worst_pairs())
     try:
         report = report_run(config.logging.output)
     except OSError as error:

@@ -18,17 +18,15 @@ import torch
 
 from megatron_prefix.checkpoint import RunCheckpoints, SavedAdapter, StartingModel
 from megatron_prefix.config import Config
-from megatron_prefix.data.steps import MicroBatch, Sampler, Step
+from megatron_prefix.data.steps import MicroBatch, Sampler
 from megatron_prefix.distributed import StopRequest, World
 from megatron_prefix.engine import Feed, Policy, StepRows, TrainBatch
-from megatron_prefix.errors import RunError, Stopped
+from megatron_prefix.errors import Stopped
 from megatron_prefix.model import unwrap
 from megatron_prefix.model.layers import step_auxiliary
 from megatron_prefix.objectives import Objective
-from megatron_prefix.reference import Reference, score_dataset
+from megatron_prefix.reference import Reference
 from megatron_prefix.trackers import Status, Trackers
-from megatron_prefix.train.evaluation import mismatch_logratios, preference_metrics
-from megatron_prefix.train.examples import worst_pairs
 from megatron_prefix.train.falling import FallingWatch
 from megatron_prefix.train.first_group import FirstGroup
 from megatron_prefix.train.first_step import (
@@ -37,12 +35,12 @@ from megatron_prefix.train.first_step import (
     reward_start_note,
     value_of_scores,
 )
-from megatron_prefix.train.logical import logical_tokens
-from megatron_prefix.train.non_finite import describe, file_name, finite_rows, save_rows
+from megatron_prefix.train.held_out import HeldOut
+from megatron_prefix.train.non_finite import describe, finite_rows, stop_non_finite
 from megatron_prefix.train.pace import Pace
 from megatron_prefix.train.rounding import ROUNDING
-from megatron_prefix.train.samplers import evaluation_block
 from megatron_prefix.train.shadow import ShadowRun
+from megatron_prefix.train.totals import step_totals
 from megatron_prefix.train.two_passes import check_passes, first_pass, mismatch_kl
 
 
@@ -73,9 +71,6 @@ class Trainer:
     """What checkpoints say about the adapters, if the run has any."""
     trackers: Trackers
     falling: FallingWatch = field(default_factory=FallingWatch)
-    valid_ref_logps: dict[str, np.ndarray | None] = field(default_factory=dict)
-    last_scores: dict[str, np.ndarray] = field(default_factory=dict)
-    """The policy's scores of every held-out response in the last evaluation, by data set."""
     running_rewards: tuple[float, float] = (0.0, 0.0)
     """Sum and number of the rewards of all steps so far, for objectives that need them."""
     evaluated: tuple[int, float | None] = (-1, None)
@@ -103,6 +98,19 @@ class Trainer:
     def pace(self) -> Pace:
         """How far and how fast the run is."""
         return Pace(self.config, self.sampler, self.num_steps)
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """The held-out data sets, and how the policy scored them last."""
+        return HeldOut(
+            config=self.config,
+            objective=self.objective,
+            world=self.world,
+            reference=self.reference,
+            policy=self.policy,
+            samplers=self.valid,
+            mismatches=self.valid_mismatches,
+        )
 
     @property
     def checks_first_step(self) -> bool:
@@ -168,7 +176,8 @@ class Trainer:
         if self.config.model.moe_aux_loss_coeff:
             count = self._step_count(rows)
             batches = [batch.with_step_count(count) for batch in batches]
-        batches = self.reference.attach(rows, self._with_kl(step, batches), self.step)
+        batches = self._with_kl(step, batches)
+        batches = self.reference.attach(rows, batches, self.step)
         is_first = self.step == 0 and self.checks_first_step
         if is_first and self.reference.rounding:
             batches = [batch.with_scales() for batch in batches]
@@ -178,7 +187,7 @@ class Trainer:
             value = value_of_scores(self.policy.chunks, batches, self.objective, self.world)
         logs, checks, batches, more = self._passes(step, batches, is_first)
         scores = [log["scores"] for log in checks]
-        means, counts = self._totals(plan, rows, logs)
+        means, counts = step_totals(plan, rows, logs, self.sampler, self.objective, self.world)
         means |= more
         if self.config.model.moe_aux_loss_coeff:
             means["moe/aux_loss"] = step_auxiliary(self.policy.chunks, self.world.device)
@@ -220,57 +229,10 @@ class Trainer:
         """Score the held-out sets, write an evaluation line, and keep its value for `save`."""
         if not self.valid:
             return
-        values: dict[str, float] = {}
-        for name, sampler in self.valid.items():
-            prefix = f"eval_{name}/" if name else "eval_"
-            values |= {f"{prefix}{key}": x for key, x in self._evaluated(name, sampler).items()}
+        values = self.held_out.metrics(self.step, self.running_rewards)
         if self.checkpoints is not None:
             self.evaluated = (self.step, self.checkpoints.value(values))
         self.trackers.log(self.step, values)
-
-    def _evaluated(self, name: str, sampler: Sampler) -> dict[str, float]:
-        """The metrics of one held-out set."""
-        self.world.beat(f"the evaluation after step {self.step}")
-        if name not in self.valid_ref_logps:
-            self.valid_ref_logps[name] = self.reference.score(sampler)
-        kl_logratios = None
-        if (others := self.valid_mismatches.get(name)) is not None:
-            if (key := f"{name}/mismatches") not in self.valid_ref_logps:
-                self.valid_ref_logps[key] = self.reference.score(others)
-            own = score_dataset(self.policy.chunks, others, self.world)
-            kl_logratios = mismatch_logratios(others, own, self.valid_ref_logps[key])
-        parts = self.objective.parts
-        scores = score_dataset(self.policy.chunks, sampler, self.world, parts=parts)
-        ref_logps = self.valid_ref_logps[name]
-        metrics = preference_metrics(
-            self.objective,
-            sampler.dataset,
-            scores,
-            ref_logps,
-            evaluation_block(self.config),
-            weights=self.reference.weights(self.step),
-            anchor=self.reference.anchor,
-            running_rewards=self.running_rewards,
-            kl_logratios=kl_logratios,
-        )
-        if not np.isfinite(list(metrics.values())).all():
-            raise RunError(
-                f"the evaluation after step {self.step} is not finite (loss {metrics['loss']}): "
-                "the weights have diverged. Lower optimizer.lr, and resume from a checkpoint"
-            )
-        self.last_scores[name] = parts.split(scores, len(sampler.dataset.response_lengths))[0]
-        return metrics
-
-    def worst_pairs(self) -> list[dict[str, Any]]:
-        """The held-out pairs whose margin is worst in the last evaluation."""
-        pairs: list[dict[str, Any]] = []
-        for name, scores in self.last_scores.items():
-            dataset, ref_logps = self.valid[name].dataset, self.valid_ref_logps[name]
-            if ref_logps is not None:
-                own = ref_logps if ref_logps.ndim == 1 else ref_logps[self.reference.anchor]
-                ref_logps = own[: len(scores)]
-            pairs += worst_pairs(dataset, scores, ref_logps, name)
-        return pairs
 
     def save(self) -> None:
         """Write a checkpoint of this step to `train.save`, if that is set."""
@@ -330,7 +292,7 @@ class Trainer:
     def _passes(
         self, step: StepRows, batches: list[TrainBatch], is_first: bool
     ) -> tuple[list[dict], list[dict], list[TrainBatch], dict[str, float]]:
-        """Forward and backward over a step. Returns logs for `_totals`, those for
+        """Forward and backward over a step. Returns logs for `step_totals`, those for
         `check_first_step`, the rows as their gradients were computed, and further metrics."""
         if step.table is None:
             logs = self._gradients(batches, is_first)
@@ -354,42 +316,6 @@ class Trainer:
         )
         checks = [row | start for row, start in zip(rows, first.starts, strict=True)]
         return first.logs, checks, first.batches, {"logps/pass_difference": difference}
-
-    def _totals(
-        self, plan: Step, rows: list[MicroBatch], logs: list[dict]
-    ) -> tuple[dict[str, float], dict[str, int]]:
-        """Loss and mean of every metric of the step, and its token counts, from one sum over ranks,
-        in float64, in which all counts are exact. A metric of which the step has no entry is left
-        out."""
-        counts = {
-            "tokens/executed": sum(len(row.tokens) for row in rows),
-            "tokens/targets": sum(len(row.logit_token) for row in rows),
-            "rows/projected": sum(row.num_projected for row in rows),
-        }
-        names = list(logs[0]["sums"])
-        losses = torch.stack([log["loss"] for log in logs]).sum()[None]
-        sums = torch.stack([torch.stack([*log["sums"].values()]) for log in logs]).sum(0).flatten()
-        own = torch.cat([losses, sums, torch.tensor([*counts.values()], dtype=sums.dtype).to(sums)])
-        loss, *totals = self.world.sum(own).tolist()
-        pairs = zip(totals[0 : 2 * len(names) : 2], totals[1 : 2 * len(names) : 2], strict=True)
-        means = {"loss": loss} | self.objective.logged(dict(zip(names, pairs, strict=True)))
-        means |= self._extremes(logs)
-        logical = logical_tokens(self.sampler.dataset, plan.groups, self.objective.needs_sets)
-        summed = {key: int(x) for key, x in zip(counts, totals[2 * len(names) :], strict=True)}
-        if self.sampler.oversized == "split":
-            summed["tokens/repeated"] = plan.repeated_tokens
-        return means, {"tokens/logical": logical, **summed}
-
-    def _extremes(self, logs: list[dict]) -> dict[str, float]:
-        """Largest and least values of the step, of all ranks."""
-        names = list(logs[0]["extremes"])
-        if not names:
-            return {}
-        rows = torch.stack([torch.stack([*log["extremes"].values()]) for log in logs])
-        largest = self.world.max(rows.amax(dim=0)).tolist()
-        return {
-            name: -x if name.endswith("/min") else x for name, x in zip(names, largest, strict=True)
-        }
 
     def _step_count(self, rows: list[MicroBatch]) -> float:
         """What the auxiliary loss of experts is divided by: the step's tokens, counted as
@@ -419,25 +345,8 @@ class Trainer:
         batches: list[TrainBatch],
         causes: list[str],
     ) -> NoReturn:
-        """Save the step's rows and raise RunError with what this rank knows to be the causes."""
-        step, rank = self.step + 1, self.world.data_rank
-        output, note = self.config.logging.output, ""
-        if self.world.leads_data_rank:
-            try:
-                save_rows(output, step, rank, rows, batches)
-            except OSError as error:
-                note = f"could not be saved ({error.strerror})"
-        reports = self.world.gather((causes, note))
-        lines = sorted({line for part, _ in reports for line in part}) or ["the sum of all rows"]
-        file = file_name(step, rank if self.world.data_size == 1 else "*")
-        notes = [note for _, note in reports if note]
-        notes = notes or [f"are saved in {output}/{file} for replay"]
-        among = "one of " if quantity == "gradient" and len(lines) > 1 else ""
-        raise RunError(
-            f"the {quantity} of step {step} is not finite: {among}{'; '.join(lines)}. The weights "
-            f"are those of step {self.step}; the step's rows {notes[0]}. Look at these groups, "
-            "lower optimizer.lr, or resume from a checkpoint"
-        )
+        output = self.config.logging.output
+        stop_non_finite(quantity, self.step + 1, rows, batches, causes, output, self.world)
 
 
 def _is_due(step: int, interval: int | None) -> bool:
