@@ -22,6 +22,7 @@ from mutant_list_data import DATA_MUTANTS
 from mutant_list_faults import FAULT_MUTANTS
 from mutant_list_lora import LORA_MUTANTS
 from mutant_list_models import MODEL_MUTANTS
+from mutant_list_plan import PLAN_MUTANTS
 from mutant_list_references import REFERENCE_MUTANTS
 from mutant_list_steps import STEP_MUTANTS
 from mutant_list_windows import WINDOW_MUTANTS
@@ -83,6 +84,7 @@ def main() -> int:
         for m in (
             *MUTANTS,
             *DATA_MUTANTS,
+            *PLAN_MUTANTS,
             *FAULT_MUTANTS,
             *LORA_MUTANTS,
             *MODEL_MUTANTS,

@@ -10,6 +10,7 @@ from megatron_prefix.cli.options import add_config, quiet_megatron, read_config
 from megatron_prefix.errors import InputError
 
 GIB = 2**30
+MOST_PROCESSES = 2**20
 PARTS = {"host_gradients": "in host memory: gradients of shadow steps"}
 """Parts of memory that need more words than their key."""
 
@@ -20,15 +21,34 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "plan",
         help="parameters, memory per rank, pipeline bubble, savings by sharing; needs no GPU",
         description="Read a configuration, and its model's config.json and its data set if they "
-        "are on this machine. Memory is computed, not measured: leave several GiB for CUDA, NCCL "
-        "and fragmentation.",
+        "are on this machine. Memory and time are computed, not measured on a GPU.",
     )
     add_config(parser)
     parser.add_argument(
         "--world-size",
+        "--gpus",
+        dest="world_size",
         type=int,
         metavar="N",
         help="processes, one per GPU (default: the fewest that the parallel section allows)",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="H100, H200, B200 or A100 (80 GB): whether a rank fits, and how long the run takes",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        metavar="F",
+        help="share of the GPU's peak reached while it computes, 0.01 to 1 (default: 0.5); bubble, "
+        "traffic and recomputation come on top",
+    )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="memory of a GPU in GiB, 6 to 4096 (default: that of --gpu): whether a rank fits",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of text")
     parser.set_defaults(run=run)
@@ -36,15 +56,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
-    if args.world_size is not None and args.world_size < 1:
+    if args.world_size is not None and not 1 <= args.world_size <= MOST_PROCESSES:
         raise InputError(
-            f"--world-size is {args.world_size}, but it must be at least 1: give another"
+            f"--world-size is {args.world_size}, but it must be at least 1 and at most "
+            f"{MOST_PROCESSES:,}: give another"
         )
     config = read_config(args)
     quiet_megatron()
-    from megatron_prefix.estimate import plan_run
+    from megatron_prefix.estimate import named_hardware, plan_run
 
-    estimate = plan_run(config, args.world_size)
+    machine = named_hardware(args.gpu, args.memory, args.mfu)
+    estimate = plan_run(config, args.world_size, machine)
     print(json.dumps(estimate, indent=1) if args.json else plan_text(estimate))
 
 
@@ -60,10 +82,16 @@ def plan_text(estimate: dict[str, Any]) -> str:
         blocks.append(align([["parameters", f"{sum(counts.values()):,}"], *rows]))
     if estimate["memory"]:
         blocks.append(align(_memory_rows(estimate["memory"])))
+    if estimate["fit"]:
+        blocks.append([_fit_line(estimate["fit"])])
     if estimate["data"]:
         blocks.append(_data_lines(estimate))
     if estimate["verdict"]:
         blocks.append([estimate["verdict"]])
+    if estimate["time"]:
+        blocks.append(_time_lines(estimate["time"]))
+    if estimate["advice"]:
+        blocks.append([f"advice: {line}" for line in estimate["advice"]])
     if estimate["missing"]:
         blocks.append([f"not known here: {text}" for text in estimate["missing"]])
     return "\n\n".join("\n".join(lines) for lines in blocks)
@@ -81,6 +109,57 @@ def _memory_rows(memory: dict[str, Any]) -> list[list[str]]:
                 [f"  {PARTS.get(part, part)}", *(f"{stages[i][part] / GIB:.1f}" for i in shown)]
             )
     return rows
+
+
+def _fit_line(fit: dict[str, Any]) -> str:
+    numbers = f"{fit['needed_gib']:.1f} of {fit['usable_gib']:.1f} GiB"
+    of = f"usable of {fit['memory_gib']:.0f} GiB; the rest is for CUDA, NCCL and fragmentation"
+    if fit["fits"]:
+        return f"fits: {numbers} on the fullest rank, {fit['margin_gib']:.1f} GiB to spare ({of})"
+    return f"does not fit: {numbers} on the fullest rank, {-fit['margin_gib']:.1f} missing ({of})"
+
+
+TIME_PARTS = {
+    "compute": "model operations",
+    "recompute": "recomputation",
+    "reference": "reference model",
+    "tensor": "tensor-parallel traffic",
+    "expert": "expert-parallel traffic",
+    "context": "context-parallel traffic",
+    "stages": "traffic between stages",
+    "bubble": "pipeline bubble",
+    "data": "data-parallel traffic, not hidden",
+    "optimizer": "optimizer",
+}
+
+
+def _time_lines(time: dict[str, Any]) -> list[str]:
+    from megatron_prefix.text import align
+
+    sharing, total = time["sharing"], time["seconds_per_step"]
+    table = [["estimated seconds per step", f"{total:.3f}", ""]]
+    for key, name in TIME_PARTS.items():
+        if (seconds := time["seconds"][key]) > 0:
+            table.append([f"  {name}", f"{seconds:.3f}", f"{100 * seconds / total:.1f} %"])
+    run = [
+        f"{time['steps']:,} steps on {time['gpu']}, at {time['mfu']:.2f} of its peak while it "
+        f"computes ({time['step_mfu']:.2f} over the whole step; an estimate, not a measurement):",
+        f"{_number(time['hours'])} hours, {_number(time['gpu_hours'])} GPU-hours; "
+        f"{time['tokens_per_second']:,.0f} executed tokens per second, which do the work of "
+        f"{time['logical_tokens_per_second']:,.0f} without sharing",
+    ]
+    word = "saves" if sharing["is_on"] else "would save"
+    run.append(
+        f"data.sharing: {sharing['mode']} {word} {_number(sharing['saved_hours'])} of "
+        f"{_number(sharing['hours_without'])} hours and {_number(sharing['saved_gpu_hours'])} "
+        f"GPU-hours ({100 * sharing['saved_share']:.0f} %)"
+    )
+    return [*align(table), *run]
+
+
+def _number(hours: float) -> str:
+    """Two digits after the point, or two digits that count; 1234.5: 1,234.50; 0.00123: 0.0012."""
+    return f"{hours:,.2f}" if abs(hours) >= 1 else f"{hours:.2g}"
 
 
 def _data_lines(estimate: dict[str, Any]) -> list[str]:

@@ -179,7 +179,7 @@ def chunks_in_flight(stage: int, parallel: ParallelConfig, rows: int | None = No
     return held if rows is None else min(held, rows * (chunks or 1))
 
 
-def pipeline_bubble(parallel: ParallelConfig, rows: int) -> float:
+def pipeline_bubble(parallel: ParallelConfig, rows: float) -> float:
     """Time that stages wait over the time they compute: (p - 1) / (rows v); `rows` per step and
     rank (Narayanan et al. 2021, section 2.2)."""
     chunks = parallel.virtual_pipeline_model_parallel_size or 1

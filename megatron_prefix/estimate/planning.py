@@ -4,6 +4,8 @@
 2. Memory of a rank and pipeline bubble, by the formulas of memory.py.
 3. If the data set is on this machine: its first steps, under every sharing mode, in tokens and
    in operations (flops.py), and so whether sharing pays.
+4. For a named GPU: whether a rank fits it, seconds of a step and hours of the run (run_time.py).
+5. Advice (advice.py).
 
 What cannot be known is listed under `missing`, with its remedy.
 """
@@ -15,44 +17,96 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_prefix.config import Config, ModelConfig, ModelSizes
-from megatron_prefix.data.steps import SHARING_MODES, Sampler
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.store.roles import own_responses
 from megatron_prefix.data.store.verify import verify_tokens
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
-from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
+from megatron_prefix.estimate.advice import (
+    batch_advice,
+    fill_advice,
+    recompute_advice,
+    reference_advice,
+)
+from megatron_prefix.estimate.data_costs import (
+    KnownModel,
+    data_plan,
+    planned_sampler,
+    sharing_advice,
+)
+from megatron_prefix.estimate.hardware import (
+    GIB,
+    Hardware,
+    check_dtype,
+    fit,
+    with_recomputation,
+)
 from megatron_prefix.estimate.memory import (
     host_gradients,
     parameter_counts,
     pipeline_bubble,
     rank_memory,
 )
+from megatron_prefix.estimate.run_time import run_time
+from megatron_prefix.estimate.step_time import Job
 from megatron_prefix.model.hf import HFModel
 from megatron_prefix.objectives import Objective, check
-from megatron_prefix.train import run_sharing, training_sampler
-
-STEPS_READ = 8
-"""First steps of the run whose rows are read."""
-PAYS_BELOW = 0.95
-"""Sharing pays if its operations over those without sharing are below this."""
 
 
 @dataclass(frozen=True)
-class KnownModel:
-    """What is known of the model on this machine: its vocabulary may come from absent data."""
+class PlannedRun:
+    """A run whose model and longest row are known."""
 
-    sizes: ModelSizes
-    vocab_size: int | None
+    config: Config
+    objective: Objective
+    known: KnownModel
+    world_size: int
+    row_tokens: int
+    rows: int | None
+    """Per step and rank; None if the data is not here."""
+
+    @property
+    def mode(self) -> str:
+        """The sharing mode of the configuration."""
+        return self.config.data.sharing
+
+    def memory(self, model: ModelConfig) -> dict[str, Any]:
+        """Memory of every stage, with the recomputation of `model`."""
+        assert self.known.vocab_size is not None, "known before memory is"
+        return _memory(
+            replace(self.config, model=model),
+            self.objective,
+            self.known.sizes,
+            self.known.vocab_size,
+            self.world_size,
+            self.row_tokens,
+            self.rows,
+        )
+
+    def job(self, machine: Hardware | None) -> Job | None:
+        """What the formulas of time need; None without a named GPU."""
+        if machine is None or machine.gpu is None:
+            return None
+        assert self.known.vocab_size is not None, "known before time is"
+        return Job(
+            gpu=machine.gpu,
+            mfu=machine.mfu,
+            model=self.config.model,
+            sizes=self.known.sizes,
+            vocab_size=self.known.vocab_size,
+            world_size=self.world_size,
+            has_reference=self.objective.reference == "model",
+        )
 
 
-def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
+def plan_run(
+    config: Config, world_size: int | None = None, machine: Hardware | None = None
+) -> dict[str, Any]:
     """Everything that `plan` prints, ready for JSON; `world_size` is by default the smallest number
-    of processes that the layout takes. Raises InputError if the layout divides neither the model
-    nor `world_size`."""
+    of processes that the layout takes. Whether it fits and how long it takes are known of a
+    `machine`. Raises InputError if the layout divides neither the model nor `world_size`."""
+    check_dtype(machine, config.model)
     objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
     if config.lora is not None:
         raise InputError(
@@ -82,11 +136,14 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
         "data": None,
         "pipeline": None,
         "verdict": None,
+        "fit": None,
+        "time": None,
+        "advice": [],
         "missing": missing,
     }
     rows, row_tokens = None, _row_bound(config)
     if dataset is not None:
-        plan["data"] = _data(config, _sampler(config, objective, dataset, ranks), model)
+        plan["data"] = data_plan(config, planned_sampler(config, objective, dataset, ranks), model)
         rows = plan["data"]["rows_per_rank"]
         row_tokens = row_tokens or plan["data"]["longest_row"]
         plan["verdict"] = sharing_advice(config.data.sharing, plan["data"]["sharing"])
@@ -98,10 +155,39 @@ def plan_run(config: Config, world_size: int | None = None) -> dict[str, Any]:
             model.sizes, model.vocab_size, config.model.kind, config.model.num_labels
         )
         if row_tokens is not None:
-            plan["memory"] = _memory(
-                config, objective, model.sizes, model.vocab_size, world_size, row_tokens, rows
-            )
+            run = PlannedRun(config, objective, model, world_size, row_tokens, rows)
+            plan["memory"] = run.memory(config.model)
+            _judge(plan, run, machine)
+    if machine is not None and machine.gpu is not None and plan["time"] is None:
+        missing.append("time: it needs the model's sizes and the data set")
+    if plan["data"] is not None:
+        bubble = plan["pipeline"]["bubble"]
+        plan["advice"] += [*batch_advice(config, plan["data"], bubble, ranks)]
+        plan["advice"] += fill_advice(config, plan["data"])
     return plan
+
+
+def _judge(plan: dict[str, Any], run: PlannedRun, machine: Hardware | None) -> None:
+    """Add to `plan` whether the run fits, how long it takes, and advice on both."""
+    job, data, parallel = run.job(machine), plan["data"], run.config.parallel
+    mode, ranks = run.mode, plan["data_parallel_size"]
+    if job is not None and data is not None:
+        plan["time"] = run_time(job, parallel, data, mode, ranks)
+    time, model = plan["time"], run.config.model
+    if machine is not None:
+        plan["fit"] = fit(machine, plan["memory"])
+        if model.recompute_granularity is not None:
+            without = with_recomputation(model, None)
+            needed = fit(machine, run.memory(without))["needed_gib"]
+            saved = None
+            if job is not None and time is not None:
+                faster = run_time(replace(job, model=without), parallel, data, mode, ranks)
+                saved = 1 - faster["seconds_per_step"] / time["seconds_per_step"]
+            plan["advice"] += recompute_advice(needed, machine.usable_gib, saved)
+    if run.objective.reference == "model":
+        gib = max(stage["reference"] for stage in plan["memory"]["stages"]) / GIB
+        share = None if time is None else time["seconds"]["reference"] / time["seconds_per_step"]
+        plan["advice"] += reference_advice(run.config, gib, share)
 
 
 def _row_bound(config: Config) -> int | None:
@@ -167,97 +253,6 @@ def _config_folder(model: ModelConfig) -> Path | None:
 
         return hf_folder(model.checkpoint)
     return None
-
-
-def _sampler(
-    config: Config, objective: Objective, dataset: PreferenceDataset, ranks: int
-) -> Sampler:
-    """The run's sampler, for `ranks` data-parallel ranks."""
-    parallel = config.parallel
-    return replace(
-        training_sampler(config, objective, dataset),
-        num_ranks=ranks,
-        row_multiple=parallel.row_multiple,
-        count_multiple=parallel.count_multiple,
-    )
-
-
-def _data(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[str, Any]:
-    """Means per step over the run's first steps; `rows_per_rank` is the largest of them, and
-    the tokens of rows include padding."""
-    steps = min(STEPS_READ, sampler.composition.num_steps(1), config.train.steps or STEPS_READ)
-    plans = [sampler.step(step) for step in range(steps)]
-    lengths = [
-        len(row.tokens)
-        for plan in plans
-        for rank in range(sampler.num_ranks)
-        for row in sampler.micro_batches(plan, rank)
-    ]
-    # the same groups under every sharing mode, so that the modes can be compared
-    groups = np.concatenate([plan.groups for plan in plans])
-    split = {}
-    if sampler.oversized == "split":
-        split["repeated_tokens_per_step"] = sum(p.repeated_tokens for p in plans) / steps
-        split["divided_steps"] = sum(plan.is_divided for plan in plans) / steps
-    return {
-        "steps_read": steps,
-        "groups_per_step": len(groups) / steps,
-        "pairs_per_step": sum(plan.num_pairs for plan in plans) / steps,
-        "rows_per_rank": max(len(plan.rows[0]) for plan in plans),
-        "longest_row": max(lengths),
-        "tokens_per_row": sum(lengths) / len(lengths),
-        "sharing": {
-            mode: _cost(config.model.kind, sampler, groups, laid_out, steps, model)
-            for mode, laid_out in _modes(config).items()
-        },
-        **split,
-    }
-
-
-def _modes(config: Config) -> dict[str, str]:
-    """The sharing modes that the run may have, each with the one in which its rows are laid out."""
-    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
-    modes = [x for x in SHARING_MODES if not (objective.needs_sets and x == "pair")]
-    return {mode: run_sharing(objective, mode) for mode in modes}
-
-
-def _cost(
-    kind: str,
-    sampler: Sampler,
-    groups: np.ndarray,
-    mode: str,
-    steps: int,
-    model: KnownModel | None,
-) -> dict[str, float | None]:
-    """Tokens and operations of the forward passes per step, without padding."""
-    tokens, flops = 0, ForwardFlops()
-    for group in groups:
-        for row in sampler.rows_of_group(int(group), mode):
-            tokens += row.num_tokens
-            if model is not None:
-                vocab_size = model.vocab_size or sampler.dataset.vocab_size
-                flops += forward_flops(model.sizes, vocab_size, row, kind)
-    known = flops.total / steps if model is not None else None
-    return {"tokens": tokens / steps, "forward_flops": known}
-
-
-def sharing_advice(mode: str, sharing: dict[str, dict[str, float | None]]) -> str:
-    """One sentence on whether sharing pays on this data: in operations, or in tokens if the
-    operations are not known."""
-    chosen = "tree" if mode == "none" else mode
-    with_sharing, without = sharing[chosen]["forward_flops"], sharing["none"]["forward_flops"]
-    word = "operations"
-    if with_sharing is None or without is None:
-        with_sharing, without = sharing[chosen]["tokens"], sharing["none"]["tokens"]
-        word = "tokens"
-    assert with_sharing is not None and without is not None, "tokens are always known"
-    ratio = with_sharing / without
-    size = f"data.sharing: {chosen} takes {ratio:.2f} of the {word} of none"
-    if ratio >= PAYS_BELOW:
-        return f"sharing hardly pays on this data: {size}; packing rows still does"
-    if mode == "none":
-        return f"sharing would pay on this data, and is off: {size}"
-    return f"sharing pays on this data: {size}"
 
 
 def _memory(

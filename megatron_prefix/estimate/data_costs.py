@@ -1,0 +1,127 @@
+"""The data of a plan: the first steps under every sharing mode, and whether sharing pays."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_prefix.config import Config, ModelSizes
+from megatron_prefix.data.steps import SHARING_MODES, Sampler
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
+from megatron_prefix.objectives import Objective, check
+from megatron_prefix.train import run_sharing, training_sampler
+
+STEPS_READ = 8
+"""First steps of the run whose rows are read."""
+PAYS_BELOW = 0.95
+"""Sharing pays if its operations over those without sharing are below this."""
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """What is known of the model on this machine: its vocabulary may come from absent data."""
+
+    sizes: ModelSizes
+    vocab_size: int | None
+
+
+def planned_sampler(
+    config: Config, objective: Objective, dataset: PreferenceDataset, ranks: int
+) -> Sampler:
+    """The run's sampler, for `ranks` data-parallel ranks."""
+    parallel = config.parallel
+    return replace(
+        training_sampler(config, objective, dataset),
+        num_ranks=ranks,
+        row_multiple=parallel.row_multiple,
+        count_multiple=parallel.count_multiple,
+    )
+
+
+def data_plan(config: Config, sampler: Sampler, model: KnownModel | None) -> dict[str, Any]:
+    """Means per step over the run's first steps; `rows_per_rank` is the largest of them, and
+    the tokens of rows include padding."""
+    steps = min(STEPS_READ, sampler.composition.num_steps(1), config.train.steps or STEPS_READ)
+    plans = [sampler.step(step) for step in range(steps)]
+    lengths = [
+        len(row.tokens)
+        for plan in plans
+        for rank in range(sampler.num_ranks)
+        for row in sampler.micro_batches(plan, rank)
+    ]
+    # the same groups under every sharing mode, so that the modes can be compared
+    groups = np.concatenate([plan.groups for plan in plans])
+    split = {}
+    if sampler.oversized == "split":
+        split["repeated_tokens_per_step"] = sum(p.repeated_tokens for p in plans) / steps
+        split["divided_steps"] = sum(plan.is_divided for plan in plans) / steps
+    return {
+        "steps_read": steps,
+        "num_steps": config.train.steps or sampler.composition.num_steps(config.train.epochs or 1),
+        "executed_tokens_per_step": sum(lengths) / steps,
+        "groups_per_step": len(groups) / steps,
+        "pairs_per_step": sum(plan.num_pairs for plan in plans) / steps,
+        "rows_per_rank": max(len(plan.rows[0]) for plan in plans),
+        "longest_row": max(lengths),
+        "tokens_per_row": sum(lengths) / len(lengths),
+        "sharing": {
+            mode: _cost(config.model.kind, sampler, groups, laid_out, steps, model)
+            for mode, laid_out in _modes(config).items()
+        },
+        **split,
+    }
+
+
+def _modes(config: Config) -> dict[str, str]:
+    """The sharing modes that the run may have, each with the one in which its rows are laid out."""
+    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
+    modes = [x for x in SHARING_MODES if not (objective.needs_sets and x == "pair")]
+    return {mode: run_sharing(objective, mode) for mode in modes}
+
+
+def _cost(
+    kind: str,
+    sampler: Sampler,
+    groups: np.ndarray,
+    mode: str,
+    steps: int,
+    model: KnownModel | None,
+) -> dict[str, Any]:
+    """Tokens and operations of the forward passes per step, without padding."""
+    tokens, flops = 0, ForwardFlops()
+    for group in groups:
+        for row in sampler.rows_of_group(int(group), mode):
+            tokens += row.num_tokens
+            if model is not None:
+                vocab_size = model.vocab_size or sampler.dataset.vocab_size
+                flops += forward_flops(model.sizes, vocab_size, row, kind)
+    parts = None
+    if model is not None:
+        parts = {name: value / steps for name, value in asdict(flops).items()}
+    return {
+        "tokens": tokens / steps,
+        "forward_flops": sum(parts.values()) if parts else None,
+        "forward_parts": parts,
+    }
+
+
+def sharing_advice(mode: str, sharing: dict[str, dict[str, Any]]) -> str:
+    """One sentence on whether sharing pays on this data: in operations, or in tokens if the
+    operations are not known."""
+    chosen = "tree" if mode == "none" else mode
+    with_sharing, without = sharing[chosen]["forward_flops"], sharing["none"]["forward_flops"]
+    word = "operations"
+    if with_sharing is None or without is None:
+        with_sharing, without = sharing[chosen]["tokens"], sharing["none"]["tokens"]
+        word = "tokens"
+    assert with_sharing is not None and without is not None, "tokens are always known"
+    ratio = with_sharing / without
+    size = f"data.sharing: {chosen} takes {ratio:.2f} of the {word} of none"
+    if ratio >= PAYS_BELOW:
+        return f"sharing hardly pays on this data: {size}; packing rows still does"
+    if mode == "none":
+        return f"sharing would pay on this data, and is off: {size}"
+    return f"sharing pays on this data: {size}"
