@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_prefix.config import LossConfig
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives.objective import Member, Objective
+from megatron_prefix.objectives.member import Member
+from megatron_prefix.objectives.objective import Objective
 from megatron_prefix.objectives.record import ObjectiveRecord, Option, Unit
 from megatron_prefix.objectives.reference_checks import mixture_faults, mixture_of
 from megatron_prefix.objectives.registry import OBJECTIVES, find_record

@@ -8,15 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.checkpoint import RunCheckpoints, StartingModel, resolve_starting_model
+from megatron_prefix.checkpoint import (
+    RunCheckpoints,
+    SavedAdapter,
+    StartingModel,
+    resolve_starting_model,
+)
 from megatron_prefix.config import Config
+from megatron_prefix.data.steps import Sampler
 from megatron_prefix.data.steps.packed import PackedSteps
 from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World
-from megatron_prefix.engine import build_model, build_policy
+from megatron_prefix.engine import Policy, build_model, build_policy
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective, check
-from megatron_prefix.reference import open_reference, reference_fingerprint
+from megatron_prefix.reference import Reference, open_reference, reference_fingerprint
 from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.data_checks import (
     check_betas,
@@ -53,31 +59,12 @@ def prepare_trainer(
     valid = valid or {}
     datasets = [dataset, *valid.values()]
     check_one_vocabulary(datasets)
-    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
-    check_columns(objective, dataset, "data.train")
-    check_betas(objective, dataset)
-    for name, held_out in valid.items():
-        check_columns(objective, held_out, valid_setting(name))
+    objective = _checked_objective(config, dataset, valid)
     parts = [part for data in datasets for part in data.parts]
     initial = resolve_starting_model(config.model, parts, config.lora)
-    refuse_unused_reference(config, objective)
-    refuse_shadow_steps(config, objective)
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
-    valid_samplers = {
-        name: evaluation_sampler(config, objective, held_out, world, initial.sizes)
-        for name, held_out in valid.items()
-    }
-    own_settings = {name: valid_setting(name) for name in valid}
     mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
-    valid_mismatches = {
-        name: others
-        for name, own in valid_samplers.items()
-        if (
-            others := mismatch_sampler(
-                config, objective, own, own_settings[name], world, initial.sizes
-            )
-        )
-    }
+    valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, initial)
     num_steps = config.train.steps
     if num_steps is None:
         assert config.train.epochs is not None  # one of them is given
@@ -113,27 +100,7 @@ def prepare_trainer(
     policy = build_policy(chunks, model_config, config, num_steps)
     identity = run_identity(config, objective, dataset, fingerprint) | reference.identity
     schedule = run_schedule(config, num_steps)
-    step, changes, saved = 0, list[str](), dict[str, Any]()
-
-    def restore(state: dict[str, Any]) -> None:
-        saved.update(state)
-        reference.check_state(state.get("references"), step)
-
-    if config.train.load is not None:
-        checkpoints = RunCheckpoints(config.train.load)
-        step = checkpoints.whole_step_to_resume(world.once, config.train.load_fallback)
-        if step:
-            world.beat(f"loading the checkpoint of step {step}")
-            changes = checkpoints.load(
-                step,
-                policy.chunks,
-                policy.optimizer,
-                policy.scheduler,
-                identity,
-                schedule,
-                restore,
-                adapter,
-            )
+    step, changes, saved = _resumed(config, policy, reference, identity, schedule, adapter, world)
     if world.is_main:
         _print_start(config, initial, step, changes)
     trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
@@ -158,6 +125,75 @@ def prepare_trainer(
         running_rewards=tuple(saved.get("running_rewards") or (0.0, 0.0)),
         trackers=trackers,
     )
+
+
+def _checked_objective(
+    config: Config, dataset: PreferenceDataset, valid: Mapping[str, PreferenceDataset]
+) -> Objective:
+    """The objective, of whose needs no data set lacks any. Raises InputError."""
+    objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
+    check_columns(objective, dataset, "data.train")
+    check_betas(objective, dataset)
+    for name, held_out in valid.items():
+        check_columns(objective, held_out, valid_setting(name))
+    refuse_unused_reference(config, objective)
+    refuse_shadow_steps(config, objective)
+    return objective
+
+
+def _held_out_samplers(
+    config: Config,
+    objective: Objective,
+    valid: Mapping[str, PreferenceDataset],
+    world: World,
+    initial: StartingModel,
+) -> tuple[dict[str, Sampler], dict[str, Sampler]]:
+    """Samplers of the held-out data sets, and of their mismatches if the objective needs them."""
+    samplers, mismatches = dict[str, Sampler](), dict[str, Sampler]()
+    for name, dataset in valid.items():
+        own = evaluation_sampler(config, objective, dataset, world, initial.sizes)
+        others = mismatch_sampler(config, objective, own, valid_setting(name), world, initial.sizes)
+        samplers[name] = own
+        if others is not None:
+            mismatches[name] = others
+    return samplers, mismatches
+
+
+def _resumed(
+    config: Config,
+    policy: Policy,
+    reference: Reference,
+    identity: dict[str, Any],
+    schedule: dict[str, Any],
+    adapter: SavedAdapter | None,
+    world: World,
+) -> tuple[int, list[str], dict[str, Any]]:
+    """The step of the checkpoint in `train.load`, now in `policy`, what has changed since, and the
+    state of its objective; step 0 if there is none. Raises InputError if it is of another run."""
+    saved: dict[str, Any] = {}
+    if config.train.load is None:
+        return 0, [], saved
+    checkpoints = RunCheckpoints(config.train.load)
+    step = checkpoints.whole_step_to_resume(world.once, config.train.load_fallback)
+    if not step:
+        return 0, [], saved
+
+    def restore(state: dict[str, Any]) -> None:
+        saved.update(state)
+        reference.check_state(state.get("references"), step)
+
+    world.beat(f"loading the checkpoint of step {step}")
+    changes = checkpoints.load(
+        step,
+        policy.chunks,
+        policy.optimizer,
+        policy.scheduler,
+        identity,
+        schedule,
+        restore,
+        adapter,
+    )
+    return step, changes, saved
 
 
 def _resolved(config: Config, objective: Objective) -> Config:
