@@ -42,4 +42,18 @@ REFERENCE_MUTANTS = (
         "batches = self.reference.attach(rows, batches)",
         "numerics/test_reference_runs.py",
     ),
+    Mutant(
+        "labelled responses with several references",
+        "objectives/reference_checks.py",
+        'if unit in ("response", "label") and record',
+        'if unit == "response" and record',
+        "unit/objectives/test_reference_mixtures.py",
+    ),
+    Mutant(
+        "a shadow run without the mismatches of KTO",
+        "train/data_checks.py",
+        "    if objective.needs_mismatches:\n        lacking",
+        "    if False:\n        lacking",
+        "unit/train/test_data_checks.py",
+    ),
 )
