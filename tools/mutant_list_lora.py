@@ -47,4 +47,18 @@ LORA_MUTANTS = (
         "if saved.base_fingerprint is None:",
         "numerics/test_lora_runs.py",
     ),
+    Mutant(
+        "plan divides the whole factor over tensor-parallel ranks, too",
+        "estimate/adapters.py",
+        "return rank * (self.inputs + self.outputs // tensor)",
+        "return rank * (self.inputs + self.outputs) // tensor",
+        "numerics/test_lora_plan.py",
+    ),
+    Mutant(
+        "plan counts optimizer state of the frozen base",
+        "estimate/adapters.py",
+        "optimizer=adam * dense // sharers",
+        "optimizer=frozen.optimizer + adam * dense // sharers",
+        "numerics/test_lora_plan.py",
+    ),
 )

@@ -86,6 +86,24 @@ class StartingModel:
             adapter_seed=seed,
         )
 
+    @staticmethod
+    def resolve_lora(
+        lora: LoraConfig, sizes: ModelSizes, kind: str, source: HFModel | None
+    ) -> tuple[LoraConfig, StartingAdapter | None]:
+        """A lora section with every setting, some from the adapter that it names, and that adapter.
+        Raises InputError if the model of `sizes`, which `source` describes, does not have what it
+        adapts."""
+        adapter = None
+        if lora.adapter is not None:
+            adapter = open_adapter(lora.adapter)
+            lora = with_settings_of(adapter.lora, lora, sizes)
+        if faults := list(lora_size_faults(lora, sizes, kind)):
+            raise InputError("; ".join(faults))
+        lora = lora.resolved(sizes.num_moe_experts > 0, sizes.num_layers)
+        if source is not None:
+            _check_targets(lora, source)
+        return lora, adapter
+
     def load(self, chunks: list[torch.nn.Module]) -> SavedAdapter | None:
         """Load the weights to start from into models made from `transformer_config`. Collective.
 
@@ -203,14 +221,7 @@ def resolve_starting_model(
     _check_longest_path(sizes, longest)
     adapter = None
     if lora is not None:
-        if lora.adapter is not None:
-            adapter = open_adapter(lora.adapter)
-            lora = with_settings_of(adapter.lora, lora, sizes)
-        if faults := list(lora_size_faults(lora, sizes, model.kind)):
-            raise InputError("; ".join(faults))
-        lora = lora.resolved(sizes.num_moe_experts > 0, sizes.num_layers)
-        if source is not None:
-            _check_targets(lora, source)
+        lora, adapter = StartingModel.resolve_lora(lora, sizes, model.kind, source)
     return StartingModel(
         lora=lora,
         adapter=adapter,

@@ -79,7 +79,10 @@ def plan_text(estimate: dict[str, Any]) -> str:
     if estimate["parameters"]:
         counts = estimate["parameters"]
         rows = [[f"  {name}", f"{count:,}"] for name, count in counts.items() if count]
-        blocks.append(align([["parameters", f"{sum(counts.values()):,}"], *rows]))
+        trained, total = estimate["trained_parameters"], sum(counts.values())
+        if trained < total:
+            rows.append(["trained", f"{trained:,}"])
+        blocks.append(align([["parameters", f"{total:,}"], *rows]))
     if estimate["memory"]:
         blocks.append(align(_memory_rows(estimate["memory"])))
     if estimate["fit"]:
@@ -185,4 +188,11 @@ def _data_lines(estimate: dict[str, Any]) -> list[str]:
             ratio = cost["forward_flops"] / none["forward_flops"]
             row += [f"{cost['forward_flops'] / 1e12:,.3f}", f"{ratio:.2f} x"]
         table.append(row if len(row) == 5 else [*row, "", ""])
-    return lines + align(table)
+    lines += align(table)
+    if "training_flops" in none:
+        lines += [
+            f"training with sharing {mode}: {cost['training_flops'] / 1e12:,.3f} TFLOP per step, "
+            f"{cost['training_flops'] / cost['full_training_flops']:.2f} of all weights"
+            for mode, cost in data["sharing"].items()
+        ]
+    return lines

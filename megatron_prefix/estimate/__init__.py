@@ -1,7 +1,16 @@
 """What a run will need, before it has a GPU: memory, operations, time, and whether sharing pays."""
 
+from megatron_prefix.estimate.adapters import adapter_flops, training_flops
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.hardware import Hardware, named_hardware
 from megatron_prefix.estimate.planning import plan_run
 
-__all__ = ["ForwardFlops", "Hardware", "forward_flops", "named_hardware", "plan_run"]
+__all__ = [
+    "ForwardFlops",
+    "Hardware",
+    "adapter_flops",
+    "forward_flops",
+    "named_hardware",
+    "plan_run",
+    "training_flops",
+]

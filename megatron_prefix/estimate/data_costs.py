@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from megatron_prefix.config import Config, ModelSizes
+from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.data.steps import SHARING_MODES, Sampler
 from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.estimate.adapters import adapter_flops, training_flops
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.train import run_sharing, training_sampler
@@ -26,6 +28,8 @@ class KnownModel:
 
     sizes: ModelSizes
     vocab_size: int | None
+    lora: LoraConfig | None = None
+    """The lora section, resolved."""
 
 
 def planned_sampler(
@@ -68,7 +72,7 @@ def data_plan(config: Config, sampler: Sampler, model: KnownModel | None) -> dic
         "longest_row": max(lengths),
         "tokens_per_row": sum(lengths) / len(lengths),
         "sharing": {
-            mode: _cost(config.model.kind, sampler, groups, laid_out, steps, model)
+            mode: _cost(config, sampler, groups, laid_out, steps, model)
             for mode, laid_out in _modes(config).items()
         },
         **split,
@@ -83,28 +87,36 @@ def _modes(config: Config) -> dict[str, str]:
 
 
 def _cost(
-    kind: str,
+    config: Config,
     sampler: Sampler,
     groups: np.ndarray,
     mode: str,
     steps: int,
     model: KnownModel | None,
 ) -> dict[str, Any]:
-    """Tokens and operations of the forward passes per step, without padding."""
-    tokens, flops = 0, ForwardFlops()
+    """Tokens and operations of the forward passes per step, without padding; with adapters also
+    the operations of training, and those of training all weights."""
+    tokens, flops, kind = 0, ForwardFlops(), config.model.kind
     for group in groups:
         for row in sampler.rows_of_group(int(group), mode):
             tokens += row.num_tokens
             if model is not None:
                 vocab_size = model.vocab_size or sampler.dataset.vocab_size
                 flops += forward_flops(model.sizes, vocab_size, row, kind)
-    parts = None
+    parts, training = None, {}
+    if model is not None and model.lora is not None:
+        objective = check(config.loss, kind, num_labels=config.model.num_labels)
+        settings = kind, objective.reference == "model"
+        training["full_training_flops"] = training_flops(flops, None, *settings) / steps
+        flops = replace(flops, adapters=adapter_flops(model.lora, model.sizes, tokens))
+        training["training_flops"] = training_flops(flops, model.lora, *settings) / steps
     if model is not None:
         parts = {name: value / steps for name, value in asdict(flops).items()}
     return {
         "tokens": tokens / steps,
         "forward_flops": sum(parts.values()) if parts else None,
         "forward_parts": parts,
+        **training,
     }
 
 

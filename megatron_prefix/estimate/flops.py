@@ -15,16 +15,18 @@ class ForwardFlops:
     linear: float = 0.0
     attention: float = 0.0
     head: float = 0.0
+    adapters: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.linear + self.attention + self.head
+        return self.linear + self.attention + self.head + self.adapters
 
     def __add__(self, other: ForwardFlops) -> ForwardFlops:
         return ForwardFlops(
             linear=self.linear + other.linear,
             attention=self.attention + other.attention,
             head=self.head + other.head,
+            adapters=self.adapters + other.adapters,
         )
 
 

@@ -200,6 +200,8 @@ class RankMemory:
     """Layers that full recomputation holds at a time."""
     head: int
     """A chunk of logits with its gradient, and the hidden states before it."""
+    adapters: int = 0
+    """Weights that a lora section adds, whole copies included."""
 
     @property
     def total(self) -> int:
@@ -217,14 +219,17 @@ def rank_memory(
     stage: int,
     has_reference: bool = False,
     rows: int | None = None,
+    added_per_layer: int = 0,
 ) -> RankMemory:
-    """Memory of a rank of pipeline stage `stage` at the longest row, `row_tokens` tokens."""
+    """Memory of a rank of pipeline stage `stage` at the longest row, `row_tokens` tokens;
+    `added_per_layer` bytes are kept for backward beside those of `layer_activations`."""
     size = BYTES[model.dtype]
     dense, experts = rank_parameters(model, sizes, parallel, vocab_size, stage)
     sharers, expert_sharers = state_sharers(parallel, world_size)
     adam = ADAM_BYTES[model.dtype]
     num_tokens = -(-row_tokens // parallel.context_parallel_size)
-    activations, recomputed = _activations(model, sizes, parallel, num_tokens, stage, rows)
+    layer = layer_activations(model, sizes, parallel, num_tokens) + added_per_layer
+    activations, recomputed = _activations(model, sizes, parallel, layer, num_tokens, stage, rows)
     is_last = stage == parallel.pipeline_model_parallel_size - 1
     return RankMemory(
         weights=size * (dense + experts),
@@ -271,12 +276,13 @@ def _activations(
     model: ModelConfig,
     sizes: ModelSizes,
     parallel: ParallelConfig,
+    layer: int,
     num_tokens: int,
     stage: int,
     rows: int | None,
 ) -> tuple[int, int]:
-    """(kept from forward to backward, held during recomputation) of a stage, in bytes."""
-    layer = layer_activations(model, sizes, parallel, num_tokens)
+    """(kept from forward to backward, held during recomputation) of a stage, in bytes; a layer
+    keeps `layer` of them without recomputation."""
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     layers = stage_layers(sizes.num_layers, parallel)[stage] // chunks
     in_flight = chunks_in_flight(stage, parallel, rows)

@@ -13,16 +13,23 @@ What cannot be known is listed under `missing`, with its remedy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_prefix.config import Config, ModelConfig, ModelSizes
+from megatron_prefix.config import Config, ModelConfig
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.store.roles import own_responses
 from megatron_prefix.data.store.verify import verify_tokens
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
+from megatron_prefix.estimate.adapters import (
+    adapted_host_gradients,
+    adapted_memory,
+    adapter_counts,
+)
 from megatron_prefix.estimate.advice import (
     batch_advice,
     fill_advice,
@@ -43,6 +50,7 @@ from megatron_prefix.estimate.hardware import (
     with_recomputation,
 )
 from megatron_prefix.estimate.memory import (
+    RankMemory,
     host_gradients,
     parameter_counts,
     pipeline_bubble,
@@ -77,16 +85,15 @@ class PlannedRun:
         return _memory(
             replace(self.config, model=model),
             self.objective,
-            self.known.sizes,
-            self.known.vocab_size,
+            self.known,
             self.world_size,
             self.row_tokens,
             self.rows,
         )
 
     def job(self, machine: Hardware | None) -> Job | None:
-        """What the formulas of time need; None without a named GPU."""
-        if machine is None or machine.gpu is None:
+        """What the formulas of time need; None without a named GPU, and with adapters."""
+        if machine is None or machine.gpu is None or self.known.lora is not None:
             return None
         assert self.known.vocab_size is not None, "known before time is"
         return Job(
@@ -108,11 +115,6 @@ def plan_run(
     `machine`. Raises InputError if the layout divides neither the model nor `world_size`."""
     check_dtype(machine, config.model)
     objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
-    if config.lora is not None:
-        raise InputError(
-            "plan counts the training of all weights, not yet of adapters: remove the lora section "
-            "for an upper bound"
-        )
     parallel = config.parallel
     stages = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     context = parallel.context_parallel_size
@@ -127,11 +129,13 @@ def plan_run(
     model = _known_model(config.model, dataset, missing)
     if model is not None:
         parallel.check_model(config.model, model.sizes)
+        model = _with_adapters(config, model, missing)
     ranks = world_size // (stages * context)
     plan: dict[str, Any] = {
         "world_size": world_size,
         "data_parallel_size": ranks,
         "parameters": None,
+        "trained_parameters": None,
         "memory": None,
         "data": None,
         "pipeline": None,
@@ -154,12 +158,25 @@ def plan_run(
         plan["parameters"] = parameter_counts(
             model.sizes, model.vocab_size, config.model.kind, config.model.num_labels
         )
+        plan["trained_parameters"] = sum(plan["parameters"].values())
+        if model.lora is not None:
+            plan["parameters"] |= adapter_counts(
+                model.lora,
+                model.sizes,
+                model.vocab_size,
+                config.model.kind,
+                config.model.num_labels,
+            )
+            plan["trained_parameters"] = plan["parameters"].pop("trained")
         if row_tokens is not None:
             run = PlannedRun(config, objective, model, world_size, row_tokens, rows)
             plan["memory"] = run.memory(config.model)
             _judge(plan, run, machine)
     if machine is not None and machine.gpu is not None and plan["time"] is None:
-        missing.append("time: it needs the model's sizes and the data set")
+        if config.lora is None:
+            missing.append("time: it needs the model's sizes and the data set")
+        else:
+            missing.append("time: it is known of the training of all weights only, not of adapters")
     if plan["data"] is not None:
         bubble = plan["pipeline"]["bubble"]
         plan["advice"] += [*batch_advice(config, plan["data"], bubble, ranks)]
@@ -184,7 +201,7 @@ def _judge(plan: dict[str, Any], run: PlannedRun, machine: Hardware | None) -> N
                 faster = run_time(replace(job, model=without), parallel, data, mode, ranks)
                 saved = 1 - faster["seconds_per_step"] / time["seconds_per_step"]
             plan["advice"] += recompute_advice(needed, machine.usable_gib, saved)
-    if run.objective.reference == "model":
+    if run.objective.reference == "model" and run.known.lora is None:
         gib = max(stage["reference"] for stage in plan["memory"]["stages"]) / GIB
         share = None if time is None else time["seconds"]["reference"] / time["seconds_per_step"]
         plan["advice"] += reference_advice(run.config, gib, share)
@@ -236,6 +253,27 @@ def _known_model(
     return KnownModel(sizes, dataset.vocab_size)
 
 
+def _with_adapters(config: Config, model: KnownModel, missing: list[str]) -> KnownModel | None:
+    """The model with the adapters of the lora section; None if they come from an adapter that is
+    not on this machine."""
+    lora = config.lora
+    if lora is None:
+        return model
+    if lora.adapter is not None and not Path(lora.adapter).exists():
+        missing.append(
+            f"lora.adapter = {lora.adapter} is not on this machine: parameters, memory, "
+            "operations; leave it out and give lora.r, lora.target_modules, …"
+        )
+        return None
+    # imported only in this case, because it loads Megatron-Core
+    from megatron_prefix.checkpoint import StartingModel
+
+    folder = _config_folder(config.model)
+    source = None if folder is None else HFModel.read(folder)
+    resolved, _ = StartingModel.resolve_lora(lora, model.sizes, config.model.kind, source)
+    return replace(model, lora=resolved)
+
+
 def _config_folder(model: ModelConfig) -> Path | None:
     """The folder of config.json, if it is on this machine; nothing is fetched."""
     if model.hf is not None:  # a directory, else an id OWNER/NAME in the Hub's cache
@@ -258,21 +296,25 @@ def _config_folder(model: ModelConfig) -> Path | None:
 def _memory(
     config: Config,
     objective: Objective,
-    sizes: ModelSizes,
-    vocab_size: int,
+    known: KnownModel,
     world_size: int,
     row_tokens: int,
     rows: int | None,
 ) -> dict[str, Any]:
     """Every stage's memory by component, and the stage that has most; `host_gradients`, with
     `train.shadow_steps`, is on the host and not part of the total."""
+    assert known.vocab_size is not None, "known before memory is"
+    model = config.model, known.sizes, config.parallel
+    shared = {"vocab_size": known.vocab_size, "world_size": world_size}
+    of_rank: Callable[..., RankMemory] = rank_memory
+    of_host: Callable[..., int] = host_gradients
+    if known.lora is not None:
+        of_rank = partial(adapted_memory, lora=known.lora)
+        of_host = partial(adapted_host_gradients, lora=known.lora)
     stages = [
-        rank_memory(
-            config.model,
-            sizes,
-            config.parallel,
-            vocab_size=vocab_size,
-            world_size=world_size,
+        of_rank(
+            *model,
+            **shared,
             row_tokens=row_tokens,
             stage=stage,
             has_reference=objective.reference == "model",
@@ -283,14 +325,7 @@ def _memory(
     described = [{**asdict(stage), "total": stage.total} for stage in stages]
     if config.train.shadow_steps:
         for stage, description in enumerate(described):
-            description["host_gradients"] = host_gradients(
-                config.model,
-                sizes,
-                config.parallel,
-                vocab_size=vocab_size,
-                world_size=world_size,
-                stage=stage,
-            )
+            description["host_gradients"] = of_host(*model, **shared, stage=stage)
     return {
         "row_tokens": row_tokens,
         "fullest_stage": max(range(len(stages)), key=lambda i: stages[i].total),
