@@ -27,6 +27,20 @@ MODEL_MUTANTS = (
         "numerics/test_family_parity.py",
     ),
     Mutant(
+        "queries of Ministral 3 do not grow with their position",
+        "attention/megatron.py",
+        "query, key = rotate_query(query, rotation), rotate(key, rotation)",
+        "query, key = rotate(query, rotation), rotate(key, rotation)",
+        "numerics/test_family_parity.py",
+    ),
+    Mutant(
+        "a checkpoint with another sliding window is taken",
+        "checkpoint/model_weights.py",
+        '"window_size": None if window is None else list(window),',
+        '"window_size": None,',
+        "numerics/test_resume.py",
+    ),
+    Mutant(
         "paths beyond the original context of longrope are taken",
         "checkpoint/starting_model.py",
         "if scaling is not None and limit is not None and longest > limit:",

@@ -29,7 +29,7 @@ from megatron_prefix.attention.api import prepare_plan, resolve_backend, tree_at
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.attention.layer_settings import features_of, layer_windows, softcap_of
 from megatron_prefix.attention.plan import TreePlan
-from megatron_prefix.attention.rotary import Rotation, rotate
+from megatron_prefix.attention.rotary import Rotation, rotate, rotate_query
 
 
 @dataclass(kw_only=True)
@@ -216,7 +216,7 @@ class TreeCoreAttention(MegatronModule):
             rotation = packed_seq_params.local_rotation
             assert rotation is not None, "the model sets it if a layer needs it"
         if rotation is not None and self.rotary != "none":
-            query, key = (rotate(x, rotation) for x in (query, key))
+            query, key = rotate_query(query, rotation), rotate(key, rotation)
             value = value.contiguous()  # a view would keep the unrotated query and key alive
         params = packed_seq_params
         attend: Callable[..., Tensor] = partial(tree_attention, layout=params.plan)

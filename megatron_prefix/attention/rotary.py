@@ -25,6 +25,14 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
     interleaved: bool = False
+    query_factor: Tensor | None = None
+    """[T, 1, 1]: what queries are multiplied by besides; None: 1."""
+
+    def with_growth(self, position_ids_T: Tensor, growth: float, length: int) -> Rotation:
+        """The same, and queries at position p grow by 1 + growth log(1 + floor(p / length)), as
+        transformers has it for Ministral 3."""
+        passed_T = (position_ids_T // length).to(torch.float32)
+        return self._replace(query_factor=(1 + growth * torch.log1p(passed_T))[:, None, None])
 
 
 def rotation_of(angles_TD2: Tensor, amplitude: float = 1.0, interleaved: bool = False) -> Rotation:
@@ -33,6 +41,14 @@ def rotation_of(angles_TD2: Tensor, amplitude: float = 1.0, interleaved: bool = 
     if amplitude != 1.0:
         cos, sin = cos * amplitude, sin * amplitude
     return Rotation(cos, sin, interleaved)
+
+
+def rotate_query(x_TNH: Tensor, rotation: Rotation) -> Tensor:
+    """`rotate`, times the factor of queries if there is one."""
+    rotated = rotate(x_TNH, rotation)
+    if rotation.query_factor is None:
+        return rotated
+    return rotated * rotation.query_factor.to(rotated.dtype)
 
 
 def rotate(x_TNH: Tensor, rotation: Rotation) -> Tensor:

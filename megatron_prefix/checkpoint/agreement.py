@@ -43,7 +43,16 @@ def check_run(path: Path, saved: object, ours: dict[str, Any]) -> list[str]:
 
 def check_model(path: Path, saved: object, ours: dict[str, Any]) -> None:
     """Refuse a checkpoint of a model with other sizes, and name every difference."""
-    _check_equal(path, "model", saved if isinstance(saved, dict) else {}, ours)
+    saved = saved if isinstance(saved, dict) else {}
+    _check_equal(path, "model", _without_unset(saved), _without_unset(ours))
+
+
+def _without_unset(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The same without settings of `rope_scaling` that are None: older checkpoints know fewer."""
+    return {
+        key: {k: x for k, x in value.items() if x is not None} if isinstance(value, dict) else value
+        for key, value in sizes.items()
+    }
 
 
 def schedule_changes(saved: object, ours: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_prefix.checkpoint.adapter_state import (
     refuse_as_base,
 )
 from megatron_prefix.checkpoint.agreement import MODEL, OBJECTIVE, check_model
+from megatron_prefix.config.parts import Architecture
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import REWARD_HEAD, TreeTransformerConfig, unwrap
 from megatron_prefix.model.adapters import is_added
@@ -125,6 +127,8 @@ def model_sizes(chunks: list[torch.nn.Module]) -> dict:
         "qk_layernorm": config.qk_layernorm,
         "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
         **_expert_sizes(config),
+        **_attention_settings(config),
+        **_parts(config.architecture),
         **({"num_labels": config.num_labels} if config.num_labels > 1 else {}),
     }
 
@@ -137,6 +141,25 @@ def _expert_sizes(config: TreeTransformerConfig) -> dict:
         "moe_router_topk": config.moe_router_topk,
         "moe_router_pre_softmax": config.moe_router_pre_softmax,
     }
+
+
+def _attention_settings(config: TreeTransformerConfig) -> dict:
+    """Windows, soft cap and sinks, if the model has them."""
+    window, kinds = config.window_size, config.window_attn_skip_freq
+    settings = {
+        "window_size": None if window is None else list(window),
+        "window_attn_skip_freq": kinds,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "softmax_type": None if config.softmax_type == "vanilla" else config.softmax_type,
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _parts(parts: Architecture) -> dict:
+    """The parts that differ from Llama's, as plain values."""
+    plain = asdict(Architecture())
+    own = {key: value for key, value in asdict(parts).items() if value != plain[key]}
+    return {"architecture": own} if own else {}
 
 
 def load_model(chunks: list[torch.nn.Module], state: dict) -> None:

@@ -263,6 +263,9 @@ class TreeGPTModel(LanguageModule):
             result = rotation_of(angles, amplitude, parts.rotary_interleaved)
             if config.bf16:
                 result = result._replace(cos=result.cos.bfloat16(), sin=result.sin.bfloat16())
+            if (growth := parts.query_growth) is not None:
+                assert parts.query_growth_length is not None
+                result = result.with_growth(position_ids, growth, parts.query_growth_length)
             return result
 
         rotations = {"rotation": rotation(config.rotary_base, config.rope_scaling)}

@@ -68,27 +68,7 @@ def transformer_config(
     own_gate = is_swiglu and not (uses_transformer_engine(parts) or sizes.num_moe_experts)
     dtype = DTYPES[model.dtype]
     config = TreeTransformerConfig(
-        num_layers=sizes.num_layers,
-        hidden_size=sizes.hidden_size,
-        ffn_hidden_size=sizes.ffn_hidden_size,
-        num_attention_heads=sizes.num_attention_heads,
-        num_query_groups=sizes.num_query_groups,
-        kv_channels=sizes.kv_channels,
-        layernorm_epsilon=sizes.norm_epsilon,
-        add_qkv_bias=sizes.add_qkv_bias,
-        qk_layernorm=sizes.qk_layernorm,
-        window_size=sizes.window_size,
-        window_attn_skip_freq=list(sizes.window_attn_skip_freq or ()) or None,
-        softmax_type=sizes.softmax_type,
-        attn_logit_softcapping=sizes.attn_logit_softcapping,
-        normalization="RMSNorm" if parts.normalization == "rms" else "LayerNorm",
-        layernorm_zero_centered_gamma=parts.norm_adds_one,
-        gated_linear_unit=parts.gated_linear_unit,
-        activation_func=ACTIVATIONS[parts.activation],
-        activation_func_clamp_value=parts.gate_limit,
-        glu_linear_offset=parts.linear_offset,
-        add_bias_linear=parts.output_bias or parts.mlp_bias or parts.expert_bias,
-        softmax_scale=parts.softmax_scale,
+        **_size_settings(sizes),
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=model.init_method_std,
@@ -118,9 +98,6 @@ def transformer_config(
         num_labels=model.num_labels,
         share_embeddings_and_output_weights=model.kind == "lm"
         and not sizes.untie_embeddings_and_output_weights,
-        rotary_base=sizes.rotary_base,
-        rope_scaling=sizes.rope_scaling,
-        architecture=parts,
         tree_attention_backend=model.attention_backend,
         lm_head_chunk_size=model.lm_head_chunk_size,
         init_seed=seed,
@@ -149,6 +126,36 @@ def _resolved(
             f"{missing} is missing: give the model's sizes and vocabulary, or model.hf"
         )
     return sizes, vocab_size
+
+
+def _size_settings(sizes: ModelSizes) -> dict[str, Any]:
+    parts = sizes.architecture
+    return dict(
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.ffn_hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_query_groups=sizes.num_query_groups,
+        kv_channels=sizes.kv_channels,
+        layernorm_epsilon=sizes.norm_epsilon,
+        add_qkv_bias=sizes.add_qkv_bias,
+        qk_layernorm=sizes.qk_layernorm,
+        window_size=sizes.window_size,
+        window_attn_skip_freq=list(sizes.window_attn_skip_freq or ()) or None,
+        softmax_type=sizes.softmax_type,
+        attn_logit_softcapping=sizes.attn_logit_softcapping,
+        rotary_base=sizes.rotary_base,
+        rope_scaling=sizes.rope_scaling,
+        architecture=parts,
+        normalization="RMSNorm" if parts.normalization == "rms" else "LayerNorm",
+        layernorm_zero_centered_gamma=parts.norm_adds_one,
+        gated_linear_unit=parts.gated_linear_unit,
+        activation_func=ACTIVATIONS[parts.activation],
+        activation_func_clamp_value=parts.gate_limit,
+        glu_linear_offset=parts.linear_offset,
+        add_bias_linear=parts.output_bias or parts.mlp_bias or parts.expert_bias,
+        softmax_scale=parts.softmax_scale,
+    )
 
 
 def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:

@@ -25,6 +25,13 @@ BASE = {
     "rope_theta": 10000.0,
     "sliding_window": None,
 }
+_GROWING = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "llama_4_scaling_beta": 0.5,
+    "max_position_embeddings": 128,
+}
 WINDOWED = {**BASE, "sliding_window": 8}
 MIXTURE = {"num_experts_per_tok": 2}
 BASES = {
@@ -53,6 +60,7 @@ BASES = {
     "gemma3_text": {**WINDOWED, "query_pre_attn_scalar": 20},
     "olmo3": WINDOWED,
     "ministral": WINDOWED,
+    "ministral3": {**BASE, "rope_parameters": _GROWING},
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -72,6 +80,8 @@ _SCALINGS = [
     {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     {"rope_type": "yarn", "factor": 4.0, "mscale": 0.5, "mscale_all_dim": 0.8, "beta_slow": 2},
+    _GROWING,
+    {**_GROWING, "llama_4_scaling_beta": 0.0},
     {"rope_type": "yarn", "attention_factor": 1.2, "factor": 2.0, "truncate": False},
     {"rope_type": "dynamic", "factor": 4.0},
     {**_LONGROPE, "factor": 4.0, "original_max_position_embeddings": 64},

@@ -167,6 +167,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ministral": ("ministral", {**MIXED, "head_dim": 16}),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            **scaled({**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.7}),
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": 6, **scaled(YARN)}),
     "qwen2": ("qwen2", {**MIXED, "use_sliding_window": True}),
     "qwen3": ("qwen3", {**MIXED, "use_sliding_window": True, "head_dim": 16}),

@@ -43,6 +43,7 @@ RELATED = {
     "query heads": {"num_attention_heads", "num_key_value_heads", "head_dim"},
     "num_attention_heads": {"hidden_size"},
     "rope": {"rope_parameters", "rope_scaling", "partial_rotary_factor"},
+    "llama_4_scaling_beta": {"rope_parameters", "rope_scaling"},
     "short_factor": {"rope_parameters", "rope_scaling", "partial_rotary_factor", "head_dim"},
     "no_rope_layers": {"num_hidden_layers"},
     "longest path": {"rope_parameters", "rope_scaling", *_LENGTHS},

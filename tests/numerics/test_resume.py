@@ -278,6 +278,19 @@ def test_another_model_is_refused(finished, tmp_path, variant, model, use):
         train(finished.config(tmp_path / "other", PLAIN, model=model, train=section))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [{"window_size": [8, 0]}, {"attn_logit_softcapping": 5.0}, {"softmax_type": "off-by-one"}],
+    ids=["window", "soft cap", "sinks"],
+)
+def test_another_attention_is_refused(finished, tmp_path, model):
+    """It has the same parameters."""
+    saved = finished.cut(PLAIN, tmp_path / "run") / "saved"
+    config = finished.config(tmp_path / "other", PLAIN, model=model, train={"load": str(saved)})
+    with pytest.raises(InputError, match=f"another model .*{next(iter(model))}: None in the check"):
+        train(config)
+
+
 def removed(name: str) -> Callable[[Path], None]:
     return lambda directory: os.remove(next(directory.glob(name)))
 

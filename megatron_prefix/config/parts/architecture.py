@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from megatron_prefix.config.bounds import (
     KNOWN_KEYS,
+    Count,
     Heads,
     NoneOrWidth,
     NonNegative,
@@ -65,6 +66,10 @@ class Architecture:
     """The rotation of each layer; empty: `global` in all."""
     local_rotary_base: RotaryBase | None = None
     local_rope_scaling: RopeScaling | None = None
+    query_growth: Positive | None = None
+    """Queries at position p are multiplied by 1 + b log(1 + floor(p / length)); this is b, and
+    `query_growth_length` the length in tokens (Ministral 3)."""
+    query_growth_length: Count | None = None
     softmax_scale: Positive | None = None
     """Factor of attention's scores; None: 1 / sqrt(channels of a head)."""
     embedding_multiplier: Positive = 1.0
@@ -84,6 +89,8 @@ class Architecture:
         """Parts that do not fit each other."""
         if ("local" in self.rotary) != (self.local_rotary_base is not None):
             yield "architecture.local_rotary_base is for layers with local rotation, and only these"
+        if (self.query_growth is None) != (self.query_growth_length is None):
+            yield "architecture.query_growth and query_growth_length need each other"
         if self.parallel_layers and self.norms != "before":
             yield f"architecture.parallel_layers with norms = {self.norms} is not supported"
         if self.expert_bias and self.shared_expert_size:

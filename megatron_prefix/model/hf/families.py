@@ -59,6 +59,8 @@ class Family:
     """The key that switches on `Architecture.qk_norm: by head`."""
     partial_rotary: bool = False
     """Whether `partial_rotary_factor` is read."""
+    query_growth: bool = False
+    """Whether `rope_parameters` say how queries grow with their position."""
     read: frozenset[str] = frozenset()
     no_effect: frozenset[str] = frozenset()
     only_some: Mapping[str, Only] = field(default_factory=dict)
@@ -362,6 +364,14 @@ FAMILIES: dict[str, Family] = {
         classifier="MinistralForSequenceClassification",
         window="layer_types",
         read=_keys("sliding_window layer_types"),
+        no_effect=_NOT_READ,
+    ),
+    "ministral3": Family(
+        architecture="Ministral3ForCausalLM",
+        classifier="Ministral3ForSequenceClassification",
+        window="every layer",
+        query_growth=True,
+        read=_keys("sliding_window"),
         no_effect=_NOT_READ,
     ),
 }

@@ -71,6 +71,13 @@ def family_of(config: dict[str, Any], source: str) -> Family:
             "each branch point of a tree the state would have to be saved for every branch, which "
             "is not done yet: train it elsewhere, without prefix sharing"
         )
+    if isinstance(config.get("text_config"), dict) and kind not in FAMILIES:
+        text = config["text_config"].get("model_type")
+        raise InputError(
+            f"{source}: model_type {kind!r} is a model of several modalities, with a text model of "
+            f"type {text!r} inside; only text models are read: save the text model by itself, "
+            "docs/models.md shows how, and give its directory"
+        )
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"{source}: model_type {kind!r} is not supported; one of {known} is")

@@ -29,6 +29,9 @@ ROPE_KEYS: dict[str, frozenset[str]] = {
     "longrope": _COMMON | {"factor", "attention_factor", "short_factor", "long_factor", _LENGTH},
 }
 """Keys of `rope_parameters` by rotary scaling."""
+GROWTH = "llama_4_scaling_beta"
+_GROWTH_KEYS = frozenset({GROWTH, _LENGTH, "max_position_embeddings"})
+"""Keys of families with `query_growth`; the last has no effect."""
 
 
 def read_rotary(
@@ -43,7 +46,10 @@ def read_rotary(
     if family.rotary in ("by layer type", "sliding layers"):
         check_layer_types(types, num_layers, source)
     if family.rotary == "by layer type":
-        by_type = {kind: _one(rope.get(kind), settings, True, source) for kind in set(types)}
+        by_type = {
+            kind: _one(rope.get(kind), settings, family, source, is_nested=True)
+            for kind in set(types)
+        }
         base, scaling = by_type.get(FULL) or by_type[SLIDING]
         local = by_type.get(SLIDING, (base, scaling))
         if local != (base, scaling):
@@ -51,7 +57,7 @@ def read_rotary(
             parts["rotary"] = tuple("local" if kind == SLIDING else "global" for kind in types)
         factors = {rope[kind].get("partial_rotary_factor") for kind in set(types)}
     else:
-        base, scaling = _one(rope, settings, False, source)
+        base, scaling = _one(rope, settings, family, source)
         factors = {rope.get("partial_rotary_factor")}
     if family.rotary == "no_rope_layers":
         parts["rotary"] = _rotary_layers(settings.no_rope_layers, num_layers, source)
@@ -60,6 +66,9 @@ def read_rotary(
     channels = _channels(factors, family, head_dim, source)
     if channels != head_dim:
         parts["rotary_channels"] = channels
+    if family.query_growth and rope.get(GROWTH) != 0:
+        parts["query_growth"] = number(rope.get(GROWTH), GROWTH, source)
+        parts["query_growth_length"] = natural(rope.get(_LENGTH), _LENGTH, source)
     return {"rotary_base": base, "rope_scaling": scaling}, parts
 
 
@@ -104,7 +113,7 @@ def _channels(factors: set[Any], family: Family, head_dim: int, source: str) -> 
 
 
 def _one(
-    rope: Any, settings: Any, is_nested: bool, source: str
+    rope: Any, settings: Any, family: Family, source: str, is_nested: bool = False
 ) -> tuple[float, RopeScaling | None]:
     """Base and scaling of one set of `rope_parameters`."""
     if not isinstance(rope, dict):
@@ -116,8 +125,9 @@ def _one(
             f"{source}: rotary scaling {kind!r} is not supported; {', '.join(others)} and {last} "
             "are"
         )
+    known = ROPE_KEYS[kind] | (_GROWTH_KEYS if family.query_growth else frozenset())
     for key, value in rope.items():
-        if key not in ROPE_KEYS[kind] and value is not None:
+        if key not in known and value is not None:
             raise InputError(
                 f"{source}: rope_parameters.{key} = {value!r} is no setting of rotary scaling "
                 f"{kind!r}: remove it, or choose another rope_type"

@@ -44,6 +44,13 @@ def test_what_is_no_run_is_refused():
         check_model(Path("iter"), "nonsense", {"num_layers": 2})
 
 
+def test_a_setting_of_rotary_scaling_that_is_not_set_may_be_unknown():
+    scaling = {"type": "linear", "factor": 4.0}
+    check_model(Path("iter"), {"rope_scaling": scaling}, {"rope_scaling": {**scaling, "new": None}})
+    with pytest.raises(InputError, match="rope_scaling: .*4.0.* in the checkpoint, .*2.0"):
+        check_model(Path("iter"), {"rope_scaling": scaling}, {"rope_scaling": {"factor": 2.0}})
+
+
 def test_changes_of_the_schedule_are_texts():
     ours = {"optimizer.lr": 1e-4, "optimizer.new": 1, "steps of the run": 8}
     assert schedule_changes(None, ours) == []

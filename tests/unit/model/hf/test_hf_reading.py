@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 from megatron_prefix.config import RopeScaling
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.config import HFModel
+from megatron_prefix.model.hf.files import HFTensors
+from megatron_prefix.model.hf.weights import WeightMap
 
 ROOT = Path(__file__).resolve().parents[4]
 LLAMA = {
@@ -102,6 +106,42 @@ def test_the_original_context_is_the_one_that_transformers_uses(outside, inside,
     more = {} if outside is None else {"original_max_position_embeddings": outside}
     scaling = write(tmp_path, rope_parameters=rope, **more).sizes.rope_scaling
     assert scaling.original_max_position_embeddings == used
+
+
+TEXT = {**LLAMA, "model_type": "ministral3", "num_key_value_heads": 2, "pad_token_id": None}
+PIXTRAL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+
+
+def test_a_text_model_inside_another_model_is_read_when_it_is_saved_by_itself(tmp_path):
+    config = transformers.AutoConfig.for_model(
+        "mistral3",
+        text_config=TEXT,
+        vision_config={**PIXTRAL, "num_attention_heads": 2, "image_size": 32},
+        image_token_index=9,
+    )
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "whole")
+    with pytest.raises(InputError, match=r"mistral3.*text model of type 'ministral3'.*by itself"):
+        _ = HFModel.open(str(tmp_path / "whole")).sizes
+    page = (ROOT / "docs" / "models.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {"whole_model": str(tmp_path / "whole"), "text_model": str(tmp_path / "text")}
+    exec(example, names)
+    source = HFModel.open(names["text_model"])
+    shapes = WeightMap(source.sizes, source.vocab_size).hf_shapes()
+    HFTensors(tmp_path / "text").match(shapes)
+    assert source.sizes.architecture.query_growth == 0.1
+
+
+def test_how_queries_grow_must_be_known(tmp_path):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    parts = {"model_type": "ministral3", "num_key_value_heads": 2, "head_dim": 16}
+    growing = {**rope, "llama_4_scaling_beta": 0.3}
+    read = write(tmp_path, **parts, rope_parameters=growing).sizes.architecture
+    assert (read.query_growth, read.query_growth_length) == (0.3, 16)
+    constant = {**rope, "llama_4_scaling_beta": 0.0}
+    assert write(tmp_path, **parts, rope_parameters=constant).sizes.architecture.is_plain
+    assert "llama_4_scaling_beta is None" in refusal(tmp_path, **parts, rope_parameters=rope)
+    assert "llama_4_scaling_beta" in refusal(tmp_path, rope_parameters=growing)  # Llama has none
 
 
 def test_an_adapter_is_refused_with_what_to_do(tmp_path):
