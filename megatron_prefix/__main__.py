@@ -19,9 +19,9 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn, get_type_hints
+from typing import NoReturn, get_args, get_type_hints
 
 from megatron_prefix.errors import InputError, RunError, Stopped
 from megatron_prefix.faults import describe_fault
@@ -171,7 +171,8 @@ def _setting(flag: str) -> str | None:
 
     name = flag.lstrip("-").replace("-", "_")
     for section, hint in get_type_hints(Config).items():
-        if name in (field.name for field in fields(hint)):
+        kinds = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
+        if any(name == field.name for kind in kinds for field in fields(kind)):
             return f"{section}.{name}=…"
     return None
 

@@ -122,7 +122,7 @@ OTHERS = {
     "pref_loss": "loss.loss_type",
     "rlhf_type": "loss.loss_type",
     "cutoff_len": _LENGTH,
-    "finetuning_type": "nothing: all weights are trained",
+    "finetuning_type": "the section lora for adapters; without it all weights are trained",
     "template": "build --tokenizer DIR, whose chat template renders messages",
     "micro_batch": _PACKING,
     "neat_packing": "data.packing: true, the default",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -17,8 +17,8 @@ from megatron_prefix.errors import InputError
 
 PAGE = Path(__file__).parents[2] / "docs" / "names.md"
 SECTIONS = {
-    name: {field.name for field in fields(section)}
-    for name, section in get_type_hints(Config).items()
+    name: {x.name for kind in (hint, *get_args(hint)) if is_dataclass(kind) for x in fields(kind)}
+    for name, hint in get_type_hints(Config).items()
 }
 GOOD = {"data": {"train": "x", "row_capacity": 8, "global_batch_size": 1}, "model": {"hf": "y"}}
 GOOD |= {"optimizer": {"lr": 1.0}, "train": {"steps": 1}, "logging": {"output": "z"}}
@@ -62,6 +62,7 @@ def test_an_unknown_key_is_answered(section, key, answer):
     ("flags", "answer"),
     [
         (["--learning-rate", "1e-6"], "for --learning-rate write optimizer.lr"),
+        (["--lora-alpha", "8"], "for --lora-alpha write lora.lora_alpha=…"),
         (["--sequence-parallel"], "for --sequence-parallel write parallel.sequence_parallel=…"),
         (["--bla=1"], "settings are section.key=value"),
     ],

@@ -14,7 +14,8 @@ from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.engine.batch import to_device
 from megatron_prefix.objectives import check
 from megatron_prefix.reference import PrecomputedReference, open_reference, score_dataset
-from megatron_prefix.reference.model import NoReference, response_index
+from megatron_prefix.reference.model import NoReference
+from megatron_prefix.reference.places import response_index
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.samplers import evaluation_sampler
 
