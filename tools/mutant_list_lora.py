@@ -61,4 +61,25 @@ LORA_MUTANTS = (
         "optimizer=frozen.optimizer + adam * dense // sharers",
         "numerics/test_lora_plan.py",
     ),
+    Mutant(
+        "adapters are merged into another base",
+        "checkpoint/adapter_base.py",
+        "if saved.base_fingerprint not in known.values():",
+        "if not saved.base_fingerprint:",
+        "numerics/test_lora_export.py",
+    ),
+    Mutant(
+        "merged adapters are not scaled",
+        "model/hf/peft/parameters.py",
+        "rows += up @ down * self.lora.scale",
+        "rows += up @ down",
+        "numerics/test_lora_export.py",
+    ),
+    Mutant(
+        "an exported adapter has another scale",
+        "model/hf/peft/directory.py",
+        '"use_rslora": lora.use_rslora,',
+        '"use_rslora": False,',
+        "numerics/test_lora_export.py",
+    ),
 )

@@ -109,7 +109,11 @@ def _named(chunks: list[torch.nn.Module]) -> dict[str, Any]:
 
 def model_sizes(chunks: list[torch.nn.Module]) -> dict:
     """Sizes and settings that give the weights their meaning: a checkpoint must have the same."""
-    config = unwrap(chunks[0]).config
+    return sizes_of(unwrap(chunks[0]).config)
+
+
+def sizes_of(config: TreeTransformerConfig) -> dict:
+    """`model_sizes` of models with this configuration."""
     scaling = config.rope_scaling
     return {
         "kind": config.kind,

@@ -15,7 +15,7 @@ from megatron_prefix.config import ModelSizes
 from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import unwrap
-from megatron_prefix.model.hf import PeftAdapter
+from megatron_prefix.model.hf.peft import PeftAdapter
 from megatron_prefix.model.parameters import trained_parts
 
 

@@ -101,7 +101,7 @@ class StartingModel:
             raise InputError("; ".join(faults))
         lora = lora.resolved(sizes.num_moe_experts > 0, sizes.num_layers)
         if source is not None:
-            _check_targets(lora, source)
+            check_targets(lora, source)
         return lora, adapter
 
     def load(self, chunks: list[torch.nn.Module]) -> SavedAdapter | None:
@@ -240,9 +240,9 @@ def _absolute(path: str) -> str:
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
-def _check_targets(lora: LoraConfig, source: HFModel) -> None:
+def check_targets(lora: LoraConfig, source: HFModel) -> None:
     """Refuse adapters of linear layers that the family joins or names in another way: PEFT would
-    make one adapter for a joined layer, and here every part has its own."""
+    make one adapter for a joined layer, and here every part has its own. Raises InputError."""
     linears = source.family.linears
     names = list(linears.values())
     for target in lora.target_modules or ():

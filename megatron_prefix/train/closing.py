@@ -7,10 +7,12 @@ from pathlib import Path
 
 from megatron_prefix.checkpoint import RunCheckpoints
 from megatron_prefix.config import Config
+from megatron_prefix.config.lora import FEED_FORWARD_TARGETS
 
 
-def closing_lines(config: Config, step: int, report: Path) -> list[str]:
-    """What a run of `step` steps leaves behind; `report` is its page."""
+def closing_lines(config: Config, step: int, report: Path, has_experts: bool = False) -> list[str]:
+    """What a run of `step` steps leaves behind; `report` is its page, and `has_experts` says
+    whether the model is a mixture."""
     output, save = config.logging.output, config.train.save
     lines = [f"done after {step} steps: configuration and metrics are in {output}"]
     page = f"report: {report}"
@@ -24,7 +26,16 @@ def closing_lines(config: Config, step: int, report: Path) -> list[str]:
     own = f"{output}/config.yaml"
     if config.data.valid is not None:
         lines.append(_command("evaluate", "--config", own, "--load", save))
-    lines.append(_command("convert", "export", "--load", save, "--hf", f"{output}/hf"))
+    target = [f"{output}/hf"]
+    if config.lora is not None:
+        # a PEFT directory, if it can have these adapters
+        adapts_experts = has_experts and set(config.lora.target_modules or ()) & set(
+            FEED_FORWARD_TARGETS
+        )
+        target = [*target, "--merge"] if adapts_experts else [f"{output}/adapter"]
+        if adapts_experts and config.model.hf is None and config.model.checkpoint is None:
+            return [*lines, "adapters of experts on drawn weights have no other form: no export"]
+    lines.append(_command("convert", "export", "--load", save, "--hf", *target))
     return lines
 
 

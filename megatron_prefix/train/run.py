@@ -50,7 +50,8 @@ def _close(trainer: Trainer) -> None:
             f"logging.output = {config.logging.output}: report.html could not be written ({error});"
             " checkpoints and metrics are complete"
         ) from error
-    print("\n".join(closing_lines(config, trainer.step, report)), flush=True)
+    has_experts = trainer.initial.sizes.num_moe_experts > 0
+    print("\n".join(closing_lines(config, trainer.step, report, has_experts)), flush=True)
 
 
 def _run(trainer: Trainer, stop: StopRequest) -> None:

@@ -13,24 +13,25 @@ if TYPE_CHECKING:
     from megatron_prefix.model.hf.config import HFModel
     from megatron_prefix.model.hf.export import write_hf_folder
     from megatron_prefix.model.hf.files import HFTensors, copy_companions, write_safetensors
-    from megatron_prefix.model.hf.peft import PeftAdapter
-    from megatron_prefix.model.hf.weights import WeightMap
+    from megatron_prefix.model.hf.reading import refuse_adapter
+    from megatron_prefix.model.hf.weights import Read, WeightMap
 else:
     __getattr__ = lazy_face(
         __name__,
         config=["HFModel"],
         export=["write_hf_folder"],
         files=["HFTensors", "copy_companions", "write_safetensors"],
-        peft=["PeftAdapter"],
-        weights=["WeightMap"],
+        reading=["refuse_adapter"],
+        weights=["Read", "WeightMap"],
     )
 
 __all__ = [
     "HFModel",
     "HFTensors",
-    "PeftAdapter",
+    "Read",
     "WeightMap",
     "copy_companions",
+    "refuse_adapter",
     "write_hf_folder",
     "write_safetensors",
 ]

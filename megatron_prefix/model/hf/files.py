@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -227,8 +227,9 @@ def write_safetensors(
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_bytes: int,
+    single: str = SINGLE,
 ) -> list[str]:
-    """Write `tensors`, in the order of `entries`, as one file, or as shards with an index.
+    """Write `tensors`, in the order of `entries`, as the file `single`, or as shards with an index.
 
     A shard has at most `max_shard_bytes`, or one tensor. Only one tensor is in memory at a time.
     Returns the names of the files.
@@ -242,7 +243,7 @@ def write_safetensors(
         shards[-1][name] = size
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    names = [SINGLE] if count == 1 else names
+    names = [single] if count == 1 else names
     stream = iter(tensors)
     for file_name, shard in zip(names, shards, strict=True):
         with (directory / file_name).open("wb") as file:
@@ -278,13 +279,16 @@ def _header(entries: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> 
     return len(text).to_bytes(8, "little") + text
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy configuration and tokenizer files, but neither code nor weights. Returns their names."""
+def copy_companions(source: Path, target: Path, without: Sequence[str] = ()) -> list[str]:
+    """Copy configuration and tokenizer files, but neither code nor weights, nor the files that
+    `without` names. Returns their names."""
     target.mkdir(parents=True, exist_ok=True)
     copied = []
     for path in sorted(source.iterdir()):
         is_index = path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _COMPANIONS and not is_index:
+        if path.name in without or is_index:
+            continue
+        if path.is_file() and path.suffix in _COMPANIONS:
             shutil.copyfile(path, target / path.name)
             copied.append(path.name)
     if (source / _TEMPLATES).is_dir():

@@ -7,10 +7,11 @@ from megatron_prefix.model.parameters.canonical import (
     tensor_group,
     whole_parameters,
 )
-from megatron_prefix.model.parameters.fingerprint import model_fingerprint
+from megatron_prefix.model.parameters.fingerprint import Fingerprint, model_fingerprint
 from megatron_prefix.model.parameters.parts import trained_parts
 
 __all__ = [
+    "Fingerprint",
     "base_parameters",
     "canonical_parameters",
     "model_fingerprint",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,26 @@ import torch.distributed as dist
 from megatron_prefix.model.gpt import unwrap
 from megatron_prefix.model.names import REWARD_HEAD, is_added
 from megatron_prefix.model.parameters.canonical import whole_parameters
+
+
+@dataclass
+class Fingerprint:
+    """The fingerprint of a model whose parameters are added one after another, in any order."""
+
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each parameter, by canonical name."""
+
+    def add(self, name: str, whole: torch.Tensor, scale: str = "") -> None:
+        """A whole canonical parameter; `scale` is that of an adapter."""
+        digest = hashlib.sha256(f"{name} {whole.dtype} {tuple(whole.shape)}{scale}\n".encode())
+        digest.update(whole.cpu().view(torch.uint8).numpy().data.cast("B"))
+        self.digests[name] = digest.hexdigest()
+
+    @property
+    def value(self) -> str:
+        """Of all that were added, by name, so that it is the same in every layout."""
+        joined = "".join(self.digests[name] for name in sorted(self.digests))
+        return hashlib.sha256(joined.encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -21,7 +42,7 @@ def model_fingerprint(chunks: list[torch.nn.Module], *, with_adapters: bool = Fa
     of the same model without any; `with_adapters` adds them and their scale. Collective; one
     parameter at a time.
     """
-    own: dict[str, str] = {}
+    own = Fingerprint()
     for chunk in chunks:
         lora = unwrap(chunk).config.lora
         for name, whole in whole_parameters(chunk):
@@ -29,13 +50,8 @@ def model_fingerprint(chunks: list[torch.nn.Module], *, with_adapters: bool = Fa
             if is_trained and not with_adapters:
                 continue
             scale = f" {lora.scale!r}" if lora is not None and is_trained else ""
-            head = f"{name} {whole.dtype} {tuple(whole.shape)}{scale}\n"
-            digest = hashlib.sha256(head.encode())
-            digest.update(whole.cpu().view(torch.uint8).numpy().data.cast("B"))
-            own[name] = digest.hexdigest()
-    # Several ranks have the same parameter, with the same digest. Sorted by name, the digests are
-    # in an order that no layout changes.
+            own.add(name, whole, scale)
+    # several ranks have the same parameter, with the same digest
     parts: list[dict] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, own)
-    digests = {name: digest for part in parts for name, digest in part.items()}
-    return hashlib.sha256("".join(digests[n] for n in sorted(digests)).encode()).hexdigest()
+    dist.all_gather_object(parts, own.digests)
+    return Fingerprint({name: digest for part in parts for name, digest in part.items()}).value

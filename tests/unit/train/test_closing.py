@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from tiny_models import tiny_config
@@ -38,3 +39,18 @@ def test_the_next_commands_are_ones(tmp_path):
     assert (args.command, args.load) == ("evaluate", str(saved))
     args = make_parser().parse_args(export[1:])
     assert (args.direction, args.load) == ("export", str(saved))
+
+
+def test_adapters_are_exported_as_such(tmp_path):
+    config = tiny_config("set", tmp_path, train={"save": str(tmp_path / "saved")}, lora={"r": 4})
+    assert closing_lines(config, 2, Path("r.html"), True)[-1].endswith(f"--hf {tmp_path}/adapter")
+    of_experts = {"r": 4, "target_modules": ["up_proj"]}
+    config = tiny_config("set", tmp_path, train={"save": str(tmp_path / "s")}, lora=of_experts)
+    assert closing_lines(config, 2, Path("r.html"))[-1].endswith(f"--hf {tmp_path}/adapter")
+    assert closing_lines(config, 2, Path("r.html"), True)[-1].endswith(
+        "have no other form: no export"
+    )
+    config = replace(config, model=replace(config.model, checkpoint="base"))
+    last = closing_lines(config, 2, Path("r.html"), True)[-1].removeprefix("next: ")
+    args = make_parser().parse_args(shlex.split(last)[1:])
+    assert (args.hf, args.merge) == (f"{tmp_path}/hf", True)

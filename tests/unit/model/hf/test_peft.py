@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf import PeftAdapter
-from megatron_prefix.model.hf.peft import peft_name
+from megatron_prefix.model.hf.peft import PeftAdapter, peft_name
 
 CONFIG = {
     "peft_type": "LORA",

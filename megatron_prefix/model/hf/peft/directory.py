@@ -1,4 +1,4 @@
-"""Adapters in PEFT's form: `adapter_config.json` and `adapter_model.safetensors`, read.
+"""Adapters in PEFT's form: `adapter_config.json` and `adapter_model.safetensors`.
 
 PEFT keeps a layer's adapters apart, as here. Names go from one to the other part by part:
 
@@ -43,7 +43,8 @@ _OUTER = {
     REWARD_HEAD: f"{PREFIX}{REWARD_HEAD}",
 }
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
-_HEADS = ("score", "classifier")
+LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"
+_HEADS = ("classifier", "score")
 """What PEFT adds to `modules_to_save` of a sequence classifier."""
 _FULL_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)")
 """A target that is one module of one layer."""
@@ -68,6 +69,8 @@ class PeftAdapter:
     lora: LoraConfig
     dropout: float
     """With which it was trained; here it is trained without."""
+    is_classifier: bool = False
+    """Whether it belongs to a sequence classifier."""
 
     @classmethod
     def read(cls, directory: Path) -> PeftAdapter:
@@ -96,7 +99,8 @@ class PeftAdapter:
             raise InputError(
                 f"{path}: not supported ({text}); target_modules may list {', '.join(TARGETS)}"
             ) from None
-        return cls(directory, lora, float(config.get("lora_dropout") or 0.0))
+        is_classifier = config.get("task_type") == CLASSIFIER
+        return cls(directory, lora, float(config.get("lora_dropout") or 0.0), is_classifier)
 
     @cached_property
     def tensors(self) -> HFTensors:
@@ -110,6 +114,11 @@ class PeftAdapter:
                 "with PEFT's save_pretrained"
             )
         return HFTensors(self.directory, ADAPTER_WEIGHTS)
+
+    @property
+    def num_labels(self) -> int:
+        """Scores of the reward head among its weights; 0 if there is none."""
+        return self.tensors.shapes.get(_OUTER[REWARD_HEAD], (0,))[0]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse tensors other than those of `shapes`: canonical names, and whole shapes. A reward
@@ -155,10 +164,34 @@ def peft_name(name: str) -> str:
     block, *_, target, factor = part.split(".")
     if is_expert(name):
         raise InputError(
-            f"{name} is an adapter of an expert, and PEFT's form of those is another one: adapters "
-            "of experts are kept in checkpoints only"
+            f"{name} is an adapter of an expert. transformers keeps all experts of a layer in one "
+            "parameter, and PEFT's adapters of it are others, so these have no place in a PEFT "
+            "directory: export the merged model with --merge"
         )
     return f"{PREFIX}model.layers.{layer}.{_BLOCKS[block]}.{target}.{factor}.weight"
+
+
+def peft_config(lora: LoraConfig, is_classifier: bool, base: str | None) -> dict[str, Any]:
+    """`adapter_config.json` of adapters; `base` is the directory or Hub id of their base model."""
+    alpha = lora.lora_alpha
+    assert alpha is not None
+    saved = [*(lora.modules_to_save or ()), *(_HEADS if is_classifier else ())]
+    return {
+        "peft_type": "LORA",
+        "task_type": CLASSIFIER if is_classifier else LANGUAGE_MODEL,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": lora.use_rslora,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": list(lora.target_modules or ()),
+        "layers_to_transform": lora.layers_to_transform and list(lora.layers_to_transform),
+        "modules_to_save": saved or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
 
 
 def _read_full_names(config: dict[str, Any], path: Path) -> None:
