@@ -135,7 +135,7 @@ def scaled_down(file: str, layout: dict, folder: Path, train: str, valid: str, s
         raw["train"]["eval_interval"] = 1
     model.pop("hf")
     model |= TINY | {"dtype": "float32"}
-    if "expert_model_parallel_size" in raw["parallel"]:
+    if "expert_model_parallel_size" in raw.get("parallel", {}):
         model |= EXPERTS
     if "recompute_num_layers" in model:
         model["recompute_num_layers"] = 1
