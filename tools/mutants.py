@@ -90,6 +90,7 @@ def main() -> int:
             *MODEL_MUTANTS,
             *REFERENCE_MUTANTS,
             *STEP_MUTANTS,
+            *PLAN_MUTANTS,
             *WINDOW_MUTANTS,
         )
         if not args.names or any(n in m.name for n in args.names)

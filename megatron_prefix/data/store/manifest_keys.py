@@ -66,7 +66,7 @@ TOKENIZER = an_object(
         "fingerprint": is_text,
     },
     {
-        "kind": one_of("bytes", "sentencepiece", "huggingface"),
+        "kind": is_text,
         "bos_id": or_null(is_count),
         "eos_id": or_null(is_count),
         "vocabulary": is_text,
