@@ -219,7 +219,8 @@ def preference_metrics(
         **{name: -float(x) if name.endswith("/min") else float(x) for name, x in extremes},
         "num_pairs": len(inputs.pairs),
     }
-    accuracies = objective.accuracies(inputs)
+    # KTO has no loss of a whole data set: its z is a block's.
+    accuracies = objective.accuracies(inputs) if kl_logratios is None else None
     if accuracies is not None:
         metrics |= accuracies_of_kinds(inputs, accuracies)
     return metrics | ({"groups_per_block": block_size} if objective.needs_blocks else {})

@@ -81,6 +81,8 @@ def assert_same(result: tuple, expected: tuple) -> None:
         assert a.keys() == b.keys()
         for key in a.keys() - set(SKIPPED):
             near = pytest.approx(b[key], rel=1e-4, abs=1e-5)
+            if "kl" in key or "logratios/" in key:  # differences of large numbers
+                near = pytest.approx(b[key], abs=1e-4)
             if key in ("loss", "grad_norm", "eval_loss"):
                 near = pytest.approx(b[key], rel=1e-5)
             assert a[key] == near, (a["step"], key)

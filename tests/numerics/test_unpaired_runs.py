@@ -75,7 +75,9 @@ def assert_same(result: tuple, expected: tuple) -> None:
         assert a.keys() == b.keys()
         for key in a.keys() - set(SKIPPED):
             near = pytest.approx(b[key], rel=1e-4, abs=1e-5)
-            if key in ("loss", "grad_norm", "eval_loss", "kl", "delta"):
+            if "kl" in key or "logratios/" in key:  # differences of large numbers
+                near = pytest.approx(b[key], abs=1e-4)
+            if key in ("loss", "grad_norm", "eval_loss", "delta"):
                 near = pytest.approx(b[key], rel=1e-5, abs=1e-7)
             assert a[key] == near, (a["step"], key)
     assert result[1].keys() == expected[1].keys()

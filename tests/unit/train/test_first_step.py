@@ -24,11 +24,11 @@ def log_of(
     logratios: list[float] | None = None,
 ) -> dict:
     """The log of one row with one pair if policy and reference are equal, but for `logratios`;
-    a quarter of each log-probability is the response's noise."""
+    1 / 16 of each log-probability is the response's noise."""
     ref = torch.tensor(ref_logps, dtype=torch.float64)
     start, slopes = own.start(one_pair(ref, torch.tensor(num_tokens or [9, 8])), None)
     moved = torch.tensor(logratios or [0.0, 0.0], dtype=torch.float64)
-    return {"start": start, "slopes": slopes, "logratios": moved, "noise": ref.abs() / 4}
+    return {"start": start, "slopes": slopes, "logratios": moved, "noise": ref.abs() / 16}
 
 
 def empty_log() -> dict:

@@ -26,6 +26,7 @@ def test_the_trackers_get_the_status(tmp_path, monkeypatch, end, status):
         held_out = SimpleNamespace(worst_pairs=list)
         close = staticmethod(statuses.append)
         config = tiny_config("set", tmp_path)
+        initial = SimpleNamespace(sizes=SimpleNamespace(num_moe_experts=0))
 
         def run(self, stop) -> None:
             assert not stop.is_asked()
