@@ -182,7 +182,7 @@ def test_runs_without_a_reference_load_none(runs, objective):
     with join_world(config.parallel, config.train.seed) as world:
         run = prepare(config, world)
         assert not hasattr(run.reference, "chunks")
-        assert "reference model fingerprint" not in run.identity
+        assert run.identity["reference model fingerprint"] is None
         run.close()
     with pytest.raises(InputError, match="has no reference"):
         score_reference(runs.configure(objective, "tree"), str(runs.folder / "sidecar"))

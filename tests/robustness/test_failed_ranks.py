@@ -25,7 +25,7 @@ FAULTY = """
 import os, signal, sys, time
 from megatron_prefix.__main__ import main
 from megatron_prefix.errors import InputError
-from megatron_prefix.reference import model as reference
+from megatron_prefix.reference import scoring as reference
 from megatron_prefix.trackers.jsonl import JsonlTracker
 from megatron_prefix.train.trainer import Trainer
 

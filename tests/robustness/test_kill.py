@@ -21,7 +21,7 @@ from processes import Ranks, start_ranks
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.checkpoint import save_load as checkpoint
-from megatron_prefix.reference import model as reference
+from megatron_prefix.reference import scoring as reference
 from megatron_prefix.reference import sidecars as sidecar
 from megatron_prefix.reference.sidecars import PartialScores
 from megatron_prefix.testing import write_random_set
