@@ -380,11 +380,10 @@ def _explained(action: Callable[[], dict], path: Path) -> dict:
         return action()
     except CheckpointException as error:  # a failure of any rank, on every rank
         raise InputError(_message(path, next(iter(error.failures.values()))[0])) from error
-    except CheckpointingException as error:
-        raise InputError(_message(path, error)) from error
-    except (OSError, KeyError, ValueError, RuntimeError, EOFError, TypeError) as error:
-        raise InputError(_message(path, error)) from error
-    except (pickle.UnpicklingError, AttributeError, IndexError, AssertionError) as error:
+    except (
+        *(CheckpointingException, pickle.UnpicklingError, OSError, EOFError, RuntimeError),
+        *(KeyError, IndexError, ValueError, TypeError, AttributeError, AssertionError),
+    ) as error:
         raise InputError(_message(path, error)) from error
 
 

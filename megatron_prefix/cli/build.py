@@ -198,7 +198,7 @@ def _add_handling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kto",
         action="store_true",
-        help="also put a response of another prompt behind each prompt, which loss.loss_type: kto "
+        help="also put a response of another prompt after each prompt, which loss.loss_type: kto "
         "measures its distance to the reference on; other losses ignore these (default: none)",
     )
     parser.add_argument(

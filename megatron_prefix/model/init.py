@@ -37,7 +37,7 @@ def initialize_weights(model: TreeGPTModel, seed: int, only: str | None = None) 
 def initialize_adapters(model: TreeGPTModel, seed: int) -> None:
     """Set the adapters to their initial values: B to 0, A as PEFT draws it, but by name.
 
-    A is uniform in +-1 / sqrt(in), Kaiming's bound with a = sqrt 5. So all layouts start alike.
+    A is uniform in +-1 / sqrt(in), Kaiming's bound with a = sqrt 5. So all layouts start equal.
     """
     for name, factor in canonical_parameters(model):
         if name.endswith("lora_B"):

@@ -56,7 +56,7 @@ def adaptive_weights(chosen: Tensor, rejected: Tensor) -> Tensor:
         w_k = |a_k| / sum over j of |a_j|,   a_k = log pi_k(chosen) - log pi_k(rejected)
 
     Le et al. 2024 (MRPO, arXiv 2405.16388). The published code exchanges the two weights in the
-    harmonic mixture, which contradicts the formula; here the formula stands. It adds 1e-6 to the
+    harmonic mixture, which contradicts the formula; here it is the formula. It adds 1e-6 to the
     divisor; here a pair that no reference decides has equal weights.
     """
     import torch

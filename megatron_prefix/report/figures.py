@@ -9,7 +9,7 @@ Curve = tuple[Sequence[float], Sequence[float]]
 """x and y values."""
 COLOURS = ("#3b76c4", "#d97a2b", "#3f9e5a", "#b6484c", "#8664b5", "#8a6d4f")
 _TEXT = "#010203"
-"""Stands for the page's text colour, which the drawing does not know."""
+"""In place of the page's text colour, which the drawing does not know."""
 
 
 def curves(data: Mapping[str, Curve], *, title: str, x: str) -> str:

@@ -11,7 +11,7 @@ from megatron_prefix.config.lora import FEED_FORWARD_TARGETS
 
 
 def closing_lines(config: Config, step: int, report: Path, has_experts: bool = False) -> list[str]:
-    """What a run of `step` steps leaves behind; `report` is its page, and `has_experts` says
+    """What a run of `step` steps leaves; `report` is its page, and `has_experts` says
     whether the model is a mixture."""
     output, save = config.logging.output, config.train.save
     lines = [f"done after {step} steps: configuration and metrics are in {output}"]

@@ -212,7 +212,7 @@ def mismatch_sampler(
     world: World | None = None,
     sizes: ModelSizes | None = None,
 ) -> Sampler | None:
-    """The mismatches of the groups of `sampler`'s steps, each behind its prompt in a sequence of
+    """The mismatches of the groups of `sampler`'s steps, each after its prompt in a sequence of
     its own; None if the objective does not need them.
 
     Raises InputError if the data set `setting` has none.

@@ -65,12 +65,7 @@ def prepare_trainer(
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
     mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
     valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, initial)
-    num_steps = config.train.steps
-    if num_steps is None:
-        assert config.train.epochs is not None  # one of them is given
-        num_steps = sampler.composition.num_steps(config.train.epochs)
-    for fault in config.optimizer.run_faults(num_steps):
-        raise InputError(fault)
+    num_steps = _num_steps(config, sampler)
     if world.is_main:
         print(describe_steps(sampler, num_steps), flush=True)
     model_config = initial.transformer_config(config.train.seed, config.parallel)
@@ -125,6 +120,17 @@ def prepare_trainer(
         running_rewards=tuple(saved.get("running_rewards") or (0.0, 0.0)),
         trackers=trackers,
     )
+
+
+def _num_steps(config: Config, sampler: Sampler) -> int:
+    """The steps of the run, which its learning rate's schedule fits. Raises InputError."""
+    num_steps = config.train.steps
+    if num_steps is None:
+        assert config.train.epochs is not None  # one of them is given
+        num_steps = sampler.composition.num_steps(config.train.epochs)
+    for fault in config.optimizer.run_faults(num_steps):
+        raise InputError(fault)
+    return num_steps
 
 
 def _checked_objective(

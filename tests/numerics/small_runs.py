@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 from megatron.core import dist_checkpointing
 
@@ -54,6 +55,30 @@ def trained(config: Config) -> list[dict]:
     """Train, and return the run's lines."""
     train(config)
     return lines(Path(config.logging.output))
+
+
+def assert_same_runs(
+    result: tuple[list[dict], dict[str, torch.Tensor]],
+    expected: tuple[list[dict], dict[str, torch.Tensor]],
+    skipped: Collection[str],
+    close: Mapping[str, Mapping[str, float]],
+    *,
+    has_same_keys: bool = True,
+) -> None:
+    """Every metric of every line, the evaluations' too, and the weights.
+
+    `close` has the tolerances of pytest.approx for the metrics that have their own. With
+    `has_same_keys` the lines also have the same `skipped` metrics.
+    """
+    for a, b in zip(result[0], expected[0], strict=True):
+        left_out = set() if has_same_keys else set(skipped)
+        assert a.keys() - left_out == b.keys() - left_out
+        for key in b.keys() - set(skipped):
+            near = pytest.approx(b[key], **close.get(key, {"rel": 1e-4, "abs": 1e-5}))
+            assert a[key] == near, (a["step"], key)
+    assert result[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        assert (result[1][name] - weight).abs().max() <= 1e-4, name
 
 
 def prepare(config: Config, world) -> Trainer:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranked_sets import write_ranked_set
-from small_runs import configure, lines, prepare, saved_weights, trained
+from small_runs import assert_same_runs, configure, lines, prepare, saved_weights, trained
 
 from megatron_prefix.distributed.world import join_world
 from megatron_prefix.errors import InputError
@@ -87,18 +87,11 @@ def runs(tmp_path_factory, ranked_set) -> Runs:
     return Runs(tmp_path_factory.mktemp("objectives"), ranked_set)
 
 
+STEEP = dict.fromkeys(("loss", "grad_norm", "eval_loss"), {"rel": RELATIVE})
+
+
 def assert_same(result: tuple, expected: tuple) -> None:
-    """Every metric of every line, the evaluations' too, and the weights."""
-    for a, b in zip(result[0], expected[0], strict=True):
-        assert a.keys() == b.keys()
-        for key in a.keys() - set(SKIPPED) - {"rows/projected"}:
-            near = pytest.approx(b[key], rel=1e-4, abs=1e-5)
-            if key in ("loss", "grad_norm", "eval_loss"):
-                near = pytest.approx(b[key], rel=RELATIVE)
-            assert a[key] == near, (a["step"], key)
-    assert result[1].keys() == expected[1].keys()
-    for name, weight in expected[1].items():
-        assert (result[1][name] - weight).abs().max() <= 1e-4, name
+    assert_same_runs(result, expected, (*SKIPPED, "rows/projected"), STEEP)
 
 
 OTHERS = [name for name in LAYOUTS if name != "unpacked"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ranked_sets import write_ranked_set
-from small_runs import configure, prepare, saved_weights, timeless, trained
+from small_runs import assert_same_runs, configure, prepare, saved_weights, timeless, trained
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.data.steps.sampler import Sampler
@@ -84,18 +84,11 @@ def runs(tmp_path_factory, ranked_set) -> Runs:
     return Runs(tmp_path_factory.mktemp("split"), ranked_set)
 
 
+STEEP = dict.fromkeys(("loss", "grad_norm", "eval_loss"), {"rel": 1e-5})
+
+
 def assert_same(result: tuple, expected: tuple) -> None:
-    """Every metric of every line, the evaluations' too, and the weights."""
-    for a, b in zip(result[0], expected[0], strict=True):
-        assert a.keys() - set(SKIPPED) == b.keys() - set(SKIPPED)
-        for key in b.keys() - set(SKIPPED):
-            near = pytest.approx(b[key], rel=1e-4, abs=1e-5)
-            if key in ("loss", "grad_norm", "eval_loss"):
-                near = pytest.approx(b[key], rel=1e-5)
-            assert a[key] == near, (a["step"], key)
-    assert result[1].keys() == expected[1].keys()
-    for name, weight in expected[1].items():
-        assert (result[1][name] - weight).abs().max() <= 1e-4, name
+    assert_same_runs(result, expected, SKIPPED, STEEP, has_same_keys=False)
 
 
 ALSO = [("list", "tree"), ("on policy", "tree"), ("sigmoid", "none")]

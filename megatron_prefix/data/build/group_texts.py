@@ -1,4 +1,4 @@
-"""The texts of the groups of a build, kept in a temporary file: a response can then be put behind
+"""The texts of the groups of a build, kept in a temporary file: a response can then be put after
 the prompt of another group."""
 
 from __future__ import annotations

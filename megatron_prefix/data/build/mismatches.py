@@ -8,7 +8,7 @@
 
 A group takes a response of the next group in the permutation that has another prompt; of several
 responses, that of its place in the permutation. The response is taken as text: it is rendered and
-encoded behind this group's prompt. If it does not fit `--max-length`, or cannot follow this prompt,
+encoded after this group's prompt. If it does not fit `--max-length`, or cannot follow this prompt,
 the next group is tried. The order of groups decides everything, so the number of workers does not
 matter.
 """
@@ -172,7 +172,7 @@ class MismatchMaker:
                 return
 
     def _path(self, own: GroupText, tree: PrefixTree, response: Text) -> ResponsePath | None:
-        """`response` behind a group's prompt; None if it cannot follow it.
+        """`response` after a group's prompt; None if it cannot follow it.
 
         The group's own first response is encoded too: if the build has cut its prompt, its tokens
         are no longer those of the tree, and the mismatch follows the tree's prompt.

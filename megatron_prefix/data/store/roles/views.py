@@ -1,6 +1,6 @@
 """Roles of responses: a group's own ones, and its mismatch, which another record answers with.
 
-`build --kto` puts a response of another prompt behind each group's prompt. It has the role 1 in the
+`build --kto` puts a response of another prompt after each group's prompt. It has the role 1 in the
 column `response_roles`, no label, no pair, and a comparison set of its own. Only objectives that
 measure how far the policy is from its reference on such responses read them. Everything else sees
 the data set without them:
