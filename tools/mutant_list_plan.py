@@ -19,4 +19,25 @@ PLAN_MUTANTS = (
         "again = 1 + GRADIENT_BYTES / 4",
         "unit/estimate/test_step_time.py",
     ),
+    Mutant(
+        "a search that recomputes one layer too many",
+        "estimate/search.py",
+        "while high - low > 1:",
+        "while high - low > 2:",
+        "unit/estimate/test_search.py",
+    ),
+    Mutant(
+        "a search that keeps the first rows of a layout, not its best",
+        "estimate/search.py",
+        "if estimate.seconds < of_layout.seconds:",
+        "if estimate.seconds < 0:",
+        "unit/estimate/test_search.py",
+    ),
+    Mutant(
+        "backward of frozen matrices as of trained ones",
+        "estimate/adapters.py",
+        "    return 1, 2 if kind",
+        "    return 2, 2 if kind",
+        "unit/estimate/test_search.py",
+    ),
 )

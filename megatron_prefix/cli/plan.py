@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.cli.options import add_config, quiet_megatron, read_config
 from megatron_prefix.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_prefix.config import Config
+    from megatron_prefix.estimate import Hardware
 
 GIB = 2**30
 MOST_PROCESSES = 2**20
@@ -50,6 +54,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="GIB",
         help="memory of a GPU in GiB, 6 to 4096 (default: that of --gpu): whether a rank fits",
     )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="list the fastest layouts of --gpus processes that fit --memory or --gpu, by "
+        "estimated seconds per step; needs the data set and the model's config.json",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes, instead of text")
     parser.set_defaults(run=run)
 
@@ -66,8 +76,21 @@ def run(args: argparse.Namespace) -> None:
     from megatron_prefix.estimate import named_hardware, plan_run
 
     machine = named_hardware(args.gpu, args.memory, args.mfu)
+    if args.search:
+        print(_searched(args, config, machine))
+        return
     estimate = plan_run(config, args.world_size, machine)
     print(json.dumps(estimate, indent=1) if args.json else plan_text(estimate))
+
+
+def _searched(args: argparse.Namespace, config: Config, machine: Hardware | None) -> str:
+    from megatron_prefix.cli.layout_table import layout_table
+    from megatron_prefix.estimate import search_layouts
+
+    if args.world_size is None or machine is None:
+        raise InputError("--search needs --gpus N, and --memory GIB or --gpu NAME: add them")
+    result = search_layouts(config, args.world_size, machine)
+    return json.dumps(result, indent=1) if args.json else layout_table(result, args.gpu is None)
 
 
 def plan_text(estimate: dict[str, Any]) -> str:

@@ -57,6 +57,11 @@ class ParallelConfig:
         is_interleaved = self.virtual_pipeline_model_parallel_size is not None
         return self.pipeline_model_parallel_size if is_interleaved else 1
 
+    def faults(self, model: ModelConfig, sizes: ModelSizes) -> Iterator[str]:
+        """Settings that exclude each other, and sizes of the model that they do not divide."""
+        yield from parallel_faults(self)
+        yield from layout_faults(model, sizes, self)
+
     def check_model(self, model: ModelConfig, sizes: ModelSizes) -> None:
         """Raise InputError, naming every fault, if the model cannot be divided this way."""
         if faults := list(layout_faults(model, sizes, self)):

@@ -4,6 +4,7 @@ from megatron_prefix.estimate.adapters import adapter_flops, training_flops
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
 from megatron_prefix.estimate.hardware import Hardware, named_hardware
 from megatron_prefix.estimate.planning import plan_run
+from megatron_prefix.estimate.search import search_layouts
 
 __all__ = [
     "ForwardFlops",
@@ -12,5 +13,6 @@ __all__ = [
     "forward_flops",
     "named_hardware",
     "plan_run",
+    "search_layouts",
     "training_flops",
 ]

@@ -33,6 +33,7 @@ from megatron_prefix.estimate.memory import (
     RankMemory,
     padded_vocabulary,
     rank_memory,
+    rank_parameters,
     stage_layers,
     state_sharers,
 )
@@ -190,8 +191,7 @@ def adapted_host_gradients(
     stage: int,
 ) -> int:
     """`host_gradients` of a run with adapters, whose gradients are those of what is trained."""
-    dense, experts = rank_adapters(model, sizes, parallel, lora, vocab_size, stage)
-    dense += _trained_head(model, sizes, parallel, stage)
+    dense, experts = trained_parameters(model, sizes, parallel, lora, vocab_size, stage)
     sharers, expert_sharers = state_sharers(parallel, world_size)
     copies = 2 if model.moe_aux_loss_coeff else 1
     return copies * GRADIENT_BYTES * (dense // sharers + experts // expert_sharers)
@@ -235,11 +235,32 @@ def training_flops(
     forward pass; `forward` are those of the policy's forward pass, its adapters included.
     Recomputation is left out."""
     reference = (forward.total - forward.adapters) * has_reference
+    linear, head = backward_passes(lora, kind)
+    layers = (1 + linear) * forward.linear + 3 * (forward.attention + forward.adapters)
+    return layers + (1 + head) * forward.head + reference
+
+
+def trained_parameters(
+    model: ModelConfig,
+    sizes: ModelSizes,
+    parallel: ParallelConfig,
+    lora: LoraConfig | None,
+    vocab_size: int,
+    stage: int,
+) -> tuple[int, int]:
+    """Parameters that a rank of pipeline stage `stage` trains: (all but those of experts, those of
+    experts)."""
     if lora is None:
-        return 3 * forward.total + reference
-    trains_head = kind == "reward" or "lm_head" in (lora.modules_to_save or ())
-    head = (3 if trains_head else 2) * forward.head
-    return 2 * forward.linear + 3 * (forward.attention + forward.adapters) + head + reference
+        return rank_parameters(model, sizes, parallel, vocab_size, stage)
+    dense, experts = rank_adapters(model, sizes, parallel, lora, vocab_size, stage)
+    return dense + _trained_head(model, sizes, parallel, stage), experts
+
+
+def backward_passes(lora: LoraConfig | None, kind: str) -> tuple[int, int]:
+    """Forward passes that backward costs: (of the matrices of layers, of the head)."""
+    if lora is None:
+        return 2, 2
+    return 1, 2 if kind == "reward" or "lm_head" in (lora.modules_to_save or ()) else 1
 
 
 def _layer_parameters(lora: LoraConfig, sizes: ModelSizes, num_experts: int) -> int:

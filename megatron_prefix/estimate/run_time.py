@@ -11,13 +11,11 @@ from megatron_prefix.estimate.flops import ForwardFlops
 from megatron_prefix.estimate.step_time import Job, StepWork, step_time, utilisation
 
 
-def step_work(
-    data: dict[str, Any], mode: str, own_mode: str, parallel: ParallelConfig, ranks: int
-) -> StepWork:
-    """The work of a step under the sharing mode `mode`, on `ranks` data-parallel ranks.
+def step_work(data: dict[str, Any], mode: str, own_mode: str, parallel: ParallelConfig) -> StepWork:
+    """The work of a step under the sharing mode `mode`.
 
     `data` is the part of the plan about the data. Its rows are those of `own_mode`: padding and
-    rows of another mode are taken in proportion to tokens.
+    rows of another mode are taken in proportion to tokens, and spread over the ranks as well.
     """
     cost, own = data["sharing"][mode], data["sharing"][own_mode]
     ratio = cost["tokens"] / own["tokens"]
@@ -29,19 +27,20 @@ def step_work(
     rows = math.ceil(data["rows_per_rank"] * ratio / multiple) * multiple
     return StepWork(
         flops=ForwardFlops(
-            linear=parts["linear"] * padding, attention=parts["attention"], head=parts["head"]
+            linear=parts["linear"] * padding,
+            attention=parts["attention"],
+            head=parts["head"],
+            adapters=parts["adapters"] * padding,
         ),
         tokens=data["executed_tokens_per_step"] * ratio,
         rows=rows if mode != own_mode else data["rows_per_rank"],
-        num_shares=min(ranks, max(1, math.floor(data["groups_per_step"]))),
+        busy_ranks=data["busy_ranks"],
     )
 
 
-def run_time(
-    job: Job, parallel: ParallelConfig, data: dict[str, Any], mode: str, ranks: int
-) -> dict[str, Any]:
+def run_time(job: Job, parallel: ParallelConfig, data: dict[str, Any], mode: str) -> dict[str, Any]:
     """Steps, time and cost of the run under its sharing mode `mode`, against none."""
-    work = step_work(data, mode, mode, parallel, ranks)
+    work = step_work(data, mode, mode, parallel)
     time = step_time(job, parallel, work)
     hours = data["num_steps"] * time.total / 3600
     return {
@@ -55,18 +54,16 @@ def run_time(
         "step_mfu": utilisation(job, work, time.total),
         "hours": hours,
         "gpu_hours": hours * job.world_size,
-        "sharing": _sharing(job, parallel, data, mode, ranks),
+        "sharing": _sharing(job, parallel, data, mode),
     }
 
 
-def _sharing(
-    job: Job, parallel: ParallelConfig, data: dict[str, Any], mode: str, ranks: int
-) -> dict[str, Any]:
+def _sharing(job: Job, parallel: ParallelConfig, data: dict[str, Any], mode: str) -> dict[str, Any]:
     """Hours with sharing and without; if the run shares nothing, with `tree`."""
     shared = "tree" if mode == "none" else mode
     with_it, without = (
         data["num_steps"]
-        * step_time(job, parallel, step_work(data, which, mode, parallel, ranks)).total
+        * step_time(job, parallel, step_work(data, which, mode, parallel)).total
         / 3600
         for which in (shared, "none")
     )

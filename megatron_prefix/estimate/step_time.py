@@ -5,10 +5,12 @@ The pipeline stage with the most work gives the pace. With m rows per rank, p st
     a row         (operations of the stage) / (t c x peak x mfu)  +  (bytes sent) / (rate of link)
     a step        m x row x (1 + (p - 1) / (m v))  +  data-parallel traffic  +  optimizer
 
-Operations of a stage are forward passes of its layers: 1, and 2 for backward, 1 with a reference
-model, and what is recomputed; the head of the last stage is not recomputed. `mfu` is the share of
+Operations of a stage are forward passes of its layers: 1, and 2 for backward (of frozen matrices
+1, see adapters.py), 1 with a reference model, and what is recomputed; the head of the last stage is
+not recomputed. Ranks wait for the one whose rows have most work. `mfu` is the share of
 the peak that a GPU reaches while it computes, so bubble, traffic and recomputation come on top. The
-utilisation of the whole step is model operations (3 forward passes) over peak and time.
+utilisation of the whole step is model operations (3 forward passes; with adapters less) over peak
+and time.
 
 Gradients that are reduced during backward (`overlap_grad_reduce`) cost what exceeds the backward
 pass of one row, weights that are gathered during forward (`overlap_param_gather`) what exceeds the
@@ -22,6 +24,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
+from megatron_prefix.config.lora import LoraConfig
+from megatron_prefix.estimate.adapters import backward_passes, trained_parameters, training_flops
 from megatron_prefix.estimate.flops import ForwardFlops
 from megatron_prefix.estimate.gpus import GPUS_PER_NODE, Gpu
 from megatron_prefix.estimate.memory import (
@@ -29,7 +33,6 @@ from megatron_prefix.estimate.memory import (
     BYTES,
     GRADIENT_BYTES,
     pipeline_bubble,
-    rank_parameters,
     stage_layers,
     state_sharers,
 )
@@ -62,6 +65,8 @@ class Job:
     world_size: int
     has_reference: bool = False
     """Whether a frozen model runs in every step."""
+    lora: LoraConfig | None = None
+    """The lora section, resolved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +79,8 @@ class StepWork:
     """Of all rows, padding included."""
     rows: float
     """Rows per data-parallel rank, of the rank with most."""
-    num_shares: int
-    """Data-parallel ranks that have rows: at most the groups of a step."""
+    busy_ranks: float
+    """The work of all data-parallel ranks over that of the busiest one: at most their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +125,8 @@ def step_time(job: Job, parallel: ParallelConfig, work: StepWork) -> StepTime:
 
 
 def utilisation(job: Job, work: StepWork, seconds: float) -> float:
-    """Model operations of a step (3 forward passes) over what the GPUs could do in that time."""
-    done = (1 + BACKWARD) * work.flops.total
+    """Model operations of a step over what the GPUs could do in that time."""
+    done = training_flops(work.flops, job.lora, job.model.kind)
     return done / (seconds * job.world_size * job.gpu.bf16_flops)
 
 
@@ -132,17 +137,18 @@ def _stage_time(job: Job, parallel: ParallelConfig, work: StepWork, stage: int) 
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     layers = stage_layers(sizes.num_layers, parallel)[stage]
     # One pass over the layers and one over the head, in seconds of all rows of a rank.
-    rate = gpu.bf16_flops * job.mfu * tensor * context * work.num_shares
+    rate = gpu.bf16_flops * job.mfu * tensor * context * work.busy_ranks
     share = layers / sizes.num_layers
     attention = share * work.flops.attention / rate
-    body = share * work.flops.linear / rate + attention
+    linear, adapters = share * work.flops.linear / rate, share * work.flops.adapters / rate
+    body = linear + attention + adapters
     head = work.flops.head / rate if stage == num_stages - 1 else 0.0
     again = recomputed_share(model, layers, chunks)
     recompute = body * again
     if model.recompute_granularity == "selective":
         recompute = attention
     # Traffic of all rows of a rank; recomputation and reference send what forward sends.
-    tokens = work.tokens / work.num_shares
+    tokens = work.tokens / work.busy_ranks
     forward = forward_bytes(model, sizes, parallel, tokens)
     backward = backward_bytes(model, parallel, forward)
     rates = {
@@ -159,8 +165,10 @@ def _stage_time(job: Job, parallel: ParallelConfig, work: StepWork, stage: int) 
     span = 1 if job.world_size <= GPUS_PER_NODE else job.world_size
     between = stage_bytes(model, sizes, parallel, tokens) / link(gpu, span)
     between *= 1 + job.has_reference / 2
-    compute = (1 + BACKWARD) * (body + head)
-    reference = (body + head) * job.has_reference
+    of_linear, of_head = backward_passes(job.lora, model.kind)
+    gradients = BACKWARD * (attention + adapters) + of_linear * linear + of_head * head
+    compute = body + head + gradients
+    reference = (body + head - adapters) * job.has_reference
     busy = compute + recompute + reference + sum(sent.values()) + between
     return StepTime(
         compute=compute,
@@ -171,33 +179,33 @@ def _stage_time(job: Job, parallel: ParallelConfig, work: StepWork, stage: int) 
         context=sent["context"],
         stages=between,
         bubble=busy * pipeline_bubble(parallel, work.rows),
-        data=_exposed(job, parallel, stage, (body + head) / work.rows),
+        data=_exposed(job, parallel, stage, (body + head) / work.rows, gradients / work.rows),
         optimizer=_optimizer_seconds(job, parallel, stage),
     )
 
 
-def _exposed(job: Job, parallel: ParallelConfig, stage: int, row_forward: float) -> float:
-    """Seconds of data-parallel traffic that no computation hides; `row_forward` are the seconds of
-    the forward pass of a row."""
-    traffic = data_bytes(
-        job.model,
-        job.sizes,
-        parallel,
-        vocab_size=job.vocab_size,
-        world_size=job.world_size,
-        stage=stage,
-    )
+def _exposed(
+    job: Job, parallel: ParallelConfig, stage: int, row_forward: float, row_backward: float
+) -> float:
+    """Seconds of data-parallel traffic that no computation hides: that of the forward or backward
+    pass of a row, which take so many seconds."""
+    trained = _trained(job, parallel, stage)
+    traffic = data_bytes(job.model, parallel, trained, job.world_size)
     rate = link(job.gpu, job.world_size // parallel.pipeline_model_parallel_size)
     gradients, weights = traffic.gradients / rate, traffic.weights / rate
     if parallel.overlap_grad_reduce:
-        gradients = max(0.0, gradients - BACKWARD * row_forward)
+        gradients = max(0.0, gradients - row_backward)
     if parallel.overlap_param_gather:
         weights = max(0.0, weights - row_forward)
     return gradients + weights
 
 
+def _trained(job: Job, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
+    return trained_parameters(job.model, job.sizes, parallel, job.lora, job.vocab_size, stage)
+
+
 def _optimizer_seconds(job: Job, parallel: ParallelConfig, stage: int) -> float:
-    dense, experts = rank_parameters(job.model, job.sizes, parallel, job.vocab_size, stage)
+    dense, experts = _trained(job, parallel, stage)
     sharers, expert_sharers = state_sharers(parallel, job.world_size)
     own = dense / sharers + experts / expert_sharers
     moved = GRADIENT_BYTES + 2 * ADAM_BYTES[job.model.dtype] + BYTES[job.model.dtype]

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.estimate.gpus import GPUS_PER_NODE, Gpu
-from megatron_prefix.estimate.memory import BYTES, GRADIENT_BYTES, rank_parameters
+from megatron_prefix.estimate.memory import BYTES, GRADIENT_BYTES
 
 LINK_EFFICIENCY = 0.7
 """Share of a link's rate that large messages reach; an assumption, not measured."""
@@ -105,16 +105,11 @@ class DataTraffic:
 
 
 def data_bytes(
-    model: ModelConfig,
-    sizes: ModelSizes,
-    parallel: ParallelConfig,
-    *,
-    vocab_size: int,
-    world_size: int,
-    stage: int,
+    model: ModelConfig, parallel: ParallelConfig, trained: tuple[int, int], world_size: int
 ) -> DataTraffic:
-    """Bytes of the reduced gradients and the gathered weights of a rank of `stage`."""
-    dense, experts = rank_parameters(model, sizes, parallel, vocab_size, stage)
+    """Bytes of the reduced gradients and the gathered weights of a rank whose `trained` parameters
+    are these: (all but those of experts, those of experts)."""
+    dense, experts = trained
     # The copies of a parameter, whether or not they share the optimizer's state.
     stages = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     copies = world_size // stages

@@ -274,11 +274,11 @@ def test_layers_that_the_model_does_not_have_are_refused(random_set, tmp_path):
         plan_run(parse_config(settings))
 
 
-def test_time_is_not_known_and_there_is_no_advice_on_a_reference(random_set, tmp_path, capsys):
+def test_the_time_is_known_and_there_is_no_advice_on_a_reference(random_set, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     bfloat16 = raw(tmp_path, random_set)["model"] | {"dtype": "bfloat16"}
     path.write_text(json.dumps(raw(tmp_path, random_set, model=bfloat16, lora={"r": 4})))
     assert main(["plan", "--config", str(path), "--gpu", "H100", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["time"] is None and "not of adapters" in plan["missing"][0]
+    assert plan["time"]["seconds"]["reference"] > 0 and plan["missing"] == []
     assert plan["fit"] is not None and not any("reference" in line for line in plan["advice"])

@@ -42,7 +42,7 @@ WORK = StepWork(
     flops=ForwardFlops(linear=600.0, attention=200.0, head=100.0),
     tokens=64,
     rows=4,
-    num_shares=1,
+    busy_ranks=1,
 )
 
 
@@ -118,7 +118,7 @@ def test_the_last_stage_has_the_head_and_gives_the_pace():
 
 def test_ranks_without_groups_do_not_help():
     parallel = ParallelConfig()
-    four = replace(WORK, num_shares=4, rows=1)
+    four = replace(WORK, busy_ranks=4, rows=1)
     eight = step_time(job(world_size=8), parallel, four)
     assert eight.compute == step_time(job(world_size=4), parallel, four).compute
     assert eight.compute == pytest.approx(3 * 900 / 500 / 4)
@@ -163,11 +163,11 @@ def test_bytes_between_stages_and_of_gradients():
     assert stage_bytes(TINY, sizes, parallel, 16) == 2 * 2 * 16 * 4 * 2
     assert stage_bytes(TINY, sizes, ParallelConfig(), 16) == 0
     # all of TINY: 2 x 32 of the vocabulary, 4 layers of 48 + 96 + 8, and 4
-    plain = data_bytes(TINY, sizes, ParallelConfig(), vocab_size=8, world_size=4, stage=0)
     count = 64 + 4 * 152 + 4
+    plain = data_bytes(TINY, ParallelConfig(), (count, 0), 4)
     assert (plain.gradients, plain.weights) == (2 * 4 * count * 3 / 4, 0)
     shared = ParallelConfig(use_distributed_optimizer=True)
-    sent = data_bytes(TINY, sizes, shared, vocab_size=8, world_size=4, stage=0)
+    sent = data_bytes(TINY, shared, (count, 0), 4)
     assert (sent.gradients, sent.weights) == (4 * count * 3 / 4, 2 * count * 3 / 4)
 
 
@@ -176,7 +176,7 @@ def test_overlap_hides_at_most_one_row():
     count = 64 + 4 * 152 + 4
     rate = 4 * count * 3 / 4 / 2 / LINK_EFFICIENCY
     gpu = replace(SLOW, nvlink=rate)
-    work = replace(WORK, num_shares=4, rows=1)
+    work = replace(WORK, busy_ranks=4, rows=1)
     parallel = ParallelConfig(use_distributed_optimizer=True)
     plain = step_time(job(gpu, world_size=4), parallel, work)
     assert plain.data == pytest.approx(2 + 1)

@@ -1,0 +1,86 @@
+"""A run whose model and longest row are known: its memory, and what the formulas of time need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from megatron_prefix.config import Config, ModelConfig
+from megatron_prefix.estimate.adapters import adapted_host_gradients, adapted_memory
+from megatron_prefix.estimate.data_costs import KnownModel
+from megatron_prefix.estimate.hardware import Hardware
+from megatron_prefix.estimate.memory import RankMemory, host_gradients, rank_memory
+from megatron_prefix.estimate.step_time import Job
+from megatron_prefix.objectives import Objective
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run whose model and longest row are known."""
+
+    config: Config
+    objective: Objective
+    known: KnownModel
+    world_size: int
+    row_tokens: int
+    rows: int | None
+    """Per step and rank; None if the data is not here."""
+
+    @property
+    def mode(self) -> str:
+        """The sharing mode of the configuration."""
+        return self.config.data.sharing
+
+    def memory(self, model: ModelConfig, stages: Sequence[int] | None = None) -> dict[str, Any]:
+        """Memory of every stage by component, or of some `stages`, with the recomputation of
+        `model`, and the stage that has most; `host_gradients`, with `train.shadow_steps`, is on the
+        host and not part of the total."""
+        config, known = self.config, self.known
+        assert known.vocab_size is not None, "known before memory is"
+        sizes = model, known.sizes, config.parallel
+        shared = {"vocab_size": known.vocab_size, "world_size": self.world_size}
+        of_rank: Callable[..., RankMemory] = rank_memory
+        of_host: Callable[..., int] = host_gradients
+        if known.lora is not None:
+            of_rank = partial(adapted_memory, lora=known.lora)
+            of_host = partial(adapted_host_gradients, lora=known.lora)
+        if stages is None:
+            stages = range(config.parallel.pipeline_model_parallel_size)
+        needed = [
+            of_rank(
+                *sizes,
+                **shared,
+                row_tokens=self.row_tokens,
+                stage=stage,
+                has_reference=self.objective.reference == "model",
+                rows=self.rows,
+            )
+            for stage in stages
+        ]
+        described = [{**asdict(stage), "total": stage.total} for stage in needed]
+        if config.train.shadow_steps:
+            for stage, description in zip(stages, described, strict=True):
+                description["host_gradients"] = of_host(*sizes, **shared, stage=stage)
+        return {
+            "row_tokens": self.row_tokens,
+            "fullest_stage": max(range(len(needed)), key=lambda i: needed[i].total),
+            "stages": described,
+        }
+
+    def job(self, machine: Hardware | None) -> Job | None:
+        """What the formulas of time need; None without a named GPU."""
+        if machine is None or machine.gpu is None:
+            return None
+        assert self.known.vocab_size is not None, "known before time is"
+        return Job(
+            gpu=machine.gpu,
+            mfu=machine.mfu,
+            model=self.config.model,
+            sizes=self.known.sizes,
+            vocab_size=self.known.vocab_size,
+            world_size=self.world_size,
+            has_reference=self.objective.reference == "model",
+            lora=self.known.lora,
+        )
