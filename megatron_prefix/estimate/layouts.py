@@ -104,9 +104,17 @@ def row_sizes(config: Config) -> list[Config]:
     data = config.data
     if data.plan is not None or data.rows_per_step is not None or config.model.moe_aux_loss_coeff:
         return [config]
-    key = "row_capacity" if data.packing else "micro_batch_size"
-    sizes = {int(getattr(data, key) * factor) for factor in ROW_FACTORS} - {0}
-    return [replace(config, data=replace(data, **{key: size})) for size in sorted(sizes)]
+    if data.packing:
+        assert data.row_capacity is not None, "packing has one"
+        rows = [replace(data, row_capacity=size) for size in _around(data.row_capacity)]
+    else:
+        assert data.micro_batch_size is not None, "needed without packing"
+        rows = [replace(data, micro_batch_size=size) for size in _around(data.micro_batch_size)]
+    return [replace(config, data=own) for own in rows]
+
+
+def _around(size: int) -> list[int]:
+    return sorted({int(size * factor) for factor in ROW_FACTORS} - {0})
 
 
 def recomputations(model: ModelConfig, layers: int) -> list[ModelConfig]:
