@@ -86,9 +86,9 @@ def plan_run(
     }
     rows, row_tokens = None, row_bound(config)
     if dataset is not None:
-        plan["data"] = data_plan(
-            config, planned_sampler(config, objective, dataset, ranks, model and model.sizes), model
-        )
+        sizes = None if model is None else model.sizes
+        sampler = planned_sampler(config, objective, dataset, ranks, sizes)
+        plan["data"] = data_plan(config, sampler, model)
         rows = plan["data"]["rows_per_rank"]
         row_tokens = row_tokens or plan["data"]["longest_row"]
         plan["verdict"] = sharing_advice(config.data.sharing, plan["data"]["sharing"])
