@@ -218,7 +218,7 @@ MANIFESTS: dict[str, Callable[[dict], object]] = {
     "options as a list": set_item("options", value=["a"]),
     "inputs as a number": set_item("options", "inputs", value=3),
     "a tokenizer without a name": without("tokenizer", "name"),
-    "a tokenizer of another kind": lambda m: m["tokenizer"].update(kind="hf", name="../../passwd"),
+    "a kind of tokenizer as a number": set_item("tokenizer", "kind", value=3),
     "a tokenizer as a list": set_item("tokenizer", value=[]),
     "a tokenizer that adds text": set_item("tokenizer", "end_of_text", value={"mode": 1}),
     "a vocabulary of 1": vocabulary(1),

@@ -17,6 +17,14 @@ from megatron_prefix.distributed.signals import SIGNALS
 LIMIT_S = 60
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """The tests may themselves run under `nohup`, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_a_request_and_the_handler_returns(world, number):
     before = signal.getsignal(number)
