@@ -47,4 +47,62 @@ MODEL_MUTANTS = (
         "if False:",
         "unit/checkpoint/test_starting_model.py",
     ),
+    Mutant(
+        "gradients of rotated keys are those of one rank's heads",
+        "model/layers/latent.py",
+        "return gather_from_sequence_parallel_region(x, group=self.tp_group)",
+        "return gather_from_sequence_parallel_region(\n"
+        "                x, tensor_parallel_output_grad=False, group=self.tp_group\n"
+        "            )",
+        "distributed/test_family_layouts.py",
+    ),
+    Mutant(
+        "norms of what is compressed have the epsilon of the layers",
+        "model/hf/latent.py",
+        "norm_epsilon=NORM_EPSILON,",
+        "norm_epsilon=settings.rms_norm_eps,",
+        "numerics/test_family_parity.py",
+    ),
+    Mutant(
+        "YaRN does not change the scale of scores",
+        "model/hf/latent.py",
+        "if factor <= 1:",
+        "if factor > 0:",
+        "numerics/test_family_parity.py",
+    ),
+    Mutant(
+        "experts are weighted by their corrected scores",
+        "model/layers/routing.py",
+        "weights_Tk = scores_TE.gather(1, indices_Tk)",
+        "weights_Tk = choice_TE.gather(1, indices_Tk)",
+        "unit/model/layers/test_routing.py",
+    ),
+    Mutant(
+        "a group of experts counts by its best one",
+        "model/layers/routing.py",
+        'best = 1 if routing.score == "softmax" else 2',
+        "best = 1",
+        "unit/model/layers/test_routing.py",
+    ),
+    Mutant(
+        "the correction of a router is rounded with the model",
+        "model/layers/moe.py",
+        "self.expert_bias.data = kept.to(self.expert_bias.device)",
+        "pass",
+        "numerics/test_latent_attention.py",
+    ),
+    Mutant(
+        "the bias of an expert is added once per tensor-parallel rank",
+        "model/layers/moe.py",
+        "if bias is not None and self.tp_group.rank() > 0:",
+        "if False:",
+        "distributed/test_family_layouts.py",
+    ),
+    Mutant(
+        "values are filled up and the scale follows",
+        "attention/megatron.py",
+        "scale = query.size(-1) ** -0.5 if scale is None else scale",
+        "scale = channels**-0.5 if scale is None else scale",
+        "numerics/test_family_parity.py",
+    ),
 )

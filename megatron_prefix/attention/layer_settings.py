@@ -36,3 +36,10 @@ def features_of(config: Any) -> list[str]:
         "sinks": config.softmax_type != "vanilla",
     }
     return [name for name, is_needed in needs.items() if is_needed]
+
+
+def attention_channels(config: Any) -> int:
+    """Channels of the heads that kernels compute with: those of queries and keys or of values,
+    which multi-latent attention may have more or fewer of."""
+    latent = getattr(getattr(config, "architecture", None), "latent", None)
+    return max(config.kv_channels, latent.value_channels if latent is not None else 0)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -27,7 +28,12 @@ from torch import Tensor
 
 from megatron_prefix.attention.api import prepare_plan, resolve_backend, tree_attention
 from megatron_prefix.attention.context_parallel import ContextShare
-from megatron_prefix.attention.layer_settings import features_of, layer_windows, softcap_of
+from megatron_prefix.attention.layer_settings import (
+    attention_channels,
+    features_of,
+    layer_windows,
+    softcap_of,
+)
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.attention.rotary import Rotation, rotate, rotate_query
 
@@ -98,7 +104,7 @@ def check_backend(config: Any, device: torch.device) -> None:
     """Raise ValueError, with the remedy, if the backend of a model's configuration,
     `tree_attention_backend`, cannot run on `device`, or does not compute this attention."""
     name, dtype, features = config.tree_attention_backend, config.params_dtype, features_of(config)
-    resolve_backend(name, device, dtype, config.kv_channels, features=features)
+    resolve_backend(name, device, dtype, attention_channels(config), features=features)
 
 
 def prepare_attention(params: TreePackedSeqParams, config: Any) -> None:
@@ -109,7 +115,7 @@ def prepare_attention(params: TreePackedSeqParams, config: Any) -> None:
     backend, dtype = config.tree_attention_backend, config.params_dtype
     for window in set(layer_windows(config)):
         plan = params.plan_of(window)
-        prepare_plan(plan, backend, dtype, config.kv_channels, features_of(config))
+        prepare_plan(plan, backend, dtype, attention_channels(config), features_of(config))
 
 
 class TreeCoreAttention(MegatronModule):
@@ -199,7 +205,11 @@ class TreeCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [T, 1, N, H], key and value [T, 1, G, H] -> [T, 1, N * H]."""
+        """query [T, 1, N, H], key and value [T, 1, G, H] -> [T, 1, N * H].
+
+        Values may have other channels than queries and keys. The smaller ones are then filled up
+        with zeros, which add nothing to scores or outputs.
+        """
         if not isinstance(packed_seq_params, TreePackedSeqParams):
             raise ValueError(
                 "tree attention needs packed_seq_params=TreePackedSeqParams(…), got "
@@ -218,7 +228,11 @@ class TreeCoreAttention(MegatronModule):
         if rotation is not None and self.rotary != "none":
             query, key = rotate_query(query, rotation), rotate(key, rotation)
             value = value.contiguous()  # a view would keep the unrotated query and key alive
-        params = packed_seq_params
+        params, scale = packed_seq_params, self.softmax_scale
+        own, channels = value.size(-1), max(query.size(-1), value.size(-1))
+        if own != query.size(-1):
+            scale = query.size(-1) ** -0.5 if scale is None else scale
+            query, key, value = (F.pad(x, (0, channels - x.size(-1))) for x in (query, key, value))
         attend: Callable[..., Tensor] = partial(tree_attention, layout=params.plan)
         if params.share is not None:
             attend = params.share.attend
@@ -227,9 +241,9 @@ class TreeCoreAttention(MegatronModule):
             key,
             value,
             backend=self.backend,
-            scale=self.softmax_scale,
+            scale=scale,
             window=self.window,
             softcap=self.softcap,
             sinks=self.softmax_offset,
         )
-        return out.flatten(1).unsqueeze(1)
+        return out[..., :own].flatten(1).unsqueeze(1)

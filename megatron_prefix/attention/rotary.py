@@ -28,6 +28,10 @@ class Rotation(NamedTuple):
     query_factor: Tensor | None = None
     """[T, 1, 1]: what queries are multiplied by besides; None: 1."""
 
+    def turn(self, x_TNH: Tensor) -> Tensor:
+        """`rotate` by this rotation."""
+        return rotate(x_TNH, self)
+
     def with_growth(self, position_ids_T: Tensor, growth: float, length: int) -> Rotation:
         """The same, and queries at position p grow by 1 + growth log(1 + floor(p / length)), as
         transformers has it for Ministral 3."""

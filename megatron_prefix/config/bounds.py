@@ -37,6 +37,7 @@ SetEpochs = Annotated[float, Field(strict=True, gt=0, le=10**6, allow_inf_nan=Fa
 Share = Annotated[float, Field(strict=True, ge=1e-6, le=1e9, allow_inf_nan=False)]
 """A part of something, in proportion to other parts."""
 Layers = Annotated[int, Field(strict=True, ge=1, le=10**4)]
+NoneOrLayers = Annotated[int, Field(strict=True, ge=0, le=10**4)]
 MOST_CHANNELS = 2**16
 """Channels of a head."""
 Heads = Annotated[int, Field(strict=True, ge=1, le=MOST_CHANNELS)]

@@ -78,6 +78,22 @@ class ModelSizes:
         kinds = self.window_attn_skip_freq or (1,) * self.num_layers
         return tuple(self.window_size[0] + 1 if kind else None for kind in kinds)
 
+    @property
+    def kernel_channels(self) -> int:
+        """Channels of the heads that attention computes with: multi-latent attention fills up the
+        smaller of keys and values with zeros."""
+        latent = self.architecture.latent
+        return max(self.kv_channels, latent.value_channels if latent is not None else 0)
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return self.num_layers - self.architecture.dense_layers if self.num_moe_experts else 0
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts."""
+        return self.num_moe_experts > 0 and layer >= self.architecture.dense_layers
+
     def faults(self) -> Iterator[str]:
         """Sizes that do not fit each other."""
         heads, groups = self.num_attention_heads, self.num_query_groups
@@ -92,6 +108,8 @@ class ModelSizes:
                 "pairs: change model.hidden_size or model.kv_channels"
             )
         yield from self.architecture.faults()
+        if (routing := self.architecture.routing) is not None and self.num_moe_experts:
+            yield from routing.faults(self.num_moe_experts, self.moe_router_topk)
         scalings = (self.rope_scaling, self.architecture.local_rope_scaling)
         pairs = (self.architecture.rotary_channels or self.kv_channels) // 2
         for scaling in scalings:

@@ -34,7 +34,7 @@ from megatron_prefix.estimate.memory import (
     padded_vocabulary,
     rank_memory,
     rank_parameters,
-    stage_layers,
+    stage_indices,
     state_sharers,
 )
 
@@ -63,12 +63,16 @@ def adapted_matrices(lora: LoraConfig, sizes: ModelSizes) -> list[AdaptedMatrix]
     width, head_dim = sizes.hidden_size, sizes.kv_channels
     has_experts = sizes.num_moe_experts > 0
     queries, keys = sizes.num_attention_heads * head_dim, sizes.num_query_groups * head_dim
+    latent = sizes.architecture.latent
+    values = queries
+    if latent is not None:
+        values = sizes.num_attention_heads * latent.value_channels
     inner = sizes.moe_ffn_hidden_size if has_experts else sizes.ffn_hidden_size
     shapes = {
         "q_proj": (width, queries),
         "k_proj": (width, keys),
         "v_proj": (width, keys),
-        "o_proj": (queries, width),
+        "o_proj": (values, width),
         "gate_proj": (width, inner),
         "up_proj": (width, inner),
         "down_proj": (inner, width),
@@ -120,22 +124,6 @@ def rank_adapters(
     dense += vocabulary * ("embed_tokens" in saved and stage == 0)
     dense += vocabulary * ("lm_head" in saved and stage == last)
     return dense, experts
-
-
-def stage_indices(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
-    """The layers of each pipeline stage, counted from 0.
-
-    8 layers on 2 stages of 2 chunks each: [[0, 1, 4, 5], [2, 3, 6, 7]].
-    """
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    sizes = [count // chunks for count in stage_layers(num_layers, parallel)]
-    indices: list[list[int]] = [[] for _ in sizes]
-    start = 0
-    for _ in range(chunks):
-        for stage, size in enumerate(sizes):
-            indices[stage] += range(start, start + size)
-            start += size
-    return indices
 
 
 def adapted_memory(

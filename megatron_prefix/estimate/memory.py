@@ -18,7 +18,10 @@ parallelism, which divides the tokens; else s = 1):
     queries, keys, values, output      (2 N + 2 G) H / t,  and 4 N / t bytes of log-sum-exp
     gate and up, their product         3 F / t
     or with experts (k per token)      k (2 C + 3 F / t),  tokens spread evenly over ranks;
-                                       a shared expert 3 F / t
+                                       a shared expert 3 F / t; the mean if layers differ
+
+Multi-latent attention with ranks R_q and R_k, R rotated channels and values of V keeps, in place of
+the third row, 4 N max(H, V) / t + N V / t + (2 R_q + 2 R_k + R) / s.
 
 Selective recomputation drops the log-sum-exp, full recomputation all but the layer's input. Not
 counted: CUDA's context, NCCL's buffers, keys in transfer between context-parallel ranks, one
@@ -28,6 +31,7 @@ bytes per parameter of the step), fragmentation. Leave room for them.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
@@ -46,44 +50,56 @@ def parameter_counts(
 
     Llama-3-8B with a vocabulary of 128,256: their sum is 8,030,261,248.
     """
-    width, head_dim, layers = sizes.hidden_size, sizes.kv_channels, sizes.num_layers
-    heads, groups = sizes.num_attention_heads, sizes.num_query_groups
-    # One layer of width 4, 2 heads of 2, 1 group, feed-forward size 8: attention 4 * 8 + 4 * 4 =
-    # 48, feed-forward 3 * 4 * 8 = 96, norms 2 * 4 and 4 after the last layer; a vocabulary of 10:
-    # 40.
-    parts = sizes.architecture
-    qkv = (heads + 2 * groups) * head_dim
-    attention = width * qkv + heads * head_dim * width + (qkv if sizes.add_qkv_bias else 0)
-    attention += heads if sizes.softmax_type == "learnable" else 0
-    attention += (heads + groups) * head_dim if parts.qk_norm != "none" else 0
-    per_layer = {"before": 2, "after": 2, "both": 4}[parts.norms] - parts.parallel_layers
-    norm = width * (1 + parts.norm_bias)
-    norms = per_layer * norm + (2 * head_dim if sizes.qk_layernorm else 0)
-    gates = 1 + parts.gated_linear_unit
-    counts = {"embedding": vocab_size * width, "attention": layers * attention}
-    if sizes.num_moe_experts:
-        counts["experts"] = layers * sizes.num_moe_experts * 3 * width * sizes.moe_ffn_hidden_size
-        counts["router"] = layers * sizes.num_moe_experts * width
-        if parts.expert_bias:
-            biases = gates * sizes.moe_ffn_hidden_size + width
-            counts["experts"] += layers * sizes.num_moe_experts * biases
-            counts["router"] += layers * sizes.num_moe_experts
-        if parts.shared_expert_size:
-            shared = (gates + 1) * width * parts.shared_expert_size
-            counts["feed_forward"] = layers * shared
-            counts["router"] += layers * width * parts.shared_expert_gate
-    else:
-        bias = gates * sizes.ffn_hidden_size if parts.mlp_bias else 0
-        matrices = (gates + 1) * width * sizes.ffn_hidden_size
-        counts["feed_forward"] = layers * (matrices + bias)
-    if parts.output_bias or parts.mlp_bias:
-        counts["output_biases"] = layers * width * (parts.output_bias + parts.mlp_bias)
-    counts["norms"] = layers * norms + norm
+    width = sizes.hidden_size
+    counts = Counter({"embedding": vocab_size * width})
+    for layer in range(sizes.num_layers):
+        counts.update(layer_parameters(sizes, layer))
+    counts["norms"] += width * (1 + sizes.architecture.norm_bias)  # after the last layer
     if kind == "reward":
         counts["head"] = num_labels * width
     else:
         counts["head"] = vocab_size * width if sizes.untie_embeddings_and_output_weights else 0
-    return counts
+    return dict(counts)
+
+
+def layer_parameters(sizes: ModelSizes, layer: int) -> dict[str, int]:
+    """Parameters of a layer, counted from 0, by component.
+
+    Of width 4, with 2 heads of 2, 1 group and feed-forward size 8: attention 4 * 8 + 4 * 4 = 48,
+    feed-forward 3 * 4 * 8 = 96, norms 2 * 4.
+    """
+    width, head_dim, parts = sizes.hidden_size, sizes.kv_channels, sizes.architecture
+    heads, groups = sizes.num_attention_heads, sizes.num_query_groups
+    per_layer = {"before": 2, "after": 2, "both": 4}[parts.norms] - parts.parallel_layers
+    norms = per_layer * width * (1 + parts.norm_bias) + (2 * head_dim if sizes.qk_layernorm else 0)
+    counts: dict[str, int] = {}
+    if (latent := parts.latent) is not None:
+        down, counts["attention"] = latent.matrices(width, heads)
+        query_rank = latent.query_rank or 0
+        counts["compression"] = down + latent.down_bias * (latent.down_rows + query_rank)
+        norms += latent.key_value_rank + query_rank
+    else:
+        qkv = (heads + 2 * groups) * head_dim
+        attention = width * qkv + heads * head_dim * width + (qkv if sizes.add_qkv_bias else 0)
+        attention += heads if sizes.softmax_type == "learnable" else 0
+        attention += (heads + groups) * head_dim if parts.qk_norm != "none" else 0
+        counts["attention"] = attention
+    gates = 1 + parts.gated_linear_unit
+    if sizes.has_experts(layer):
+        experts, inner = sizes.num_moe_experts, sizes.moe_ffn_hidden_size
+        biases = gates * inner + width if parts.expert_bias else 0
+        counts["experts"] = experts * (3 * width * inner + biases)
+        has_correction = parts.routing is not None and parts.routing.score == "sigmoid"
+        counts["router"] = experts * (width + parts.expert_bias + has_correction)
+        if parts.shared_expert_size:
+            counts["feed_forward"] = (gates + 1) * width * parts.shared_expert_size
+            counts["router"] += width * parts.shared_expert_gate
+    else:
+        bias = gates * sizes.ffn_hidden_size if parts.mlp_bias else 0
+        counts["feed_forward"] = (gates + 1) * width * sizes.ffn_hidden_size + bias
+    if parts.output_bias or parts.mlp_bias:
+        counts["output_biases"] = width * (parts.output_bias + parts.mlp_bias)
+    return {**counts, "norms": norms}
 
 
 def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
@@ -101,25 +117,39 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
     return counts
 
 
+def stage_indices(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
+    """The layers of each pipeline stage, counted from 0.
+
+    8 layers on 2 stages of 2 chunks each: [[0, 1, 4, 5], [2, 3, 6, 7]].
+    """
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    sizes = [count // chunks for count in stage_layers(num_layers, parallel)]
+    indices: list[list[int]] = [[] for _ in sizes]
+    start = 0
+    for _ in range(chunks):
+        for stage, size in enumerate(sizes):
+            indices[stage] += range(start, start + size)
+            start += size
+    return indices
+
+
 def rank_parameters(
     model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfig, vocab_size: int, stage: int
 ) -> tuple[int, int]:
     """Parameters that a rank of pipeline stage `stage` holds: (all but experts, experts).
 
     Matrices are divided by the tensor parallel size, experts also by the expert parallel size;
-    norms and routers are on every rank. The vocabulary is padded as the model pads it, and a tied
-    head is a second copy on the last stage.
+    norms, routers and the compression of multi-latent attention are on every rank. The vocabulary
+    is padded as the model pads it, and a tied head is a second copy on the last stage.
     """
     tensor, width = parallel.tensor_model_parallel_size, sizes.hidden_size
-    layers = stage_layers(sizes.num_layers, parallel)[stage]
-    whole = parameter_counts(sizes, vocab_size, model.kind, model.num_labels)
-    share = layers / sizes.num_layers  # all layers have the same size
-    dense = round(share * (whole["attention"] + whole.get("feed_forward", 0))) // tensor
-    # whole["norms"] has the norm after the last layer too, which only the last stage has
+    own: Counter[str] = Counter()
+    for layer in stage_indices(sizes.num_layers, parallel)[stage]:
+        own.update(layer_parameters(sizes, layer))
+    dense = (own["attention"] + own["feed_forward"]) // tensor
+    dense += own["norms"] + own["router"] + own["output_biases"] + own["compression"]
     final_norm = width * (1 + sizes.architecture.norm_bias)
-    dense += round(share * (whole["norms"] - final_norm))
-    dense += round(share * (whole.get("router", 0) + whole.get("output_biases", 0)))
-    experts = round(share * whole.get("experts", 0))
+    experts = own["experts"]
     vocabulary = padded_vocabulary(model, parallel, vocab_size) // tensor * width
     num_stages = parallel.pipeline_model_parallel_size
     is_tied = model.kind == "lm" and not sizes.untie_embeddings_and_output_weights
@@ -149,13 +179,18 @@ def layer_activations(
     size, tensor, width = BYTES[model.dtype], parallel.tensor_model_parallel_size, sizes.hidden_size
     heads = sizes.num_attention_heads
     slices = tensor if parallel.sequence_parallel else 1
-    attention = (2 * heads + 2 * sizes.num_query_groups) * sizes.kv_channels / tensor
+    parts = sizes.architecture
+    attention = (2 * heads + 2 * sizes.num_query_groups) * sizes.kernel_channels / tensor
+    if (latent := parts.latent) is not None:
+        compressed = 2 * latent.key_value_rank + 2 * (latent.query_rank or 0)
+        attention += (compressed + latent.rotated_channels) / slices
+        attention += heads * latent.value_channels / tensor
+    dense_share = 1 - sizes.expert_layers / sizes.num_layers
+    feed_forward = (2 + parts.gated_linear_unit) * sizes.ffn_hidden_size / tensor * dense_share
     if sizes.num_moe_experts:
         expert = 2 * width + 3 * sizes.moe_ffn_hidden_size / tensor
-        feed_forward = sizes.moe_router_topk * expert
-        feed_forward += 3 * sizes.architecture.shared_expert_size / tensor
-    else:
-        feed_forward = (2 + sizes.architecture.gated_linear_unit) * sizes.ffn_hidden_size / tensor
+        of_experts = sizes.moe_router_topk * expert + 3 * parts.shared_expert_size / tensor
+        feed_forward += of_experts * (1 - dense_share)
     # The layer of the example in `parameter_counts`, in float32 on one rank: 4 * 4 + (4 + 2) * 2 +
     # 3 * 8 = 52 values and 2 heads' log-sum-exp per token, 52 * 4 + 2 * 4 = 216 bytes.
     values = 4 * width / slices + attention + feed_forward

@@ -60,12 +60,12 @@ def forward_bytes(
     # each of 4 collectives sends half: 128 bytes
     owned = row_tokens / context * width * size
     pair = 2 * owned * ring(tensor)
-    routed = owned * sizes.moe_router_topk / slices if sizes.num_moe_experts else 0.0
+    routed = owned * sizes.moe_router_topk / slices * sizes.expert_layers / sizes.num_layers
     if parallel.cp_comm == "all_to_all":
         heads = 2 * (sizes.num_attention_heads + sizes.num_query_groups) / context
     else:
         heads = 2.0 * sizes.num_query_groups
-    keys = heads * sizes.kv_channels / tensor * row_tokens * size
+    keys = heads * sizes.kernel_channels / tensor * row_tokens * size
     return {
         "tensor": pair + (2 * routed * ring(tensor) if routed else pair),
         "expert": 2 * routed * ring(parallel.expert_model_parallel_size),

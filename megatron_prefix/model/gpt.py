@@ -46,6 +46,9 @@ PARTITION_DIMS = {
     "linear_qkv.bias": 0,
     "linear_fc1.weight": 0,
     "linear_fc1.bias": 0,
+    "linear_q_proj.weight": 0,
+    "linear_q_up_proj.weight": 0,
+    "linear_kv_up_proj.weight": 0,
     "linear_proj.weight": 1,
     "linear_fc2.weight": 1,
 }

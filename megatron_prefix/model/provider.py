@@ -153,7 +153,9 @@ def _size_settings(sizes: ModelSizes) -> dict[str, Any]:
         activation_func=ACTIVATIONS[parts.activation],
         activation_func_clamp_value=parts.gate_limit,
         glu_linear_offset=parts.linear_offset,
-        add_bias_linear=parts.output_bias or parts.mlp_bias or parts.expert_bias,
+        add_bias_linear=(parts.output_bias and parts.latent is None)
+        or parts.mlp_bias
+        or parts.expert_bias,
         softmax_scale=parts.softmax_scale,
     )
 
@@ -187,6 +189,9 @@ def _expert_settings(
         moe_ffn_hidden_size=sizes.moe_ffn_hidden_size if has_experts else None,
         moe_shared_expert_intermediate_size=sizes.architecture.shared_expert_size or None,
         moe_shared_expert_gate=sizes.architecture.shared_expert_gate,
+        moe_layer_freq=[int(sizes.has_experts(layer)) for layer in range(sizes.num_layers)]
+        if sizes.architecture.dense_layers
+        else 1,
         moe_router_topk=sizes.moe_router_topk,
         moe_router_pre_softmax=sizes.moe_router_pre_softmax,
         moe_router_dtype="fp32",

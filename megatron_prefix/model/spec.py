@@ -24,9 +24,9 @@ from megatron_prefix.config.parts import Architecture
 from megatron_prefix.model.adapters import with_adapters
 from megatron_prefix.model.layers import (
     FamilyLayer,
-    RMSNorm,
     SwiGLU,
     norm_class,
+    with_latent_attention,
     with_tree_router,
 )
 from megatron_prefix.platform import submodules_of
@@ -42,15 +42,20 @@ def uses_transformer_engine(parts: Architecture) -> bool:
     return parts.is_plain and has_transformer_engine()
 
 
-def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleSpec:
-    """One transformer layer whose attention follows the tree in `packed_seq_params`.
+def tree_layer_spec(
+    config: TransformerConfig, backend: str = "auto", layer: int | None = None
+) -> ModuleSpec:
+    """One transformer layer whose attention follows the tree in `packed_seq_params`; `layer` is its
+    index in the whole model, if layers differ in kind.
 
     Its other parts are Transformer Engine's if it is installed and has them, else Megatron-Core's
     local ones. `config` has the settings of query-key norms, experts and `architecture`;
     `backend` is one of attention.backends.BACKENDS, or `auto`.
     """
-    experts = config.num_moe_experts
     parts: Architecture = getattr(config, "architecture", Architecture())
+    experts = config.num_moe_experts
+    if layer is not None and layer < parts.dense_layers:
+        experts = None
     if uses_transformer_engine(parts):
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts,
@@ -69,11 +74,16 @@ def tree_layer_spec(config: TransformerConfig, backend: str = "auto") -> ModuleS
         if config.use_te_activation_func:
             submodules_of(spec.submodules.mlp).activation_func = SwiGLU
         if config.qk_layernorm:
-            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
-            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+            of_heads = norm_class(Architecture())  # also in families with layer norms
+            spec.submodules.self_attention.submodules.q_layernorm = of_heads
+            spec.submodules.self_attention.submodules.k_layernorm = of_heads
+    attention = ModuleSpec(
         module=TreeCoreAttention, params={"backend": backend, "rotary": parts.rotary}
     )
+    if parts.latent is None:
+        spec.submodules.self_attention.submodules.core_attention = attention
+    else:
+        spec = with_latent_attention(spec, attention)
     if not parts.is_plain:
         spec.module = FamilyLayer
     if experts is None:
@@ -87,14 +97,14 @@ def tree_block_spec(
     config: TransformerConfig, backend: str = "auto", vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and virtual chunk, with the norm after the last one."""
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    indices = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     parts: Architecture = getattr(config, "architecture", Architecture())
     on_engine = uses_transformer_engine(parts)
-    layers = [tree_layer_spec(config, backend) for _ in range(num_layers)]
+    layers = [tree_layer_spec(config, backend, index) for index in indices]
     lora: LoraConfig | None = getattr(config, "lora", None)
     if lora is not None:
-        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-        for index, layer in enumerate(layers, first):
+        for index, layer in zip(indices, layers, strict=True):
             if lora.adapts_layer(index):
                 with_adapters(layer, lora, on_engine)
     if on_engine:

@@ -2,7 +2,7 @@
 
 Every kind of part is in one of the models: norms over all heads and by head, norms of outputs,
 layer norms, biases, multipliers, layers without rotation, two rotations, rotation of some channels,
-parallel layers, layers without gate, shared experts.
+parallel layers, layers without gate, shared experts, multi-latent attention.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ from family_models import make_family  # noqa: E402
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 TP2SP, CP2 = {**TP2, "sequence_parallel": True}, {"context_parallel_size": 2}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-FAMILIES = ("olmo2", "cohere", "gpt-oss")
+FAMILIES = ("olmo2", "cohere", "gpt-oss", "deepseek v3")
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 EXTRA = {
     "smollm3": {"no_rope_layers": [1, 0, 0, 1], "layer_types": ALTERNATING},
     "gemma3": {"layer_types": ALTERNATING},
     "qwen2 moe": {"layer_types": ALTERNATING},
+    "deepseek v2, dense": {"first_k_dense_replace": 4},
+    "deepseek v3, dense": {"first_k_dense_replace": 4},
     "gpt-oss": {"layer_types": ALTERNATING, "num_local_experts": 4},
 }
 LAYOUTS = {  # name: family, layout, settings of the model
     "olmo2 tp2": ("olmo2", TP2, {}),
     "olmo2 tp2sp": ("olmo2", TP2SP, {}),
     "cohere tp2sp": ("cohere", TP2SP, {}),
+    "deepseek v3 tp2sp": ("deepseek v3", TP2SP, {}),
+    "gpt-oss tp2sp": ("gpt-oss", TP2SP, {}),
     "gpt-oss ep2": ("gpt-oss", {"expert_model_parallel_size": 2}, {}),
 }
 MORE = {
@@ -47,6 +51,12 @@ MORE = {
     "starcoder2 tp2sp": ("starcoder2", TP2SP, {}),
     "qwen2 moe tp2sp": ("qwen2 moe", TP2SP, {}),
     "gpt-oss pp2": ("gpt-oss", PP2, {}),
+    "deepseek v2 dense tp2": ("deepseek v2, dense", TP2, {}),
+    "deepseek v3 dense tp2sp": ("deepseek v3, dense", TP2SP, {}),
+    "deepseek v3 pp2": ("deepseek v3", PP2, {"recompute_granularity": "selective"}),
+    "deepseek v3 ep2": ("deepseek v3", {"expert_model_parallel_size": 2}, {}),
+    "deepseek v2 cp2": ("deepseek v2", CP2, FULL),
+    "deepseek v2 all to all": ("deepseek v2", {**CP2, "cp_comm": "all_to_all"}, {}),
     "smollm3 pp2": ("smollm3", PP2, {}),
     "smollm3 cp2": ("smollm3", {**CP2, "cp_comm": "all_gather"}, {}),
 }

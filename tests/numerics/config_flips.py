@@ -34,6 +34,12 @@ _GROWING = {
 }
 WINDOWED = {**BASE, "sliding_window": 8}
 MIXTURE = {"num_experts_per_tok": 2}
+_LATENT = {
+    **{**BASE, **MIXTURE, "num_key_value_heads": 6, "moe_intermediate_size": 24},
+    **{"kv_lora_rank": 20, "q_lora_rank": 28, "v_head_dim": 12, "first_k_dense_replace": 1},
+    **{"qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "n_routed_experts": 8},
+    **{"n_group": 4, "topk_group": 2},
+}
 BASES = {
     "llama": BASE,
     "mistral": BASE,
@@ -61,6 +67,8 @@ BASES = {
     "olmo3": WINDOWED,
     "ministral": WINDOWED,
     "ministral3": {**BASE, "rope_parameters": _GROWING},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -178,7 +186,27 @@ VALUES: dict[str, list[Any]] = {
     "per_layer_config": [{"0": {"rms_norm_eps": 0.5}}],
     "auto_map": [{"AutoConfig": "configuration.Own"}, {"AutoTokenizer": "tokenization.Own"}],
     "final_logit_softcapping": [30.0, 1.0, None, ABSENT],
-    "n_shared_experts": [0, 1],
+    "n_shared_experts": [0, 1, 2, ABSENT],
+    "kv_lora_rank": [16],
+    "q_lora_rank": [None, 24],
+    "qk_nope_head_dim": [6, 5],
+    "qk_rope_head_dim": [4, 3],
+    "qk_head_dim": [18, 20],
+    "v_head_dim": [8, 24],
+    "first_k_dense_replace": [0, 2, 3, -1],
+    "n_routed_experts": [4, 6],
+    "n_group": [1, 2, 3, 8, None],
+    "topk_group": [1, 4],
+    "topk_method": ["greedy", "group_limited_greedy", "noaux_tc", "other", ABSENT],
+    "scoring_func": ["sigmoid", "softmax"],
+    "routed_scaling_factor": [2.0, 1, 0.0],
+    "rope_interleave": SWITCH,
+    "num_nextn_predict_layers": [0, 1],
+    "num_mtp_layers": [0, 2],
+    "moe_layer_freq": [1, 2],
+    "aux_loss_alpha": [0.5],
+    "seq_aux": [True],
+    "ep_size": [2],
 }
 STORED = ("as saved", "without prefix", "sharded", "bfloat16", "only the head", "both, equal")
 """How the weights are stored; the last two if the embeddings are tied."""

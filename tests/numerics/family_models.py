@@ -40,6 +40,24 @@ MIXED = {
 }
 """A window shorter than the prompts."""
 BIASES = {"attention_bias": True, "mlp_bias": True}
+LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+"""Sizes of multi-latent attention."""
+BY_GROUPS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
 
 
 def scaled(scaling: dict[str, Any], base: float = 500.0) -> dict[str, Any]:
@@ -178,6 +196,44 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 6, **scaled(YARN)}),
     "qwen2": ("qwen2", {**MIXED, "use_sliding_window": True}),
     "qwen3": ("qwen3", {**MIXED, "use_sliding_window": True, "head_dim": 16}),
+    "deepseek v2, dense": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 3,
+            **scaled({**YARN, "mscale": 0.7, "mscale_all_dim": 0.4}),
+        },
+    ),
+    "deepseek v3, dense": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            "v_head_dim": 22,  # more channels than queries have
+            "first_k_dense_replace": 3,
+            "rope_interleave": False,
+            "attention_bias": True,
+        },
+    ),
+    "deepseek v2": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            **BY_GROUPS,
+            "n_shared_experts": 2,
+            "topk_method": "group_limited_greedy",
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    "deepseek v3": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            **BY_GROUPS,
+            "norm_topk_prob": True,
+            **scaled({**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
+        },
+    ),
     "glm": ("glm", {"head_dim": 16, "attention_bias": True}),
     "glm4": ("glm4", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
 }
@@ -194,5 +250,8 @@ def make_family(name: str, directory: Path, spread: float = 0.2, **more: Any) ->
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else spread * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.save_pretrained(directory, max_shard_size="60KB")
     return model.eval()

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from family_models import MODELS, make_family
+from safetensors.torch import load_file
 from small_models import logps_of, pack, weights_of
 from test_family_parity import theirs
 
@@ -19,6 +21,7 @@ pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
 import peft  # noqa: E402
 
 from megatron_prefix.checkpoint import resolve_starting_model  # noqa: E402
+from megatron_prefix.checkpoint.convert import export_hf, import_hf  # noqa: E402
 from megatron_prefix.config import ModelConfig  # noqa: E402
 from megatron_prefix.config.lora import LoraConfig  # noqa: E402
 from megatron_prefix.data.store import PreferenceDataset  # noqa: E402
@@ -40,6 +43,7 @@ JOINED = {
     "starcoder2": ATTENTION,
 }
 """Layers that may have adapters, in families that join others."""
+LATENT = {"deepseek v2": ["o_proj"], "deepseek v3": ["o_proj"]}
 MIXTURES = ("mixtral", "qwen3 moe", "qwen2 moe", "gpt-oss")
 OFTEN = ("llama, biases, yarn", "phi3", "gemma3", "cohere", "gpt-oss")
 """Models of `make test`; the others take part in `make test-all`."""
@@ -48,7 +52,7 @@ ONE_OF_EACH = {kind: name for name, (kind, _) in MODELS.items()} | {"llama": OFT
 
 def targets_of(name: str) -> list[str]:
     """All linear layers of a model that may have adapters."""
-    joined = JOINED | {"glm4": JOINED["glm"]} | dict.fromkeys(MIXTURES, ATTENTION)
+    joined = JOINED | LATENT | {"glm4": JOINED["glm"]} | dict.fromkeys(MIXTURES, ATTENTION)
     return joined.get(name, ALL)
 
 
@@ -98,6 +102,32 @@ def test_an_adapter_computes_what_peft_does(name, tmp_path, world):
     for key, gradient in gradients.items():
         largest = float(gradient.abs().max())
         assert torch.allclose(own[key], gradient, rtol=0, atol=TOLERANCE * largest), key
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH.values())
+def test_an_adapter_goes_in_and_out(name, tmp_path):
+    """The same tensors as bytes under PEFT's names, and PEFT computes the same with them."""
+    base = make_family(name, tmp_path / "hf")
+    targets = targets_of(name)
+    adapted = make_adapter(base, targets, tmp_path / "adapter").eval()
+    import_hf(str(tmp_path / "adapter"), tmp_path / "checkpoint", base=str(tmp_path / "hf"))
+    export_hf(tmp_path / "checkpoint", tmp_path / "back", 60_000)
+    theirs_file, ours_file = (
+        load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "back")
+    )
+    assert theirs_file.keys() == ours_file.keys() and len(ours_file) >= 2 * len(targets)
+    for key, tensor in theirs_file.items():
+        own = ours_file[key]
+        assert (own.dtype, own.shape) == (tensor.dtype, tensor.shape) and torch.equal(own, tensor)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        judged = adapted(ids, use_cache=False).logits
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "hf", attn_implementation="eager"
+        )
+        loaded = peft.PeftModel.from_pretrained(again, tmp_path / "back").eval()
+        assert torch.equal(loaded(ids, use_cache=False).logits, judged)
+        assert not torch.equal(loaded.unload()(ids, use_cache=False).logits, judged)
 
 
 @pytest.mark.parametrize(

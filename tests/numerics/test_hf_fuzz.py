@@ -49,8 +49,11 @@ RELATED = {
     "longest path": {"rope_parameters", "rope_scaling", *_LENGTHS},
     "rotary scaling": {"rope_parameters", "rope_scaling"},
     "factor": {"rope_parameters", "rope_scaling"},
-    "head_dim": {"hidden_size", "num_attention_heads"},
     "number of attention heads": {"hidden_size", "num_attention_heads"},
+    "num_key_value_heads": {"num_attention_heads"},
+    "head_dim": {"hidden_size", "num_attention_heads", "qk_rope_head_dim"},
+    "n_group": {"n_routed_experts", "num_experts", "num_local_experts", "topk_group"},
+    "topk_group": {"num_experts_per_tok", "n_routed_experts", "n_group", "topk_method"},
 }
 """Words of a message -> keys, one of which it is about."""
 
@@ -78,6 +81,9 @@ def build_by_transformers(case: Case, directory: Path) -> None:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     if case.stored == "bfloat16":
         model.bfloat16()
     model.save_pretrained(directory, max_shard_size="40KB" if case.stored == "sharded" else "1GB")

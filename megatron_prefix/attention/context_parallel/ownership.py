@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prefix.attention.layer_settings import layer_windows
+from megatron_prefix.attention.layer_settings import attention_channels, layer_windows
 from megatron_prefix.attention.pieces import needed_tokens
 from megatron_prefix.layout import TreeLayout
 
@@ -70,7 +70,7 @@ class ContextCost:
             else config.ffn_hidden_size,
             num_heads=config.num_attention_heads,
             num_groups=config.num_query_groups,
-            head_dim=config.kv_channels,
+            head_dim=attention_channels(config),
             # bfloat16: 2 + 2 + 4 = 8 bytes
             key_bytes=size + size + max(size, 4),  # in forward, again in backward, gradients
             windows=layer_windows(config),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_prefix.config.lora.section import LoraConfig
+from megatron_prefix.config.lora.section import ALL_LINEAR, FEED_FORWARD_TARGETS, LoraConfig
 from megatron_prefix.config.model import ModelSizes
 
 
@@ -29,6 +29,22 @@ def lora_faults(lora: LoraConfig, kind: str) -> Iterator[str]:
 
 def lora_size_faults(lora: LoraConfig, sizes: ModelSizes, kind: str) -> Iterator[str]:
     """Settings that do not fit the sizes of the model."""
+    targets = lora.resolved(sizes.num_moe_experts > 0).target_modules or ()
+    given = f"lora.target_modules = {lora.target_modules or ALL_LINEAR}"
+    refused = [name for name in targets if name in ("q_proj", "k_proj", "v_proj")]
+    if sizes.architecture.latent is not None and refused:
+        yield (
+            f"{given}: the model has multi-latent attention, and adapters of its layers before "
+            "attention (q_a_proj, q_b_proj or q_proj, kv_a_proj_with_mqa, kv_b_proj) are not "
+            "supported: name others of o_proj, gate_proj, up_proj and down_proj"
+        )
+    refused = [name for name in targets if name in FEED_FORWARD_TARGETS]
+    if sizes.architecture.dense_layers and refused:
+        yield (
+            f"{given}: the first {sizes.architecture.dense_layers} layers of the model have no "
+            "experts, and the others have: adapters of both kinds of feed-forward layers are not "
+            "supported: name layers of attention only"
+        )
     if lora.layers_to_transform and max(lora.layers_to_transform) >= sizes.num_layers:
         yield (
             f"lora.layers_to_transform = {list(lora.layers_to_transform)}: the model has layers 0 "

@@ -16,13 +16,16 @@ from megatron_prefix.config.bounds import (
     KNOWN_KEYS,
     Count,
     Heads,
+    NoneOrLayers,
     NoneOrWidth,
     NonNegative,
     Positive,
     RotaryBase,
     Switch,
 )
+from megatron_prefix.config.parts.latent import LatentAttention
 from megatron_prefix.config.parts.rope import RopeScaling
+from megatron_prefix.config.parts.routing import Routing
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 """`gelu` is exact, `gelu_tanh` its approximation by tanh, `quick_gelu` x sigmoid(1.702 x)."""
@@ -84,6 +87,12 @@ class Architecture:
     """Channels of a feed-forward network that every token goes through beside its experts."""
     shared_expert_gate: Switch = False
     """The output of the shared expert is multiplied by the sigmoid of a linear map of its input."""
+    latent: LatentAttention | None = None
+    """Multi-latent attention; None: each head has its own projections of the hidden states."""
+    routing: Routing | None = None
+    """How tokens choose experts; None: by a softmax, as the sizes say."""
+    dense_layers: NoneOrLayers = 0
+    """First layers of a mixture, which have one feed-forward network in place of experts."""
 
     def faults(self) -> Iterator[str]:
         """Parts that do not fit each other."""

@@ -13,7 +13,10 @@ Without a gate, 6 C F is 4 C F.
 
 A logit token is one whose logits are computed. With experts, 6 C F counts once for each of the k
 experts (of size F) that a token is sent to and for a shared expert, and the router of E experts
-takes 2 C E.
+takes 2 C E. Only the layers that have experts count them.
+
+Multi-latent attention has other matrices (config/parts/latent.py), 2 FLOP for each weight, and
+with values of V channels 2 N (H + V) per entry. Zeros that are filled up are not counted.
 
 The work of a bundle is read from the data set's columns alone, without its tokens. A node of n
 tokens below d others has an area of n d + n (n + 1) / 2 visible (q, k) entries, a path of n tokens
@@ -61,20 +64,25 @@ class CostModel:
         """The constants of a language model, or of a reward model with `kind="reward"`."""
         heads, groups = sizes.num_attention_heads, sizes.num_query_groups
         width, head_dim = sizes.hidden_size, sizes.kv_channels
+        parts, mixtures = sizes.architecture, sizes.expert_layers
         # width 4, 2 heads of 2, 1 group, feed-forward size 8: 64 for queries, keys and values, 32
         # for the output, 192 for the feed-forward layer
-        layer = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
-        if sizes.num_moe_experts:
+        attention = 2 * width * (heads + 2 * groups) * head_dim + 2 * heads * head_dim * width
+        channels = 2 * head_dim
+        if (latent := parts.latent) is not None:
+            attention = 2 * sum(latent.matrices(width, heads))
+            channels = head_dim + latent.value_channels
+        linear = sizes.num_layers * attention
+        if mixtures:
             expert = 6 * width * sizes.moe_ffn_hidden_size
-            layer += sizes.moe_router_topk * expert + 2 * width * sizes.num_moe_experts
-            layer += 6 * width * sizes.architecture.shared_expert_size
-        else:
-            matrices = 3 if sizes.architecture.gated_linear_unit else 2
-            layer += 2 * matrices * width * sizes.ffn_hidden_size
+            experts = sizes.moe_router_topk * expert + 2 * width * sizes.num_moe_experts
+            linear += mixtures * (experts + 6 * width * parts.shared_expert_size)
+        matrices = 3 if parts.gated_linear_unit else 2
+        linear += (sizes.num_layers - mixtures) * 2 * matrices * width * sizes.ffn_hidden_size
         columns = 1 if kind == "reward" else vocab_size
         return cls(
-            per_token=float(sizes.num_layers * layer),
-            per_entry=float(sizes.num_layers * 4 * heads * head_dim),
+            per_token=float(linear),
+            per_entry=float(sizes.num_layers * 2 * heads * channels),
             per_logit_token=float(2 * width * columns),
             windows={w: n / sizes.num_layers for w, n in Counter(sizes.windows).items()},
         )

@@ -16,7 +16,13 @@ from pydantic import ValidationError
 from megatron_prefix.config import ModelSizes
 from megatron_prefix.config.parts import Architecture
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.families import Family
+from megatron_prefix.model.hf.family import Family
+from megatron_prefix.model.hf.latent import (
+    dense_layers,
+    read_latent,
+    read_routing,
+    score_scale,
+)
 from megatron_prefix.model.hf.reading import family_of, read_json, read_settings, refuse_adapter
 from megatron_prefix.model.hf.rotary import FULL, SLIDING, check_layer_types, read_rotary
 from megatron_prefix.model.hf.values import count, number, switch
@@ -117,7 +123,10 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
     heads = count(settings, "num_attention_heads", source)
     groups = count(settings, "num_key_value_heads", source)
     hidden = count(settings, "hidden_size", source)
-    if getattr(settings, "head_dim", None) is not None:
+    latent = read_latent(settings, source) if family.latent else None
+    if latent is not None:
+        head_dim = latent.query_channels
+    elif getattr(settings, "head_dim", None) is not None:
         head_dim = count(settings, "head_dim", source)
     else:
         head_dim = hidden // heads
@@ -127,7 +136,19 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
             "heads must share key-value heads evenly, and have an even number of channels"
         )
     num_layers = count(settings, "num_hidden_layers", source)
-    rotary_sizes, rotary_parts = read_rotary(settings, family, head_dim, num_layers, source)
+    rotated = head_dim if latent is None else latent.rotated_channels
+    rotary_sizes, parts = read_rotary(settings, family, rotated, num_layers, source)
+    has_experts = family.experts is not None
+    if latent is not None:
+        dense = dense_layers(settings, num_layers, source)
+        has_experts = dense < num_layers
+        parts |= {"latent": latent, "rotary_channels": latent.rotated_channels}
+        parts["rotary"] = ("none",) * num_layers  # the layers rotate by themselves
+        parts["softmax_scale"] = score_scale(settings, latent, source)
+        if has_experts:
+            parts |= {"dense_layers": dense, "routing": read_routing(settings, family, source)}
+            shared = count(settings, "n_shared_experts", source)
+            parts["shared_expert_size"] = shared * count(settings, "moe_intermediate_size", source)
     bias = family.qkv_bias
     try:
         sizes = ModelSizes(
@@ -141,12 +162,12 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
             add_qkv_bias=switch(settings, bias, source) if isinstance(bias, str) else bias,
             qk_layernorm=family.qk_norm,
             untie_embeddings_and_output_weights=not switch(settings, "tie_word_embeddings", source),
-            architecture=_architecture(settings, family, rotary_parts, source),
+            architecture=_architecture(settings, family, parts, source),
             softmax_type="learnable" if family.sinks else "vanilla",
             attn_logit_softcapping=_softcap(settings, family, source),
             **_windows(settings, family, source),
             **rotary_sizes,
-            **(_experts(settings, family.experts, source) if family.experts else {}),
+            **(_experts(settings, family, source) if has_experts else {}),
         )
     except ValidationError as error:
         raise InputError(_fault(error, source)) from None
@@ -156,10 +177,10 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
 
 
 def _architecture(
-    settings: Any, family: Family, rotary: dict[str, Any], source: str
+    settings: Any, family: Family, others: dict[str, Any], source: str
 ) -> Architecture:
-    """The parts that all models of the family have, and those that a key sets."""
-    parts: dict[str, Any] = {}
+    """The parts that all models of the family have, those that a key sets, and `others`."""
+    parts = dict(others)
     for part, key in family.set_by.items():
         if Architecture.__dataclass_fields__[part].default is False:
             parts[part] = switch(settings, key.name, source)
@@ -170,14 +191,14 @@ def _architecture(
     if family.shared_expert:
         parts["shared_expert_size"] = count(settings, family.shared_expert, source)
     if family.fixed_activation:
-        return replace(family.parts, **parts, **rotary, activation=family.fixed_activation)
+        return replace(family.parts, **parts, activation=family.fixed_activation)
     name = getattr(settings, family.activation, None)
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise InputError(
             f"{source}: {family.activation} = {name!r} is not supported: one of "
             f"{', '.join(ACTIVATIONS)} is"
         )
-    return replace(family.parts, **parts, **rotary, activation=ACTIVATIONS[name])
+    return replace(family.parts, **parts, activation=ACTIVATIONS[name])
 
 
 def _softcap(settings: Any, family: Family, source: str) -> float | None:
@@ -217,7 +238,9 @@ def _fault(error: ValidationError, source: str) -> str:
     return f"{source}: {setting} = {str(fault['input'])[:100]}: {fault['msg']}"
 
 
-def _experts(settings: Any, key: str, source: str) -> dict[str, Any]:
+def _experts(settings: Any, family: Family, source: str) -> dict[str, Any]:
+    key = family.experts
+    assert key is not None
     experts, topk = count(settings, key, source), count(settings, "num_experts_per_tok", source)
     if topk > experts:
         raise InputError(f"{source}: num_experts_per_tok is {topk}, above {key} = {experts}")
@@ -227,5 +250,6 @@ def _experts(settings: Any, key: str, source: str) -> dict[str, Any]:
         "num_moe_experts": experts,
         "moe_router_topk": topk,
         "moe_ffn_hidden_size": count(settings, size, source),
-        "moe_router_pre_softmax": is_qwen and not switch(settings, "norm_topk_prob", source),
+        "moe_router_pre_softmax": is_qwen
+        and (family.routing == "softmax" or not switch(settings, "norm_topk_prob", source)),
     }

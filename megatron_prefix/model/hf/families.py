@@ -1,112 +1,15 @@
 """The model types that can be read: what differs from Llama, as one entry each.
 
 An entry has the names of the tensors, the parts that all models of the type have, and the keys of
-`config.json` that set a part. keys.py has what is common to all.
+`config.json` that set a part (family.py). keys.py has what is common to all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
-
 from megatron_prefix.config.parts import Architecture
 from megatron_prefix.model.hf import names
-from megatron_prefix.model.hf.keys import NO_EFFECT, ONLY, READ, Only
-from megatron_prefix.model.hf.names import Names
-
-
-@dataclass(frozen=True)
-class Key:
-    """A number or switch of `config.json`, to the power of `power`."""
-
-    name: str
-    power: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """A model type: its class in transformers, its parts, and keys that other types lack."""
-
-    architecture: str
-    classifier: str | None = None
-    """Class of reward models; None: there is none in transformers."""
-    names: Names = field(default_factory=lambda: names.LLAMA)
-    parts: Architecture = Architecture()
-    set_by: Mapping[str, Key] = field(default_factory=dict)
-    """Fields of `parts`, and the keys that set them."""
-    qkv_bias: bool | str = False
-    """Whether there is one, or the key that says so."""
-    qk_norm: bool = False
-    """RMSNorm over each query and key head."""
-    epsilon: str = "rms_norm_eps"
-    activation: str = "hidden_act"
-    """The key that names it."""
-    fixed_activation: Literal["quick_gelu"] | None = None
-    """The activation, if no key sets it."""
-    sinks: bool = False
-    """Whether each query head has a learned sink."""
-    experts: str | None = None
-    """The key with the number of experts; None: no experts."""
-    shared_expert: str | None = None
-    """The key with the size of the shared expert."""
-    window: Literal["none", "every layer", "layer_types"] = "none"
-    """Layers that a `sliding_window` limits."""
-    rotary: Literal["one", "by layer type", "no_rope_layers", "sliding layers"] = "one"
-    """`by layer type`: full and sliding layers have their own `rope_parameters`; `sliding layers`:
-    only these are rotated."""
-    head_norm_key: str | None = None
-    """The key that switches on `Architecture.qk_norm: by head`."""
-    partial_rotary: bool = False
-    """Whether `partial_rotary_factor` is read."""
-    query_growth: bool = False
-    """Whether `rope_parameters` say how queries grow with their position."""
-    read: frozenset[str] = frozenset()
-    no_effect: frozenset[str] = frozenset()
-    only_some: Mapping[str, Only] = field(default_factory=dict)
-
-    @property
-    def linears(self) -> dict[str, str]:
-        """Last names of the linear layers in Hugging Face by their part: query, key, value, output,
-        gate, up, down. Parts that one tensor joins have the same name."""
-        gated = self.parts.gated_linear_unit
-        feed_forward = names.EXPERT_FC1, names.EXPERT_FC2
-        if not self.experts:
-            feed_forward = names.FC1, names.FC2
-        parts = {
-            names.QKV: ("query", "key", "value"),
-            names.PROJ: ("output",),
-            feed_forward[0]: ("gate", "up") if gated else ("up",),
-            feed_forward[1]: ("down",),
-        }
-        linears: dict[str, str] = {}
-        for module, own in parts.items():
-            tensors = self.names[module]
-            joined = tensors if len(tensors) == len(own) else tensors * len(own)
-            linears |= {part: x.split(".")[-1] for part, x in zip(own, joined, strict=True)}
-        return linears
-
-    @property
-    def own(self) -> frozenset[str]:
-        """Keys that are read, besides those that all types read."""
-        keys = {key.name for key in self.set_by.values()} | {self.epsilon}
-        keys |= set() if self.fixed_activation else {self.activation}
-        keys |= {self.qkv_bias} if isinstance(self.qkv_bias, str) else set()
-        keys |= {self.shared_expert} if self.shared_expert else set()
-        keys |= {self.head_norm_key} if self.head_norm_key else set()
-        keys |= {"partial_rotary_factor"} if self.partial_rotary else set()
-        return self.read | keys
-
-    @property
-    def known(self) -> frozenset[str]:
-        """Every key that `config.json` may have."""
-        return READ | ONLY.keys() | NO_EFFECT | self.own | self.no_effect | self.only_some.keys()
-
-    @property
-    def only(self) -> dict[str, Only]:
-        """The keys that are supported with some values only."""
-        common = {key: x for key, x in ONLY.items() if key not in self.own | self.no_effect}
-        return common | dict(self.only_some)
+from megatron_prefix.model.hf.family import Family, Key
+from megatron_prefix.model.hf.keys import Only
 
 
 def _keys(text: str) -> frozenset[str]:
@@ -136,6 +39,16 @@ _GEMMA2 = {
     "softmax_scale": Key("query_pre_attn_scalar", -0.5),
     "final_logit_softcapping": Key("final_logit_softcapping"),
 }
+_LATENT = _keys(
+    """
+    kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace
+    n_routed_experts num_experts num_local_experts num_experts_per_tok moe_intermediate_size
+    n_shared_experts n_group topk_group routed_scaling_factor
+    """
+)
+_LATENT_UNREAD = _keys("qk_head_dim aux_loss_alpha seq_aux ep_size")
+"""The first is a sum of others; the rest is about training."""
+_EVERY_LAYER = Only((1, None), "all layers after the dense ones have experts")
 _BIASES = {**_ATTENTION_BIAS, "mlp_bias": Key("mlp_bias")}
 
 FAMILIES: dict[str, Family] = {
@@ -373,5 +286,38 @@ FAMILIES: dict[str, Family] = {
         query_growth=True,
         read=_keys("sliding_window"),
         no_effect=_NOT_READ,
+    ),
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        classifier="DeepseekV2ForSequenceClassification",
+        names=names.DEEPSEEK,
+        parts=Architecture(rotary_interleaved=True),
+        set_by=_ATTENTION_BIAS,
+        experts="n_routed_experts",
+        latent=True,
+        routing="softmax",
+        read=_LATENT | _keys("topk_method"),
+        no_effect=_LATENT_UNREAD | _keys("norm_topk_prob"),  # weights are never normalised
+        only_some={
+            "moe_layer_freq": _EVERY_LAYER,
+            "scoring_func": Only(("softmax", None), "scores of experts are a softmax"),
+        },
+    ),
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        classifier="DeepseekV3ForSequenceClassification",
+        names=names.DEEPSEEK,
+        set_by={**_ATTENTION_BIAS, "rotary_interleaved": Key("rope_interleave")},
+        experts="n_routed_experts",
+        latent=True,
+        routing="sigmoid",
+        read=_LATENT | _keys("norm_topk_prob"),
+        # layers that predict further tokens are for generation; files.py refuses their weights
+        no_effect=_LATENT_UNREAD | _keys("num_nextn_predict_layers num_mtp_layers"),
+        only_some={
+            "moe_layer_freq": _EVERY_LAYER,
+            "scoring_func": Only(("sigmoid", None), "scores of experts are sigmoids"),
+            "topk_method": Only(("noaux_tc", None), "experts are chosen with a correction bias"),
+        },
     ),
 }

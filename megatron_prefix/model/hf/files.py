@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ _BASE = "model."
 _ROTARY_TABLE = ".rotary_emb.inv_freq"
 _OTHER_FORMAT = "consolidated"
 """Start of the file names of Mistral's own format, which its directories have, too."""
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 _ROWS_COMPARED = 4096
 """Rows of two embeddings in memory at a time."""
 
@@ -98,7 +100,7 @@ class HFTensors:
                 )
         for name in self.shapes:
             if name not in expected and name != HEAD and not name.endswith(_ROTARY_TABLE):
-                raise self._surplus(name)
+                raise self._surplus(name, expected)
         if is_tied and HEAD in self.shapes:
             self._refuse_another_head()
 
@@ -115,8 +117,15 @@ class HFTensors:
         self.shapes[name] = self.shapes.pop(stored)
         self.dtypes[name] = self.dtypes.pop(stored)
 
-    def _surplus(self, name: str) -> InputError:
+    def _surplus(self, name: str, expected: Mapping[str, object]) -> InputError:
         place = f"{self._place[name][0]}: tensor {name} has no place in the model that config.json"
+        layer = _LAYER.match(name)
+        if layer and not any(key.startswith(layer[0]) for key in expected):
+            return InputError(
+                f"{place} describes: it is of a layer after the last one, as DeepSeek-V3 has them "
+                "to predict further tokens (num_nextn_predict_layers). transformers ignores them: "
+                "load the model with it and save_pretrained it"
+            )
         if name != SCORE:
             return InputError(f"{place} describes")
         return InputError(

@@ -23,9 +23,14 @@ ROUTER = "mlp.router"
 EXPERT_FC1, EXPERT_FC2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
 SHARED_FC1, SHARED_FC2 = "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"
 SHARED_GATE = "mlp.shared_experts.gate_weight"
+CORRECTION = "mlp.router.expert_bias"
 INPUT_NORM, PRE_MLP_NORM = "input_layernorm", "pre_mlp_layernorm"
 ATTENTION_NORM, MLP_NORM = "post_self_attn_layernorm", "post_mlp_layernorm"
 Q_NORM, K_NORM = "self_attention.q_layernorm", "self_attention.k_layernorm"
+Q_PROJ = "self_attention.linear_q_proj"
+Q_DOWN, Q_UP = "self_attention.linear_q_down_proj", "self_attention.linear_q_up_proj"
+KV_DOWN, KV_UP = "self_attention.linear_kv_down_proj", "self_attention.linear_kv_up_proj"
+KV_NORM = "self_attention.kv_layernorm"
 
 LLAMA: Names = {
     INPUT_NORM: ("input_layernorm",),
@@ -79,3 +84,16 @@ GEMMA2: Names = {
     MLP_NORM: ("post_feedforward_layernorm",),
 }
 STARCODER2: Names = {**LLAMA, FC1: ("mlp.c_fc",), FC2: ("mlp.c_proj",)}
+DEEPSEEK: Names = {
+    **LLAMA,
+    Q_PROJ: ("self_attn.q_proj",),
+    Q_DOWN: ("self_attn.q_a_proj",),
+    Q_NORM: ("self_attn.q_a_layernorm",),
+    Q_UP: ("self_attn.q_b_proj",),
+    KV_DOWN: ("self_attn.kv_a_proj_with_mqa",),
+    KV_NORM: ("self_attn.kv_a_layernorm",),
+    KV_UP: ("self_attn.kv_b_proj",),
+    CORRECTION: ("mlp.gate.e_score_correction_bias",),
+    SHARED_FC1: ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    SHARED_FC2: ("mlp.shared_experts.down_proj",),
+}

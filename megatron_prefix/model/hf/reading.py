@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.families import FAMILIES, WITH_STATE, Family
+from megatron_prefix.model.hf.families import FAMILIES, WITH_STATE
+from megatron_prefix.model.hf.family import Family
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _EXPERTS = ("num_experts", "num_local_experts")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megatron_prefix.config import RopeScaling
 from megatron_prefix.errors import InputError
-from megatron_prefix.model.hf.families import Family
+from megatron_prefix.model.hf.family import Family
 from megatron_prefix.model.hf.values import count, natural, number
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -24,24 +24,25 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.config import ModelSizes
+from megatron_prefix.model.hf.modules import NOT_OF_A_MODULE, parameters_of_layer, shape_of
 from megatron_prefix.model.hf.names import (
-    ATTENTION_NORM,
     EXPERT_FC1,
     EXPERT_FC2,
     FC1,
     FC2,
     INPUT_NORM,
     K_NORM,
+    KV_NORM,
+    KV_UP,
     LLAMA,
-    MLP_NORM,
     PRE_MLP_NORM,
     PROJ,
     Q_NORM,
+    Q_PROJ,
+    Q_UP,
     QKV,
-    ROUTER,
     SHARED_FC1,
     SHARED_FC2,
-    SHARED_GATE,
     Names,
 )
 from megatron_prefix.model.names import (
@@ -69,9 +70,12 @@ _OUTER = {
 }
 """Parameters outside of the layers, and their names in Hugging Face."""
 _SPLIT_COLUMNS = (PROJ, FC2, EXPERT_FC2, SHARED_FC2)
-_SPLIT_ROWS = (QKV, FC1, EXPERT_FC1, SHARED_FC1, SINKS)
-_NOT_OF_A_MODULE = {SHARED_GATE: "weight", SINKS: ""}
-"""Parameters that are no weight or bias of a module, and what their tensors' names end in."""
+_SPLIT_ROWS = (QKV, Q_PROJ, Q_UP, KV_UP, FC1, EXPERT_FC1, SHARED_FC1, SINKS)
+_FUSED_LATENT = {
+    f"{Q_NORM}.weight": f"{Q_UP}.layer_norm_weight",
+    f"{KV_NORM}.weight": f"{KV_UP}.layer_norm_weight",
+}
+"""Norms of multi-latent attention, and their names in checkpoints."""
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
 _CHECKPOINT_EXPERT = "mlp.experts.experts."
 
@@ -116,48 +120,16 @@ class WeightMap:
     def names(self) -> list[str]:
         """Canonical names of all parameters, from the embedding to the head."""
         sizes = self.sizes
-        inner = self._layer_names()
-        layers = [f"decoder.layers.{i}.{part}" for i in range(sizes.num_layers) for part in inner]
+        layers = [
+            f"decoder.layers.{layer}.{part}"
+            for layer in range(sizes.num_layers)
+            for part in parameters_of_layer(sizes, layer)
+        ]
         final = [f"{_FINAL_NORM}.weight"]
         final += [f"{_FINAL_NORM}.bias"] if sizes.architecture.norm_bias else []
         head = [OUTPUT_LAYER] if sizes.untie_embeddings_and_output_weights else []
         head = [REWARD_HEAD] if self.kind == "reward" else head
         return [EMBEDDING, *layers, *final, *head]
-
-    def _layer_names(self) -> list[str]:
-        """The parameters of one layer, in order."""
-        sizes, parts = self.sizes, self.sizes.architecture
-        has_before, has_after = parts.norms != "after", parts.norms != "before"
-        has_qk_norm = sizes.qk_layernorm or parts.qk_norm != "none"
-        # (module, whether it is there, whether it has a bias)
-        modules = [
-            (INPUT_NORM, has_before, parts.norm_bias),
-            (QKV, True, sizes.add_qkv_bias),
-            (Q_NORM, has_qk_norm, False),
-            (K_NORM, has_qk_norm, False),
-            (PROJ, True, parts.output_bias),
-            (SINKS, sizes.softmax_type == "learnable", False),
-            (ATTENTION_NORM, has_after, parts.norm_bias),
-            (PRE_MLP_NORM, has_before and not parts.parallel_layers, parts.norm_bias),
-        ]
-        if sizes.num_moe_experts:
-            modules += [(ROUTER, True, parts.expert_bias)]
-            for expert in range(sizes.num_moe_experts):
-                own = [_numbered(module, expert) for module in (EXPERT_FC1, EXPERT_FC2)]
-                modules += [(module, True, parts.expert_bias) for module in own]
-            has_shared = parts.shared_expert_size > 0
-            modules += [(SHARED_FC1, has_shared, False), (SHARED_FC2, has_shared, False)]
-            modules += [(SHARED_GATE, has_shared and parts.shared_expert_gate, False)]
-        else:
-            modules += [(FC1, True, parts.mlp_bias), (FC2, True, parts.mlp_bias)]
-        modules += [(MLP_NORM, has_after, parts.norm_bias)]
-        kinds = {False: ("weight",), True: ("weight", "bias")}
-        return [
-            module if module in _NOT_OF_A_MODULE else f"{module}.{kind}"
-            for module, is_there, has_bias in modules
-            for kind in kinds[has_bias]
-            if is_there
-        ]
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """The parts of Hugging Face tensors that a canonical parameter is made of, in order."""
@@ -169,7 +141,7 @@ class WeightMap:
             return (Piece(_OUTER[name], 0, shape[0], hidden if name in rows else 0, shape),)
         layer, part = layer_and_part(name)
         module, kind, expert = _module(part)
-        rows_of_parts, columns = self._shape_of(module)
+        rows_of_parts, columns = shape_of(self.sizes, module)
         columns = columns if kind == "weight" else 0
         if expert and "{expert}" not in self.tensor_names[module][0]:
             return self._pieces_of_expert(layer, module, kind, int(expert))
@@ -193,7 +165,7 @@ class WeightMap:
         self, layer: int, module: str, kind: str, expert: int
     ) -> tuple[Piece, ...]:
         """Pieces of tensors that have all experts: [experts, columns, rows], or [experts, rows]."""
-        rows_of_parts, columns = self._shape_of(module)
+        rows_of_parts, columns = shape_of(self.sizes, module)
         suffix = "" if kind == "weight" else "_bias"
         tensor = f"model.layers.{layer}.{self.tensor_names[module][0]}{suffix}"
         step, total = len(rows_of_parts), sum(rows_of_parts)
@@ -211,39 +183,6 @@ class WeightMap:
             for start, rows in enumerate(rows_of_parts)
         )
 
-    def _shape_of(self, module: str) -> tuple[list[int], int]:
-        """Rows of each part of a module's weight, and its columns; 0 for a vector."""
-        sizes, parts = self.sizes, self.sizes.architecture
-        head_dim, hidden = sizes.kv_channels, sizes.hidden_size
-        query, key = sizes.num_attention_heads * head_dim, sizes.num_query_groups * head_dim
-        gates = 2 if parts.gated_linear_unit else 1
-        ffn, expert = sizes.ffn_hidden_size, sizes.moe_ffn_hidden_size
-        known: dict[str, tuple[list[int], int]] = {
-            QKV: ([query, key, key], hidden),
-            Q_NORM: self._qk_norm_shape(sizes.num_attention_heads),
-            K_NORM: self._qk_norm_shape(sizes.num_query_groups),
-            PROJ: ([hidden], query),
-            SINKS: ([sizes.num_attention_heads], 0),
-            FC1: ([ffn] * gates, hidden),
-            FC2: ([hidden], ffn),
-            ROUTER: ([sizes.num_moe_experts], hidden),
-            EXPERT_FC1: ([expert] * gates, hidden),
-            EXPERT_FC2: ([hidden], expert),
-            SHARED_FC1: ([parts.shared_expert_size] * gates, hidden),
-            SHARED_FC2: ([hidden], parts.shared_expert_size),
-            SHARED_GATE: ([1], hidden),
-        }
-        return known.get(module, ([hidden], 0))
-
-    def _qk_norm_shape(self, heads: int) -> tuple[list[int], int]:
-        head_dim, norm = self.sizes.kv_channels, self.sizes.architecture.qk_norm
-        by_norm = {
-            "none": ([head_dim], 0),
-            "wide": ([heads * head_dim], 0),
-            "by head": ([heads], head_dim),
-        }
-        return by_norm[norm]
-
     def hf_names(self, name: str) -> tuple[str, ...]:
         """The Hugging Face tensors that a canonical parameter is made of, in order."""
         return tuple(dict.fromkeys(piece.tensor for piece in self.pieces(name)))
@@ -256,18 +195,30 @@ class WeightMap:
         `decoder.layers.2.input_layernorm.weight` is (2,) of (num_layers,) in
         `decoder.layers.self_attention.linear_qkv.layer_norm_weight`, and
         `decoder.layers.2.mlp.experts.5.linear_fc2.weight` is (2, 5) of (num_layers, experts) in
-        `decoder.layers.mlp.experts.experts.linear_fc2.weight`.
+        `decoder.layers.mlp.experts.experts.linear_fc2.weight`. If only some layers have experts,
+        each layer has its tensors: `decoder.layers.2.mlp.experts.experts.linear_fc2.weight`.
         """
         if name in _OUTER:
             return name, (), ()
         layer, part = layer_and_part(name)
-        layers, experts = self.sizes.num_layers, self.sizes.num_moe_experts
+        # layers of two kinds are not in one tensor
+        has_two_kinds = self.sizes.architecture.dense_layers > 0
+        prefix = f"decoder.layers.{layer}." if has_two_kinds else "decoder.layers."
+        index, length = ((), ()) if has_two_kinds else ((layer,), (self.sizes.num_layers,))
         if expert := _EXPERT.fullmatch(part):
-            key = f"decoder.layers.{_CHECKPOINT_EXPERT}{expert[2]}"
-            return key, (layer, int(expert[1])), (layers, experts)
-        if not (experts and part.startswith(PRE_MLP_NORM)):  # not fused before experts
-            part = _CHECKPOINT_NAMES.get(part, part)
-        return f"decoder.layers.{part}", (layer,), (layers,)
+            key = f"{prefix}{_CHECKPOINT_EXPERT}{expert[2]}"
+            return key, (*index, int(expert[1])), (*length, self.sizes.num_moe_experts)
+        return f"{prefix}{self._checkpoint_part(layer, part)}", index, length
+
+    def _checkpoint_part(self, layer: int, part: str) -> str:
+        """Transformer Engine's name of a part of a layer, which fuses some norms."""
+        if self.sizes.has_experts(layer) and part.startswith(PRE_MLP_NORM):
+            return part
+        if self.sizes.architecture.latent is None:
+            return _CHECKPOINT_NAMES.get(part, part)
+        if part.startswith(INPUT_NORM):
+            return part
+        return _FUSED_LATENT.get(part) or _CHECKPOINT_NAMES.get(part, part)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a whole canonical parameter, its vocabulary unpadded."""
@@ -299,14 +250,14 @@ class WeightMap:
         is_divided_norm = module in (Q_NORM, K_NORM) and has_norm_by_rank
         tensors = []
         for piece in pieces:
-            if piece.expert is not None:
-                assert size == 1, "experts with biases are not divided"
-                one = slice(piece.expert, piece.expert + 1)
-                tensors.append(replace(piece, expert=0).of_expert(read(piece.tensor, one, ALL)))
-                continue
             own = slice(0, piece.rows)
             if module in _SPLIT_ROWS or is_divided_norm:
                 own = self._share(piece.rows, rank, size)
+            if piece.expert is not None:
+                one = slice(piece.expert, piece.expert + 1)
+                whole = read(piece.tensor, one, columns if piece.columns else ALL)
+                tensors.append(replace(piece, expert=0).of_expert(whole)[own])
+                continue
             rows = slice(piece.start + own.start, piece.start + own.stop)
             tensors.append(read(piece.tensor, rows, columns))
         if module != QKV:
@@ -376,14 +327,9 @@ class WeightMap:
 def _module(part: str) -> tuple[str, str, str]:
     """`mlp.experts.5.linear_fc1.weight` -> ("mlp.experts.linear_fc1", "weight", "5"); the last is
     empty outside of experts."""
-    if part in _NOT_OF_A_MODULE:
-        return part, _NOT_OF_A_MODULE[part], ""
+    if part in NOT_OF_A_MODULE:
+        return part, NOT_OF_A_MODULE[part], ""
     module, _, kind = part.rpartition(".")
     if expert := _EXPERT.fullmatch(module):
         return f"mlp.experts.{expert[2]}", kind, expert[1]
     return module, kind, ""
-
-
-def _numbered(module: str, expert: int) -> str:
-    """`mlp.experts.linear_fc1` of expert 5 -> `mlp.experts.5.linear_fc1`."""
-    return module.replace(".experts.", f".experts.{expert}.")

@@ -49,11 +49,12 @@ class FamilyLayer(TransformerLayer):
                 for count in (heads, groups)
             )
         # Megatron-Core has one switch for the biases of all linear layers
-        if config.add_bias_linear:
+        if config.add_bias_linear and parts.latent is None:
             if not config.add_qkv_bias:
                 attention.linear_qkv.bias = None
             if not parts.output_bias:
                 attention.linear_proj.bias = None
+        if config.add_bias_linear:
             if not (parts.mlp_bias or config.num_moe_experts):
                 self.mlp.linear_fc1.bias = self.mlp.linear_fc2.bias = None
 

@@ -21,6 +21,7 @@ Shapes: T tokens of this rank, C hidden channels, E experts of the whole model.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,11 +30,14 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_prefix.attention import TreePackedSeqParams
+from megatron_prefix.config.parts import Architecture
 from megatron_prefix.model.layers.block import FamilyLayer
+from megatron_prefix.model.layers.routing import choose_experts, scores_of
 from megatron_prefix.platform import submodules_of
 
 
@@ -82,7 +86,11 @@ class _AlsoMinimise(torch.autograd.Function):
 
 
 class TreeRouter(TopKRouter):
-    """Top-k choice of experts in float32, with an auxiliary loss over `counts`."""
+    """Top-k choice of experts in float32, with an auxiliary loss over `counts`.
+
+    If the routing corrects the choice by a bias per expert, that is `expert_bias`, as Megatron-Core
+    names it: not trained, and float32 in every precision.
+    """
 
     counts: Tensor | None = None
     """How often each of this rank's tokens counts, [T]; set while its layer runs."""
@@ -92,6 +100,22 @@ class TreeRouter(TopKRouter):
     """Whether the current row has an auxiliary loss."""
     auxiliary: Tensor | float = 0.0
     """This rank's share of the auxiliary loss, summed since `step_auxiliary` was last called."""
+
+    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(config, *args, **kwargs)
+        parts: Architecture = getattr(config, "architecture", Architecture())
+        self.routing = parts.routing
+        if self.routing is not None and self.routing.score == "sigmoid":
+            correction = torch.zeros_like(self.weight[:, 0], dtype=torch.float32)
+            self.expert_bias = torch.nn.Parameter(correction, requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TreeRouter:
+        """Casts of the model move `expert_bias`, and leave it in float32."""
+        kept = None if self.expert_bias is None else self.expert_bias.detach().clone()
+        super()._apply(fn, recurse)
+        if kept is not None:
+            self.expert_bias.data = kept.to(self.expert_bias.device)
+        return self
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits of all experts, at least float32 also if the model is bfloat16."""
@@ -105,9 +129,15 @@ class TreeRouter(TopKRouter):
         `counts` has the information of `padding_mask`, which is not used.
         """
         logits_TE = self.gating(input).flatten(0, -2)
-        probs_TE, chosen_TE = topk_routing_with_score_function(
-            logits_TE, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax
-        )
+        if self.routing is None:
+            probs_TE, chosen_TE = topk_routing_with_score_function(
+                logits_TE, self.topk, use_pre_softmax=self.config.moe_router_pre_softmax
+            )
+        else:
+            scores_TE = scores_of(logits_TE, self.routing)
+            probs_TE, chosen_TE = choose_experts(
+                scores_TE, self.topk, self.routing, self.expert_bias
+            )
         coefficient = self.config.moe_aux_loss_coeff if self.with_auxiliary else 0.0
         if coefficient and self.training and torch.is_grad_enabled():
             if self.counts is None or not self.step_count:
@@ -116,6 +146,8 @@ class TreeRouter(TopKRouter):
                     "give them, or set moe_aux_loss_coeff to 0"
                 )
             shares_TE = logits_TE.softmax(dim=-1)
+            if self.expert_bias is not None:  # scores are sigmoids
+                shares_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
             group = self.tp_cp_group  # without sequence parallelism it holds no tensor ranks
             balance = row_balance(shares_TE, chosen_TE, self.counts, self.topk, group)
             share = balance / self.step_count
@@ -163,11 +195,18 @@ class FamilyMoELayer(TreeMoELayer, FamilyLayer):
 
 
 class ExpertOutput(RowParallelLinear):
-    """The last linear layer of an expert with biases, to which Megatron-Core adds the bias in
-    place: autograd forbids that for what `RowParallelLinear` returns on one rank, a view."""
+    """The last linear layer of an expert with biases.
+
+    Megatron-Core adds the bias in place, which autograd forbids for what `RowParallelLinear`
+    returns on one rank, a view. And it sums the outputs of tensor-parallel ranks with their biases:
+    so only the first rank has the bias. Its gradient is the sum over ranks, because Megatron-Core
+    marks it for sequence parallelism.
+    """
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
+        if bias is not None and self.tp_group.rank() > 0:
+            bias = bias * 0.0
         return output.clone(), bias
 
 
@@ -183,17 +222,20 @@ def with_tree_router(layer: ModuleSpec, expert_bias: bool = False) -> ModuleSpec
 
 @torch.no_grad()
 def step_auxiliary(chunks: Iterable[torch.nn.Module], device: torch.device) -> float:
-    """The auxiliary loss since the last call, without its coefficient: the mean over layers.
+    """The auxiliary loss since the last call, without its coefficient: the mean over the layers
+    with experts.
 
     It is 1 if every row is spread evenly over all experts. Collective over all processes, each of
     which has its own layers, rows and tokens.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # (auxiliary loss, layers)
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # (loss, layers with experts)
     for chunk in chunks:
         for module in chunk.modules():
+            if isinstance(module, TransformerLayer):
+                parts: Architecture = getattr(module.config, "architecture", Architecture())
+                total[1] = module.config.num_layers - parts.dense_layers
             if isinstance(module, TreeRouter):
                 total[0] += module.auxiliary
                 module.auxiliary = 0.0
-                total[1] = module.config.num_layers
     dist.all_reduce(total[:1])
     return float(total[0] / total[1])

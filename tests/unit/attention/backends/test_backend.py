@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from megatron_prefix.attention.backends.backend import BACKENDS, Backend, load_backend
 
@@ -28,3 +29,12 @@ def test_backends_are_imported_when_they_are_used():
         "assert not {'megatron.core', 'transformer_engine'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_soft_caps_are_refused_by_flash_as_long_as_torchs_operator_has_none():
+    """A torch whose operator takes a soft cap fails here: then it can be passed on."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert "window_size_left" in names and "softcap" not in names
+    lacks = load_backend("flash").obstacle(torch.device("cpu"), torch.bfloat16, 64, ["softcap"])
+    assert "no soft cap" in lacks and "flex, path or auto" in lacks
