@@ -111,7 +111,7 @@ def test_an_adapter_goes_in_and_out(name, tmp_path):
     targets = targets_of(name)
     adapted = make_adapter(base, targets, tmp_path / "adapter").eval()
     import_hf(str(tmp_path / "adapter"), tmp_path / "checkpoint", base=str(tmp_path / "hf"))
-    export_hf(tmp_path / "checkpoint", tmp_path / "back", 60_000)
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
     theirs_file, ours_file = (
         load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("adapter", "back")
     )
