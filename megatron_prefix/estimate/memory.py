@@ -32,6 +32,7 @@ bytes per parameter of the step), fragmentation. Leave room for them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
@@ -52,14 +53,23 @@ def parameter_counts(
     """
     width = sizes.hidden_size
     counts = Counter({"embedding": vocab_size * width})
-    for layer in range(sizes.num_layers):
-        counts.update(layer_parameters(sizes, layer))
+    counts.update(_of_layers(sizes, range(sizes.num_layers)))
     counts["norms"] += width * (1 + sizes.architecture.norm_bias)  # after the last layer
     if kind == "reward":
         counts["head"] = num_labels * width
     else:
         counts["head"] = vocab_size * width if sizes.untie_embeddings_and_output_weights else 0
     return dict(counts)
+
+
+def _of_layers(sizes: ModelSizes, layers: Iterable[int]) -> Counter[str]:
+    """Parameters of several layers by component."""
+    dense = sizes.architecture.dense_layers  # all before this one are the same, and all from it on
+    counts: Counter[str] = Counter()
+    for layer, number in Counter(dense * (index >= dense) for index in layers).items():
+        one = layer_parameters(sizes, layer)
+        counts.update({component: number * count for component, count in one.items()})
+    return counts
 
 
 def layer_parameters(sizes: ModelSizes, layer: int) -> dict[str, int]:
@@ -143,9 +153,7 @@ def rank_parameters(
     is padded as the model pads it, and a tied head is a second copy on the last stage.
     """
     tensor, width = parallel.tensor_model_parallel_size, sizes.hidden_size
-    own: Counter[str] = Counter()
-    for layer in stage_indices(sizes.num_layers, parallel)[stage]:
-        own.update(layer_parameters(sizes, layer))
+    own = _of_layers(sizes, stage_indices(sizes.num_layers, parallel)[stage])
     dense = (own["attention"] + own["feed_forward"]) // tensor
     dense += own["norms"] + own["router"] + own["output_biases"] + own["compression"]
     final_norm = width * (1 + sizes.architecture.norm_bias)
