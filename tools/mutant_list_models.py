@@ -92,13 +92,6 @@ MODEL_MUTANTS = (
         "numerics/test_latent_attention.py",
     ),
     Mutant(
-        "the bias of an expert is added once per tensor-parallel rank",
-        "model/layers/moe.py",
-        "if bias is not None and self.tp_group.rank() > 0:",
-        "if False:",
-        "distributed/test_family_layouts.py",
-    ),
-    Mutant(
         "values are filled up and the scale follows",
         "attention/megatron.py",
         "scale = query.size(-1) ** -0.5 if scale is None else scale",
