@@ -7,11 +7,13 @@ another one. Every tensor has its canonical name as key, so adapters fit every l
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from pydantic import ValidationError
 
 from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.errors import InputError
@@ -48,11 +50,17 @@ class SavedAdapter:
         if saved is None:
             return None
         try:
-            return cls(**saved)
-        except TypeError as error:
+            adapter = cls(**saved)
+            adapter.lora()
+            texts = [adapter.base_fingerprint, *chain(*adapter.base.items())]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("the base model is not described by texts")
+        except (ValidationError, TypeError, AttributeError) as error:
+            text = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{path}: its description of adapters is damaged ({error}); load another checkpoint"
+                f"{path}: its description of adapters is damaged ({text}); load another checkpoint"
             ) from None
+        return adapter
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

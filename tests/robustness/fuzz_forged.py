@@ -63,7 +63,7 @@ PARTS = (
 
 
 class ForgedFuzz(Fuzz):
-    """All kinds."""
+    """Kinds of fuzz_kinds.py, and those of this file."""
 
     def _used(self, prefix: Path) -> PreferenceDataset:
         """A data set, read to its end."""

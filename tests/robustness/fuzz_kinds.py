@@ -58,6 +58,7 @@ class Fuzz:
         self, folder: Path, finished: Path, sidecar: Path, sets: tuple[str, str], world: World
     ) -> None:
         self.folder, self.finished, self.sidecar, self.sets = folder, finished, sidecar, sets
+        self.world = world
         rows = [
             {"prompt": f"Question {i}?\n", "chosen": "yes " * i, "rejected": "no", "margin": i / 2}
             for i in range(1, 6)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from commands import write_config
-from fuzz_forged import ForgedFuzz
+from fuzz_adapters import AllFuzz
 from fuzz_kinds import Fuzz
 
 from megatron_prefix.config import load_config
@@ -25,7 +25,7 @@ SHARES = {
     "data_set": 30,
     "column": 20,
     "scores": 15,
-    "saved": 25,
+    "saved": 20,
     "config": 15,
     "forged_set": 15,
     "plan": 10,
@@ -33,6 +33,7 @@ SHARES = {
     "forged_scores": 5,
     "hugging_face": 5,
     "template": 5,
+    "adapter": 5,
 }
 """Of 200 cases."""
 KINDS = tuple(SHARES)
@@ -43,7 +44,7 @@ def fuzz(finished, sidecar, dataset, other, tmp_path_factory) -> Iterator[Fuzz]:
     settings = load_config(write_config(tmp_path_factory.mktemp("c") / "c.yaml", dataset, finished))
     folder = tmp_path_factory.mktemp("fuzz")
     with join_world(settings.parallel, settings.train.seed) as world:
-        yield ForgedFuzz(folder, finished, sidecar, (dataset, other), world)
+        yield AllFuzz(folder, finished, sidecar, (dataset, other), world)
 
 
 def run(fuzz: Fuzz, kind: str, num_cases: int, seed: int) -> None:

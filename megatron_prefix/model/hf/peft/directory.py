@@ -83,6 +83,7 @@ class PeftAdapter:
         if not isinstance(config, dict):
             raise InputError(f"{path}: not a PEFT adapter's configuration")
         _refuse_unsupported(config, path)
+        _check_types(config, path)
         layers = config.get("layers_to_transform")
         if isinstance(layers, int):
             config["layers_to_transform"] = [layers]
@@ -99,8 +100,12 @@ class PeftAdapter:
             raise InputError(
                 f"{path}: not supported ({text}); target_modules may list {', '.join(TARGETS)}"
             ) from None
-        is_classifier = config.get("task_type") == CLASSIFIER
-        return cls(directory, lora, float(config.get("lora_dropout") or 0.0), is_classifier)
+        return cls(
+            directory,
+            lora,
+            config.get("lora_dropout") or 0.0,
+            config.get("task_type") == CLASSIFIER,
+        )
 
     @cached_property
     def tensors(self) -> HFTensors:
@@ -214,6 +219,25 @@ def _read_full_names(config: dict[str, Any], path: Path) -> None:
         )
     config["target_modules"] = sorted(first)
     config["layers_to_transform"] = sorted(by_layer)
+
+
+def _check_types(config: dict[str, Any], path: Path) -> None:
+    """What `LoraConfig` does not check. Raises InputError."""
+    task, dropout, saved = (
+        config.get(key) for key in ("task_type", "lora_dropout", "modules_to_save")
+    )
+    if task is not None and task not in (LANGUAGE_MODEL, CLASSIFIER):
+        raise InputError(
+            f"{path}: task_type = {str(task)[:80]!r} is not supported: an adapter is one of a "
+            f"{LANGUAGE_MODEL} or a {CLASSIFIER} model"
+        )
+    is_number = isinstance(dropout, int | float) and not isinstance(dropout, bool)
+    if dropout is not None and not (is_number and 0 <= dropout < 1):
+        raise InputError(
+            f"{path}: lora_dropout = {str(dropout)[:80]!r}: it must be a number from 0 to below 1"
+        )
+    if saved is not None and not isinstance(saved, list):
+        raise InputError(f"{path}: modules_to_save = {str(saved)[:80]!r}: it must be a list")
 
 
 def _refuse_unsupported(config: dict[str, Any], path: Path) -> None:

@@ -78,6 +78,14 @@ def test_names_of_single_modules_are_targets_and_layers(tmp_path):
         ("target_modules", ".*_proj"),
         ("target_modules", ["c_attn"]),
         ("modules_to_save", ["norm"]),
+        ("modules_to_save", 5),
+        ("modules_to_save", "lm_head"),
+        ("lora_dropout", [0.1]),
+        ("lora_dropout", "0.1"),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", float("nan")),
+        ("task_type", "SEQ_2_SEQ_LM"),
+        ("task_type", ["CAUSAL_LM"]),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(key, value, tmp_path):
