@@ -85,6 +85,11 @@ bench-steps: bench-sets
 	    --modes "packed, unshared" "packed, shared" --name training_real_cpu
 	$(BENCH) tools/bench_scaling.py --rounds 3
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_trl.py $(REAL) --row-capacity $(LONGEST)
+	$(BENCH) tools/bench_lora.py training --sets HH-RLHF TLDR --rounds 5
+	$(BENCH) tools/bench_lora.py adapters
+	$(BENCH) tools/bench_lora.py adapters --shape wide --rounds 5
+	$(BENCH) tools/bench_two_passes.py --rounds 12
+	$(BENCH) tools/bench_objectives.py --layers 2 --batch-size 2
 
 bench-data: bench-sets
 	@if [ $(TOKENIZER) = bytes ]; then \

@@ -82,4 +82,25 @@ LORA_MUTANTS = (
         '"use_rslora": False,',
         "numerics/test_lora_export.py",
     ),
+    Mutant(
+        "B gets the gradient of other channels of its groups",
+        "model/adapters/product.py",
+        "torch.bmm(low_GRT, rows).transpose(1, 2).reshape(factor.shape)",
+        "torch.bmm(low_GRT, rows).reshape(factor.shape)",
+        "unit/model/adapters/test_product.py",
+    ),
+    Mutant(
+        "adapters of experts on drawn weights are sent from one export to the other",
+        "checkpoint/convert_adapter.py",
+        "if base is None and not self.saved.base and self.parameters.has_experts:",
+        "if base is None and self.saved.base and self.parameters.has_experts:",
+        "numerics/test_lora_export.py",
+    ),
+    Mutant(
+        "Bridge takes data without betas for loss.pair_beta",
+        "bridge/data.py",
+        "is_trained_on=not repeats",
+        "is_trained_on=False",
+        "unit/bridge/test_bridge.py",
+    ),
 )

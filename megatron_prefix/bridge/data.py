@@ -144,7 +144,8 @@ class PreferenceData:
     ) -> RowIterator:
         model, world = self.model, self.world
         data = with_comparisons(own_responses(data), self.objective.comparisons)
-        check_columns(self.objective, data, "prefix")
+        setting = "valid_prefix" if repeats else "prefix"
+        check_columns(self.objective, data, setting, is_trained_on=not repeats)
         sharing = run_sharing(self.objective, self.sharing)
         if data.vocab_size > model.vocab_size:
             raise ValueError(

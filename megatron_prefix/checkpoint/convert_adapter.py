@@ -83,8 +83,18 @@ class StoredAdapters:
         """Precision of the adapters."""
         return self.tensors.dtype(self.parameters.names()[0])
 
+    def _refuse_without_form(self, base: str | None) -> None:
+        """Refuse adapters that neither a PEFT directory nor a merged model can hold."""
+        if base is None and not self.saved.base and self.parameters.has_experts:
+            raise InputError(
+                f"{self.path}: adapters of experts cannot be exported if the run drew its model "
+                "from train.seed: a PEFT directory has no place for them, and the weights to merge "
+                "them into are in no file. Start the run from model.hf or model.checkpoint"
+            )
+
     def write_peft(self, hf: Path, base: str | None) -> Converted:
         """Write the PEFT directory `hf`; `base` is `--base`, which is checked."""
+        self._refuse_without_form(base)
         parameters, lora = self.parameters, self.parameters.lora
         names = {parameters.hf_names(name)[0]: name for name in parameters.names()}
         place = self.saved.base.get("hf")
@@ -125,6 +135,7 @@ class StoredAdapters:
 
     def write_merged(self, hf: Path, base: str | None, max_shard_bytes: int) -> Converted:
         """Write the Hugging Face model `hf`, in the precision of the base."""
+        self._refuse_without_form(base)
         weights = self.weights
         stored = open_base(self.path, self.saved, base, weights, self.dtype)
         dtypes, shapes = stored.hf_dtypes(), weights.hf_shapes()

@@ -13,11 +13,16 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective
 
 
-def check_columns(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
-    """Refuse a data set that lacks something the objective reads: margins, scores or ranks.
+def check_columns(
+    objective: Objective, dataset: PreferenceDataset, setting: str, *, is_trained_on: bool = False
+) -> None:
+    """Refuse a data set that lacks something the objective reads: margins, scores or ranks; if it
+    `is_trained_on`, also betas.
 
     The message counts what is missing and names the first group.
     """
+    if is_trained_on:
+        _check_betas(objective, dataset, setting)
     if len(dataset.parts) > 1:
         for part in dataset.parts:
             check_columns(objective, part, setting)
@@ -125,11 +130,11 @@ def _check_weights(objective: Objective, dataset: PreferenceDataset, setting: st
     )
 
 
-def check_betas(objective: Objective, dataset: PreferenceDataset) -> None:
-    """Refuse `loss.pair_beta` if no pair that is trained on has a beta."""
+def _check_betas(objective: Objective, dataset: PreferenceDataset, setting: str) -> None:
+    """Refuse `loss.pair_beta` if no pair has a beta."""
     if "betas" in objective.columns and np.isnan(dataset.pair_betas).all():
         raise InputError(
-            f"loss.pair_beta: true: no pair in data.train = {dataset.prefix} has a beta of its "
+            f"loss.pair_beta: true: no pair in {setting} = {dataset.prefix} has a beta of its "
             "own: give records a column beta and build again, or remove loss.pair_beta"
         )
 

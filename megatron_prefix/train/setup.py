@@ -25,7 +25,6 @@ from megatron_prefix.objectives import Objective, check
 from megatron_prefix.reference import Reference, open_reference, reference_fingerprint
 from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.data_checks import (
-    check_betas,
     check_columns,
     refuse_shadow_steps,
     refuse_unused_reference,
@@ -138,8 +137,7 @@ def _checked_objective(
 ) -> Objective:
     """The objective, of whose needs no data set lacks any. Raises InputError."""
     objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
-    check_columns(objective, dataset, "data.train")
-    check_betas(objective, dataset)
+    check_columns(objective, dataset, "data.train", is_trained_on=True)
     for name, held_out in valid.items():
         check_columns(objective, held_out, valid_setting(name))
     refuse_unused_reference(config, objective)

@@ -29,6 +29,7 @@ TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2, CP2 = {"pipeline_model_parallel_size": 2}, {"context_parallel_size": 2}
 VPP2 = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True}
+EP2, BF16 = {"expert_model_parallel_size": 2}, {"dtype": "bfloat16"}
 OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 AOT = {"loss_type": "aot"}
@@ -41,6 +42,10 @@ ALONE = {  # name: loss section, model section beside the sizes
     "bco": (BCO, {}),
     "aot moe": (AOT, MOE),
     "aot balanced": (AOT, BALANCED),
+    "kto moe": (KTO, MOE),
+    "bco moe": (BCO, MOE),
+    "kto bfloat16": (KTO, BF16),
+    "bco bfloat16": (BCO, BF16),
 }
 OF_TWO = {  # name: layout, what is added to the model, the run of one process
     "aot tp2sp": (TP2SP, {}, "aot"),
@@ -57,8 +62,14 @@ OF_TWO = {  # name: layout, what is added to the model, the run of one process
     "bco cp2": (CP2, {}, "bco"),
     "bco pp2": (PP2, {}, "bco"),
     "bco dp2 zero": (ZERO, {}, "bco"),
-    "moe ep2 overlaps": ({**OVERLAP, "expert_model_parallel_size": 2}, {}, "aot moe"),
+    "moe ep2 overlaps": ({**OVERLAP, **EP2}, {}, "aot moe"),
+    "kto ep2 zero": ({**ZERO, **EP2}, {}, "kto moe"),
+    "bco ep2": (EP2, {}, "bco moe"),
     "balanced pp2": (PP2, {}, "aot balanced"),
+}
+IN_BF16 = {
+    "kto tp2sp bfloat16": (TP2SP, {}, "kto bfloat16"),
+    "bco dp2 zero bfloat16": (ZERO, {}, "bco bfloat16"),
 }
 OF_FOUR = {
     "aot tp2pp2sp": ({**TP2SP, **PP2}, {}, "aot"),
@@ -71,7 +82,7 @@ OF_FOUR = {
 def command(runs: Runs, name: str, layout: dict, added: dict, alone: str) -> list[str]:
     loss, model = ALONE[alone]
     data = {"train": runs.data, "valid": runs.valid, "row_capacity": 160}
-    if alone in ("kto", "bco"):
+    if loss in (KTO, BCO):
         folder = runs.folder
         data |= {"train": str(folder / "labels"), "valid": str(folder / "few labels")}
     data |= {"global_batch_size": BATCH, "seed": 3}
@@ -89,7 +100,7 @@ def runs(tmp_path_factory) -> Runs:
         write_labelled_set(folder / name, seed, count, mismatches=True)
     alone = [command(runs, name, {}, {}, name) for name in ALONE]
     on_processes(1, folder, alone, TIMEOUT_S)
-    of_two = [command(runs, name, *case) for name, case in OF_TWO.items()]
+    of_two = [command(runs, name, *case) for name, case in {**OF_TWO, **IN_BF16}.items()]
     on_processes(2, folder, of_two, 2 * TIMEOUT_S)
     return runs
 
@@ -110,14 +121,34 @@ def check(runs: Runs, name: str, follows: str) -> None:
         for key in ("nll_loss", "moe/aux_loss", "rewards/chosen", "kl", "delta"):
             if key in b:
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (a["step"], key)
-    if follows != "kto":
-        differences = [row["logps/pass_difference"] for row in ours if "loss" in row]
-        assert len(differences) == NUM_STEPS and max(differences) <= 1e-5
+    if ALONE[follows][0] is not KTO:
+        assert pass_difference(ours) <= 1e-5
+
+
+def pass_difference(lines: list[dict]) -> float:
+    """The largest difference of a log-probability between the two passes of a step."""
+    differences = [row["logps/pass_difference"] for row in lines if "loss" in row]
+    assert len(differences) == NUM_STEPS
+    return max(differences)
 
 
 @pytest.mark.parametrize("name", OF_TWO)
 def test_two_processes_follow_one(runs, name):
     check(runs, name, OF_TWO[name][2])
+
+
+@pytest.mark.parametrize("name", IN_BF16)
+def test_bfloat16_follows_one_process(runs, name):
+    """Within what 8 bits of a log-probability change of the loss and its gradient."""
+    follows = IN_BF16[name][2]
+    pairs = zip(runs.lines(name), runs.lines(follows), strict=True)
+    steps = [(ours, theirs) for ours, theirs in pairs if "loss" in theirs]
+    assert len(steps) == NUM_STEPS
+    for ours, theirs in steps:
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+    if ALONE[follows][0] is BCO:
+        assert pass_difference(runs.lines(name)) == 0
 
 
 @pytest.mark.slow

@@ -248,6 +248,20 @@ def test_a_base_that_was_drawn_cannot_be_merged(random_set, tmp_path):
         export_hf(tmp_path / "s", tmp_path / "merged", merge=True)
 
 
+def test_adapters_of_experts_on_a_drawn_base_have_no_form(random_set, tmp_path, capsys):
+    mixture = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
+    train = {"steps": 1, "save": str(tmp_path / "s")}
+    lora = {"r": 4, "target_modules": ["down_proj"]}
+    trained(configure(tmp_path, random_set, lora=lora, train=train, model=mixture))
+    assert capsys.readouterr().out.rstrip().endswith("have no other form: no export")
+    for merge in (False, True):
+        with pytest.raises(
+            InputError, match="adapters of experts cannot be exported if the run dr"
+        ):
+            export_hf(tmp_path / "s", tmp_path / "x", merge=merge)
+    assert not (tmp_path / "x").exists()
+
+
 def test_flags_without_effect_are_refused(tmp_path):
     model = save_model(tmp_path / "model", "llama", torch.float32)
     adapter = make_adapter(model, tmp_path / "adapter")

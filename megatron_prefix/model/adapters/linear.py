@@ -32,7 +32,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -49,7 +48,7 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 
 from megatron_prefix.config.lora import LoraConfig
-from megatron_prefix.model.adapters.product import Span, add_products
+from megatron_prefix.model.adapters.product import Span, add_products, low_products
 from megatron_prefix.model.layers import SEQUENCE_PARALLEL
 
 
@@ -143,17 +142,15 @@ class AdaptedLinear(torch.nn.Module):
         self, input_: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's output with the adapters' added, and its bias if the caller adds that."""
-        output, bias = super().forward(input_, *args, **kwargs)
-        if self.has_adapters_on and self.adapters:
-            output = self._with_adapters(output, input_)
-        return output, bias
-
-    def _with_adapters(self, output: Tensor, input_: Tensor) -> Tensor:
+        if not (self.has_adapters_on and self.adapters):
+            return super().forward(input_, *args, **kwargs)
         firsts, seconds = zip(*(adapter() for adapter in self.adapters.values()), strict=True)
         # one product for all adapters of the layer
-        low = F.linear(input_, firsts[0] if len(firsts) == 1 else torch.cat(firsts))
+        factor = firsts[0] if len(firsts) == 1 else torch.cat(firsts)
+        input_, low = low_products(input_, factor)
+        output, bias = super().forward(input_, *args, **kwargs)
         low = self._communicated(low * self.scale)
-        return add_products(output, low, seconds, self.spans, self.num_groups)
+        return add_products(output, low, seconds, self.spans, self.num_groups), bias
 
     def _communicated(self, low: Tensor) -> Tensor:
         """A x, made what B of this rank must see; see the tables of the module."""

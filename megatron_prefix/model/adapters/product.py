@@ -1,4 +1,4 @@
-"""The product of the low-rank factors, added to the output of a linear layer.
+"""The products of the low-rank factors, beside a linear layer and added to its output.
 
 Megatron-Core fuses layers that are separate in PEFT, so the channels of one adapter are several
 spans of the fused output. With two query heads and one key head a group:
@@ -6,9 +6,13 @@ spans of the fused output. With two query heads and one key head a group:
     linear_qkv   q0 q1 k0 v0 | q2 q3 k1 v1      2 groups, spans q [0, 2), k [2, 3), v [3, 4)
     linear_fc1   g | u                          1 group, spans gate [0, F), up [F, 2F)
 
-Every span is a strided view, so no adapter's output is ever a tensor of its own.
+Every span is a strided view, so no adapter's output is ever a tensor of its own. Nor is the
+gradient that an adapter gives the layer's input: it is added where the layer has written its own.
 
-Shapes: T tokens, G groups, W channels of a group, w channels of a span, R rank, P adapters.
+    x -> low_products -> x, A x          x -> frozen layer -> W x          W x, A x -> add_products
+
+Shapes: T tokens, C input channels, G groups, W channels of a group, w channels of a span, R rank,
+P adapters.
 """
 
 from __future__ import annotations
@@ -16,10 +20,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Span = tuple[int, int]
 """First channel of an adapter in each group, and the one after its last."""
+
+
+def low_products(input_: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """The input [T, 1, C] of a layer, of experts [T, C], for the layer itself, and A x [T, 1, P R];
+    `factor` are all A of the layer, one under the other [P R, C].
+
+    Only the frozen layer may use the returned input: its gradient's memory is written.
+    """
+    return _LowProducts.apply(input_, factor)
+
+
+class _LowProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input_, factor):
+        ctx.save_for_backward(input_, factor)
+        return input_.view_as(input_), F.linear(input_, factor)
+
+    @staticmethod
+    def backward(ctx, grad, grad_low):
+        input_, factor = ctx.saved_tensors
+        low_TR = grad_low.reshape(-1, factor.size(0))
+        grad_factor = low_TR.t() @ input_.reshape(-1, factor.size(1))
+        if not ctx.needs_input_grad[0]:
+            return None, grad_factor
+        grad = grad.contiguous()
+        grad.view(-1, factor.size(1)).addmm_(low_TR, factor)
+        return grad, grad_factor
 
 
 def add_products(
@@ -62,7 +94,10 @@ class _AddProducts(torch.autograd.Function):
         ):
             factor_GwR = factor.view(ctx.num_groups, -1, factor.size(1))
             torch.sum(rows @ factor_GwR, 0, out=into_TR)
-            grad_factors.append((rows.transpose(1, 2) @ low_TR).view_as(factor))
+            # [G, R, w], then turned: a product that is few rows high is the faster one, and bmm
+            # reads the spans in place, while matmul would copy them.
+            low_GRT = low_TR.t().expand(ctx.num_groups, -1, -1)
+            grad_factors.append(torch.bmm(low_GRT, rows).transpose(1, 2).reshape(factor.shape))
         return grad, grad_low, None, None, *grad_factors
 
 

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import copy
 import importlib.util
+import json
 import os
 import warnings
 from dataclasses import fields
@@ -32,6 +33,7 @@ import megatron_prefix as mp
 from megatron_prefix.bridge import preference_data, preference_forward_step, prefix_preference
 from megatron_prefix.bridge.provider import prefix_layer_spec
 from megatron_prefix.bridge.settings import FOLLOWED, FORCED, IDLE, NEEDED, faults
+from megatron_prefix.data.build import BuildOptions, build_dataset
 from megatron_prefix.data.steps.compositions import StepSettings
 from megatron_prefix.engine.step import run_schedule
 from megatron_prefix.objectives import check
@@ -390,6 +392,30 @@ def test_steps_through_bridges_loop_equal_our_own(world, prefix, bridge_run, los
         *("rewards/accuracies", "logps/chosen", "logps/rejected"),
         *("kl", "logratios/chosen", "logratios/rejected"),
     }
+
+
+def test_pairs_have_a_beta_of_their_own(world, weights, prefix, bridge_run, tmp_path):
+    records = [
+        {"prompt": f"question {i}", "chosen": "yes, it is", "rejected": "no"}
+        | ({"beta": 0.1 * (1 + i % 5)} if i % 3 else {})
+        for i in range(24)
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    own = str(tmp_path / "betas")
+    build_dataset([source], "bytes", own, BuildOptions())
+    runs = {}
+    for pair_beta in (True, False):
+        loss = mp.LossConfig(beta=0.7, pair_beta=pair_beta)
+        run = BridgeRun(world, weights, own, reference={"loss": loss})
+        results = [run.step() for _ in range(STEPS)]
+        run.close()
+        for (metrics, _), (value, _) in zip(results, own_losses(world, own, loss), strict=True):
+            assert metrics["loss"] == pytest.approx(value, rel=1e-5)
+        runs[pair_beta] = results[-1][0]["loss"]
+    assert abs(runs[True] / runs[False] - 1) > 1e-3, "the betas of pairs change nothing"
+    with pytest.raises(ValueError, match=r"pair_beta: true: no pair in prefix = .* has a beta of"):
+        bridge_run(reference={"loss": mp.LossConfig(pair_beta=True)})
 
 
 def test_a_count_of_pairs_would_divide_twice(world, weights, prefix, bridge_run):

@@ -70,6 +70,11 @@ class AdapterMap:
                 adapters |= {f"{stem}{ADAPTERS}{x}": piece for x, is_own, piece in parts if is_own}
         return adapters
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether an adapter is one of an expert."""
+        return any(_EXPERT_NUMBER.search(name) for name in self.pieces)
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all parameters by canonical name, the vocabulary unpadded."""

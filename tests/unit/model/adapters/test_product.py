@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prefix.model.adapters.product import add_products
+from megatron_prefix.model.adapters.product import add_products, low_products
 
 FUSED = {  # groups, and the channels of each adapter in one of them
     "one layer": (1, [(0, 6)]),
@@ -59,11 +59,37 @@ def test_values_and_gradients_are_those_of_the_definition(name):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_the_input_of_a_layer_gets_the_gradients_of_both(needs_gradient):
+    """Those of the frozen layer and of its adapters, and of what else the input goes to."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (7, 1, 5), (6, 5), (4, 5), (7, 1, 6), (7, 1, 4)
+    x, factor, weight, *grads = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in (shapes[0], shapes[2], shapes[1], *shapes[3:])
+    )
+    x.requires_grad_(needs_gradient)
+    leaves = [factor.requires_grad_(), *([x] if needs_gradient else [])]
+
+    def gradients(own, low) -> tuple[torch.Tensor, ...]:
+        total = (own @ weight.T * grads[0]).sum() + (low * grads[1]).sum() + x.square().sum()
+        return torch.autograd.grad(total, leaves)
+
+    own, low = low_products(x, factor)
+    assert torch.equal(own, x) and torch.allclose(low, x @ factor.T, rtol=0, atol=1e-12)
+    for a, b in zip(gradients(own, low), gradients(x, x @ factor.T), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
 def test_an_expert_without_tokens_gets_a_gradient_of_zero():
     _, _, factors, spans, groups = inputs("gate and up")
     output = torch.zeros(0, 10, dtype=torch.float64)
     low = torch.zeros(0, 6, dtype=torch.float64, requires_grad=True)
     add_products(output, low, factors, spans, groups).sum().backward()
+    first = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
+    own, low = low_products(torch.zeros(0, 4, dtype=torch.float64, requires_grad=True), first)
+    (own.sum() + low.sum()).backward()
+    factors.append(first)
     assert all(factor.grad is not None and not factor.grad.any() for factor in factors)
 
 
