@@ -55,7 +55,7 @@ fuzz: install
 	    $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),600)) $(if $(SEED),--seed $(SEED))
 
 test-gpu: install
-	$(PYTEST) -n 0 -m gpu -rs tests/gpu
+	$(PYTEST) -n 0 -m gpu -rs --timeout 120 tests/gpu
 
 # Without a network: WHEELS=directory, or - where everything is installed (docs/gpu.md).
 gpu-check:

@@ -23,6 +23,7 @@ setup(
         # From 0.18 on Megatron-Core imports it and does not require it.
         'triton; sys_platform == "linux" and python_version >= "3.12"',
         "numpy",
+        "packaging",
         "datasets",
         "pyarrow",
         "sentencepiece",
@@ -38,8 +39,9 @@ setup(
         "psutil",  # without it Megatron-Core's checkpoint writer hangs
     ],
     extras_require={
-        # From what Megatron-Core 0.16 names to the newest whose calls were read.
         "wandb": ["wandb"],
+        # From what Megatron-Core 0.16 names to the newest whose calls were read. A run on another
+        # version prints a line (train/machine_notes.py).
         "te": ["transformer-engine[pytorch]>=2.9,<2.21"],
         "test": [
             "pytest",

@@ -7,7 +7,7 @@ the load of other processes, and the wall clock's ratio is given in addition. On
 wall clock.
 
     python tools/bench_training.py --sets --data HH-RLHF=build/hh OpenAssistant=build/oasst
-    python tools/bench_training.py --size 7b --num-layers 16 --sets          # one H200
+    python tools/bench_training.py --size 7b --num-layers 8 --sets           # one H100
     python tools/bench_training.py --size 7b --recompute full --sets --modes \\
         "packed, unshared, precomputed" "packed, shared, precomputed"
 """

@@ -28,7 +28,7 @@ failed=0
 for part in "$@"; do
     echo "== $part"
     if [ "$part" = tests ]; then
-        "$PYTHON" -m pytest -q -m gpu -rs tests/gpu >"$OUT/test_gpu.txt" 2>&1 || failed=1
+        "$PYTHON" -m pytest -q -m gpu -rs --timeout 120 tests/gpu >"$OUT/test_gpu.txt" 2>&1 || failed=1
         tail -n 60 "$OUT/test_gpu.txt"
     else # shellcheck disable=SC2086  # a program and its options
         "$PYTHON" tools/$part || failed=1

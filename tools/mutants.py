@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from mutant_list import MUTANTS, Mutant
+from mutant_list_cuda import CUDA_MUTANTS
 from mutant_list_data import DATA_MUTANTS
 from mutant_list_faults import FAULT_MUTANTS
 from mutant_list_lora import LORA_MUTANTS
@@ -92,6 +93,7 @@ def main() -> int:
             *STEP_MUTANTS,
             *PLAN_MUTANTS,
             *WINDOW_MUTANTS,
+            *CUDA_MUTANTS,
         )
         if not args.names or any(n in m.name for n in args.names)
     ]

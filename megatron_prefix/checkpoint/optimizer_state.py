@@ -69,6 +69,18 @@ def restore_optimizer(
     _load(optimizer, state)
     for group, ours in zip(optimizer.param_groups, settings, strict=True):
         group.update(ours)
+    for part in optimizer.chained_optimizers:
+        _place_steps(part)
+
+
+def _place_steps(part: MegatronOptimizer) -> None:
+    """Bring the step counts to where torch's fused Adam reads them: beside the parameters. The run
+    that saved them may have had another Adam."""
+    for group in part.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            own = part.optimizer.state.get(parameter, {})
+            if "step" in own:
+                own["step"] = own["step"].to(parameter.device, torch.float32)
 
 
 def _settings(group: dict) -> dict:

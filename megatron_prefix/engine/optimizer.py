@@ -16,6 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_prefix.config import Config
 from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch
+from megatron_prefix.engine.norm import gradient_norm
 from megatron_prefix.engine.step import run_schedule, sum_gradients
 from megatron_prefix.model import TreeTransformerConfig, model_provider
 from megatron_prefix.objectives import Objective
@@ -80,7 +81,7 @@ class Policy:
     def gradient_norm(self) -> float:
         """Norm of the summed gradients over all parameters of the model."""
         self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+        return gradient_norm(self.optimizer)
 
     def finish_param_gather(self) -> None:
         """Wait until all weights are gathered; collective. Call before weights are saved or
@@ -88,6 +89,16 @@ class Policy:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+
+
+def fuse_adam(optimizer: MegatronOptimizer, chunk: torch.nn.Module) -> None:
+    """Let torch's Adam update all parameters in a few kernels, if the model is on CUDA. The fused
+    Adam of Transformer Engine and Apex, if one of them is installed, stays as it is."""
+    is_on_cuda = next(chunk.parameters()).device.type == "cuda"
+    for part in optimizer.chained_optimizers:
+        if is_on_cuda and isinstance(part.optimizer, torch.optim.Adam):
+            for group in part.param_groups:
+                group["fused"] = True
 
 
 def build_policy(
@@ -132,6 +143,7 @@ def build_policy(
         wrapped,
         use_gloo_process_groups=False,
     )
+    fuse_adam(optimizer, chunks[0])
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

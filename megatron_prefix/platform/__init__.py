@@ -10,14 +10,21 @@ if TYPE_CHECKING:
     from megatron_prefix.platform.linux import end_with_parent
     from megatron_prefix.platform.megatron_cpu import adapted, device
     from megatron_prefix.platform.transfer import on_device
-    from megatron_prefix.platform.versions import submodules_of
+    from megatron_prefix.platform.versions import gradients_for_norm, submodules_of
 else:
     __getattr__ = lazy_face(
         __name__,
         linux=["end_with_parent"],
         megatron_cpu=["adapted", "device"],
         transfer=["on_device"],
-        versions=["submodules_of"],
+        versions=["gradients_for_norm", "submodules_of"],
     )
 
-__all__ = ["adapted", "device", "end_with_parent", "on_device", "submodules_of"]
+__all__ = [
+    "adapted",
+    "device",
+    "end_with_parent",
+    "gradients_for_norm",
+    "on_device",
+    "submodules_of",
+]

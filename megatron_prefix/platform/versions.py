@@ -16,6 +16,9 @@ function looks at what it is given. Paths are relative to megatron/core.
 0.19  What is not a tensor is saved as a pickled object (dist_checkpointing/serialization.py):
       checkpoint/torch_dist.py writes `common.pt`, which every version reads.
 
+0.19  `get_main_grads_for_grad_norm` is `get_grads_for_grad_norm` (optimizer/optimizer.py):
+      `gradients_for_norm`.
+
 Private names that are used because nothing public does the same:
 
 `DistributedOptimizer._init_optimizer_states_with_dummy_values` (optimizer/distrib_optimizer.py)
@@ -36,3 +39,10 @@ def submodules_of(part: Any) -> Any:
     """The submodules of a part of a layer spec: a `ModuleSpec`, or, for `mlp` since 0.18, a partial
     that is called with them."""
     return part.keywords["submodules"] if isinstance(part, partial) else part.submodules
+
+
+def gradients_for_norm(optimizer: Any) -> list:
+    """The gradients of one optimizer that count in the model's norm: those of replicas do not."""
+    if hasattr(optimizer, "get_grads_for_grad_norm"):
+        return optimizer.get_grads_for_grad_norm()
+    return optimizer.get_main_grads_for_grad_norm()

@@ -30,6 +30,7 @@ from megatron_prefix.train.data_checks import (
     refuse_unused_reference,
 )
 from megatron_prefix.train.identity import run_identity, run_schedule
+from megatron_prefix.train.machine_notes import machine_notes, transformer_engine_version
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
     mismatch_sampler,
@@ -96,6 +97,9 @@ def prepare_trainer(
     schedule = run_schedule(config, num_steps)
     step, changes, saved = _resumed(config, policy, reference, identity, schedule, adapter, world)
     if world.is_main:
+        is_on_cuda = world.device.type == "cuda"
+        for line in machine_notes(model_config, is_on_cuda, transformer_engine_version()):
+            print(line, flush=True)
         _print_start(config, initial, step, changes)
     trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
     resolved = replace(_resolved(config, objective), lora=initial.lora)

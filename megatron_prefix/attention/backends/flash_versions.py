@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_prefix.attention.backends.arity import returned_values, unpacked_values
+
 
 class _Implementation(NamedTuple):
     name: str
@@ -29,6 +31,8 @@ class _Implementation(NamedTuple):
     majors: tuple[int, ...]
     """Major compute capabilities for which it has kernels."""
     remedy: str
+    unpacks: tuple[str, str] | None = None
+    """The module of torch that unpacks what a function of `module` returns, and that function."""
 
 
 IMPLEMENTATIONS = {
@@ -38,7 +42,13 @@ IMPLEMENTATIONS = {
         (9,),
         "install FlashAttention-3 (the directory hopper/ of Dao-AILab/flash-attention)",
     ),
-    4: _Implementation("FA4", "flash_attn.cute.interface", (9, 10), "`pip install flash-attn-4`"),
+    4: _Implementation(
+        "FA4",
+        "flash_attn.cute.interface",
+        (9, 10),
+        "`pip install 'flash-attn-4<=4.0.0b17'`",
+        ("torch.nn.attention._fa4", "_flash_attn_fwd"),
+    ),
 }
 VERSIONS = {implementation.name: version for version, implementation in IMPLEMENTATIONS.items()}
 NEEDED = tuple(f"{x}_flash_attention_impl" for x in ("activate", "current", "restore"))
@@ -56,6 +66,8 @@ def why_not_version(version: int, device: torch.device | str) -> str | None:
         )
     if not _is_installed(wanted.module):
         return f"{wanted.module} is not installed: {wanted.remedy}, or use flash_version 2"
+    if wanted.unpacks is not None and (fault := _arity_fault(wanted, *wanted.unpacks)):
+        return fault
     if device.type != "cuda" or not torch.cuda.is_available():
         return f"it runs on CUDA, not on {device.type}; use flash_version auto"
     major, minor = torch.cuda.get_device_capability(device)
@@ -116,6 +128,17 @@ def _activate(name: str | None) -> None:
         torch.nn.attention.restore_flash_attention_impl()
     else:
         torch.nn.attention.activate_flash_attention_impl(name)
+
+
+def _arity_fault(wanted: _Implementation, caller: str, function: str) -> str | None:
+    """Why torch cannot unpack what the installed version returns, with the remedy; else None."""
+    returned, unpacked = returned_values(wanted.module, function), unpacked_values(caller, function)
+    if returned is None or unpacked is None or returned == unpacked:
+        return None
+    return (
+        f"{function} of the installed {wanted.module} returns {returned} values, and torch "
+        f"{torch.__version__} takes {unpacked}: {wanted.remedy}, or use flash_version 2"
+    )
 
 
 def _is_installed(module: str) -> bool:

@@ -9,12 +9,16 @@ fixed order. Written for Transformer Engine 2.9 and later.
 The environment variables of Transformer Engine work as usual: `NVTE_FLASH_ATTN` and
 `NVTE_FUSED_ATTN` choose kernels, `NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=1` prints which one runs.
 
+With deterministic algorithms on Hopper, Transformer Engine drops cuDNN's kernels for large rows. If
+flash-attn is not installed, it then computes every score, without a message: refused here.
+
 Shapes: L queries, S keys, S_kv gathered keys, N query heads, G key/value heads, H head dim.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Callable
 
 import torch
@@ -24,11 +28,16 @@ from megatron_prefix.attention.backends.backend import Backend, Scoring
 from megatron_prefix.attention.backends.regather import KeyGather, KeysAndValues, attend_gathered
 from megatron_prefix.attention.backends.requirements import head_dim_fault, why_not_on_cuda
 from megatron_prefix.attention.plan import PathPlan
+from megatron_prefix.errors import InputError
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
 MIN_CAPABILITY = (8, 0)
+DETERMINISTIC_SCORES = 2**30
+"""pieces x heads x longest queries x longest keys from which cuDNN is not used on Hopper with
+deterministic algorithms (utils.get_attention_backend of Transformer Engine 2.20.2)."""
+FLASH_ATTN = ("flash-attn", "flash-attn-3", "flash-attn-4")
 
 MakeKernel = Callable[[int, int, int, float, bool], Callable[..., Tensor]]
 
@@ -70,6 +79,33 @@ def transformer_engine(
     )
 
 
+def determinism_fault(
+    plan: PathPlan, num_heads: int, capability: tuple[int, int], has_flash_attn: bool
+) -> str | None:
+    """Why every score of this row would be computed, with the remedy; else None."""
+    scores = len(plan.q_lengths) * num_heads * max(plan.max_seqlen_q, 2) * plan.max_seqlen_kv
+    if has_flash_attn or capability != (9, 0) or scores < DETERMINISTIC_SCORES:
+        return None
+    return (
+        f"model.attention_backend: te with torch's deterministic algorithms on compute capability "
+        f"9.0: Transformer Engine drops cuDNN's kernels for {len(plan.q_lengths)} pieces x "
+        f"{num_heads} heads x {plan.max_seqlen_q} queries x {plan.max_seqlen_kv} keys (2^30 or "
+        "more) and would compute every score: install flash-attn, use attention_backend flash, or "
+        "turn deterministic algorithms off"
+    )
+
+
+def has_flash_attn() -> bool:
+    """Whether flash-attn is installed, of any version that Transformer Engine calls."""
+    for name in FLASH_ATTN:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return True
+    return False
+
+
 def te_attention(
     q: Tensor,
     k: Tensor,
@@ -87,6 +123,10 @@ def te_attention(
         return q + (k.sum() + v.sum())
     assert scoring.softcap is None and scoring.sinks is None
     is_deterministic = torch.are_deterministic_algorithms_enabled()
+    if is_deterministic and q.is_cuda:
+        capability = torch.cuda.get_device_capability(q.device)
+        if fault := determinism_fault(plan, q.size(1), capability, has_flash_attn()):
+            raise InputError(fault)
     kernel = make_kernel(q.size(1), k.size(1), q.size(2), scoring.scale, is_deterministic)
 
     # keys before a query's own and after it, aligned bottom-right as the mask

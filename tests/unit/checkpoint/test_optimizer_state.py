@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import tiny_config
 
+from megatron_prefix.checkpoint.optimizer_state import _place_steps
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.setup import prepare_trainer
@@ -82,3 +84,17 @@ def test_a_run_goes_on_under_the_other_optimizer(world, prefix, tmp_path, is_dis
         values = second.train_step()
         assert values["loss"] == expected["loss"] and values["grad_norm"] == expected["grad_norm"]
     second.close()
+
+
+def test_step_counts_go_to_where_a_fused_adam_reads_them():
+    """Torch's fused Adam has them on the parameter's device, the other one on the host."""
+    parameters = [torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(3)]
+    state = {p: {"step": torch.tensor(7.0, dtype=torch.float64)} for p in parameters[:2]}
+    groups = [
+        {"params": [parameters[0], parameters[2]], "fused": True},  # the last has no state yet
+        {"params": [parameters[1]], "fused": None},
+    ]
+    _place_steps(SimpleNamespace(param_groups=groups, optimizer=SimpleNamespace(state=state)))
+    moved, other = (state[p]["step"] for p in parameters[:2])
+    assert (moved.device.type, moved.dtype) == ("meta", torch.float32)
+    assert (other.device.type, float(other)) == ("cpu", 7.0)

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mutant_list import MUTANTS  # noqa: E402
+from mutant_list_cuda import CUDA_MUTANTS  # noqa: E402
 from mutant_list_data import DATA_MUTANTS  # noqa: E402
 from mutant_list_faults import FAULT_MUTANTS  # noqa: E402
 from mutant_list_lora import LORA_MUTANTS  # noqa: E402
@@ -29,6 +30,7 @@ LISTS = {
     "mutant_list_references": REFERENCE_MUTANTS,
     "mutant_list_steps": STEP_MUTANTS,
     "mutant_list_windows": WINDOW_MUTANTS,
+    "mutant_list_cuda": CUDA_MUTANTS,
 }
 ALL = [mutant for mutants in LISTS.values() for mutant in mutants]
 

@@ -1,9 +1,12 @@
 """The FlashAttention that torch's operators call: selected inside a context, restored after it."""
 
+import sys
+
 import pytest
 import torch
 
 from megatron_prefix.attention.backends import flash_versions as module
+from megatron_prefix.attention.backends.arity import returned_values, unpacked_values
 from megatron_prefix.attention.backends.flash_versions import (
     active_version,
     flash_version,
@@ -60,7 +63,7 @@ def test_a_version_is_there_inside_only_and_nests(fake):
 def test_what_is_not_there_is_refused_with_a_remedy(monkeypatch):
     with pytest.raises(ValueError, match="3 cannot be used: .* hopper/ .* or use flash_version 2"):
         resolve_flash_version(3, "cpu")
-    with pytest.raises(ValueError, match="4 cannot be used: .* `pip install flash-attn-4`"):
+    with pytest.raises(ValueError, match="4 cannot be used: .*flash-attn-4<=4.0.0b17"):
         resolve_flash_version(4, "cpu")
     with pytest.raises(ValueError, match="'5' is unknown"):
         resolve_flash_version("5", "cpu")
@@ -68,6 +71,50 @@ def test_what_is_not_there_is_refused_with_a_remedy(monkeypatch):
     assert "runs on CUDA, not on cpu" in why_not_version(3, "cpu")
     monkeypatch.delattr(torch.nn.attention, "restore_flash_attention_impl")
     assert "lacks torch.nn.attention.restore_" in why_not_version(3, "cpu")
+
+
+@pytest.fixture
+def put_flash_attn_4(tmp_path, monkeypatch):
+    """Makes a package whose forward function returns these values."""
+
+    def put(returns):
+        package = tmp_path / "flash_attn" / "cute"
+        package.mkdir(parents=True)
+        for path in (package.parent / "__init__.py", package / "__init__.py"):
+            path.touch()
+        (package / "interface.py").write_text(
+            f"raise AssertionError('imported')\ndef _flash_attn_fwd(q):\n    return {returns}\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield put
+    for name in ("flash_attn", "flash_attn.cute"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(("returns", "fits"), [("out, lse", True), ("out, lse, p, top", False)])
+def test_values_that_torch_cannot_unpack_are_refused(put_flash_attn_4, monkeypatch, returns, fits):
+    """4.0.0b17 returns 2 values, 4.0.0b20 4."""
+    put_flash_attn_4(returns)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    obstacle = why_not_version(4, "cuda")
+    if fits:
+        assert obstacle is None
+    else:
+        assert "returns 4 values" in obstacle and "takes 2: " in obstacle
+        assert "pip install 'flash-attn-4<=4.0.0b17'" in obstacle
+
+
+def test_what_cannot_be_read_is_no_fault(tmp_path, monkeypatch):
+    (tmp_path / "caller.py").write_text("a, *rest = module.run(1)\nb = module.walk(1)\n")
+    (tmp_path / "called.py").write_text("def run(x):\n    return x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert unpacked_values("caller", "run") is unpacked_values("caller", "walk") is None
+    assert returned_values("called", "run") is returned_values("called", "other") is None
+    assert returned_values("no.such.module", "run") is None
+    # torch's own source, as installed
+    assert unpacked_values("torch.nn.attention._fa4", "_flash_attn_fwd") == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,50 @@
+"""Mutants of what only CUDA runs; see `mutants.py`."""
+
+from __future__ import annotations
+
+from mutant_list import Mutant
+
+CUDA_MUTANTS = (
+    Mutant(
+        "more values than torch unpacks accepted",
+        "attention/backends/flash_versions.py",
+        "unpacked is None or returned == unpacked",
+        "unpacked is None or returned >= unpacked",
+        "unit/attention/backends/test_flash_versions.py",
+    ),
+    Mutant(
+        "deterministic rows beyond cuDNN's limit computed without a message",
+        "attention/backends/te.py",
+        "if is_deterministic and q.is_cuda:",
+        "if False:",
+        "unit/attention/backends/test_te.py",
+    ),
+    Mutant(
+        "slow experts not said",
+        "train/machine_notes.py",
+        "if config.num_moe_experts and not config.moe_grouped_gemm:",
+        "if False:",
+        "unit/train/test_machine_notes.py",
+    ),
+    Mutant(
+        "the norm of every parameter read by itself",
+        "engine/norm.py",
+        "norms = torch.stack(torch._foreach_norm(gradients))",
+        "norms = torch.tensor([float(torch.norm(x)) for x in gradients])",
+        "unit/engine/test_gradient_norm.py",
+    ),
+    Mutant(
+        "Adam not fused on CUDA",
+        "engine/optimizer.py",
+        'group["fused"] = True',
+        'group["fused"] = None',
+        "unit/engine/test_gradient_norm.py",
+    ),
+    Mutant(
+        "step counts left where another Adam had them",
+        "checkpoint/optimizer_state.py",
+        'own["step"] = own["step"].to(parameter.device, torch.float32)',
+        "pass",
+        "unit/checkpoint/test_optimizer_state.py",
+    ),
+)
