@@ -98,4 +98,11 @@ MODEL_MUTANTS = (
         "scale = channels**-0.5 if scale is None else scale",
         "numerics/test_family_parity.py",
     ),
+    Mutant(
+        "the bias of an expert is added once per tensor-parallel rank",
+        "model/layers/moe.py",
+        "if bias is not None and self.tp_group.rank() > 0:",
+        "if False:",
+        "distributed/test_family_layouts.py",
+    ),
 )

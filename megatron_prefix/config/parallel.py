@@ -158,12 +158,6 @@ def _mixture_faults(
             f"model.moe_ffn_hidden_size = {sizes.moe_ffn_hidden_size} is not a multiple of "
             f"parallel.tensor_model_parallel_size = {tensor}"
         )
-    if sizes.architecture.expert_bias and tensor > 1:
-        yield (
-            f"parallel.tensor_model_parallel_size = {tensor} is not supported for experts with "
-            "biases, which would be added once per rank: divide the experts instead "
-            "(parallel.expert_model_parallel_size)"
-        )
     if (shared := sizes.architecture.shared_expert_size) % tensor:
         yield (
             f"the shared expert of {shared} channels cannot be divided by "

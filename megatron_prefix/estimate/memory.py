@@ -97,8 +97,10 @@ def layer_parameters(sizes: ModelSizes, layer: int) -> dict[str, int]:
     gates = 1 + parts.gated_linear_unit
     if sizes.has_experts(layer):
         experts, inner = sizes.num_moe_experts, sizes.moe_ffn_hidden_size
-        biases = gates * inner + width if parts.expert_bias else 0
+        biases = gates * inner if parts.expert_bias else 0
         counts["experts"] = experts * (3 * width * inner + biases)
+        if parts.expert_bias:
+            counts["expert_output_biases"] = experts * width
         has_correction = parts.routing is not None and parts.routing.score == "sigmoid"
         counts["router"] = experts * (width + parts.expert_bias + has_correction)
         if parts.shared_expert_size:
@@ -149,15 +151,16 @@ def rank_parameters(
     """Parameters that a rank of pipeline stage `stage` holds: (all but experts, experts).
 
     Matrices are divided by the tensor parallel size, experts also by the expert parallel size;
-    norms, routers and the compression of multi-latent attention are on every rank. The vocabulary
-    is padded as the model pads it, and a tied head is a second copy on the last stage.
+    norms, routers, the compression of multi-latent attention and biases of outputs are on every
+    rank. The vocabulary is padded as the model pads it, and a tied head is a second copy on the
+    last stage.
     """
     tensor, width = parallel.tensor_model_parallel_size, sizes.hidden_size
     own = _of_layers(sizes, stage_indices(sizes.num_layers, parallel)[stage])
     dense = (own["attention"] + own["feed_forward"]) // tensor
     dense += own["norms"] + own["router"] + own["output_biases"] + own["compression"]
     final_norm = width * (1 + sizes.architecture.norm_bias)
-    experts = own["experts"]
+    experts = own["experts"] // tensor + own["expert_output_biases"]
     vocabulary = padded_vocabulary(model, parallel, vocab_size) // tensor * width
     num_stages = parallel.pipeline_model_parallel_size
     is_tied = model.kind == "lm" and not sizes.untie_embeddings_and_output_weights
@@ -169,7 +172,7 @@ def rank_parameters(
             dense += model.num_labels * width
         elif not is_tied or num_stages > 1:
             dense += vocabulary
-    return dense, experts // (tensor * parallel.expert_model_parallel_size)
+    return dense, experts // parallel.expert_model_parallel_size
 
 
 def padded_vocabulary(model: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> int:

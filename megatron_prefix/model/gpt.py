@@ -89,6 +89,15 @@ class TreeTransformerConfig(TransformerConfig):
     adapter_seed: int | None = None
     """Seed of the adapters, drawn by parameter name; None draws none."""
 
+    def __post_init__(self) -> None:
+        """Megatron-Core's checks. It refuses biases of divided experts, because it would add them
+        once per tensor-parallel rank, which `ExpertOutput` (layers/moe.py) does not."""
+        has_biases = getattr(self, "add_bias_linear")  # noqa: B009
+        if self.num_moe_experts is not None and self.tensor_model_parallel_size > 1:
+            self.add_bias_linear = False
+        super().__post_init__()
+        self.add_bias_linear = has_biases
+
     @property
     def padded_vocab_size(self) -> int:
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size

@@ -37,6 +37,7 @@ LAYOUTS = {  # name: family, layout, settings of the model
     "olmo2 tp2sp": ("olmo2", TP2SP, {}),
     "cohere tp2sp": ("cohere", TP2SP, {}),
     "deepseek v3 tp2sp": ("deepseek v3", TP2SP, {}),
+    "gpt-oss tp2sp": ("gpt-oss", TP2SP, {}),
     "gpt-oss ep2": ("gpt-oss", {"expert_model_parallel_size": 2}, {}),
 }
 MORE = {

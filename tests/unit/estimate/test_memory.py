@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
+from megatron_prefix.config.parts import Architecture
 from megatron_prefix.estimate.memory import (
     chunks_in_flight,
     layer_activations,
@@ -74,6 +75,10 @@ def test_experts_take_the_place_of_the_feed_forward_network():
     parallel = ParallelConfig(expert_model_parallel_size=3, **TP2, sequence_parallel=True)
     dense, experts = rank_parameters(mixture, mixture.sizes(), parallel, 10, 0)
     assert experts == 4 * 6 * 3 * 8 * 5 // 6
+    biased = replace(mixture.sizes(), architecture=Architecture(expert_bias=True))
+    # of gate and up 2 x 5 / 2 are divided by both ranks, the 8 after down are on each
+    _, more = rank_parameters(mixture, biased, parallel, 10, 0)
+    assert more - experts == 4 * 6 // 3 * (2 * 5 // 2 + 8)
     assert dense == 4 * 192 // 2 + 4 * 16 + 4 * 6 * 8 + 8 + 2 * (16 // 2 * 8)
 
 
