@@ -40,6 +40,7 @@ _LATENT = {
     **{"qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "n_routed_experts": 8},
     **{"n_group": 4, "topk_group": 2},
 }
+_NOT_OF_LITE = ("first_k_dense_replace", "head_dim")
 BASES = {
     "llama": BASE,
     "mistral": BASE,
@@ -69,6 +70,11 @@ BASES = {
     "ministral3": {**BASE, "rope_parameters": _GROWING},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
+    "glm4_moe": {
+        **{**BASE, **MIXTURE, "head_dim": 16, "n_routed_experts": 8, "moe_intermediate_size": 24},
+        **{"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+    },
+    "glm4_moe_lite": {key: x for key, x in _LATENT.items() if key not in _NOT_OF_LITE},
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -198,6 +204,7 @@ VALUES: dict[str, list[Any]] = {
     "n_group": [1, 2, 3, 8, None],
     "topk_group": [1, 4],
     "topk_method": ["greedy", "group_limited_greedy", "noaux_tc", "other", ABSENT],
+    "mlp_layer_types": [["dense"] * LAYERS, ["sparse", "dense"], ["sparse"] * LAYERS, ["dense"]],
     "scoring_func": ["sigmoid", "softmax"],
     "routed_scaling_factor": [2.0, 1, 0.0],
     "rope_interleave": SWITCH,

@@ -234,6 +234,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **scaled({**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),
         },
     ),
+    "glm moe": (
+        "glm4_moe",
+        {
+            **BY_GROUPS,
+            "head_dim": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "glm moe lite": (
+        "glm4_moe_lite",
+        {
+            **LATENT,
+            **{key: x for key, x in BY_GROUPS.items() if key != "first_k_dense_replace"},
+            "mlp_layer_types": ["dense", "dense", "sparse"],
+        },
+    ),
     "glm": ("glm", {"head_dim": 16, "attention_bias": True}),
     "glm4": ("glm4", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
 }

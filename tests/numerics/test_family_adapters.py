@@ -43,8 +43,8 @@ JOINED = {
     "starcoder2": ATTENTION,
 }
 """Layers that may have adapters, in families that join others."""
-LATENT = {"deepseek v2": ["o_proj"], "deepseek v3": ["o_proj"]}
-MIXTURES = ("mixtral", "qwen3 moe", "qwen2 moe", "gpt-oss")
+LATENT = dict.fromkeys(("deepseek v2", "deepseek v3", "glm moe lite"), ["o_proj"])
+MIXTURES = ("mixtral", "qwen3 moe", "qwen2 moe", "gpt-oss", "glm moe")
 OFTEN = ("llama, biases, yarn", "phi3", "gemma3", "cohere", "gpt-oss")
 """Models of `make test`; the others take part in `make test-all`."""
 ONE_OF_EACH = {kind: name for name, (kind, _) in MODELS.items()} | {"llama": OFTEN[0]}

@@ -38,6 +38,7 @@ RELATED = {
     "moe_router_topk": {"num_experts_per_tok"},
     "num_experts_per_tok": {"num_experts", "num_local_experts"},
     "layer_types": {"num_hidden_layers"},
+    "mlp_layer_types": {"num_hidden_layers"},
     "layer types": {"num_hidden_layers", "layer_types"},
     "token": {"vocab_size"},
     "query heads": {"num_attention_heads", "num_key_value_heads", "head_dim"},

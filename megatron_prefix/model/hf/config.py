@@ -140,16 +140,17 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
     rotary_sizes, parts = read_rotary(settings, family, rotated, num_layers, source)
     has_experts = family.experts is not None
     if latent is not None:
-        dense = dense_layers(settings, num_layers, source)
-        has_experts = dense < num_layers
         parts |= {"latent": latent, "rotary_channels": latent.rotated_channels}
         parts["rotary"] = ("none",) * num_layers  # the layers rotate by themselves
         parts["softmax_scale"] = score_scale(settings, latent, source)
+    if family.routing is not None:
+        dense = dense_layers(settings, num_layers, source)
+        has_experts = dense < num_layers
         if has_experts:
             parts |= {"dense_layers": dense, "routing": read_routing(settings, family, source)}
             shared = count(settings, "n_shared_experts", source)
             parts["shared_expert_size"] = shared * count(settings, "moe_intermediate_size", source)
-    bias = family.qkv_bias
+    bias, norm = family.qkv_bias, family.qk_norm
     try:
         sizes = ModelSizes(
             num_layers=num_layers,
@@ -160,7 +161,7 @@ def _sizes(settings: Any, family: Family, source: str) -> ModelSizes:
             kv_channels=head_dim,
             norm_epsilon=number(getattr(settings, family.epsilon), family.epsilon, source),
             add_qkv_bias=switch(settings, bias, source) if isinstance(bias, str) else bias,
-            qk_layernorm=family.qk_norm,
+            qk_layernorm=switch(settings, norm, source) if isinstance(norm, str) else norm,
             untie_embeddings_and_output_weights=not switch(settings, "tie_word_embeddings", source),
             architecture=_architecture(settings, family, parts, source),
             softmax_type="learnable" if family.sinks else "vanilla",

@@ -39,13 +39,17 @@ _GEMMA2 = {
     "softmax_scale": Key("query_pre_attn_scalar", -0.5),
     "final_logit_softcapping": Key("final_logit_softcapping"),
 }
-_LATENT = _keys(
+_BY_GROUPS = _keys(
     """
-    kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace
     n_routed_experts num_experts num_local_experts num_experts_per_tok moe_intermediate_size
     n_shared_experts n_group topk_group routed_scaling_factor
     """
 )
+_LATENT = _BY_GROUPS | _keys(
+    "kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim first_k_dense_replace"
+)
+_FURTHER_TOKENS = _keys("num_nextn_predict_layers num_mtp_layers")
+"""Layers that predict further tokens are for generation; files.py refuses their weights."""
 _LATENT_UNREAD = _keys("qk_head_dim aux_loss_alpha seq_aux ep_size")
 """The first is a sum of others; the rest is about training."""
 _EVERY_LAYER = Only((1, None), "all layers after the dense ones have experts")
@@ -312,12 +316,32 @@ FAMILIES: dict[str, Family] = {
         latent=True,
         routing="sigmoid",
         read=_LATENT | _keys("norm_topk_prob"),
-        # layers that predict further tokens are for generation; files.py refuses their weights
-        no_effect=_LATENT_UNREAD | _keys("num_nextn_predict_layers num_mtp_layers"),
+        no_effect=_LATENT_UNREAD | _FURTHER_TOKENS,
         only_some={
             "moe_layer_freq": _EVERY_LAYER,
             "scoring_func": Only(("sigmoid", None), "scores of experts are sigmoids"),
             "topk_method": Only(("noaux_tc", None), "experts are chosen with a correction bias"),
         },
+    ),
+    "glm4_moe": Family(
+        architecture="Glm4MoeForCausalLM",
+        names=names.GLM_MOE,
+        qkv_bias="attention_bias",
+        qk_norm="use_qk_norm",
+        partial_rotary=True,
+        experts="n_routed_experts",
+        routing="sigmoid",
+        read=_BY_GROUPS | _keys("first_k_dense_replace norm_topk_prob"),
+        no_effect=_FURTHER_TOKENS,
+    ),
+    "glm4_moe_lite": Family(
+        architecture="Glm4MoeLiteForCausalLM",
+        names=names.DEEPSEEK,
+        set_by={**_ATTENTION_BIAS, "rotary_interleaved": Key("rope_interleave")},
+        experts="n_routed_experts",
+        latent=True,
+        routing="sigmoid",
+        read=_LATENT - {"first_k_dense_replace"} | _keys("mlp_layer_types norm_topk_prob"),
+        no_effect=_LATENT_UNREAD | _FURTHER_TOKENS,
     ),
 }

@@ -33,8 +33,8 @@ class Family:
     """Fields of `parts`, and the keys that set them."""
     qkv_bias: bool | str = False
     """Whether there is one, or the key that says so."""
-    qk_norm: bool = False
-    """RMSNorm over each query and key head."""
+    qk_norm: bool | str = False
+    """RMSNorm over each query and key head, or the key that says so."""
     epsilon: str = "rms_norm_eps"
     activation: str = "hidden_act"
     """The key that names it."""
@@ -102,6 +102,7 @@ class Family:
         keys = {key.name for key in self.set_by.values()} | {self.epsilon}
         keys |= set() if self.fixed_activation else {self.activation}
         keys |= {self.qkv_bias} if isinstance(self.qkv_bias, str) else set()
+        keys |= {self.qk_norm} if isinstance(self.qk_norm, str) else set()
         keys |= {self.shared_expert} if self.shared_expert else set()
         keys |= {self.head_norm_key} if self.head_norm_key else set()
         keys |= {"partial_rotary_factor"} if self.partial_rotary else set()

@@ -82,6 +82,14 @@ def read_routing(settings: Any, family: Family, source: str) -> Routing:
 
 def dense_layers(settings: Any, num_layers: int, source: str) -> int:
     """First layers without experts."""
+    if (kinds := getattr(settings, "mlp_layer_types", None)) is not None:
+        dense = kinds.count("dense") if isinstance(kinds, list) else 0
+        if kinds != ["dense"] * dense + ["sparse"] * (num_layers - dense):
+            raise InputError(
+                f"{source}: mlp_layer_types is {kinds!r}: it must name each of {num_layers} layers "
+                "dense or sparse, and dense layers come first"
+            )
+        return dense
     key = "first_k_dense_replace"
     value = getattr(settings, key, None)
     if type(value) is not int or value < 0:

@@ -84,8 +84,14 @@ GEMMA2: Names = {
     MLP_NORM: ("post_feedforward_layernorm",),
 }
 STARCODER2: Names = {**LLAMA, FC1: ("mlp.c_fc",), FC2: ("mlp.c_proj",)}
-DEEPSEEK: Names = {
+GLM_MOE: Names = {
     **LLAMA,
+    CORRECTION: ("mlp.gate.e_score_correction_bias",),
+    SHARED_FC1: ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    SHARED_FC2: ("mlp.shared_experts.down_proj",),
+}
+DEEPSEEK: Names = {
+    **GLM_MOE,
     Q_PROJ: ("self_attn.q_proj",),
     Q_DOWN: ("self_attn.q_a_proj",),
     Q_NORM: ("self_attn.q_a_layernorm",),
@@ -93,7 +99,4 @@ DEEPSEEK: Names = {
     KV_DOWN: ("self_attn.kv_a_proj_with_mqa",),
     KV_NORM: ("self_attn.kv_a_layernorm",),
     KV_UP: ("self_attn.kv_b_proj",),
-    CORRECTION: ("mlp.gate.e_score_correction_bias",),
-    SHARED_FC1: ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
-    SHARED_FC2: ("mlp.shared_experts.down_proj",),
 }
