@@ -19,7 +19,7 @@ from tiny_models import SIZES
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.model.adapters import with_adapters, without_adapters
-from megatron_prefix.model.layers import RMSNorm
+from megatron_prefix.model.layers.norm import RMSNorm
 from megatron_prefix.model.parameters import canonical_parameters, model_fingerprint
 from megatron_prefix.model.provider import model_provider, transformer_config
 from megatron_prefix.platform import submodules_of
