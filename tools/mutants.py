@@ -4,7 +4,7 @@ A mutant is a file, a text that occurs in it once, its replacement, and the test
 If pytest reports failed tests the mutant is killed; if they pass it survives.
 
     python tools/mutants.py            # all of them
-    python tools/mutants.py leaky      # those whose name has "leaky" in it
+    python tools/mutants.py leaky      # those whose name or file has "leaky" in it
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mutant_list_data import DATA_MUTANTS
 from mutant_list_faults import FAULT_MUTANTS
 from mutant_list_lora import LORA_MUTANTS
 from mutant_list_models import MODEL_MUTANTS
+from mutant_list_objectives import OBJECTIVE_MUTANTS
 from mutant_list_plan import PLAN_MUTANTS
 from mutant_list_references import REFERENCE_MUTANTS
 from mutant_list_steps import STEP_MUTANTS
@@ -78,24 +79,24 @@ def run(mutant: Mutant, scratch: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="only mutants with one of these in their name")
+    parser.add_argument("names", nargs="*", help="only mutants with one of these in name or file")
     args = parser.parse_args()
     chosen = [
         m
         for m in (
             *MUTANTS,
             *DATA_MUTANTS,
+            *OBJECTIVE_MUTANTS,
             *PLAN_MUTANTS,
             *FAULT_MUTANTS,
             *LORA_MUTANTS,
             *MODEL_MUTANTS,
             *REFERENCE_MUTANTS,
             *STEP_MUTANTS,
-            *PLAN_MUTANTS,
             *WINDOW_MUTANTS,
             *CUDA_MUTANTS,
         )
-        if not args.names or any(n in m.name for n in args.names)
+        if not args.names or any(n in m.name or n in m.file for n in args.names)
     ]
     killed = 0
     with tempfile.TemporaryDirectory() as scratch:

@@ -179,6 +179,12 @@ def _run_faults(config: Config) -> Iterator[str]:
             "data.row_capacity for the largest group, or model.num_labels: 1"
         )
     train = config.train
+    if config.model.num_labels > 1 and train.shadow_steps:
+        yield (
+            f"train.shadow_steps = {train.shadow_steps} with model.num_labels = "
+            f"{config.model.num_labels}: the second run has one score per response: set "
+            "train.shadow_steps: 0, or model.num_labels: 1"
+        )
     yield from _reference_faults(config)
     if (train.steps is None) == (train.epochs is None):
         yield f"train.steps = {train.steps} and train.epochs = {train.epochs}: give exactly one"

@@ -24,12 +24,13 @@ LEAST_DEVIATION = 1e-6
 
 def log_ratios(inputs: LossInputs) -> dict[str, Tensor]:
     """Of a language model with a reference, [P] each, in nats: the log-ratio of both sides of the
-    pairs, and `kl`, the mean of both.
+    pairs, and the mean of both.
 
-        kl = mean over responses of (logp - ref_logp)
+        logratios/mean = mean over responses of (logp - ref_logp)
 
     It estimates the KL divergence of the policy from the reference on the responses of the data. It
-    is the divergence itself only for responses that the policy writes, so it may be negative.
+    is the divergence itself only for responses that the policy writes, so it may be negative. `kl`
+    is the same, unless the objective has an estimate of its own and logs that as `kl`.
     """
     if inputs.ref_logps is None:
         return {}
@@ -37,6 +38,7 @@ def log_ratios(inputs: LossInputs) -> dict[str, Tensor]:
     return {
         "logratios/chosen": ratios[:, 0],
         "logratios/rejected": ratios[:, 1],
+        "logratios/mean": ratios.mean(dim=1),
         "kl": ratios.mean(dim=1),
     }
 

@@ -202,25 +202,6 @@ def refuse_unused_reference(config: Config, objective: Objective) -> None:
         )
 
 
-def refuse_shadow_steps(config: Config, objective: Objective) -> None:
-    """Refuse `train.shadow_steps` if the second run would lack what the objective needs."""
-    num_steps, lacking = config.train.shadow_steps, ""
-    if objective.needs_mismatches:
-        lacking = f"loss.loss_type: {objective.name}: the second run has no mismatched responses"
-    elif objective.needs_running:
-        lacking = (
-            f"loss.loss_type: {objective.name}: the second run has no rewards of the steps before"
-        )
-    elif objective.num_labels > 1:
-        lacking = (
-            f"model.num_labels = {objective.num_labels}: the second run has one score per response"
-        )
-    if num_steps and lacking:
-        raise InputError(
-            f"train.shadow_steps = {num_steps} with {lacking}: set train.shadow_steps: 0"
-        )
-
-
 def run_sharing(objective: Objective, sharing: str) -> str:
     """The sharing mode in which the rows are laid out: an objective that needs whole comparison
     sets has no pairs to lay out, so `none` is one sequence per response."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.engine.shadow import StepTable
 from megatron_prefix.train.rounding import DEVIATIONS, TOLERANCE
 
@@ -24,7 +25,7 @@ class Finding:
     share: float
     """The difference over what rounding allows: above 1 the runs are not the same."""
     kind: str
-    """What is compared: `score`, `loss`, `norm` or `gradient`."""
+    """What is compared: `score`, `mismatch`, `kl`, `loss`, `norm` or `gradient`."""
     quantity: str
     """The same in words, with the response or the parameter."""
     difference: float
@@ -59,20 +60,26 @@ def budgets_of(table: StepTable, noise: Tensor, rounding: float) -> Tensor:
     return torch.cat(budgets)
 
 
+def names_of(model: str, dataset: PreferenceDataset) -> Callable[[int, int], str]:
+    """What a response of a group has, in words."""
+    word = SCORES[model]
+    return lambda group, response: f"{word} of response {response} of {dataset.place(group)}"
+
+
 def worst_score(
-    word: str,
+    kind: str,
+    name: Callable[[int, int], str],
     rows: list[MicroBatch],
     scores: list[Tensor],
     table: StepTable,
     alone: Tensor,
     budgets: Tensor,
-    place: Callable[[int], str],
     step: int,
 ) -> Iterator[Finding]:
     """The response of these rows that differs most from its entry in the table, if one is there.
 
-    `scores` are what `response_scores` gave for each row, `alone` and `budgets` are of the table,
-    `place` names a group.
+    `name` gives the score of a response of a group in words, `scores` are what `response_scores`
+    gave for each row, `alone` and `budgets` are of the table.
     """
     ids = table.columns.response_ids
     entry_of = {(int(group), int(response)): i for i, (group, response) in enumerate(ids)}
@@ -81,9 +88,9 @@ def worst_score(
         for (group, response), value in zip(row.response_ids, values.tolist(), strict=False):
             entry = entry_of.get((int(group), int(response)))
             if entry is not None:
-                quantity = f"{word} of response {response} of {place(int(group))}"
+                quantity = name(int(group), int(response))
                 difference = abs(value - float(alone[entry]))
                 budget = float(budgets[entry])
-                findings.append(Finding.of("score", quantity, difference, budget, step))
+                findings.append(Finding.of(kind, quantity, difference, budget, step))
     if findings:
         yield max(findings)

@@ -20,7 +20,7 @@ from megatron_prefix.engine.shadow import AloneTable
 from megatron_prefix.errors import RunError
 from megatron_prefix.model import unwrap
 from megatron_prefix.objectives import Objective, ScoreParts
-from megatron_prefix.train.findings import SCORES, budgets_of, worst_score
+from megatron_prefix.train.findings import budgets_of, names_of, worst_score
 from megatron_prefix.train.rounding import rounding_of
 
 
@@ -53,8 +53,9 @@ class FirstGroup:
     def check(self, rows: list[MicroBatch], scores: list[Tensor]) -> None:
         """Raise RunError unless this step's `rows` have the same scores, to rounding; collective.
         `scores` are what `response_scores` gave for each row."""
-        word, place = SCORES[self.objective.model], self.sampler.dataset.place
-        own = worst_score(word, rows, scores, self.alone.table, self.scores, self.budgets, place, 1)
+        name = names_of(self.objective.model, self.sampler.dataset)
+        alone = self.alone.table, self.scores, self.budgets
+        own = worst_score("score", name, rows, scores, *alone, 1)
         findings = [finding for part in self.world.gather([*own]) for finding in part]
         if findings and (worst := max(findings)).share > 1:
             raise RunError(

@@ -26,7 +26,6 @@ from megatron_prefix.reference import Reference, open_reference, reference_finge
 from megatron_prefix.trackers import Trackers, configured_trackers
 from megatron_prefix.train.data_checks import (
     check_columns,
-    refuse_shadow_steps,
     refuse_unused_reference,
 )
 from megatron_prefix.train.identity import run_identity, run_schedule
@@ -145,7 +144,6 @@ def _checked_objective(
     for name, held_out in valid.items():
         check_columns(objective, held_out, valid_setting(name))
     refuse_unused_reference(config, objective)
-    refuse_shadow_steps(config, objective)
     return objective
 
 

@@ -39,9 +39,14 @@ from megatron_prefix.train.held_out import HeldOut
 from megatron_prefix.train.non_finite import describe, finite_rows, stop_non_finite
 from megatron_prefix.train.pace import Pace
 from megatron_prefix.train.rounding import ROUNDING
-from megatron_prefix.train.shadow import ShadowRun
+from megatron_prefix.train.shadow import FirstRun, ShadowRun
 from megatron_prefix.train.totals import step_totals
-from megatron_prefix.train.two_passes import check_passes, first_pass, mismatch_kl
+from megatron_prefix.train.two_passes import (
+    MismatchPass,
+    check_passes,
+    first_pass,
+    mismatch_pass,
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -144,6 +149,7 @@ class Trainer:
             objective=self.objective,
             world=self.world,
             sampler=self.sampler,
+            mismatches=self.mismatches,
             reference=self.reference,
             policy=self.policy,
             num_steps=num_steps,
@@ -176,7 +182,9 @@ class Trainer:
         if self.config.model.moe_aux_loss_coeff:
             count = self._step_count(rows)
             batches = [batch.with_step_count(count) for batch in batches]
-        batches = self._with_kl(step, batches)
+        mismatches = self._mismatches(step)
+        if mismatches is not None:
+            batches = [batch.with_kl(mismatches.kl.to(self.world.device)) for batch in batches]
         batches = self.reference.attach(rows, batches, self.step)
         is_first = self.step == 0 and self.checks_first_step
         if is_first and self.reference.rounding:
@@ -185,6 +193,7 @@ class Trainer:
         value = None
         if self.step == 0 and self.starts_elsewhere and step.table is None:
             value = value_of_scores(self.policy.chunks, batches, self.objective, self.world)
+        running_rewards = self.running_rewards
         logs, checks, batches, more = self._passes(step, batches, is_first)
         scores = [log["scores"] for log in checks]
         means, counts = step_totals(plan, rows, logs, self.sampler, self.objective, self.world)
@@ -206,7 +215,15 @@ class Trainer:
         if first_group is not None:
             first_group.check(rows, scores)
         if self.shadow is not None and self.step < self.shadow.num_steps:
-            self.shadow.check(self.step, rows, batches, scores, means["loss"])
+            first_run = FirstRun(
+                rows=rows,
+                batches=batches,
+                scores=scores,
+                loss=means["loss"],
+                running_rewards=running_rewards,
+                mismatches=mismatches,
+            )
+            self.shadow.check(self.step, first_run)
         update = self.policy.update()
         if update is None:
             is_finite = self._finite_gradients(batches)
@@ -276,18 +293,17 @@ class Trainer:
         """Forward and backward over rows, from zero gradients. Returns the rows' logs."""
         return self.policy.gradients(batches, self.objective, is_first)
 
-    def _with_kl(self, step: StepRows, batches: list[TrainBatch]) -> list[TrainBatch]:
-        """The rows with the KL of the step, if the objective needs it: from a forward pass over the
-        mismatches of its groups."""
+    def _mismatches(self, step: StepRows) -> MismatchPass | None:
+        """A forward pass over the mismatches of a step's groups, if the objective needs it."""
         if self.mismatch_feed is None:
-            return batches
+            return None
         own = self.mismatch_feed.step(self.step)
         dataset = self.mismatch_feed.dataset
-        others = self.reference.attach(own.rows, own.batches, self.step, dataset)
-        kl, not_finite = mismatch_kl(self.policy.chunks, own, others, self.world)
-        if not_finite:
-            self._stop_non_finite("loss", step.rows, batches, not_finite)
-        return [batch.with_kl(kl.to(self.world.device)) for batch in batches]
+        batches = self.reference.attach(own.rows, own.batches, self.step, dataset)
+        mismatches = mismatch_pass(self.policy.chunks, own, batches, self.world)
+        if mismatches.not_finite:
+            self._stop_non_finite("loss", step.rows, step.batches, mismatches.not_finite)
+        return mismatches
 
     def _passes(
         self, step: StepRows, batches: list[TrainBatch], is_first: bool

@@ -107,25 +107,44 @@ def _scored(chunks: Sequence[torch.nn.Module], batches: list[TrainBatch]) -> lis
     return scores
 
 
-def mismatch_kl(
-    chunks: Sequence[torch.nn.Module], step: StepRows, batches: list[TrainBatch], world: World
-) -> tuple[Tensor, list[str]]:
-    """`LossInputs.kl` of a step: max(0, mean log-ratio of its mismatches), 0 without any; float64,
-    on the CPU. Collective.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MismatchPass:
+    """What a forward pass over the mismatches of a step gives."""
 
-    `step` and `batches` are the rows of the mismatches, with the reference. Also returns those
-    whose log-probability is not finite, as text.
-    """
+    rows: list[MicroBatch]
+    """Those of this rank."""
+    scores: list[Tensor]
+    """The log-probability of each row's mismatches."""
+    kl: Tensor
+    """`LossInputs.kl` of the step, the same on all ranks; on the CPU."""
+    not_finite: list[str]
+    """The mismatches, on any rank, whose log-probability is not finite, as text."""
+
+
+def mismatch_pass(
+    chunks: Sequence[torch.nn.Module], step: StepRows, batches: list[TrainBatch], world: World
+) -> MismatchPass:
+    """Score the mismatches of a step; `step` and `batches` are their rows, with the reference.
+    Collective."""
     table = step.table
     assert table is not None, "the feed was made without tables"
-    own = table.gather(_scored(chunks, batches), world)
+    scores = _scored(chunks, batches)
     reference = table.gather([batch.reference_scores() for batch in batches], world)
-    logratios = own - reference
-    if not len(logratios):
-        return torch.zeros((), dtype=torch.float64), []
+    logratios = table.gather(scores, world) - reference
     bad = ~logratios.isfinite().numpy()
-    names = [f"the mismatch of group {group}" for group in table.columns.response_ids[bad, 0]]
-    return logratios.mean().clamp(min=0), names
+    return MismatchPass(
+        rows=step.rows,
+        scores=scores,
+        kl=mean_kl(logratios),
+        not_finite=[f"the mismatch of group {x}" for x in table.columns.response_ids[bad, 0]],
+    )
+
+
+def mean_kl(logratios: Tensor) -> Tensor:
+    """max(0, mean log-ratio of the mismatches of a step), 0 without any."""
+    if not len(logratios):
+        return torch.zeros((), dtype=torch.float64)
+    return logratios.mean().clamp(min=0)
 
 
 def of_one_rank(logs: dict, world: World) -> dict:

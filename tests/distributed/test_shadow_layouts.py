@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from labelled_sets import write_labelled_set
 from processes import on_ranks
 from ranked_sets import write_ranked_set
 from runs import TIMEOUT_S, Runs, on_processes
@@ -27,6 +28,7 @@ OVERLAPS = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
 OVERLAPS |= {"overlap_param_gather": True}
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 MOE |= {"moe_aux_loss_coeff": 0.01, "untie_embeddings_and_output_weights": False}
+KTO = {"loss_type": "kto", "beta": 0.5}
 
 LAYOUTS = {  # name: layout, model, loss
     "tp2sp": (TP2SP, {}, {"loss_type": ["ipo", "sft"], "ld_alpha": 0.5}),
@@ -34,13 +36,16 @@ LAYOUTS = {  # name: layout, model, loss
     "vpp2": (VPP2, {"num_layers": 4, "recompute_granularity": "selective"}, {}),
     "cp2": ({"context_parallel_size": 2}, {}, {"use_weighting": True, "ld_alpha": 0.5}),
     "dp2 overlaps": (OVERLAPS, {"dtype": "bfloat16"}, {"loss_type": "aot"}),
+    "dp2 kto": (OVERLAPS, {}, KTO),
 }
 MORE = {
     "ep2 overlaps": ({**OVERLAPS, "expert_model_parallel_size": 2}, MOE, {}),
     "dp2 reward": (OVERLAPS, {"kind": "reward"}, {"loss_type": "regression"}),
+    "vpp2 kto": (VPP2, {"num_layers": 4, "recompute_granularity": "selective"}, KTO),
+    "cp2 bco": ({"context_parallel_size": 2}, {}, {"loss_type": "bco"}),
+    "tp2sp list": (TP2SP, {}, {"loss_type": ["kto", "bco"]}),
 }
-
-
+LABELLED = ("dp2 kto", "vpp2 kto", "cp2 bco", "tp2sp list")
 NUM_STEPS = 3
 
 
@@ -49,7 +54,11 @@ def command(runs: Runs, name: str, shadow_steps: int, suffix: str) -> list[str]:
     output = f"{name} {suffix}"
     saved = str(runs.output(output) / "saved")
     train = {"steps": NUM_STEPS, "save": saved, "shadow_steps": shadow_steps}
-    return runs.train(output, parallel=layout, model={**SIZES, **model}, loss=loss, train=train)
+    data = {"train": runs.data, "row_capacity": 160, "global_batch_size": 4, "seed": 3}
+    if name in LABELLED:
+        data["train"] = str(runs.folder / "labelled")
+    sections = {"parallel": layout, "model": {**SIZES, **model}, "loss": loss, "train": train}
+    return runs.train(output, **sections, data=data)
 
 
 def with_wrong_boundaries(commands: list[tuple[list[str], int]]) -> int:
@@ -81,7 +90,7 @@ def with_wrong_boundaries(commands: list[tuple[list[str], int]]) -> int:
 def runs(tmp_path_factory) -> Runs:
     folder = tmp_path_factory.mktemp("shadow")
     runs = Runs(folder, write_ranked_set(folder / "ranked", 0, 9, weighted=False), 160)
-    runs.valid = None
+    write_labelled_set(folder / "labelled", 0, 9, mismatches=True)
     run_both(runs, LAYOUTS, folder)
     return runs
 

@@ -19,6 +19,7 @@ from megatron_prefix.data.steps.collate import TARGETS, TreeTargets, tree_target
 from megatron_prefix.engine.optimizer import Policy
 from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
+from megatron_prefix.train import trainer
 from megatron_prefix.train.run import train
 from megatron_prefix.train.scoring import score_reference
 
@@ -63,14 +64,64 @@ def test_a_sound_run_goes_on_bit_for_bit(ranked_set, tmp_path, capsys, name):
         assert f"  {quantity}" in out or f" {quantity}" in out
 
 
-def test_labelled_responses(tmp_path):
-    """Mismatches of the data set are in neither run."""
-    data = write_labelled_set(tmp_path / "set", 0, 9, mismatches=True)
-    loss = {"loss_type": "apo_zero_unpaired", "beta": 0.5}
-    sections = {**settings("sigmoid", 0), "loss": loss}
-    without = trained(configure(tmp_path / "without", data, **sections))
-    sections["train"] = {"steps": 3, "shadow_steps": 2}
-    assert timeless(trained(configure(tmp_path / "with", data, **sections))) == timeless(without)
+LABELLED = {  # loss, model
+    "apo_zero_unpaired": ({"loss_type": "apo_zero_unpaired", "beta": 0.5}, {}),
+    "kto": ({"loss_type": "kto", "beta": 0.5, "undesirable_weight": 0.8}, {}),
+    "kto, bfloat16": ({"loss_type": ["kto", "apo_zero_unpaired"]}, {"dtype": "bfloat16"}),
+    "bco": ({"loss_type": "bco", "beta": 0.5}, {}),
+    "bco, bfloat16": ({"loss_type": ["bco", "kto"], "beta": 0.5}, {"dtype": "bfloat16"}),
+}
+
+
+@pytest.fixture(scope="module")
+def labelled_set(tmp_path_factory) -> str:
+    """Some groups have no mismatch."""
+    return write_labelled_set(tmp_path_factory.mktemp("labelled") / "set", 0, 9, mismatches=True)
+
+
+def labelled_settings(name: str, shadow_steps: int = 2) -> dict:
+    loss, model = LABELLED[name]
+    sections = settings("sigmoid", shadow_steps)
+    return sections | {"loss": loss, "model": {**sections["model"], **model}}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_responses(labelled_set, tmp_path, capsys, name):
+    """Of KTO the mismatches are compared, too; of BCO the mean of rewards goes on as it was."""
+    without = trained(configure(tmp_path / "without", labelled_set, **labelled_settings(name, 0)))
+    capsys.readouterr()
+    with_it = trained(configure(tmp_path / "with", labelled_set, **labelled_settings(name)))
+    assert timeless(with_it) == timeless(without)
+    out = capsys.readouterr().out
+    has_mismatches = "kto" in name or "kto" in LABELLED[name][0]["loss_type"]
+    assert ("of the mismatch of group " in out) == has_mismatches
+    assert ("KL of the mismatches" in out) == has_mismatches
+    if "bco" in name:
+        deltas = [row["delta"] for row in without]
+        assert deltas[0] == 0.0 and len({*deltas}) == 3
+
+
+@pytest.mark.parametrize("name", ["kto", "bco"])
+def test_labelled_responses_with_a_precomputed_reference(labelled_set, tmp_path, name):
+    sections = labelled_settings(name)
+    score_reference(configure(tmp_path / "score", labelled_set, **sections), str(tmp_path / "ref"))
+    known = {**sections["loss"], "reference": "precomputed", "ref_logps": str(tmp_path / "ref")}
+    trained(configure(tmp_path / "run", labelled_set, **{**sections, "loss": known}))
+
+
+@pytest.mark.parametrize("name", ["kto", "bco"])
+def test_a_resumed_run_of_labelled_responses(labelled_set, tmp_path, capsys, name):
+    """The mean of rewards in the checkpoint is that of the steps without the second runs."""
+    sections = labelled_settings(name)
+    for folder, shadow_steps in (("with", 2), ("without", 0)):
+        saved = str(tmp_path / folder / "saved")
+        section = {"steps": 1, "save": saved, "load": saved, "shadow_steps": shadow_steps}
+        for num_steps in (1, 3):
+            section = {**section, "steps": num_steps}
+            config = configure(tmp_path / folder, labelled_set, **{**sections, "train": section})
+            train(config)
+    assert timeless(lines(tmp_path / "with")) == timeless(lines(tmp_path / "without"))
+    assert capsys.readouterr().out.count("train.shadow_steps = 2: ") == 1
 
 
 def test_with_a_precomputed_reference(ranked_set, tmp_path):
@@ -135,6 +186,51 @@ def test_a_wrong_target_is_caught(ranked_set, tmp_path, monkeypatch, name):
     with pytest.raises(RunError, match=r"not the same step: the log-probability of response \d"):
         train(configure(tmp_path, ranked_set, **settings(name)))
     assert not (tmp_path / "metrics.jsonl").read_text(), "a step was written"
+
+
+@pytest.mark.parametrize("name", ["kto", "bco"])
+def test_a_wrong_target_of_labelled_responses_is_caught(labelled_set, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(TARGETS, "lm", first_token_from_a_sibling)
+    with pytest.raises(RunError, match=r"not the same step: the log-probability of response \d"):
+        train(configure(tmp_path, labelled_set, **labelled_settings(name)))
+
+
+def wrong_scores(first):
+    """The last token of a mismatch is left out, as it were."""
+    return replace(first, scores=[values + 0.01 for values in first.scores])
+
+
+def wrong_kl(first):
+    """As if the mean were that of another rank."""
+    return replace(first, kl=first.kl + 0.01)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (wrong_scores, "the log-probability of the mismatch of group"),
+        (wrong_kl, "the KL of the mismatches"),
+    ],
+)
+def test_wrong_mismatches_are_caught(labelled_set, tmp_path, monkeypatch, fault, message):
+    sound = trainer.mismatch_pass
+    monkeypatch.setattr(trainer, "mismatch_pass", lambda *args: fault(sound(*args)))
+    with pytest.raises(RunError, match=f"not the same step: {message}"):
+        train(configure(tmp_path, labelled_set, **labelled_settings("kto")))
+    assert not (tmp_path / "metrics.jsonl").read_text(), "a step was written"
+
+
+def test_a_wrong_mean_of_rewards_is_caught(labelled_set, tmp_path, monkeypatch):
+    """The steps before the second one are forgotten."""
+    sound = trainer.first_pass
+
+    def forgetful(*args, running_rewards, **keys):
+        return sound(*args, running_rewards=(0.0, 0.0), **keys)
+
+    monkeypatch.setattr(trainer, "first_pass", forgetful)
+    with pytest.raises(RunError, match=r"step 2 .* not the same step: the (loss|gradient)"):
+        train(configure(tmp_path, labelled_set, **labelled_settings("bco")))
+    assert len(lines(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["without a reference", "rewards"])

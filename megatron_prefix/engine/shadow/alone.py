@@ -115,8 +115,18 @@ class AloneTable:
         joined = np.concatenate(values)
         return torch.from_numpy(np.pad(joined, (0, self.table.size - len(joined))))
 
-    def loss(self, objective: Objective, scores: Tensor, reference: TableReference) -> TableLoss:
-        return self.table.loss(objective, scores, reference.values, reference.several)
+    def loss(
+        self,
+        objective: Objective,
+        scores: Tensor,
+        reference: TableReference,
+        running_rewards: tuple[float, float],
+        kl: Tensor | None,
+    ) -> TableLoss:
+        """`running_rewards` are those of the steps before, `kl` is that of LossInputs."""
+        return self.table.loss(
+            objective, scores, reference.values, reference.several, running_rewards, kl
+        )
 
     def sloped(self, slopes: Tensor) -> list[TrainBatch]:
         """The rows with the slopes of the loss, [size of the table]."""

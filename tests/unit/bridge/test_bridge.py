@@ -390,7 +390,7 @@ def test_steps_through_bridges_loop_equal_our_own(world, prefix, bridge_run, los
     assert set(results[0][0]) == {
         *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"),
         *("rewards/accuracies", "logps/chosen", "logps/rejected"),
-        *("kl", "logratios/chosen", "logratios/rejected"),
+        *("kl", "logratios/mean", "logratios/chosen", "logratios/rejected"),
     }
 
 

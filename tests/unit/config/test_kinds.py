@@ -114,3 +114,12 @@ def test_what_a_language_model_does_not_have(settings, message):
 
 def test_off_is_off_for_both():
     checked(loss__margin=False)
+
+
+def test_a_shadow_run_has_one_score_per_response():
+    """A rule of the configuration, so `train` and `plan` refuse the same."""
+    several = {"model__kind": "reward", "model__num_labels": 2, "loss__loss_type": "regression"}
+    parse_config(changed(**several))
+    parse_config(changed(**{**several, "model__num_labels": 1}, train__shadow_steps=2))
+    with pytest.raises(InputError, match=r"train.shadow_steps = 2 with model.num_labels = 2: .*0"):
+        parse_config(changed(**several, train__shadow_steps=2))

@@ -24,8 +24,16 @@ def test_log_ratios_and_kl():
     ratios = (inputs.scores - inputs.ref_logps)[inputs.pairs]
     assert means["logratios/chosen"] == pytest.approx(float(ratios[:, 0].mean()))
     assert means["logratios/rejected"] == pytest.approx(float(ratios[:, 1].mean()))
-    assert means["kl"] == pytest.approx(float(ratios.mean()))
+    assert means["kl"] == means["logratios/mean"] == pytest.approx(float(ratios.mean()))
     assert means["rewards/chosen"] == pytest.approx(0.1 * means["logratios/chosen"])
+
+
+def test_kto_has_a_kl_of_its_own():
+    """z, of mismatches; the mean log-ratio has the same name as with every objective."""
+    inputs = replace(table(), kl=torch.tensor(0.75, dtype=torch.float64))
+    means = means_of(objective(loss_type="kto"), inputs)
+    assert means["kl"] == 0.75
+    assert means["logratios/mean"] == means_of(objective(), inputs)["logratios/mean"]
 
 
 @pytest.mark.parametrize(

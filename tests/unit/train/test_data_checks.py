@@ -5,14 +5,11 @@ import math
 import pytest
 from data_sets import path, write
 from loss_tables import objective
-from tiny_models import tiny_config
 
-from megatron_prefix.config import LossConfig
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import Pair, build_tree
 from megatron_prefix.errors import InputError
-from megatron_prefix.objectives import check
-from megatron_prefix.train.data_checks import check_columns, refuse_shadow_steps, run_sharing
+from megatron_prefix.train.data_checks import check_columns, run_sharing
 
 
 def dataset(folder, scores, ranks, margins) -> PreferenceDataset:
@@ -87,26 +84,3 @@ def test_sets_are_laid_out_whole():
     ]
     with pytest.raises(InputError, match="data.sharing = pair: loss.loss_type: infonca needs all"):
         run_sharing(own, "pair")
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "model", "message"),
-    [
-        ("kto", {}, "kto: the second run has no mismatched responses"),
-        (["bco", "sft"], {}, "bco . sft: the second run has no rewards of the steps before"),
-        ("regression", {"num_labels": 2}, "model.num_labels = 2: the second run has one score"),
-        ("apo_zero_unpaired", {}, None),
-        ("aot", {}, None),
-    ],
-)
-def test_shadow_steps_of_every_objective_are_run_or_refused(tmp_path, loss_type, model, message):
-    """By what the objective needs, so one of another package is refused, too."""
-    kind = "reward" if model else "lm"
-    own = check(LossConfig(loss_type=loss_type), kind, **model)
-    for num_steps in (0, 2):
-        config = tiny_config("set", tmp_path, train={"shadow_steps": num_steps})
-        if message is None or not num_steps:
-            refuse_shadow_steps(config, own)
-            continue
-        with pytest.raises(InputError, match=f"train.shadow_steps = 2 with .*{message}.*set"):
-            refuse_shadow_steps(config, own)
