@@ -6,6 +6,27 @@ from mutant_list import Mutant
 
 STEP_MUTANTS = (
     Mutant(
+        "a profile of one step too few",
+        "train/profiling.py",
+        "<= step <= self._window[1]:",
+        "< step <= self._window[1]:",
+        "numerics/test_generate.py",
+    ),
+    Mutant(
+        "answers whose next token is asked for a token too early",
+        "data/steps/alone/unfinished.py",
+        "loss_start=len(sequence), set_id=0)",
+        "loss_start=len(sequence) - 1, set_id=0)",
+        "numerics/test_generate.py",
+    ),
+    Mutant(
+        "logits of one tensor-parallel rank only",
+        "model/gpt.py",
+        "return torch.cat(parts, dim=-1)[:, : self.config.vocab_size].float()",
+        "return parts[0][:, : self.config.vocab_size].float()",
+        "distributed/test_generate_layouts.py",
+    ),
+    Mutant(
         "pairs between two parts left out of the table",
         "data/steps/step_columns.py",
         "bundle = replace(parts_of_bundle[0], part=None)",

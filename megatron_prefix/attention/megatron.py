@@ -77,6 +77,8 @@ class TreePackedSeqParams(PackedSeqParams):
     """Whether the head also gives log(sum over the vocabulary of p^2) for every target."""
     with_scales: bool = False
     """Whether the head also gives the size of what is rounded on the way to every target."""
+    with_logits: bool = False
+    """Whether the head gives the logits of `logit_tokens` in place of log-probabilities."""
     step_count: float = 0.0
     """For routers: the sum of what counts, over the step's rows on all ranks."""
     with_auxiliary: bool = True

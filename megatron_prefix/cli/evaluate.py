@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from megatron_prefix.cli.options import add_config, quiet_megatron, read_config, tell
+from megatron_prefix.errors import InputError
 
 if TYPE_CHECKING:
     from megatron_prefix.config import Config
@@ -36,6 +37,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="write for every response: group, response, record, logp (nats; for a reward model "
         "the reward) and num_tokens",
     )
+    parser.add_argument(
+        "--subsets",
+        metavar="FILE.jsonl:KEY",
+        help="also print the accuracy of each subset: FILE has the records that data.valid was "
+        "built from, in their order, and KEY of a record names its subset",
+    )
+    parser.add_argument(
+        "--texts",
+        metavar="FILE.jsonl",
+        help="score texts with a reward model instead: lines with prompt and response; prints a "
+        "line of JSON for each",
+    )
     parser.set_defaults(run=run)
 
 
@@ -57,13 +70,35 @@ def _for_these_processes(config: Config) -> Config:
     return replace(config, parallel=one)
 
 
+def _subsets(flag: str | None) -> tuple[str, str] | None:
+    if flag is None:
+        return None
+    path, colon, key = flag.rpartition(":")
+    if not (path and colon and key):
+        raise InputError(f"--subsets {flag}: give a file and a key, as in records.jsonl:category")
+    return path, key
+
+
+def _score_texts(args: argparse.Namespace, config: Config) -> None:
+    if args.per_response is not None or args.subsets is not None:
+        raise InputError("--texts with --per-response or --subsets, of data.valid: remove one")
+    from megatron_prefix.train.texts import score_texts
+
+    for line in score_texts(config, args.load, args.texts):
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(line))
+
+
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print the metrics."""
     config = _for_these_processes(read_config(args))
     quiet_megatron()
+    if args.texts is not None:
+        _score_texts(args, config)
+        return
     from megatron_prefix.train import evaluate
 
-    metrics = evaluate(config, args.load, args.per_response)
+    metrics = evaluate(config, args.load, args.per_response, _subsets(args.subsets))
     if os.environ.get("RANK", "0") != "0":
         return
     if args.load is None:

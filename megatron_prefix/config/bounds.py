@@ -32,6 +32,11 @@ PerStep = Annotated[int, Field(strict=True, ge=1, le=2**20)]
 Steps = Annotated[int, Field(strict=True, ge=1, lt=10**9)]
 WarmupSteps = Annotated[int, Field(strict=True, ge=0, lt=10**9)]
 NoneOrSteps = Annotated[int, Field(strict=True, ge=0, lt=10**9)]
+ProfiledSteps = tuple[Steps, Steps]
+"""The first and the last of some steps."""
+MOST_PROFILED = 100
+NewTokens = Annotated[int, Field(strict=True, ge=1, le=2**16)]
+Temperature = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 Epochs = Annotated[int, Field(strict=True, ge=1, le=10**6)]
 SetEpochs = Annotated[float, Field(strict=True, gt=0, le=10**6, allow_inf_nan=False)]
 Share = Annotated[float, Field(strict=True, ge=1e-6, le=1e9, allow_inf_nan=False)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_prefix.config.bounds import MOST_PROFILED
 from megatron_prefix.config.kinds import kind_faults
 from megatron_prefix.config.lora import lora_faults, lora_size_faults
 from megatron_prefix.config.model import REQUIRED_SIZES, SIZES, ModelConfig
@@ -196,6 +197,15 @@ def _run_faults(config: Config) -> Iterator[str]:
             yield f"train.{key} is set but train.save is not: name a directory, or remove it"
     if train.keep_best is not None and config.data.valid is None:
         yield "train.keep_best is set but data.valid is not: name a data set, or remove keep_best"
+    if train.generate is not None and config.model.kind == "reward":
+        yield "train.generate is set with model.kind: reward, which writes no text: remove it"
+    if train.profile is not None:
+        first, last = train.profile
+        if not first <= last < first + MOST_PROFILED:
+            yield (
+                f"train.profile = [{first}, {last}]: give the first and the last step, at most "
+                f"{MOST_PROFILED} steps"
+            )
     if train.load_fallback and train.load is None:
         yield "train.load_fallback is set but train.load is not: name a directory, or remove it"
     if train.eval_interval is not None and config.data.valid is None:

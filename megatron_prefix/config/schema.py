@@ -16,15 +16,18 @@ from megatron_prefix.config.bounds import (
     KNOWN_KEYS,
     Count,
     Epochs,
+    NewTokens,
     NoneOrSteps,
     PathText,
     PerStep,
+    ProfiledSteps,
     Seed,
     SetEpochs,
     SetName,
     Share,
     Steps,
     Switch,
+    Temperature,
 )
 from megatron_prefix.config.kinds import NOT_OF_REWARD
 from megatron_prefix.config.lora import LoraConfig
@@ -146,6 +149,23 @@ class BestConfig:
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
+class GenerateConfig:
+    """Sample answers of the policy while it trains."""
+
+    prompts: PathText
+    """JSON Lines of at most 256 prompts: {"prompt": text}, or {"prompt": [{"role", "content"}, …]}
+    for the chat template."""
+    every: Steps
+    """Steps between answers; there are also answers before the first step and after the last."""
+    max_new_tokens: NewTokens = 128
+    """Tokens of an answer at most. Each of them is a forward pass over all prompts and answers."""
+    temperature: Temperature = 0.0
+    """0: greedy answers only; above, a second answer is drawn at this temperature."""
+    seed: Seed = 1234
+    """Seed of the drawn answers; those of a step and prompt do not depend on the layout."""
+
+
+@dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
 class TrainConfig:
     """Length of the run, checkpoints and evaluation."""
 
@@ -175,6 +195,11 @@ class TrainConfig:
     shadow_steps: NoneOrSteps = 0
     """First steps of the run that are computed a second time before their update, with every
     response alone in its row; the run stops if log-probabilities, loss or gradients differ."""
+    generate: GenerateConfig | None = None
+    """Write sample answers of the policy to `logging.output`/samples.jsonl."""
+    profile: ProfiledSteps | None = None
+    """First and last step, at most 100, that torch's profiler records on the first process, for
+    `logging.output`/profile.json.gz; steps count from 1, as in metrics.jsonl."""
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)

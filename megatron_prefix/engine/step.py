@@ -10,6 +10,7 @@ Shapes: T tokens, N targets, R responses of the row, P pairs of the row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,8 @@ from megatron_prefix.objectives import LossInputs, Objective, check
 
 Forward = Callable[[Iterator[TrainBatch], torch.nn.Module], tuple[Tensor, Callable]]
 """Megatron-Core's forward step: the model's output, and a function that makes a loss of it."""
+Chooser = Callable[[Tensor], Tensor]
+"""Logits [R, vocabulary] -> a token for each, int64 [R]."""
 
 
 def forward_step(
@@ -215,6 +218,36 @@ def score_rows(model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]) 
     with torch.no_grad():
         scores = _schedule(_forward, model, batches, forward_only=True, collect_non_loss_data=True)
     return from_last_stage(scores, batches[0].tokens.device)
+
+
+def next_tokens(
+    model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch], choose: Chooser
+) -> list[list[int]]:
+    """Forward over rows whose responses have one target each, and for every row the tokens that
+    `choose` takes for its responses, in their order and on every pipeline stage."""
+
+    def forward(iterator: Iterator[TrainBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
+        batch = next(iterator)
+        output = chunk(batch.tokens, None, None, packed_seq_params=batch.params)
+        return output, lambda logits, non_loss_data: choose(_of_responses(logits, batch))
+
+    own = [replace(b, params=replace(b.params, with_logits=True)) for b in batches]
+    with torch.no_grad():
+        chosen = _schedule(forward, model, own, forward_only=True, collect_non_loss_data=True)
+    rows = from_last_stage(chosen, batches[0].tokens.device)
+    return [row.tolist() for row in rows]
+
+
+def _of_responses(logits_UV: Tensor, batch: TrainBatch) -> Tensor:
+    """Logits of the token before each response's only target, float32 [R, vocabulary]; of a row
+    that context-parallel ranks share, each has those of its own tokens."""
+    # responses 0 and 1 are predicted by the logits 1 and 0: logit_of_target [0 1], order [1 0]
+    assert batch.params.logit_of_target is not None, "the row was made by to_device"
+    counts = batch.response_offsets.diff()
+    logits_RV = logits_UV.new_zeros(len(counts), logits_UV.shape[-1])
+    logits_RV[counts > 0] = logits_UV[batch.params.logit_of_target[batch.response_order]]
+    share = batch.params.share
+    return logits_RV if share is None else share.sum(logits_RV)
 
 
 def noisy_scores(

@@ -287,12 +287,15 @@ class TreeGPTModel(LanguageModule):
         return rotations
 
     def _head(self, hidden_UC: Tensor, params: TreePackedSeqParams) -> Tensor:
-        """Log-probability of every target, float32 [N]; [lines, N] with collisions or scales."""
+        """Log-probability of every target, float32 [N]; [lines, N] with collisions or scales; or
+        the logits of every token that predicts, float32 [U, vocabulary]."""
         assert params.logit_of_target is not None and params.target_tokens is not None
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         output_layer = self._used("lm_head", self.output_layer)
+        if params.with_logits:
+            return self._whole_logits(self._logits(output_layer, hidden_UC, weight))
         return token_logps(
             hidden_UC,
             lambda chunk: self._logits(output_layer, chunk, weight),
@@ -305,6 +308,14 @@ class TreeGPTModel(LanguageModule):
             with_collisions=params.with_collisions,
             scale_layers=self.config.num_layers if params.with_scales else None,
         )
+
+    def _whole_logits(self, logits: Tensor) -> Tensor:
+        """The logits of all tensor-parallel ranks side by side, without padding of the vocabulary.
+        Without gradient."""
+        group = self.pg_collection.tp
+        parts = [torch.empty_like(logits) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, logits.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)[:, : self.config.vocab_size].float()
 
     def _logits(self, output_layer: Any, hidden_UC: Tensor, weight: Tensor | None) -> Tensor:
         """This rank's logits, [U, vocabulary / tensor-parallel ranks]."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError
-from megatron_prefix.trackers.run_folder import METRICS_FILE, starting, writing
+from megatron_prefix.trackers.run_folder import METRICS_FILE, SAMPLES_FILE, starting, writing
 from megatron_prefix.trackers.tracker import Status
 
 
@@ -74,6 +74,26 @@ class JsonlTracker:
         if self._file is not None:
             with contextlib.suppress(OSError):  # `log` has raised for the line that did not fit
                 self._file.close()
+
+
+class SamplesFile:
+    """samples.jsonl in `logging.output`: records of a step, flushed. Its first use in a run removes
+    the lines after the step from which the run continues."""
+
+    def __init__(self, config: Config, step: int) -> None:
+        self._folder = Path(config.logging.output)
+        path = self._folder / SAMPLES_FILE
+        with starting(config):
+            if path.exists():
+                _cut_back(path, step)
+
+    def add(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append a line for each record. Raises RunError."""
+        lines = [json.dumps({"step": step, **x}, ensure_ascii=False) + "\n" for x in records]
+        with writing(self._folder, step):
+            path = self._folder / SAMPLES_FILE
+            with path.open("a", encoding="utf-8", errors="replace") as file:
+                file.writelines(lines)
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -20,8 +20,15 @@ WANDB_FILE = "wandb.json"
 EXAMPLES_FILE = "examples.json"
 """The held-out pairs whose margin is worst."""
 VERSIONS_FILE = "versions.json"
+SAMPLES_FILE = "samples.jsonl"
+"""Sample answers of the policy."""
+PROFILE_FILE = "profile.json.gz"
+"""What train.profile records; train/profiling.py writes it."""
 REPORT_FILE = "report.html"
-_OF_A_RUN = (CONFIG_FILE, TENSORBOARD_FOLDER, WANDB_FILE, EXAMPLES_FILE, VERSIONS_FILE, REPORT_FILE)
+_OF_A_RUN = (
+    *(CONFIG_FILE, TENSORBOARD_FOLDER, WANDB_FILE, EXAMPLES_FILE, VERSIONS_FILE, REPORT_FILE),
+    *(SAMPLES_FILE, PROFILE_FILE),
+)
 _PACKAGES = ("megatron-prefix", "megatron-core", "torch", "transformers", "transformer-engine")
 
 
@@ -64,7 +71,8 @@ def _rename_earlier(folder: Path) -> None:
     for name in (*_OF_A_RUN, METRICS_FILE):
         path = folder / name
         if path.exists():
-            os.replace(path, path.with_name(f"{path.stem}-{number}{path.suffix}"))
+            stem, dot, kinds = name.partition(".")
+            os.replace(path, path.with_name(f"{stem}-{number}{dot}{kinds}"))
 
 
 @contextlib.contextmanager

@@ -40,7 +40,12 @@ from megatron_prefix.reference import (
     reference_fingerprint,
     score_dataset,
 )
-from megatron_prefix.train.accuracies import accuracies_of_kinds
+from megatron_prefix.train.accuracies import (
+    accuracies_of_kinds,
+    accuracies_of_subsets,
+    read_subsets,
+    subset_of_pairs,
+)
 from megatron_prefix.train.data_checks import check_columns, refuse_unused_reference
 from megatron_prefix.train.samplers import (
     EVALUATION_GROUPS,
@@ -55,12 +60,18 @@ PER_RESPONSE = {"lm": "logp", "reward": "reward"}
 """Key of a response's score in `--per-response`, by `model.kind`."""
 
 
-def evaluate(config: Config, load: str | None, per_response: str | None) -> dict[str, float]:
+def evaluate(
+    config: Config,
+    load: str | None,
+    per_response: str | None,
+    subsets: tuple[str, str] | None = None,
+) -> dict[str, float]:
     """Score `data.valid` with the policy and the reference, and return the metrics.
 
     If `data.valid` names several data sets, the metrics of NAME have keys `NAME/…`. The policy is
     the checkpoint `load`, or the initial model. `per_response` names a file for every response's
-    log-probability under the policy, or its reward. Raises InputError.
+    log-probability under the policy, or its reward; `subsets` a file and the key of its records
+    that names their subsets. Raises InputError.
     """
     objective = check(config.loss, config.model.kind, num_labels=config.model.num_labels)
     if config.data.valid is None:
@@ -68,6 +79,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
     weights = None if load is None else resolve_checkpoint(load)
     if per_response is not None and not Path(per_response).absolute().parent.is_dir():
         raise InputError(f"--per-response {per_response}: no such directory; make it first")
+    names = None if subsets is None else read_subsets(*subsets, len(config.data.valid_sets))
     with open_session(config) as world:
         datasets = open_valid_sets(config, world, needs_pairs=objective.needs_pairs)
         check_one_vocabulary([*datasets.values()])
@@ -99,8 +111,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
                 objective, config, initial, model, weights, every, world
             )
         if per_response is not None:
-            key = PER_RESPONSE[config.model.kind]
-            own = scores[: len(samplers)]
+            key, own = PER_RESPONSE[config.model.kind], scores[: len(samplers)]
             world.once(lambda: _write_records(per_response, datasets, own, objective.parts, key))
     metrics: dict[str, float] = {}
     count = len(samplers)
@@ -119,6 +130,7 @@ def evaluate(config: Config, load: str | None, per_response: str | None) -> dict
             ref_logps[i],
             evaluation_block(config),
             kl_logratios=logratios.get(name),
+            subsets=None if names is None else subset_of_pairs(sampler.dataset, names),
             **mixed,
         )
         metrics |= {f"{prefix}{key}": value for key, value in values.items()}
@@ -142,8 +154,7 @@ def _own_scores(
     else:
         if world.is_main and (note := initial.note(config.train.seed)) is not None:
             print(note, file=sys.stderr)
-    parts = objective.parts
-    return [score_dataset(model, sampler, world, parts=parts) for sampler in samplers]
+    return [score_dataset(model, x, world, parts=objective.parts) for x in samplers]
 
 
 def _logps(
@@ -195,6 +206,7 @@ def preference_metrics(
     anchor: int = 0,
     running_rewards: Sequence[float] = (0.0, 0.0),
     kl_logratios: np.ndarray | None = None,
+    subsets: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """The loss of the whole data set as one step, and the means of the objective's metrics. An
     objective that looks at the whole step sees `block_size` consecutive groups at a time.
@@ -203,7 +215,7 @@ def preference_metrics(
     reference's without alignments; None if there is no reference. Of several references they are
     [K, …], with the `weights` [K] that they have and the one of them that is the `anchor`.
     `running_rewards` are those of the run that trained the policy; evaluation adds nothing to them.
-    `kl_logratios` [groups] are as `mismatch_logratios` returns them.
+    `kl_logratios` [groups] are as `mismatch_logratios` returns them; `subsets` [P] are names.
     """
     inputs = dataset_inputs(objective, dataset, scores, ref_logps, weights, anchor)
     running = torch.tensor(running_rewards, dtype=torch.float64)
@@ -223,6 +235,8 @@ def preference_metrics(
     accuracies = objective.accuracies(inputs) if kl_logratios is None else None
     if accuracies is not None:
         metrics |= accuracies_of_kinds(inputs, accuracies)
+    if subsets is not None:
+        metrics |= accuracies_of_subsets(subsets, accuracies, objective.name)
     return metrics | ({"groups_per_block": block_size} if objective.needs_blocks else {})
 
 

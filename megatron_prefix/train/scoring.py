@@ -21,12 +21,14 @@ from megatron_prefix.reference import (
     score_dataset,
     write_sidecar,
 )
-from megatron_prefix.train.data_checks import refuse_unused_reference
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
+    open_plan,
     open_training_set,
     open_valid_sets,
+    training_sampler,
 )
+from megatron_prefix.train.setup import checked_objective, run_steps
 
 
 def score_reference(config: Config, output: str) -> None:
@@ -48,11 +50,14 @@ def score_reference(config: Config, output: str) -> None:
         train = open_training_set(config, world, needs_pairs=needs_pairs)
         valid = open_valid_sets(config, world, needs_pairs=needs_pairs)
         check_one_vocabulary([train, *valid.values()])
+        # all that `train` would refuse about the same file, before the work and not after it
+        plan = open_plan(config, world)
+        checked_objective(config, train, valid)
+        run_steps(config, training_sampler(config, objective, train, world, plan))
         datasets = {
             part.fingerprint: part for data in (train, *valid.values()) for part in data.parts
         }
         initial = resolve_starting_model(config.model, list(datasets.values()), config.lora)
-        refuse_unused_reference(config, objective)
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         adapter = initial.load(model)
         fingerprint = reference_fingerprint(model, adapter)

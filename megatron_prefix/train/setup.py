@@ -30,13 +30,15 @@ from megatron_prefix.train.data_checks import (
 )
 from megatron_prefix.train.identity import run_identity, run_schedule
 from megatron_prefix.train.machine_notes import machine_notes, transformer_engine_version
+from megatron_prefix.train.profiling import check_window
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
     mismatch_sampler,
     training_sampler,
     valid_setting,
 )
-from megatron_prefix.train.steps_report import describe_steps
+from megatron_prefix.train.samples import Samples
+from megatron_prefix.train.steps_report import describe_steps, large_batch_note
 from megatron_prefix.train.trainer import Trainer
 
 
@@ -58,15 +60,18 @@ def prepare_trainer(
     valid = valid or {}
     datasets = [dataset, *valid.values()]
     check_one_vocabulary(datasets)
-    objective = _checked_objective(config, dataset, valid)
+    objective = checked_objective(config, dataset, valid)
     parts = [part for data in datasets for part in data.parts]
     initial = resolve_starting_model(config.model, parts, config.lora)
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
     mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
     valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, initial)
-    num_steps = _num_steps(config, sampler)
+    num_steps = run_steps(config, sampler)
     if world.is_main:
         print(describe_steps(sampler, num_steps), flush=True)
+        if (note := large_batch_note(config, len(dataset))) is not None:
+            print(note, flush=True)
+    samples = Samples.of_run(config, dataset, world)
     model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, world)
     world.beat("the initial weights")
@@ -103,6 +108,8 @@ def prepare_trainer(
     trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
     resolved = replace(_resolved(config, objective), lora=initial.lora)
     world.once(lambda: trackers.start(resolved, step))
+    if samples is not None:
+        samples.open(step)
     return Trainer(
         config=config,
         objective=objective,
@@ -121,10 +128,11 @@ def prepare_trainer(
         adapter=adapter,
         running_rewards=tuple(saved.get("running_rewards") or (0.0, 0.0)),
         trackers=trackers,
+        samples=samples,
     )
 
 
-def _num_steps(config: Config, sampler: Sampler) -> int:
+def run_steps(config: Config, sampler: Sampler) -> int:
     """The steps of the run, which its learning rate's schedule fits. Raises InputError."""
     num_steps = config.train.steps
     if num_steps is None:
@@ -132,10 +140,11 @@ def _num_steps(config: Config, sampler: Sampler) -> int:
         num_steps = sampler.composition.num_steps(config.train.epochs)
     for fault in config.optimizer.run_faults(num_steps):
         raise InputError(fault)
+    check_window(config, num_steps)
     return num_steps
 
 
-def _checked_objective(
+def checked_objective(
     config: Config, dataset: PreferenceDataset, valid: Mapping[str, PreferenceDataset]
 ) -> Objective:
     """The objective, of whose needs no data set lacks any. Raises InputError."""

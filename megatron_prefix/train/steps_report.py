@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps import Sampler
 from megatron_prefix.data.steps.packed import PackedSteps, describe_packed_steps
 
@@ -47,3 +48,14 @@ def describe_steps(sampler: Sampler, num_steps: int) -> str:
     if len(chosen) < num_steps:
         text += f" (from {len(chosen)} of the steps)"
     return "\n".join([*lines, text])
+
+
+def large_batch_note(config: Config, num_groups: int) -> str | None:
+    """A line if a step asks for more groups than the data has."""
+    batch = config.data.global_batch_size
+    if batch is None or batch <= num_groups:
+        return None
+    return (
+        f"data.global_batch_size = {batch} and data.train has {num_groups} groups: every step is a "
+        "whole epoch of them"
+    )

@@ -38,7 +38,9 @@ from megatron_prefix.train.first_step import (
 from megatron_prefix.train.held_out import HeldOut
 from megatron_prefix.train.non_finite import describe, finite_rows, stop_non_finite
 from megatron_prefix.train.pace import Pace
+from megatron_prefix.train.profiling import StepProfiler
 from megatron_prefix.train.rounding import ROUNDING
+from megatron_prefix.train.samples import Samples
 from megatron_prefix.train.shadow import FirstRun, ShadowRun
 from megatron_prefix.train.totals import step_totals
 from megatron_prefix.train.two_passes import (
@@ -75,6 +77,8 @@ class Trainer:
     adapter: SavedAdapter | None
     """What checkpoints say about the adapters, if the run has any."""
     trackers: Trackers
+    samples: Samples | None = None
+    """Sample answers of the policy, if the configuration asks for them."""
     falling: FallingWatch = field(default_factory=FallingWatch)
     running_rewards: tuple[float, float] = (0.0, 0.0)
     """Sum and number of the rewards of all steps so far, for objectives that need them."""
@@ -98,6 +102,11 @@ class Trainer:
             self.objective.parts,
             with_table=self.objective.needs_step,
         )
+
+    @cached_property
+    def profiler(self) -> StepProfiler:
+        """Records the steps of `train.profile`."""
+        return StepProfiler(self.config, self.step, self.world.is_main)
 
     @cached_property
     def pace(self) -> Pace:
@@ -158,15 +167,20 @@ class Trainer:
     def run(self, stop: StopRequest | None = None) -> None:
         """Train from `step` to `num_steps`, or until a signal asks to stop. Raises Stopped then."""
         settings, _ = self.config.train, self.pace  # whose clock starts here
+        samples_interval = None if settings.generate is None else settings.generate.every
         if self.step == 0:
             self.evaluate()
+            self.write_samples()
         while self.step < self.num_steps:
-            values = self.train_step()
+            with self.profiler.recording(self.step + 1):
+                values = self.train_step()
             self.trackers.log(self.step, values)
             is_last = self.step == self.num_steps
             is_asked = stop is not None and stop.is_asked()
             if is_last or _is_due(self.step, settings.eval_interval):
                 self.evaluate()  # before saving, so that what is saved is complete
+            if is_last or _is_due(self.step, samples_interval):
+                self.write_samples()
             if is_last or is_asked or _is_due(self.step, settings.save_interval):
                 self.save()
             if is_asked and not is_last:
@@ -251,6 +265,11 @@ class Trainer:
             self.evaluated = (self.step, self.checkpoints.value(values))
         self.trackers.log(self.step, values)
 
+    def write_samples(self) -> None:
+        """Write sample answers of the policy, if `train.generate` asks for them."""
+        if self.samples is not None:
+            self.samples.write(self.step, self.policy)
+
     def save(self) -> None:
         """Write a checkpoint of this step to `train.save`, if that is set."""
         if self.checkpoints is None:
@@ -276,6 +295,7 @@ class Trainer:
 
     def close(self, status: Status = "done") -> None:
         """Stop the feeds and finish the trackers: the run ended with `status`."""
+        self.profiler.close()
         self.feed.close()
         if self.mismatch_feed is not None:
             self.mismatch_feed.close()

@@ -105,6 +105,13 @@ class PathEncoder:
         self.num_tokens, self.added = before
         return paths
 
+    def prompt_tokens(self, prompt: Text) -> np.ndarray:
+        """A prompt alone, int64 [T], as it begins the path of a response."""
+        self._prompts.clear()
+        self._tools = self._template_kwargs = ""
+        _, ids = self._prompt(prompt)
+        return np.concatenate([self._lead(prompt, ids), ids]).astype(np.int64)
+
     def protected_tokens(self, prompt: Text) -> int:
         """Leading tokens of a plain text that truncation keeps: those that begin a text."""
         _, ids = self._prompt(prompt)
