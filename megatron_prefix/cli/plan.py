@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MOST_PROCESSES = 2**20
-PARTS = {"host_gradients": "in host memory: gradients of shadow steps"}
+PARTS = {
+    "attention": "attention's buffers",
+    "host_gradients": "in host memory: gradients of shadow steps",
+}
 """Parts of memory that need more words than their key."""
 
 

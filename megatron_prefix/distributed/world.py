@@ -42,6 +42,8 @@ class World:
     device: torch.device
     failure_detection: FailureDetection | None = None
     """None if there is one process only."""
+    host: dist.ProcessGroup | None = None
+    """All processes, for objects that never leave the host; None is the default group."""
 
     def beat(self, doing: str) -> None:
         """Heartbeat: tell the other ranks the activity that begins, such as "step 12"."""
@@ -97,7 +99,7 @@ class World:
     def gather(self, value: Any) -> list:
         """`value` of every process, in the order of ranks."""
         values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host)
         return values
 
     def once(self, action: Callable[[], Any]) -> Any:
@@ -113,7 +115,7 @@ class World:
             except Exception as failure:  # raised below, so that no process waits without end
                 error = failure
                 outcome[1] = (isinstance(failure, InputError), str(failure))
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self.host)
         if error is not None:
             raise error
         if outcome[1] is not None:
@@ -161,7 +163,9 @@ def join_world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
         on_cuda = torch.cuda.is_available()
         if on_cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        # Every group inherits the backend of the default one. With "cpu:gloo,cuda:nccl" each of the
+        # groups of Megatron-Core would also connect all of its processes by gloo.
+        backend = "nccl" if on_cuda else "gloo"
         store, rank = _meet(timeout)
         detection = FailureDetection(store, rank, size, minutes * 60) if size > 1 else None
         try:
@@ -173,6 +177,7 @@ def join_world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
                     world_size=size,
                     timeout=timeout,
                 )
+                host = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else None
                 parallel_state.initialize_model_parallel(
                     tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                     pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -187,7 +192,7 @@ def join_world(parallel: ParallelConfig, seed: int) -> Iterator[World]:
                 else:
                     initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
                 groups = ProcessGroupCollection.use_mpu_process_groups()
-                yield World(parallel, groups, device(), detection)
+                yield World(parallel, groups, device(), detection, host)
         finally:
             parallel_state.destroy_model_parallel()
             if dist.is_initialized():

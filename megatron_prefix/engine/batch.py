@@ -66,6 +66,13 @@ class TrainBatch:
     desirable: Tensor | None = None
     kl: Tensor | None = None
 
+    @property
+    def num_scores(self) -> int:
+        """Length of the vector that `response_scores` returns."""
+        parts, num_responses = self.parts, len(self.response_tokens)
+        times = 1 + (parts.num_labels if parts.num_labels > 1 else 0) + parts.alignments
+        return times * num_responses + (2 * len(self.pairs) if parts.heads else 0)
+
     def with_kl(self, kl: Tensor) -> TrainBatch:
         """The same row with LossInputs.kl of its step, float64, 0-dimensional."""
         return replace(self, kl=kl)

@@ -15,17 +15,17 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.parallel_state import (
-    get_pipeline_model_parallel_group,
-    get_pipeline_model_parallel_last_rank,
-)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prefix.config import LossConfig
 from megatron_prefix.engine.batch import TrainBatch
+from megatron_prefix.engine.pipeline import (
+    from_last_stage,
+    schedule_arguments,
+    scores_from_last_stage,
+)
 from megatron_prefix.model import response_logps
 from megatron_prefix.objectives import LossInputs, Objective, check
 
@@ -217,7 +217,8 @@ def score_rows(model: Sequence[torch.nn.Module], batches: Sequence[TrainBatch]) 
     every pipeline stage."""
     with torch.no_grad():
         scores = _schedule(_forward, model, batches, forward_only=True, collect_non_loss_data=True)
-    return from_last_stage(scores, batches[0].tokens.device)
+    sizes = [batch.num_scores for batch in batches]
+    return scores_from_last_stage(scores, sizes, batches[0].tokens.device)
 
 
 def next_tokens(
@@ -269,35 +270,15 @@ def _schedule(
 ) -> list:
     """Run rows through Megatron-Core's schedule for the current process groups. What the last
     pipeline stage collects; nothing on the others."""
+    lengths = [batch.tokens.size(1) for batch in batches]
     return get_forward_backward_func()(
         forward_step_func=forward,
         # Every chunk of this rank reads all rows, so each needs an iterator of its own.
         data_iterator=[iter(batches) for _ in model],
         model=list(model),
         num_microbatches=len(batches),
-        seq_length=max(batch.tokens.size(1) for batch in batches),
+        seq_length=max(lengths),
         micro_batch_size=1,
+        **schedule_arguments(model[0], lengths),
         **{"forward_only": False, **options},
     )
-
-
-def from_last_stage(values: list, device: torch.device) -> list:
-    """What the last pipeline stage has, on every stage; tensors come back on `device`."""
-    group = get_pipeline_model_parallel_group()
-    if group.size() == 1:
-        return values
-    last = get_pipeline_model_parallel_last_rank()
-    # A pickled CUDA tensor would return on the sender's device number, so tensors travel on the
-    # CPU.
-    shared = [_moved(values, torch.device("cpu")) if dist.get_rank() == last else None]
-    dist.broadcast_object_list(shared, src=last, group=group)
-    return _moved(shared[0], device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Lists and dictionaries of tensors on another device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(x, device) for key, x in value.items()}
-    return [_moved(x, device) for x in value]

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.config.lora import LoraConfig
+from megatron_prefix.estimate.attention import PathShare
 from megatron_prefix.estimate.flops import ForwardFlops
 from megatron_prefix.estimate.memory import (
     ADAM_BYTES,
@@ -138,6 +139,7 @@ def adapted_memory(
     stage: int,
     has_reference: bool = False,
     rows: int | None = None,
+    paths: PathShare | None = None,
 ) -> RankMemory:
     """Memory of a rank of pipeline stage `stage` in a run with adapters, as `rank_memory` has it
     for the training of all weights. A reference needs memory with `lora.reference: start` only:
@@ -154,6 +156,7 @@ def adapted_memory(
         row_tokens=row_tokens,
         stage=stage,
         rows=rows,
+        paths=paths,
         added_per_layer=adapter_activations(model, sizes, parallel, lora, num_tokens, stage),
     )
     size, adam = BYTES[model.dtype], ADAM_BYTES[model.dtype]

@@ -109,9 +109,15 @@ def _cost(
     """Tokens and operations of the forward passes per step, without padding; with adapters also
     the operations of training, and those of training all weights."""
     tokens, flops, kind = 0, ForwardFlops(), config.model.kind
+    pieces = keys = 0
     for group in groups:
         for row in sampler.rows_of_group(int(group), mode):
             tokens += row.num_tokens
+            # a piece per leaf, whose keys are the leaf's root path
+            layout = row.layout
+            ends = (layout.starts + layout.lengths)[layout.leaf_mask]
+            pieces += len(ends)
+            keys += int((layout.positions_of(ends - 1) + 1).sum())
             if model is not None:
                 vocab_size = model.vocab_size or sampler.dataset.vocab_size
                 flops += forward_flops(model.sizes, vocab_size, row, kind)
@@ -126,6 +132,8 @@ def _cost(
         parts = {name: value / steps for name, value in asdict(flops).items()}
     return {
         "tokens": tokens / steps,
+        "pieces": pieces / steps,
+        "gathered_keys": keys / steps,
         "forward_flops": sum(parts.values()) if parts else None,
         "forward_parts": parts,
         **training,

@@ -23,10 +23,10 @@ parallelism, which divides the tokens; else s = 1):
 Multi-latent attention with ranks R_q and R_k, R rotated channels and values of V keeps, in place of
 the third row, 4 N max(H, V) / t + N V / t + (2 R_q + 2 R_k + R) / s.
 
-Selective recomputation drops the log-sum-exp, full recomputation all but the layer's input. Not
-counted: CUDA's context, NCCL's buffers, keys in transfer between context-parallel ranks, one
-layer's keys gathered along root paths and its kernel's workspace, torch's Adam during a step (4
-bytes per parameter of the step), fragmentation. Leave room for them.
+Selective recomputation drops the log-sum-exp, full recomputation all but the layer's input. The
+buffers of a call of attention (attention.py) and those of the head are both counted, although they
+are not held together. Not counted: CUDA's context, NCCL's buffers, keys in transfer between
+context-parallel ranks, fragmentation. Leave room for them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
+from megatron_prefix.estimate.attention import PathShare, attention_buffers
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
@@ -246,6 +247,8 @@ class RankMemory:
     """Layers that full recomputation holds at a time."""
     head: int
     """A chunk of logits with its gradient, and the hidden states before it."""
+    attention: int = 0
+    """What one call of attention holds for a moment in backward; see attention.py."""
     adapters: int = 0
     """Weights that a lora section adds, whole copies included."""
 
@@ -266,9 +269,11 @@ def rank_memory(
     has_reference: bool = False,
     rows: int | None = None,
     added_per_layer: int = 0,
+    paths: PathShare | None = None,
 ) -> RankMemory:
     """Memory of a rank of pipeline stage `stage` at the longest row, `row_tokens` tokens;
-    `added_per_layer` bytes are kept for backward beside those of `layer_activations`."""
+    `added_per_layer` bytes are kept for backward beside those of `layer_activations`; `paths` is
+    how much its rows share, None if that is not known."""
     size = BYTES[model.dtype]
     dense, experts = rank_parameters(model, sizes, parallel, vocab_size, stage)
     sharers, expert_sharers = state_sharers(parallel, world_size)
@@ -285,6 +290,7 @@ def rank_memory(
         activations=activations,
         recomputed=recomputed,
         head=_head(model, sizes, parallel, vocab_size, num_tokens) if is_last else 0,
+        attention=attention_buffers(model, sizes, parallel, row_tokens, paths),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_prefix.config import Config, ModelConfig
 from megatron_prefix.estimate.adapters import adapted_host_gradients, adapted_memory
+from megatron_prefix.estimate.attention import PathShare
 from megatron_prefix.estimate.data_costs import KnownModel
 from megatron_prefix.estimate.hardware import Hardware
 from megatron_prefix.estimate.memory import RankMemory, host_gradients, rank_memory
@@ -27,6 +28,8 @@ class PlannedRun:
     row_tokens: int
     rows: int | None
     """Per step and rank; None if the data is not here."""
+    paths: PathShare | None = None
+    """None if the data is not here."""
 
     @property
     def mode(self) -> str:
@@ -56,6 +59,7 @@ class PlannedRun:
                 stage=stage,
                 has_reference=self.objective.reference == "model",
                 rows=self.rows,
+                paths=self.paths,
             )
             for stage in stages
         ]

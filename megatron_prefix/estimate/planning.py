@@ -26,6 +26,7 @@ from megatron_prefix.estimate.advice import (
     recompute_advice,
     reference_advice,
 )
+from megatron_prefix.estimate.attention import PathShare
 from megatron_prefix.estimate.data_costs import data_plan, planned_sampler, sharing_advice
 from megatron_prefix.estimate.hardware import (
     GIB,
@@ -110,7 +111,9 @@ def plan_run(
             )
             plan["trained_parameters"] = plan["parameters"].pop("trained")
         if row_tokens is not None:
-            run = PlannedRun(config, objective, model, world_size, row_tokens, rows)
+            costs = plan["data"] and plan["data"]["sharing"].get(config.data.sharing)
+            paths = PathShare.of_costs(costs)
+            run = PlannedRun(config, objective, model, world_size, row_tokens, rows, paths)
             plan["memory"] = run.memory(config.model)
             _judge(plan, run, machine)
     if machine is not None and machine.gpu is not None and plan["time"] is None:

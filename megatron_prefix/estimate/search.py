@@ -22,6 +22,7 @@ from megatron_prefix.data.steps import Sampler
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
+from megatron_prefix.estimate.attention import PathShare
 from megatron_prefix.estimate.data_costs import (
     KnownModel,
     data_plan,
@@ -249,11 +250,15 @@ class LayoutSearch:
         return self._rows[key]
 
     @cached_property
+    def _costs(self) -> dict[str, Any]:
+        """What the first steps cost under the configuration's sharing mode."""
+        sampler = planned_sampler(self.config, self.objective, self.dataset, 1, self.known.sizes)
+        return data_plan(self.config, sampler, self.known)["sharing"][self.config.data.sharing]
+
+    @property
     def _forward(self) -> tuple[ForwardFlops, float]:
         """Operations of a forward pass per step without padding, and its tokens."""
-        sampler = planned_sampler(self.config, self.objective, self.dataset, 1, self.known.sizes)
-        cost = data_plan(self.config, sampler, self.known)["sharing"][self.config.data.sharing]
-        return ForwardFlops(**cost["forward_parts"]), cost["tokens"]
+        return ForwardFlops(**self._costs["forward_parts"]), self._costs["tokens"]
 
     def _ranks(self, parallel: ParallelConfig) -> int:
         stages = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -262,7 +267,13 @@ class LayoutSearch:
     def _run(self, config: Config, rows: Rows) -> PlannedRun:
         tokens = row_bound(config) or int(rows.lengths.max())
         return PlannedRun(
-            config, self.objective, self.known, self.world_size, tokens, rows.per_rank
+            config,
+            self.objective,
+            self.known,
+            self.world_size,
+            tokens,
+            rows.per_rank,
+            PathShare.of_costs(self._costs),
         )
 
     def _gib(self, config: Config, rows: Rows) -> float:

@@ -170,7 +170,7 @@ def _layout_settings(parallel: ParallelConfig) -> dict[str, Any]:
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         context_parallel_size=parallel.context_parallel_size,
-        # Rows of a step differ in length, so a stage sends the shape first.
+        # Rows of a step differ in length; stages know them (engine/pipeline.py).
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
         # With batched sends, interleaved stages on gloo silently get wrong gradients.
         batch_p2p_comm=not is_interleaved,

@@ -23,6 +23,8 @@ Private names that are used because nothing public does the same:
 
 `DistributedOptimizer._init_optimizer_states_with_dummy_values` (optimizer/distrib_optimizer.py)
       makes the state into which a checkpoint is loaded; called by checkpoint/optimizer_state.py.
+`P2PCommunicator._communicate_shapes` (pipeline_parallel/p2p_communication.py)
+      is overridden by engine/pipeline.py, whose stages know the shapes.
 `_gather_along_first_dim` (tensor_parallel/mappings.py),
 `_set_cuda_rng_state` (tensor_parallel/random.py),
 `MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize` (transformer/moe/token_dispatcher.py)

@@ -37,6 +37,7 @@ def test_heads_are_the_first_tokens_of_both_sides(seed):
     logps = -torch.rand(len(batch.response), dtype=torch.float64)
     device_row = to_device(batch, CPU, parts=ScoreParts(heads=True))
     vector = response_scores(logps, device_row)
+    assert device_row.num_scores == len(vector)
     scores, heads, _ = device_row.parts.split(vector, batch.num_responses)
     assert heads.shape == (len(batch.pairs), 2)
     for pair, result in zip(batch.pairs, heads, strict=True):
