@@ -15,6 +15,12 @@ _LENGTH = "build --max-length and --overflow, when the data set is built"
 _BFLOAT16 = "model.dtype: bfloat16"
 _EVALUATION = "data.valid and train.eval_interval; the whole data set is evaluated"
 _TOKENIZER = "build --tokenizer, when the data set is built"
+_UNEQUAL_ROWS = "nothing: not offered, because rows differ in length"
+_MOMENTS = (
+    "nothing: not offered; Adam's state is float32 on the device, and "
+    "parallel.use_distributed_optimizer divides it over ranks"
+)
+_FP8 = "nothing: not offered; model.dtype: bfloat16 is the lowest precision"
 _HUB = "nothing: convert export writes a directory, which any tool uploads"
 
 TRL = {
@@ -112,6 +118,22 @@ MEGATRON = {
     "ep": "parallel.expert_model_parallel_size",
     "num_layers_per_virtual_pipeline_stage": "parallel.virtual_pipeline_model_parallel_size, the "
     "chunks of a stage",
+    "optimizer_cpu_offload": _MOMENTS,
+    "optimizer_offload_fraction": _MOMENTS,
+    "use_precision_aware_optimizer": _MOMENTS,
+    "main_grads_dtype": _MOMENTS,
+    "main_params_dtype": _MOMENTS,
+    "exp_avg_dtype": _MOMENTS,
+    "exp_avg_sq_dtype": _MOMENTS,
+    "fp8_format": _FP8,
+    "fp8_recipe": _FP8,
+    "fp8_param_gather": _FP8,
+    "first_last_layers_bf16": _FP8,
+    "tp_comm_overlap": _UNEQUAL_ROWS,
+    "enable_cuda_graph": _UNEQUAL_ROWS,
+    "cuda_graph_impl": _UNEQUAL_ROWS,
+    "bias_swiglu_fusion": "nothing: the gate is fused if Transformer Engine is installed",
+    "gradient_accumulation_fusion": "nothing: not offered; gradients are added after their product",
     "ref_policy_kl_penalty": "loss.beta",
     "preference_loss": "loss.loss_type",
 }

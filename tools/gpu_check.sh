@@ -1,6 +1,7 @@
 #!/bin/sh
 # Everything that needs a GPU, on a machine without a network; see docs/gpu.md.
 #
+#     sh tools/gpu_check.sh first [WHEELS]               # or second, third, fourth: see docs/gpu.md
 #     sh tools/gpu_check.sh WHEELS [tests] ['bench_….py --options'] …
 #
 # WHEELS is a directory of wheels, or - where everything is installed. What is written goes to
@@ -8,8 +9,14 @@
 # no git, MEGATRON_PREFIX_COMMIT says which commit results are of. Without names, the tests and the benchmark of attention are run.
 set -u
 cd "$(dirname "$0")/.." || exit 2
-WHEELS=${1:?"usage: sh tools/gpu_check.sh WHEELS [tests] ['bench_….py --options'] …"}
+WHEELS=${1:?"usage: sh tools/gpu_check.sh first|second|third|fourth [WHEELS], or WHEELS [tests] ['bench_….py --options'] …"}
 shift
+case $WHEELS in
+first | second | third | fourth)
+    part=$WHEELS WHEELS=${1:--}
+    set -- "gpu_half_hour.py $part"
+    ;;
+esac
 [ $# -gt 0 ] || set -- tests "bench_attention.py --name attention_cuda"
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}

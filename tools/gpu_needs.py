@@ -21,6 +21,7 @@ NEEDED = {
     "safetensors": "safetensors",
     "transformers": "transformers",
     "tqdm": "tqdm",
+    "packaging": "packaging",
     "psutil": "psutil",
     "pytest": "pytest (with pluggy, iniconfig, pygments)",
     "pytest_timeout": "pytest-timeout",

@@ -47,4 +47,32 @@ CUDA_MUTANTS = (
         "pass",
         "unit/checkpoint/test_optimizer_state.py",
     ),
+    Mutant(
+        "stages of several chunks take the rows one by one",
+        "engine/pipeline.py",
+        "(row, chunk) for group in groups for chunk in range(chunks) for row in group",
+        "(row, chunk) for group in groups for row in group for chunk in range(chunks)",
+        "unit/engine/test_pipeline.py",
+    ),
+    Mutant(
+        "stages exchange the shapes of rows",
+        "engine/step.py",
+        "        **schedule_arguments(model[0], lengths),\n",
+        "",
+        "distributed/test_layouts.py",
+    ),
+    Mutant(
+        "every process group connected by gloo, too",
+        "distributed/world.py",
+        'backend = "nccl" if on_cuda else "gloo"',
+        'backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"',
+        "unit/distributed/test_cuda_groups.py",
+    ),
+    Mutant(
+        "the margin of every piece not counted",
+        "estimate/attention.py",
+        "(queries + MARGIN * pieces)",
+        "queries",
+        "unit/estimate/test_attention_buffers.py",
+    ),
 )

@@ -11,6 +11,7 @@ from tiny_models import tiny_config
 
 from megatron_prefix.checkpoint.optimizer_state import _place_steps
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.engine import optimizer as optimizer_module
 from megatron_prefix.testing import write_random_set
 from megatron_prefix.train.setup import prepare_trainer
 
@@ -98,3 +99,28 @@ def test_step_counts_go_to_where_a_fused_adam_reads_them():
     moved, other = (state[p]["step"] for p in parameters[:2])
     assert (moved.device.type, moved.dtype) == ("meta", torch.float32)
     assert (other.device.type, float(other)) == ("cpu", 7.0)
+
+
+@pytest.mark.parametrize("is_distributed", [False, True])
+def test_a_run_goes_on_under_the_fused_adam(world, prefix, tmp_path, monkeypatch, is_distributed):
+    """As a checkpoint of a CPU is resumed on CUDA; the fused Adam also runs here."""
+    first = prepared(world, prefix, tmp_path, is_distributed, lr=1e-3)
+    first.train_step()
+    first.save()
+    rest = [first.train_step() for _ in range(2)]
+    first.close()
+
+    def fuse(optimizer, chunk):
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+    monkeypatch.setattr(optimizer_module, "fuse_adam", fuse)
+    second = prepared(world, prefix, tmp_path, is_distributed, lr=1e-3)
+    assert second.step == 1
+    assert all(group["fused"] for group in second.policy.optimizer.param_groups)
+    for expected in rest:
+        values = second.train_step()
+        assert values["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert values["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+    assert all(float(state["step"]) == 3 for state in moments(second))
+    second.close()

@@ -170,7 +170,7 @@ def test_the_layout_of_the_file(written):
 
 
 def test_more_memory_and_a_faster_gpu_are_never_slower(written):
-    config = load_config(written(), ["data.row_capacity=40000000"])
+    config = load_config(written(), ["data.row_capacity=10000000"])
 
     def best(*hardware) -> float:
         return search_layouts(config, 4, named_hardware(*hardware))["layouts"][0][
