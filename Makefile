@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)
     -q -n $(JOBS) --dist loadfile
 
 .PHONY: install quickstart test test-sample test-all test-gpu gpu-check lint mutants fuzz clean \
-    bench bench-sets bench-steps bench-data
+    bench bench-sets bench-steps bench-data docs
 
 install: $(VENV)/.installed
 	@$(BIN)/python tools/versions.py $(VENV)
@@ -70,6 +70,12 @@ lint: install
 # docs/benchmarks.md take TOKENIZER=tokenizer.model (SentencePiece) LONGEST=8192.
 bench: bench-steps bench-data
 	$(BIN)/python tools/plot_benchmarks.py
+
+# The documentation as a site: build/site/index.html.
+docs: install
+	$(BIN)/python -m pip install --quiet "mkdocs-material>=9.5,<10"
+	$(BIN)/python tools/settings_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench-sets: install
 	mkdir -p build

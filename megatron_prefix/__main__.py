@@ -56,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
         if _is_first_rank():
             self.print_usage(sys.stderr)
             print(f"{self.prog}: error: {message}", file=sys.stderr)
-        _mark_refusal()
+        _mark_refusal(f"{self.prog}: error: {message}" if _is_first_rank() else "")
         sys.exit(2)
 
 
@@ -84,12 +84,13 @@ def _end_with_launcher() -> None:
     end_with_parent()
 
 
-def _mark_refusal() -> None:
+def _mark_refusal(message: str) -> None:
     """Make the file that MEGATRON_PREFIX_REFUSED names, if a launch script set it: torchrun hides
-    exit codes, and wrong input should not be started again."""
+    exit codes, and wrong input should not be started again. The script prints the message in it
+    once more, after the traceback that torchrun prints when a process fails."""
     if path := os.environ.get("MEGATRON_PREFIX_REFUSED"):
-        with contextlib.suppress(OSError):
-            open(path, "a").close()
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{message}\n" if message else "")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -120,10 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except (InputError, RunError) as error:
-        if _prints(error):
-            print(f"megatron-prefix{command}: error: {error}", file=sys.stderr)
+        message = f"megatron-prefix{command}: error: {error}" if _prints(error) else ""
+        if message:
+            print(message, file=sys.stderr)
         if isinstance(error, InputError):
-            _mark_refusal()
+            _mark_refusal(message)
             return 2
         return 1
     except Stopped as stopped:

@@ -80,7 +80,10 @@ while true; do
         kill -0 "$launcher" 2>/dev/null || break
     done
     [ "$code" -eq 0 ] && exit 0
-    [ -e "$MEGATRON_PREFIX_REFUSED" ] && exit 2
+    if [ -e "$MEGATRON_PREFIX_REFUSED" ]; then
+        cat "$MEGATRON_PREFIX_REFUSED" >&2 # again, after torchrun's own lines
+        exit 2
+    fi
     [ -n "$stopping" ] && exit 143
     [ "$attempt" -ge "${MAX_RESTARTS:-0}" ] && exit "$code"
     attempt=$((attempt + 1))

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.errors import InputError
-from megatron_prefix.estimate.gpus import GPUS, Gpu
 from megatron_prefix.estimate.step_time import DEFAULT_MFU
+from megatron_prefix.platform.gpus import GPUS, Gpu
 
 GIB = 2**30
 FIXED_GIB = 4.0

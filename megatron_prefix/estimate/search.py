@@ -30,7 +30,6 @@ from megatron_prefix.estimate.data_costs import (
     planned_sampler,
 )
 from megatron_prefix.estimate.flops import ForwardFlops
-from megatron_prefix.estimate.gpus import GPUS
 from megatron_prefix.estimate.hardware import GIB, Hardware, check_dtype
 from megatron_prefix.estimate.known import known_dataset, known_model, row_bound, with_adapters
 from megatron_prefix.estimate.layouts import (
@@ -44,6 +43,7 @@ from megatron_prefix.estimate.memory import pipeline_bubble
 from megatron_prefix.estimate.planned_run import PlannedRun
 from megatron_prefix.estimate.step_time import StepWork, step_time, utilisation
 from megatron_prefix.objectives import Objective, check
+from megatron_prefix.platform.gpus import GPUS
 
 LISTED = 10
 """Layouts of the table."""

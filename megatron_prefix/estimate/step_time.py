@@ -27,7 +27,6 @@ from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.estimate.adapters import backward_passes, trained_parameters, training_flops
 from megatron_prefix.estimate.flops import ForwardFlops
-from megatron_prefix.estimate.gpus import GPUS_PER_NODE, Gpu
 from megatron_prefix.estimate.memory import (
     ADAM_BYTES,
     BYTES,
@@ -44,6 +43,7 @@ from megatron_prefix.estimate.traffic import (
     link,
     stage_bytes,
 )
+from megatron_prefix.platform.gpus import GPUS_PER_NODE, Gpu
 
 DEFAULT_MFU = 0.5
 """Share of the peak that a GPU reaches while it computes, the same for every GPU: an assumption.

@@ -31,8 +31,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
-from megatron_prefix.estimate.gpus import GPUS_PER_NODE, Gpu
 from megatron_prefix.estimate.memory import BYTES, GRADIENT_BYTES
+from megatron_prefix.platform.gpus import GPUS_PER_NODE, Gpu
 
 LINK_EFFICIENCY = 0.7
 """Share of a link's rate that large messages reach; an assumption, not measured."""

@@ -253,7 +253,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             **counts,
-            **self.pace.values(self.step, time.monotonic() - start, counts),
+            **self.pace.values(self.step, time.monotonic() - start, counts, sum(plan.costs)),
         }
 
     def evaluate(self) -> None:

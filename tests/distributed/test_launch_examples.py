@@ -238,6 +238,22 @@ def test_failures_are_started_again_and_wrong_input_is_not(tmp_path, action, cod
     assert (tmp_path / "starts").read_text().count("\n") == starts
 
 
+def test_the_reason_comes_last(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/bash\necho the reason >"$MEGATRON_PREFIX_REFUSED"\necho traceback >&2\nexit 1\n'
+    )
+    python.chmod(0o755)
+    run = subprocess.run(
+        ["bash", LAUNCH / "torchrun.sh", "train"],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stderr) == (2, "traceback\nthe reason\n")
+
+
 def slurm(folder: Path, nodes: int, arguments: list[str], **env: str) -> subprocess.Popen:
     """Start slurm.sbatch as Slurm would, with srun and scontrol of this test."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

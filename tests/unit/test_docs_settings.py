@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,11 @@ def test_the_page_is_current():
     page = reference().page()
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert page == written, "run python tools/settings_reference.py"
+
+
+def test_every_page_is_in_the_site():
+    listed = re.findall(r"[a-z_]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
 def test_bounds_defaults_and_texts():

@@ -79,4 +79,5 @@ def test_wrong_input_makes_the_file_of_a_launch_script(argv, tmp_path, monkeypat
     except SystemExit as ended:
         code = ended.code
     assert code == 2 and (tmp_path / "refused").exists()
-    assert ": error: " in capsys.readouterr().err
+    last = (tmp_path / "refused").read_text(encoding="utf-8")
+    assert ": error: " in last and capsys.readouterr().err.endswith(last)

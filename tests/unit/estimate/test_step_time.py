@@ -8,7 +8,6 @@ import pytest
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.estimate.flops import ForwardFlops
-from megatron_prefix.estimate.gpus import GPUS, Gpu
 from megatron_prefix.estimate.step_time import Job, StepWork, step_time, utilisation
 from megatron_prefix.estimate.traffic import (
     LINK_EFFICIENCY,
@@ -18,6 +17,7 @@ from megatron_prefix.estimate.traffic import (
     link,
     stage_bytes,
 )
+from megatron_prefix.platform.gpus import GPUS, Gpu
 
 TINY = ModelConfig(
     num_layers=4,

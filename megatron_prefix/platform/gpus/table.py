@@ -74,3 +74,17 @@ GPUS = {
         ),
     )
 }
+
+
+DEVICES = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA B200": "B200",
+    "NVIDIA A100-SXM4-80GB": "A100",
+}
+"""Names that a driver gives the devices of the table; other variants have other peaks."""
+
+
+def peak_of_device(name: str) -> float | None:
+    """Dense bfloat16 operations per second of a device by its driver's name, if it is known."""
+    return GPUS[DEVICES[name]].bf16_flops if name in DEVICES else None
