@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import is_pipeline_first_stage, is_pipeline_last_stage
 from megatron.core.transformer.module import Float16Module
@@ -18,6 +19,7 @@ from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch
 from megatron_prefix.engine.norm import gradient_norm
 from megatron_prefix.engine.step import run_schedule, sum_gradients
+from megatron_prefix.errors import InputError
 from megatron_prefix.model import TreeTransformerConfig, model_provider
 from megatron_prefix.objectives import Objective
 
@@ -82,6 +84,23 @@ class Policy:
         """Norm of the summed gradients over all parameters of the model."""
         self.optimizer.prepare_grads()
         return gradient_norm(self.optimizer)
+
+    def refuse_idle_ranks(self, world: World) -> None:
+        """Refuse a distributed optimizer of which a rank has no parameter, because Megatron-Core
+        cannot save it. Collective. Raises InputError."""
+        shares = [
+            sum(len(group["params"]) for group in part.param_groups)
+            for part in self.optimizer.chained_optimizers
+            if isinstance(part, DistributedOptimizer)
+        ]
+        idle = [rank for rank, own in enumerate(world.gather(shares)) if 0 in own]
+        if idle:
+            raise InputError(
+                "parallel.use_distributed_optimizer = true: there is nothing to train on "
+                f"{'ranks' if len(idle) > 1 else 'rank'} {', '.join(map(str, idle))}, and Megatron-"
+                "Core cannot save the optimizer there: set it to false, or name layers of every "
+                "pipeline stage in lora.layers_to_transform"
+            )
 
     def finish_param_gather(self) -> None:
         """Wait until all weights are gathered; collective. Call before weights are saved or

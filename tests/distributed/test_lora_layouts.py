@@ -6,7 +6,10 @@ Data, steps and tolerances are those of the other layouts.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 from functools import partial
 from unittest import mock
 
@@ -25,6 +28,7 @@ from runs import (
 )
 from safetensors.torch import save_file
 
+from megatron_prefix.__main__ import main
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.config.lora import TARGETS, LoraConfig
 from megatron_prefix.distributed import join_world
@@ -55,11 +59,13 @@ STARTS = {  # name: model, adapters
     "plain": ({}, LORA),
     "tied": (TIED, {**LORA, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "up_proj"]}),
     "saved": ({}, {**LORA, "layers_to_transform": [1], "modules_to_save": ["embed_tokens"]}),
+    "last": ({}, {**LORA, "layers_to_transform": [3]}),
     "head": ({}, {**LORA, "modules_to_save": ["embed_tokens", "lm_head"]}),
     "mixture": (
         MIXTURE,
         {**LORA, "target_modules": ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]},
     ),
+    "attention": (MIXTURE, LORA),
     "reward": (REWARD, LORA),
     "bfloat16": (BF16, LORA),
 }
@@ -71,8 +77,11 @@ ONES = {  # name: start, model beside SIZES and that of the start, other section
     "one selective": ("plain", {"recompute_granularity": "selective"}, {}),
     "one tied": ("tied", {}, {}),
     "one saved": ("saved", {}, {}),
+    "one last": ("last", {}, {}),
     "one head": ("head", {}, {}),
     "one mixture": ("mixture", {}, {}),
+    "one balanced": ("mixture", {"moe_aux_loss_coeff": 0.05}, {}),
+    "one attention": ("attention", {}, {}),
     "one reward": ("reward", {}, {}),
     "one start": ("plain", {}, {"lora": {"reference": "start"}}),
     "one aot": ("plain", {}, {"loss": {"loss_type": "aot"}}),
@@ -91,15 +100,19 @@ OF_TWO = {  # name: layout, model, the one-process run that it follows
     "pp2": (PP2, {}, "one"),
     "pp2 tied full": (PP2, FULL, "one tied"),
     "pp2 saved": (PP2, {}, "one saved"),
+    "pp2 last": (PP2, {}, "one last"),
     "vpp2 block": (VPP2, BLOCK, "one"),
     "cp2": (CP2, {}, "one"),
     "cp2 head": (CP2, {}, "one head"),
+    "dp2": ({}, {}, "one"),
     "dp2 zero": (ZERO, {}, "one"),
     "dp2 overlaps": (OVERLAP, {}, "one tied"),
     "dp2 overlaps start": (OVERLAP, {}, "one start"),
     "dp2 zero aot": (ZERO, {}, "one aot"),
     "ep2": (EP2, {}, "one mixture"),
     "ep2 zero full": ({**EP2, **ZERO}, FULL, "one mixture"),
+    "ep2 balanced": (EP2, {}, "one balanced"),
+    "ep2 zero attention": ({**EP2, **ZERO}, {}, "one attention"),
     "tp2sp reward": (TP2SP, {}, "one reward"),
     "pp2 reward": (PP2, {}, "one reward"),
 }
@@ -123,6 +136,9 @@ RESUMED = {  # name: the run that was cut, the layout it goes on in
     "one-ep": ("one mixture", EP2),
     "head tp-pp": ("tp2sp head", PP2),
     "reward tp-pp": ("tp2sp reward", PP2),
+    "start tp-zero": ("tp2 start", ZERO),
+    "last pp-one": ("pp2 last", {}),
+    "last one-pp": ("one last", PP2),
 }
 
 QUICK = {
@@ -317,6 +333,21 @@ def test_an_input_without_a_gradient_is_found_under_recomputation(runs, monkeypa
     for name in names.values():
         with pytest.raises(AssertionError, match="grad_norm"):
             assert_same_history(runs.lines(name), runs.lines("one"))
+
+
+def is_refused(argv: list[str], port: int) -> int:
+    """0 if the command exits with 2 and rank 0 names the rank that has nothing to train."""
+    os.environ["MASTER_PORT"] = str(port)
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = main(argv)
+    is_named = "there is nothing to train on rank 1" in errors.getvalue()
+    return int(code != 2 or not (is_named or os.environ["RANK"] != "0"))
+
+
+def test_a_stage_without_a_share_of_the_optimizer_is_refused(runs, tmp_path):
+    lora = {**LORA, "layers_to_transform": [0]}
+    argv = runs.train("idle", parallel={**PP2, **ZERO}, model=SIZES, lora=lora)
+    on_ranks(2, partial(is_refused, argv, free_port()), tmp_path, TIMEOUT_S)
 
 
 @pytest.mark.slow
