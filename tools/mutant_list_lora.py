@@ -103,4 +103,18 @@ LORA_MUTANTS = (
         "is_trained_on=False",
         "unit/bridge/test_bridge.py",
     ),
+    Mutant(
+        "gathered adapters are taken for halves of a fused layer",
+        "model/parameters/canonical.py",
+        '".linear_fc1." in name and not is_added(name)',
+        '".linear_fc1." in name',
+        "distributed/test_lora_layouts.py",
+    ),
+    Mutant(
+        "the number of steps is that of the first rank",
+        "checkpoint/optimizer_state.py",
+        'setdefault("common_step", torch.tensor(float(step)))',
+        'get("common_step")',
+        "distributed/test_lora_layouts.py",
+    ),
 )

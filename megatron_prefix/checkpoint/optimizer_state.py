@@ -63,6 +63,7 @@ def restore_optimizer(
     """
     if saved_parts != len(optimizer.chained_optimizers):
         state = _with_own_groups(optimizer, state, step)
+    _add_steps(optimizer, state, step)
     # Loading overwrites the groups' settings with the saved ones; the configuration's are put back.
     settings = [_settings(group) for group in optimizer.param_groups]
     _take_schedules(optimizer, state)
@@ -81,6 +82,15 @@ def _place_steps(part: MegatronOptimizer) -> None:
             own = part.optimizer.state.get(parameter, {})
             if "step" in own:
                 own["step"] = own["step"].to(parameter.device, torch.float32)
+
+
+def _add_steps(optimizer: MegatronOptimizer, state: dict, step: int) -> None:
+    """Add the number of steps, which a checkpoint has of the first rank only: none, if nothing is
+    trained there. The distributed optimizer has it in its groups."""
+    for part, own in zip(optimizer.chained_optimizers, _by_part(state), strict=True):
+        if not isinstance(part, DistributedOptimizer):
+            inner = own.get("optimizer", own)
+            inner.setdefault("state", {}).setdefault("common_step", torch.tensor(float(step)))
 
 
 def _settings(group: dict) -> dict:

@@ -97,7 +97,8 @@ def prepare_trainer(
             flush=True,
         )
     policy = build_policy(chunks, model_config, config, num_steps)
-    policy.refuse_idle_ranks(world)
+    if config.train.save:
+        policy.refuse_idle_ranks(world)
     identity = run_identity(config, objective, dataset, fingerprint) | reference.identity
     schedule = run_schedule(config, num_steps)
     step, changes, saved = _resumed(config, policy, reference, identity, schedule, adapter, world)

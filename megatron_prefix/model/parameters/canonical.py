@@ -70,7 +70,8 @@ def _whole(name: str, parameter: torch.nn.Parameter, model: TreeGPTModel) -> Ten
     if group.size() > 1 and dim is not None:
         parts = [torch.empty_like(whole) for _ in range(group.size())]
         torch.distributed.all_gather(parts, whole.contiguous(), group=group)
-        if ".linear_fc1." in name and model.config.gated_linear_unit:
+        is_fused = ".linear_fc1." in name and not is_added(name)  # adapters are apart
+        if is_fused and model.config.gated_linear_unit:
             # ranks hold [g0 u0] and [g1 u1], the whole is [g0 g1 u0 u1]
             halves = zip(*(part.chunk(2, dim) for part in parts), strict=True)
             parts = [x for half in halves for x in half]
