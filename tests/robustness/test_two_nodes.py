@@ -15,7 +15,7 @@ from nodes import ADDRESSES, Nodes, needs_namespaces, network_of_two, num_lines,
 
 FAULTS = 20
 STEPS = 200
-TIMEOUT_S = 6
+TIMEOUT_S = 15
 """parallel.distributed_timeout_minutes."""
 END_S = TIMEOUT_S + 10 + 30
 """Until every rank has to be gone: the timeout, the last deadline, a machine under load."""
