@@ -22,6 +22,7 @@ from megatron_prefix.data.steps import Sampler
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
+from megatron_prefix.estimate.adapters import trained_parameters
 from megatron_prefix.estimate.attention import PathShare
 from megatron_prefix.estimate.data_costs import (
     KnownModel,
@@ -209,8 +210,23 @@ class LayoutSearch:
         """The configuration with every layout and size of rows; recomputation is not chosen yet."""
         model, sizes = self.config.model, self.known.sizes
         for parallel in parallel_layouts(self.world_size, model, sizes, self.config.parallel):
+            if self._has_idle_stage(parallel):
+                # its optimizer could not be saved, see engine/optimizer.py
+                parallel = replace(
+                    parallel, use_distributed_optimizer=False, overlap_param_gather=False
+                )
             for config in row_sizes(self.config):
                 yield replace(config, parallel=parallel)
+
+    def _has_idle_stage(self, parallel: ParallelConfig) -> bool:
+        """Whether a pipeline stage trains nothing, because its layers have no adapters."""
+        known = self.known
+        if known.lora is None:
+            return False
+        assert known.vocab_size is not None, "known before a search begins"
+        sizes = self.config.model, known.sizes, parallel, known.lora, known.vocab_size
+        stages = range(parallel.pipeline_model_parallel_size)
+        return any(sum(trained_parameters(*sizes, stage)) == 0 for stage in stages)
 
     def estimate(self, candidate: Config) -> Estimate | None:
         """The candidate with the least recomputation that fits; None if none does, or if a group

@@ -147,6 +147,25 @@ def test_the_first_is_the_best_of_all(written, share):
         assert any(x["settings"]["model.recompute_method"] for x in result["layouts"])
 
 
+def test_each_layout_has_its_best_rows(written):
+    """Fewer, longer rows hide more of the gradients' traffic: the first size tried is not best."""
+    config, machine = load_config(written()), named_hardware("H100")
+    search = LayoutSearch.of_config(config, 4, machine)
+    best: dict[tuple, list[float]] = {}
+    for candidate in search.candidates():
+        if (estimate := search.estimate(candidate)) is not None:
+            seconds = best.setdefault(key_of(estimate.described()), [])
+            seconds.append(estimate.seconds)
+    assert any(seconds[0] > min(seconds) for seconds in best.values())
+    for layout in search_layouts(config, 4, machine)["layouts"]:
+        assert layout["seconds_per_step"] == min(best[key_of(layout)])
+
+
+def key_of(layout: dict) -> tuple:
+    """What of a layout is not the size of its rows."""
+    return tuple(x for k, x in layout["settings"].items() if not k.startswith("data."))
+
+
 def test_a_listed_layout_is_planned_alike(written):
     """Its settings, given to `plan`, give the same seconds and the same memory."""
     path, machine = written(), named_hardware("H100")
@@ -189,6 +208,19 @@ def test_adapters_have_a_time(written):
     assert 2 / 3 < lora["seconds"]["compute"] / full["seconds"]["compute"] < 1
     assert lora["seconds"]["optimizer"] < full["seconds"]["optimizer"]
     assert search_layouts(load_config(path), 2, machine)["layouts"]
+
+
+def test_a_stage_without_adapters_has_no_distributed_optimizer(written):
+    """train refuses one whose rank has nothing to save."""
+    path = written(lora={"r": 4, "target_modules": "all-linear", "layers_to_transform": [0]})
+    search = LayoutSearch.of_config(load_config(path), 4, named_hardware("H100"))
+    layouts = [config.parallel for config in search.candidates()]
+    assert {x.pipeline_model_parallel_size for x in layouts} == {1, 2}
+    for layout in layouts:
+        is_shared = layout.use_distributed_optimizer
+        ranks = 4 // (layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size)
+        assert is_shared == (layout.pipeline_model_parallel_size == 1 and ranks > 1)
+        assert layout.overlap_param_gather == is_shared
 
 
 def test_the_table_and_the_json(written, capsys):
