@@ -24,7 +24,7 @@ from megatron_prefix.checkpoint.starting_adapter import (
 )
 from megatron_prefix.checkpoint.vocabulary import compare_vocabularies
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
-from megatron_prefix.config.lora import LoraConfig, lora_size_faults
+from megatron_prefix.config.lora import FEED_FORWARD_TARGETS, LoraConfig, lora_size_faults
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import (
@@ -243,14 +243,12 @@ def _absolute(path: str) -> str:
 def check_targets(lora: LoraConfig, source: HFModel) -> None:
     """Refuse adapters of linear layers that the family joins or names in another way: PEFT would
     make one adapter for a joined layer, and here every part has its own. Raises InputError."""
-    linears = source.family.linears
-    names = list(linears.values())
+    names = list(source.family.linears.values())
     for target in lora.target_modules or ():
-        part = {"q": "query", "k": "key", "v": "value", "o": "output"}.get(target[0], target[:-5])
-        if source.sizes.num_moe_experts and part in ("gate", "up", "down"):
+        if source.sizes.num_moe_experts and target in FEED_FORWARD_TARGETS:
             fits = not source.sizes.architecture.expert_bias
         else:
-            fits = linears.get(part) == target and names.count(target) == 1
+            fits = names.count(target) == 1
         if not fits:
             raise InputError(
                 f"lora.target_modules has {target}, and linear layers of model_type "

@@ -7,6 +7,7 @@ has, as model/adapters/linear.py divides them,
 
     column parallel (q, k, v, gate, up)    A whole, a part of B    r (inputs + outputs / t)
     row parallel (o, down)                 a part of A, B whole    r (inputs / t + outputs)
+    whole (compression of latent attention)        both whole      r (inputs + outputs)
 
 and keeps r values of each token of the row for backward: of all tokens after A of a column, of its
 own tokens under sequence parallelism after A of a row. Besides these it keeps what training of all
@@ -24,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
-from megatron_prefix.config.lora import LoraConfig
+from megatron_prefix.config.lora import FEED_FORWARD_TARGETS, LoraConfig
 from megatron_prefix.estimate.attention import PathShare
 from megatron_prefix.estimate.flops import ForwardFlops
 from megatron_prefix.estimate.memory import (
@@ -40,7 +41,7 @@ from megatron_prefix.estimate.memory import (
 )
 
 ROW_PARALLEL = ("o_proj", "down_proj")
-OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,12 @@ class AdaptedMatrix:
     outputs: int
     is_row: bool
     is_expert: bool
+    is_whole: bool = False
+    """Whether every tensor-parallel rank has the whole matrix, and the whole adapter."""
 
     def parameters(self, rank: int, tensor: int = 1) -> int:
         """Of its adapter, on one of `tensor` ranks."""
+        tensor = 1 if self.is_whole else tensor
         if self.is_row:
             return rank * (self.inputs // tensor + self.outputs)
         return rank * (self.inputs + self.outputs // tensor)
@@ -64,22 +68,33 @@ def adapted_matrices(lora: LoraConfig, sizes: ModelSizes) -> list[AdaptedMatrix]
     width, head_dim = sizes.hidden_size, sizes.kv_channels
     has_experts = sizes.num_moe_experts > 0
     queries, keys = sizes.num_attention_heads * head_dim, sizes.num_query_groups * head_dim
-    latent = sizes.architecture.latent
-    values = queries
-    if latent is not None:
-        values = sizes.num_attention_heads * latent.value_channels
     inner = sizes.moe_ffn_hidden_size if has_experts else sizes.ffn_hidden_size
     shapes = {
         "q_proj": (width, queries),
         "k_proj": (width, keys),
         "v_proj": (width, keys),
-        "o_proj": (values, width),
+        "o_proj": (queries, width),
         "gate_proj": (width, inner),
         "up_proj": (width, inner),
         "down_proj": (inner, width),
     }
+    if (latent := sizes.architecture.latent) is not None:
+        heads, latent_rank = sizes.num_attention_heads, latent.key_value_rank
+        values = heads * latent.value_channels
+        shapes |= {
+            "q_a_proj": (width, latent.query_rank or 0),
+            "q_b_proj": (latent.query_rank or 0, queries),
+            "kv_a_proj_with_mqa": (width, latent.down_rows),
+            "kv_b_proj": (latent_rank, heads * latent.unrotated_channels + values),
+            "o_proj": (values, width),
+        }
     return [
-        AdaptedMatrix(*shapes[name], name in ROW_PARALLEL, has_experts and name not in OF_ATTENTION)
+        AdaptedMatrix(
+            *shapes[name],
+            is_row=name in ROW_PARALLEL,
+            is_expert=has_experts and name in FEED_FORWARD_TARGETS,
+            is_whole=name in WHOLE,
+        )
         for name in lora.target_modules or ()
     ]
 
@@ -206,7 +221,7 @@ def adapter_activations(
         if matrix.is_expert:
             values += sizes.moe_router_topk * (lora.r or 0)
         else:
-            values += (lora.r or 0) / (slices if matrix.is_row else 1)
+            values += (lora.r or 0) / (slices if matrix.is_row or matrix.is_whole else 1)
     indices = stage_indices(sizes.num_layers, parallel)[stage]
     share = sum(lora.adapts_layer(index) for index in indices) / max(len(indices), 1)
     return round(share * num_tokens * values * BYTES[model.dtype])

@@ -126,3 +126,19 @@ def test_other_parts_and_layouts_too(name, tmp_path):
     assert_same_history(runs.lines(name), runs.lines(family))
     compared = partial(without_free_biases, family)
     assert_same_weights(runs, name, family, compared=compared)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [TP2, TP2SP], ids=["tp2", "tp2sp"])
+def test_adapters_before_multi_latent_attention_too(layout, tmp_path):
+    runs, family = Runs(tmp_path), "deepseek v3, dense"
+    save(runs, family, spread=0.1)
+    targets = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    sections = {
+        "model": {"hf": str(tmp_path / "hf" / family)},
+        "lora": {"r": 4, "lora_alpha": 64.0, "target_modules": targets},
+    }
+    on_processes(1, tmp_path, [runs.train("one", parallel={}, **sections)], TIMEOUT_S)
+    on_processes(2, tmp_path, [runs.train("two", parallel=layout, **sections)], TIMEOUT_S)
+    assert_same_history(runs.lines("two"), runs.lines("one"))
+    assert_same_weights(runs, "two", "one")

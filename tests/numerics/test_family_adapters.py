@@ -43,11 +43,16 @@ JOINED = {
     "starcoder2": ATTENTION,
 }
 """Layers that may have adapters, in families that join others."""
-LATENT = dict.fromkeys(("deepseek v2", "deepseek v3", "glm moe lite"), ["o_proj"])
+LOW = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+LATENT = {
+    **dict.fromkeys(("deepseek v2", "deepseek v3", "glm moe lite"), LOW),
+    "deepseek v2, dense": ["q_proj", *LOW[2:]],
+}
 MIXTURES = ("mixtral", "qwen3 moe", "qwen2 moe", "gpt-oss", "glm moe")
-OFTEN = ("llama, biases, yarn", "phi3", "gemma3", "cohere", "gpt-oss")
+OFTEN = ("llama, biases, yarn", "phi3", "gemma3", "cohere", "gpt-oss", "deepseek v3")
 """Models of `make test`; the others take part in `make test-all`."""
 ONE_OF_EACH = {kind: name for name, (kind, _) in MODELS.items()} | {"llama": OFTEN[0]}
+ONE_OF_EACH["dense"] = "deepseek v2, dense"
 
 
 def targets_of(name: str) -> list[str]:

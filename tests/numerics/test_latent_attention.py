@@ -93,9 +93,15 @@ def test_layers_that_predict_further_tokens_are_refused_by_name(prefix, tmp_path
 @pytest.mark.parametrize(
     ("family", "targets", "message"),
     [
-        ("deepseek v3", None, "all-linear: the model has multi-latent attention.*kv_b_proj"),
-        ("deepseek v2, dense", ("q_proj",), "multi-latent attention.*name others of o_proj"),
-        ("deepseek v3", ("o_proj", "up_proj"), "first 1 layers of the model have no experts"),
+        (
+            "deepseek v3",
+            None,
+            "all-linear: a model with multi.*of q_proj, k_proj.*of q_a_proj",
+        ),
+        ("deepseek v2, dense", ("q_a_proj",), "no adapters of q_a_proj: name some of q_proj, kv_a"),
+        ("glm moe", ("kv_b_proj",), "without multi-latent attention has no adapters of kv_b_proj"),
+        ("deepseek v3", ("o_proj", "up_proj"), "with multi-latent .* has no adapters of up_proj"),
+        ("glm moe", ("o_proj", "up_proj"), "first 1 layers of the model have no experts"),
     ],
 )
 def test_adapters_that_are_not_supported_are_refused(family, targets, message, tmp_path, world):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_prefix.config.lora.section import ALL_LINEAR, FEED_FORWARD_TARGETS, LoraConfig
+from megatron_prefix.config.lora.section import (
+    ALL_LINEAR,
+    FEED_FORWARD_TARGETS,
+    LATENT_TARGETS,
+    LoraConfig,
+)
 from megatron_prefix.config.model import ModelSizes
 
 
@@ -31,15 +36,19 @@ def lora_size_faults(lora: LoraConfig, sizes: ModelSizes, kind: str) -> Iterator
     """Settings that do not fit the sizes of the model."""
     targets = lora.resolved(sizes.num_moe_experts > 0).target_modules or ()
     given = f"lora.target_modules = {lora.target_modules or ALL_LINEAR}"
-    refused = [name for name in targets if name in ("q_proj", "k_proj", "v_proj")]
-    if sizes.architecture.latent is not None and refused:
+    latent = sizes.architecture.latent
+    own: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    if latent is not None:
+        own = ("q_proj", *LATENT_TARGETS[2:]) if latent.query_rank is None else LATENT_TARGETS
+    own = (*own, "o_proj", *(FEED_FORWARD_TARGETS if latent is None else ()))
+    if refused := [name for name in targets if name not in own]:
+        kind = "with" if latent is not None else "without"
         yield (
-            f"{given}: the model has multi-latent attention, and adapters of its layers before "
-            "attention (q_a_proj, q_b_proj or q_proj, kv_a_proj_with_mqa, kv_b_proj) are not "
-            "supported: name others of o_proj, gate_proj, up_proj and down_proj"
+            f"{given}: a model {kind} multi-latent attention has no adapters of "
+            f"{', '.join(refused)}: name some of {', '.join(own)}"
         )
     refused = [name for name in targets if name in FEED_FORWARD_TARGETS]
-    if sizes.architecture.dense_layers and refused:
+    if sizes.architecture.dense_layers and refused and latent is None:
         yield (
             f"{given}: the first {sizes.architecture.dense_layers} layers of the model have no "
             "experts, and the others have: adapters of both kinds of feed-forward layers are not "

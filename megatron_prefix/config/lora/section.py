@@ -18,12 +18,26 @@ from pydantic.dataclasses import dataclass
 
 from megatron_prefix.config.bounds import KNOWN_KEYS, Factor, PathText, Switch
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Target = Literal[
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "q_a_proj",
+    "q_b_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+]
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 ATTENTION_TARGETS: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD_TARGETS: tuple[Target, ...] = ("gate_proj", "up_proj", "down_proj")
 TARGETS = ATTENTION_TARGETS + FEED_FORWARD_TARGETS
 """Linear layers that can be adapted, in the order of a layer."""
+LATENT_TARGETS: tuple[Target, ...] = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+"""Those that only multi-latent attention has."""
 RANK, ALPHA = 8, 8.0
 """PEFT's defaults of `r` and `lora_alpha`."""
 
@@ -63,7 +77,8 @@ class LoraConfig:
     """An adapter's output is multiplied by `lora_alpha / r`. 8 if not given."""
     target_modules: Literal["all-linear"] | Targets | None = None
     """Linear layers of every transformer layer that get an adapter. `all-linear` (if not given):
-    all of them, of a mixture those of the attention; its experts are adapted if they are named."""
+    all of them, of a mixture those of the attention; its experts are adapted if they are named.
+    Those of multi-latent attention have to be named."""
     use_rslora: Switch | None = None
     """Multiply by `lora_alpha / sqrt(r)` instead (Kalajdzievski 2023, arXiv 2312.03732)."""
     lora_dropout: Annotated[
@@ -104,7 +119,7 @@ class LoraConfig:
             self,
             r=self.r or RANK,
             lora_alpha=self.lora_alpha or ALPHA,
-            target_modules=tuple(name for name in TARGETS if name in targets),
+            target_modules=tuple(x for x in (*TARGETS, *LATENT_TARGETS) if x in targets),
             use_rslora=bool(self.use_rslora),
             layers_to_transform=layers and tuple(sorted(layers)),
         )

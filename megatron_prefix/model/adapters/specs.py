@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_prefix.config.lora import LoraConfig
+from megatron_prefix.model.adapters.latent import with_latent_adapters
 from megatron_prefix.model.adapters.linear import (
     DownLinear,
     GateUpLinear,
@@ -60,7 +61,9 @@ def with_adapters(layer: ModuleSpec, lora: LoraConfig, has_transformer_engine: b
     kinds = _transformer_engine_layers() if has_transformer_engine else _local_layers()
     targets, parts = set(lora.target_modules or ()), layer.submodules
     attention = submodules_of(parts.self_attention)
-    if targets & set(kinds.qkv.targets):  # type: ignore[attr-defined]
+    if hasattr(attention, "linear_kv_down_proj"):
+        with_latent_adapters(attention, targets)
+    elif targets & set(kinds.qkv.targets):  # type: ignore[attr-defined]
         attention.linear_qkv = kinds.qkv
         parts.input_layernorm = kinds.norm or parts.input_layernorm
     if "o_proj" in targets:

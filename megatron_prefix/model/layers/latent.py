@@ -40,11 +40,16 @@ from megatron_prefix.attention import TreePackedSeqParams
 from megatron_prefix.model.layers.norm import SEQUENCE_PARALLEL, RMSNorm
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LatentSubmodules:
     """Parts that a layer spec may replace."""
 
     core_attention: ModuleSpec | type
+    linear_q_proj: type = ColumnParallelLinear
+    linear_q_down_proj: type
+    linear_q_up_proj: type = ColumnParallelLinear
+    linear_kv_down_proj: type
+    linear_kv_up_proj: type = ColumnParallelLinear
     linear_proj: type = RowParallelLinear
 
 
@@ -90,17 +95,23 @@ class LatentSelfAttention(MegatronModule):
         heads, width = config.num_attention_heads, config.hidden_size
         query_rows = heads * latent.query_channels
         if latent.query_rank is None:
-            self.linear_q_proj = self._up(width, query_rows)
+            self.linear_q_proj = self._up(submodules.linear_q_proj, width, query_rows)
         else:
-            self.linear_q_down_proj = WholeLinear(
+            self.linear_q_down_proj = submodules.linear_q_down_proj(
                 config, width, latent.query_rank, latent.down_bias
             )
             self.q_layernorm = RMSNorm(config, latent.query_rank, latent.norm_epsilon)
-            self.linear_q_up_proj = self._up(latent.query_rank, query_rows)
-        self.linear_kv_down_proj = WholeLinear(config, width, latent.down_rows, latent.down_bias)
+            self.linear_q_up_proj = self._up(
+                submodules.linear_q_up_proj, latent.query_rank, query_rows
+            )
+        self.linear_kv_down_proj = submodules.linear_kv_down_proj(
+            config, width, latent.down_rows, latent.down_bias
+        )
         self.kv_layernorm = RMSNorm(config, latent.key_value_rank, latent.norm_epsilon)
         self.linear_kv_up_proj = self._up(
-            latent.key_value_rank, heads * (latent.unrotated_channels + latent.value_channels)
+            submodules.linear_kv_up_proj,
+            latent.key_value_rank,
+            heads * (latent.unrotated_channels + latent.value_channels),
         )
         self.core_attention = build_module(
             submodules.core_attention,
@@ -123,9 +134,9 @@ class LatentSelfAttention(MegatronModule):
             tp_group=self.tp_group,
         )
 
-    def _up(self, inputs: int, outputs: int) -> ColumnParallelLinear:
+    def _up(self, kind: type, inputs: int, outputs: int) -> torch.nn.Module:
         """A linear layer whose outputs are divided by heads."""
-        return ColumnParallelLinear(
+        return kind(
             inputs,
             outputs,
             config=self.config,
@@ -198,7 +209,11 @@ def with_latent_attention(layer: ModuleSpec, core_attention: ModuleSpec) -> Modu
     Checkpoints use the names of Transformer Engine, which fuses the norms of what is compressed
     with the layers after them, and not the norm of the layer's input.
     """
-    submodules = LatentSubmodules(core_attention=core_attention)
+    submodules = LatentSubmodules(
+        core_attention=core_attention,
+        linear_q_down_proj=WholeLinear,
+        linear_kv_down_proj=WholeLinear,
+    )
     layer.submodules.self_attention = ModuleSpec(module=LatentSelfAttention, submodules=submodules)
     names = {**layer.submodules.sharded_state_dict_keys_map}
     del names["input_layernorm."]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megatron_prefix.config.lora import TARGETS, LoraConfig
+from megatron_prefix.config.lora import LATENT_TARGETS, TARGETS, LoraConfig
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.reading import ADAPTER, ADAPTER_WEIGHTS
 from megatron_prefix.model.names import (
@@ -98,7 +98,8 @@ class PeftAdapter:
         except (ValidationError, TypeError) as error:
             text = " ".join(str(error).split())[:300]
             raise InputError(
-                f"{path}: not supported ({text}); target_modules may list {', '.join(TARGETS)}"
+                f"{path}: not supported ({text}); target_modules may list "
+                f"{', '.join((*TARGETS, *LATENT_TARGETS))}"
             ) from None
         return cls(
             directory,

@@ -17,7 +17,19 @@ from functools import cached_property
 from torch import Tensor
 
 from megatron_prefix.config.lora import LoraConfig
-from megatron_prefix.model.hf.names import EXPERT_FC1, EXPERT_FC2, FC1, FC2, PROJ, QKV
+from megatron_prefix.model.hf.names import (
+    EXPERT_FC1,
+    EXPERT_FC2,
+    FC1,
+    FC2,
+    KV_DOWN,
+    KV_UP,
+    PROJ,
+    Q_DOWN,
+    Q_PROJ,
+    Q_UP,
+    QKV,
+)
 from megatron_prefix.model.hf.peft.directory import peft_name
 from megatron_prefix.model.hf.weights import ALL, Piece, Read, WeightMap
 from megatron_prefix.model.names import (
@@ -33,6 +45,11 @@ from megatron_prefix.model.names import (
 _FEED_FORWARD = {FC1: ("gate_proj", "up_proj"), FC2: ("down_proj",)}
 _PARTS = {
     QKV: ("q_proj", "k_proj", "v_proj"),
+    Q_PROJ: ("q_proj",),
+    Q_DOWN: ("q_a_proj",),
+    Q_UP: ("q_b_proj",),
+    KV_DOWN: ("kv_a_proj_with_mqa",),
+    KV_UP: ("kv_b_proj",),
     PROJ: ("o_proj",),
     **_FEED_FORWARD,
     EXPERT_FC1: _FEED_FORWARD[FC1],
