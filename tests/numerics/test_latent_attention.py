@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 from test_family_parity import build
 
 from megatron_prefix.config import ModelConfig, ParallelConfig
-from megatron_prefix.config.lora import LoraConfig
+from megatron_prefix.config.lora import LATENT_TARGETS, LoraConfig
 from megatron_prefix.data.steps import CostModel
 from megatron_prefix.errors import InputError
+from megatron_prefix.estimate.adapters import rank_adapters
 from megatron_prefix.estimate.memory import layer_activations, rank_parameters
 from megatron_prefix.model.hf import HFModel
 from megatron_prefix.model.hf.families import FAMILIES
-from megatron_prefix.model.provider import transformer_config
+from megatron_prefix.model.names import ADAPTERS
+from megatron_prefix.model.provider import model_provider, transformer_config
 from megatron_prefix.testing import write_random_set
 
 EXPERTS, CHOSEN = 8, 3
@@ -109,6 +111,26 @@ def test_adapters_that_are_not_supported_are_refused(family, targets, message, t
     config = ModelConfig(hf=str(tmp_path / "hf"))
     with pytest.raises(InputError, match=message):
         transformer_config(config, seed=0, lora=LoraConfig(target_modules=targets))
+
+
+def test_parameters_of_adapters_are_those_that_are_built(tmp_path, world):
+    make_family("deepseek v3", tmp_path / "hf")
+    config = ModelConfig(hf=str(tmp_path / "hf"))
+    lora = LoraConfig(r=4, target_modules=(*LATENT_TARGETS, "o_proj"))
+    built = transformer_config(config, seed=0, lora=lora, adapter_seed=0)
+    model = model_provider(config=built, pg_collection=world.groups)
+    added = {name: x.numel() for name, x in model.named_parameters() if x.requires_grad}
+    assert all(ADAPTERS in name for name in added) and len(added) == 3 * 5 * 2
+    sizes = HFModel.read(tmp_path / "hf").sizes
+    lora = lora.resolved(has_experts=True)
+    assert rank_adapters(config, sizes, ParallelConfig(), lora, 270, 0) == (sum(added.values()), 0)
+    halves = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    # both factors of what compresses are whole, and A of columns and B of rows
+    whole = 3 * 4 * ((48 + 28) + (48 + 20 + 8) + 28 + 20 + 48)
+    assert rank_adapters(config, sizes, halves, lora, 270, 0) == (
+        whole + (sum(added.values()) - whole) // 2,
+        0,
+    )
 
 
 def test_names_of_its_linear_layers():
