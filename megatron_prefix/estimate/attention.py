@@ -66,7 +66,7 @@ def attention_buffers(
     queries = -(-row_tokens // parallel.context_parallel_size)
     heads = sizes.num_attention_heads / parallel.tensor_model_parallel_size
     groups = sizes.num_query_groups / parallel.tensor_model_parallel_size
-    width = sizes.kv_channels
+    width = sizes.kernel_channels
     of_queries = queries * heads * width * SIZE
     of_keys = keys * groups * width * SIZE
     # 2 pieces of a row of 1000 tokens: 1256 rows of float32
