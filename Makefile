@@ -19,8 +19,8 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest \
     -q -n $(JOBS) --dist loadfile
 
-.PHONY: install quickstart test test-sample test-all test-gpu gpu-check lint mutants fuzz clean \
-    bench bench-sets bench-steps bench-data docs
+.PHONY: install quickstart test test-sample test-all test-gpu test-fake-cuda gpu-check lint mutants \
+    fuzz clean bench bench-sets bench-steps bench-data docs
 
 install: $(VENV)/.installed
 	@$(BIN)/python tools/versions.py $(VENV)
@@ -56,6 +56,10 @@ fuzz: install
 
 test-gpu: install
 	$(PYTEST) -n 0 -m gpu -rs --timeout 120 tests/gpu
+
+# Whole steps as CUDA runs them, on fake tensors: needs a build of torch with CUDA, and no GPU.
+test-fake-cuda: install
+	$(PYTEST) -n 0 -rs tests/fake_cuda
 
 # Without a network: WHEELS=directory, or - where everything is installed (docs/gpu.md).
 gpu-check:

@@ -75,4 +75,11 @@ CUDA_MUTANTS = (
         "queries",
         "unit/estimate/test_attention_buffers.py",
     ),
+    Mutant(
+        "the host waits for the count of every metric",
+        "objectives/objective.py",
+        "values.new_full((), len(values))",
+        "values.new_tensor(float(len(values)))",
+        "fake_cuda/test_fake_cuda.py",
+    ),
 )

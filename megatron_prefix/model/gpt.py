@@ -238,7 +238,7 @@ class TreeGPTModel(LanguageModule):
             decoder_input = embedding(input_ids=input_ids, position_ids=position_ids)
             multiplier = self.config.architecture.embedding_multiplier
             if multiplier != 1:  # rounded like the embedding, as in transformers
-                decoder_input = decoder_input * decoder_input.new_tensor(multiplier)
+                decoder_input = decoder_input * decoder_input.new_full((), multiplier)
             if self.config.lora is not None and torch.is_grad_enabled():
                 decoder_input = self._with_gradient(decoder_input)
         hidden_states = self.decoder(

@@ -334,4 +334,4 @@ def _mean(values: Tensor) -> Tensor:
     """Sum and count, [2]."""
     import torch
 
-    return torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+    return torch.stack([values.sum(), values.new_full((), len(values))])
