@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from family_models import make_family
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from safetensors.torch import load_file, save_file
 from test_family_parity import build
 
@@ -61,6 +63,16 @@ def test_parameters_and_operations_are_those_of_the_model_that_is_built(prefix, 
     feed_forward = (3 * 80 + 2 * (CHOSEN * (2 * 48 + 3 * 24) + 3 * 24)) / 3
     values = 4 * 48 + 4 * 6 * 18 + 6 * 12 + 2 * 28 + 2 * 20 + 8 + feed_forward
     assert layer_activations(config, sizes, ParallelConfig(), 1) == round(values * 4 + 4 * 6)
+
+
+def test_its_parts_have_the_names_of_megatron_cores_layer(prefix, tmp_path, world):
+    """And so have checkpoints."""
+    theirs = {field.name for field in fields(MLASelfAttentionSubmodules)}
+    for family in ("deepseek v3", "deepseek v2, dense"):
+        make_family(family, tmp_path / family)
+        model = build(tmp_path / family, prefix, world)
+        own = {name for name, _ in model.decoder.layers[0].self_attention.named_children()}
+        assert own <= theirs and len(own) > 4
 
 
 def test_the_correction_stays_in_float32_and_is_not_trained(prefix, tmp_path, world):
