@@ -32,11 +32,14 @@ TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+LONGROPE = {"type": "longrope", "original_max_position_embeddings": 4096}
+LONGROPE |= {"short_factor": [1.5] * 32, "long_factor": [2.0] * 32}
 CASES = {  # name: processes, sections
     "lm": (1, {}),
     "reward": (1, {"model": {"kind": "reward"}}),
     "lora": (1, {"lora": {"r": 4, "target_modules": "all-linear"}}),
     "recompute": (1, {"model": FULL}),
+    "longrope": (1, {"model": {"rope_scaling": LONGROPE}}),
     "chunked head": (1, {"model": {"lm_head_chunk_size": 16}}),
     "tp2sp": (2, {"parallel": TP2SP}),
     "pp2": (2, {"parallel": PP2}),

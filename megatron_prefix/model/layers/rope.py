@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_prefix.config import RopeScaling
+from megatron_prefix.platform import on_device
 
 
 def rotary_frequencies(
@@ -36,7 +38,7 @@ def rotary_frequencies(
         return frequencies
     if scaling.type == "longrope":
         assert scaling.short_factor is not None
-        return frequencies / torch.tensor(scaling.short_factor, dtype=torch.float32, device=device)
+        return frequencies / on_device(np.array(scaling.short_factor, np.float32), device or "cpu")
     assert scaling.factor is not None
     if scaling.type == "linear":
         return frequencies / scaling.factor
