@@ -15,6 +15,7 @@ from mutant_list_data import DATA_MUTANTS  # noqa: E402
 from mutant_list_faults import FAULT_MUTANTS  # noqa: E402
 from mutant_list_lora import LORA_MUTANTS  # noqa: E402
 from mutant_list_models import MODEL_MUTANTS  # noqa: E402
+from mutant_list_objectives import OBJECTIVE_MUTANTS  # noqa: E402
 from mutant_list_plan import PLAN_MUTANTS  # noqa: E402
 from mutant_list_references import REFERENCE_MUTANTS  # noqa: E402
 from mutant_list_steps import STEP_MUTANTS  # noqa: E402
@@ -26,6 +27,7 @@ LISTS = {
     "mutant_list_faults": FAULT_MUTANTS,
     "mutant_list_lora": LORA_MUTANTS,
     "mutant_list_models": MODEL_MUTANTS,
+    "mutant_list_objectives": OBJECTIVE_MUTANTS,
     "mutant_list_plan": PLAN_MUTANTS,
     "mutant_list_references": REFERENCE_MUTANTS,
     "mutant_list_steps": STEP_MUTANTS,
