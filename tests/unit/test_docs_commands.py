@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_prefix.__main__ import COMMANDS, _parse
+from megatron_prefix.config import parse_config
 from megatron_prefix.config.load import _known_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +38,13 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 ALL = [(page, words) for page in PAGES for words in commands_of(page) if words[0] in COMMANDS]
+
+
+def test_the_configuration_of_the_guide_is_accepted():
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    config = parse_config(yaml.safe_load(block))
+    assert config.train.generate is not None and config.loss.ref_logps == "prefs.ref"
 
 
 def test_pages_have_commands():
