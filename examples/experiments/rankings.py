@@ -188,12 +188,17 @@ def main() -> None:
         "--input", type=Path, required=True, metavar="FILE", help="trees, .jsonl.gz"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--folds", type=int, default=FOLDS, help=f"of {FOLDS}, those to run (default: all)"
+    )
     args = parser.parse_args()
+    if not 1 <= args.folds <= FOLDS:
+        parser.error(f"--folds must be from 1 to {FOLDS}")
     with gzip.open(args.input, "rt", encoding="utf-8") as file:
         trees = list(file)
     results: list[dict] = []
     longer = 0.0
-    for number in range(FOLDS):
+    for number in range(args.folds):
         start = time.monotonic()
         with contextlib.redirect_stdout(io.StringIO()):
             fold = Fold(args.output / f"fold{number}", number, trees)
@@ -204,8 +209,8 @@ def main() -> None:
         results.append({method: runs[method] for method in METHODS})
         longer += fold.longer()
         print(f"fold {number}: {time.monotonic() - start:.0f} s", flush=True)
-    report = json.dumps({"results": results, "longer": longer}, indent=1)
-    (args.output / "results.json").write_text(report + "\n", encoding="utf-8")
+        report = json.dumps({"results": results, "longer": longer}, indent=1)
+        (args.output / "results.json").write_text(report + "\n", encoding="utf-8")
     draw(results, args.output / "rankings.png")
     print(table(results, longer))
 
