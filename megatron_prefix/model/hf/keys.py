@@ -59,8 +59,8 @@ ONLY: dict[str, Only] = {
 NO_EFFECT = frozenset(
     # names, versions, precision on disk (each tensor has its own), implementations
     """
-    _name_or_path name_or_path _commit_hash transformers_version torch_dtype dtype
-    attn_implementation _attn_implementation _attn_implementation_internal
+    _name_or_path name_or_path _model_name_or_path _commit_hash transformers_version
+    torch_dtype dtype attn_implementation _attn_implementation _attn_implementation_internal
     _attn_implementation_autoset _flash_attn_2_enabled experts_implementation
     _experts_implementation _experts_implementation_internal unsloth_version unsloth_fixed
     pretraining_tp torchscript use_bfloat16 tf_legacy_loss

@@ -65,6 +65,7 @@ def test_null_and_keys_without_effect_change_nothing(tmp_path):
         **{"logit_scale": None, "sliding_window": 3, "pretraining_tp": 4, "use_cache": False},
         **{"torch_dtype": "float16", "temperature": 0.6, "attention_dropout": 0.5},
         **{"bos_token_id": 7, "_name_or_path": "me/model", "initializer_range": 0.5},
+        **{"_model_name_or_path": "a title"},
         "auto_map": {"AutoTokenizer": "tokenization.Own"},
     }
     assert write(tmp_path, **without).sizes == plain
