@@ -61,18 +61,18 @@ class Recipe:
 
 
 RECIPES = [
-    Recipe("8b/dpo.yaml", "8b", 1, 52.3),
-    Recipe("70b/dpo.yaml", "70b", 4, 51.1),
-    Recipe("70b/dpo.yaml", "70b", 8, 38.4),
-    Recipe("70b/dpo.yaml", "70b", 8, 49.5, KEEP_ALL),
-    Recipe("70b/dpo.yaml", "70b", 16, 43.1, KEEP_ALL),
-    Recipe("70b/reward.yaml", "70b", 4, 51.1),
-    Recipe("70b/reward.yaml", "70b", 8, 49.5, KEEP_ALL),
-    Recipe("70b/reward.yaml", "70b", 16, 43.1, KEEP_ALL),
-    Recipe("long/dpo.yaml", "8b", 1, 52.3),
-    Recipe("long/dpo.yaml", "8b", 4, 43.9),
-    Recipe("moe/dpo.yaml", "moe", 2, 56.3),
-    Recipe("moe/dpo.yaml", "moe", 4, 45.6),
+    Recipe("8b/dpo.yaml", "8b", 1, 52.4),
+    Recipe("70b/dpo.yaml", "70b", 4, 51.2),
+    Recipe("70b/dpo.yaml", "70b", 8, 38.5),
+    Recipe("70b/dpo.yaml", "70b", 8, 49.6, KEEP_ALL),
+    Recipe("70b/dpo.yaml", "70b", 16, 43.2, KEEP_ALL),
+    Recipe("70b/reward.yaml", "70b", 4, 51.2),
+    Recipe("70b/reward.yaml", "70b", 8, 49.6, KEEP_ALL),
+    Recipe("70b/reward.yaml", "70b", 16, 43.2, KEEP_ALL),
+    Recipe("long/dpo.yaml", "8b", 1, 52.7),
+    Recipe("long/dpo.yaml", "8b", 4, 44.3),
+    Recipe("moe/dpo.yaml", "moe", 2, 56.6),
+    Recipe("moe/dpo.yaml", "moe", 4, 45.9),
 ]
 FILES = sorted({recipe.file for recipe in RECIPES})
 TINY = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
