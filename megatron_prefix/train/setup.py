@@ -21,6 +21,7 @@ from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import Policy, build_model, build_policy
 from megatron_prefix.errors import InputError
+from megatron_prefix.model import TreeTransformerConfig
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.reference import Reference, open_reference, reference_fingerprint
 from megatron_prefix.trackers import Trackers, configured_trackers
@@ -67,18 +68,14 @@ def prepare_trainer(
     mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
     valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, initial)
     num_steps = run_steps(config, sampler)
-    if world.is_main:
-        print(describe_steps(sampler, num_steps), flush=True)
-        if (note := large_batch_note(config, len(dataset))) is not None:
-            print(note, flush=True)
+    _print_steps(config, sampler, num_steps, dataset, world)
     samples = Samples.of_run(config, dataset, world)
     model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, world)
     world.beat("the initial weights")
     adapter = initial.load(chunks)
-    fingerprint = None
-    if objective.reference != "none":
-        fingerprint = reference_fingerprint(chunks, adapter)
+    has_reference = objective.reference != "none"
+    fingerprint = reference_fingerprint(chunks, adapter) if has_reference else None
     reference = open_reference(
         objective,
         config,
@@ -91,11 +88,7 @@ def prepare_trainer(
         valid=[held_out.dataset for held_out in valid_samplers.values()],
     )
     if not reference.starts_policy and world.is_main:
-        print(
-            f"the anchor {config.loss.reference_anchor} is not the policy's initial model: the "
-            "first step has no known loss and is not checked",
-            flush=True,
-        )
+        print(_unknown_start(config), flush=True)
     policy = build_policy(chunks, model_config, config, num_steps)
     if config.train.save:
         policy.refuse_idle_ranks(world)
@@ -103,9 +96,7 @@ def prepare_trainer(
     schedule = run_schedule(config, num_steps)
     step, changes, saved = _resumed(config, policy, reference, identity, schedule, adapter, world)
     if world.is_main:
-        is_on_cuda = world.device.type == "cuda"
-        for line in machine_notes(model_config, is_on_cuda, transformer_engine_version()):
-            print(line, flush=True)
+        _print_machine(model_config, world)
         _print_start(config, initial, step, changes)
     trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
     resolved = replace(_resolved(config, objective), lora=initial.lora)
@@ -258,6 +249,29 @@ def _probe(setting: str, directory: str) -> None:
         raise InputError(
             f"{setting} = {directory}: {error.strerror}; name a directory that can be written"
         ) from None
+
+
+def _print_steps(
+    config: Config, sampler: Sampler, num_steps: int, dataset: PreferenceDataset, world: World
+) -> None:
+    if not world.is_main:
+        return
+    print(describe_steps(sampler, num_steps), flush=True)
+    if (note := large_batch_note(config, len(dataset))) is not None:
+        print(note, flush=True)
+
+
+def _unknown_start(config: Config) -> str:
+    return (
+        f"the anchor {config.loss.reference_anchor} is not the policy's initial model: the first "
+        "step has no known loss and is not checked"
+    )
+
+
+def _print_machine(model_config: TreeTransformerConfig, world: World) -> None:
+    is_on_cuda = world.device.type == "cuda"
+    for line in machine_notes(model_config, is_on_cuda, transformer_engine_version()):
+        print(line, flush=True)
 
 
 def _print_start(config: Config, initial: StartingModel, step: int, changes: list[str]) -> None:
