@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
+from megatron_prefix.data.steps.row_images import RowImages
 from megatron_prefix.data.steps.sharing import View
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.layout import TreeLayout
@@ -80,6 +81,8 @@ class MicroBatch:
     learns them."""
     attribute_names: tuple[str, ...] = ()
     desirable: np.ndarray | None = None
+    images: RowImages | None = None
+    """None if the data set has none."""
 
     @property
     def num_responses(self) -> int:
