@@ -58,6 +58,9 @@ class TreePackedSeqParams(PackedSeqParams):
     """This rank's part of the row, with context parallelism."""
     position_ids: Tensor
     """int64 [T]: each token's depth along its root path."""
+    axes: Tensor | None = None
+    """int64 [3, T]: positions in time, height and width, by which M-RoPE rotates; None: each token
+    has its `position_ids` on all three."""
     rotation: Rotation | None = None
     """Rotates queries and keys by their positions. A model sets it; None rotates nothing."""
     local_rotation: Rotation | None = None

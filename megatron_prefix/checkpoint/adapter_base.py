@@ -19,7 +19,7 @@ from megatron_prefix.checkpoint.save_load import TRACKER, resolve_checkpoint
 from megatron_prefix.checkpoint.torch_dist import COMPLETE
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import REWARD_HEAD
-from megatron_prefix.model.hf import HFModel, HFTensors, WeightMap
+from megatron_prefix.model.hf import HFModel, WeightMap
 from megatron_prefix.model.parameters import Fingerprint
 
 
@@ -42,7 +42,7 @@ class DirectoryBase:
 
     def __init__(self, directory: Path, weights: WeightMap) -> None:
         self._weights, self._names = weights, base_names(weights)
-        self._tensors = HFTensors(directory)
+        self._tensors = weights.tensors(directory)
         shapes, head = weights.hf_shapes(), {}
         if REWARD_HEAD in self._tensors.shapes and weights.kind == "reward":
             head = {REWARD_HEAD: self._tensors.shapes[REWARD_HEAD]}
@@ -90,11 +90,18 @@ def hf_tensors(
         if group[0] not in wanted:
             continue
         read = ((name, checkpoint.read(name)) for name in group)
-        if weights.pieces(group[0])[0].expert is not None:
+        if weights.has_all_experts(group[0]):
             yield from weights.join_experts(read).items()
             continue
         for name, parameter in read:
             yield from weights.split(name, parameter).items()
+
+
+def as_files(
+    weights: WeightMap, tensors: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors under the names that they have in files."""
+    return ((weights.file_name(name), tensor) for name, tensor in tensors)
 
 
 def base_names(weights: WeightMap) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_prefix.checkpoint.adapter_base import hf_tensors
+from megatron_prefix.checkpoint.adapter_base import as_files, hf_tensors
 from megatron_prefix.checkpoint.adapter_state import SavedAdapter
 from megatron_prefix.checkpoint.by_tensor import CheckpointTensors, new_directory, write_checkpoint
 from megatron_prefix.checkpoint.convert_adapter import (
@@ -24,7 +24,6 @@ from megatron_prefix.checkpoint.torch_dist import is_foreign, load_common
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf import (
     HFModel,
-    HFTensors,
     WeightMap,
     copy_companions,
     write_safetensors,
@@ -54,8 +53,8 @@ def import_hf(hf: str, output: str | Path, base: str | None = None) -> Converted
             f"{hf}: a PEFT adapter, which is imported with its base model: add --base HF_DIR"
         )
     model = HFModel.open(hf)
-    weights = _weight_map(model)
-    tensors = HFTensors(model.directory)
+    weights = WeightMap.of(model)
+    tensors = weights.tensors(model.directory)
     is_tied = not model.sizes.untie_embeddings_and_output_weights
     tensors.match(weights.hf_shapes(), is_tied)
     companions = write_checkpoint(
@@ -96,7 +95,7 @@ def export_hf(
             "config.json and the tokenizer of its Hugging Face model there"
         )
     model = HFModel.read(source)
-    weights = _weight_map(model)
+    weights = WeightMap.of(model)
     if saved is not None:
         adapters = StoredAdapters.open(path, saved, model, weights)
         if merge:
@@ -115,14 +114,9 @@ def export_hf(
         companions = copy_companions(source, partial)
         write_safetensors(
             partial,
-            {part: (dtypes[part], shape) for part, shape in shapes.items()},
-            hf_tensors(weights, checkpoint, weights.names()),
+            {weights.file_name(part): (dtypes[part], shape) for part, shape in shapes.items()},
+            as_files(weights, hf_tensors(weights, checkpoint, weights.names())),
             max_shard_bytes or SHARD_BYTES,
         )
         write_config(model.config, set(dtypes.values()), partial / "config.json")
     return Converted.of(dtypes, shapes, companions, note_on_padding(weights.kind, model))
-
-
-def _weight_map(model: HFModel) -> WeightMap:
-    names = model.family.names
-    return WeightMap(model.sizes, model.vocab_size, model.kind, model.num_labels, names)

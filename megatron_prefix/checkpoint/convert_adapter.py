@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_prefix.checkpoint.adapter_base import (
     DirectoryBase,
+    as_files,
     dtype_of_runs,
     fingerprints,
     open_base,
@@ -150,8 +151,8 @@ class StoredAdapters:
 
         with new_directory(hf, "--hf") as partial:
             companions = copy_companions(self.path / HF_FOLDER, partial)
-            entries = {name: (dtype, shapes[name]) for name, dtype in dtypes.items()}
-            write_safetensors(partial, entries, tensors(), max_shard_bytes)
+            entries = {weights.file_name(name): (x, shapes[name]) for name, x in dtypes.items()}
+            write_safetensors(partial, entries, as_files(weights, tensors()), max_shard_bytes)
             write_config(self.model.config, set(dtypes.values()), partial / "config.json")
         note = note_on_padding(weights.kind, self.model)
         return Converted.of(dtypes, shapes, companions, note)
@@ -174,8 +175,7 @@ def import_adapter(hf: str, base: str, output: Path) -> Converted:
         )
     labels = adapter.num_labels or 1
     kind: Literal["lm", "reward"] = "reward" if adapter.num_labels else "lm"
-    names = model.family.names
-    weights = WeightMap(model.sizes, model.vocab_size, kind, labels, names)
+    weights = WeightMap.of(model, kind=kind, num_labels=labels)
     lora = _checked(adapter.lora, model, kind)
     parameters = AdapterMap(lora, weights)
     adapter.check(parameters.shapes)
@@ -189,7 +189,9 @@ def import_adapter(hf: str, base: str, output: Path) -> Converted:
     )
     place = {"hf": str(Path(base).resolve()) if Path(base).exists() else base}
     saved = SavedAdapter.of(lora, fingerprints(stored, {dtype})[dtype], place)
-    config = transformer_config(section, sizes=model.sizes, vocab_size=model.vocab_size, seed=None)
+    config = transformer_config(
+        section, sizes=model.sizes, vocab_size=model.vocab_size, seed=None, source=model
+    )
 
     def attach(folder: Path) -> list[str]:
         write_hf_folder(

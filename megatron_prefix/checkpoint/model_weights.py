@@ -134,6 +134,7 @@ def sizes_of(config: TreeTransformerConfig) -> dict:
         **_attention_settings(config),
         **_parts(config.architecture),
         **({"num_labels": config.num_labels} if config.num_labels > 1 else {}),
+        **({"vision": config.vision.fingerprint} if config.vision is not None else {}),
     }
 
 

@@ -62,6 +62,8 @@ class StartingModel:
     vocabulary_note: str | None = None
     lora: LoraConfig | None = None
     adapter: StartingAdapter | None = None
+    reads_images: bool = False
+    """Whether the data has images, and the model a part that reads them."""
 
     @property
     def draws_rewards(self) -> bool:
@@ -84,6 +86,8 @@ class StartingModel:
             parallel=parallel,
             lora=self.lora,
             adapter_seed=seed,
+            source=self.source,
+            reads_images=self.reads_images,
         )
 
     @staticmethod
@@ -147,6 +151,7 @@ class StartingModel:
         """Messages for the user about the weights and the vocabulary, one a line, if there are
         any."""
         notes = [self.vocabulary_note, self._origin_note(), self._head_note(seed)]
+        notes.append(self._images_note())
         notes.append(None if self.adapter is None else self.adapter.note)
         return "\n".join(note for note in notes if note is not None) or None
 
@@ -158,6 +163,14 @@ class StartingModel:
             f"model.checkpoint = {path} has no checksums and no sizes of a model: names and shapes "
             "of its tensors are compared with the model section, other sizes (norm_epsilon, "
             "rotary_base, …) are those given"
+        )
+
+    def _images_note(self) -> str | None:
+        if self.source is None or self.source.images is None or self.reads_images:
+            return None
+        return (
+            f"the model in {self.source.directory} reads images, and no data set has any: it is "
+            "trained as a text model, and what reads images stays as it is"
         )
 
     def _head_note(self, seed: int) -> str | None:
@@ -212,6 +225,11 @@ def resolve_starting_model(
             _check_vocabulary(dataset, vocab_size, source.directory)
         if not model.allow_other_tokenizer:
             vocabulary_note = compare_vocabularies(source.directory, datasets)
+        if model.vision is not None and source.images is None:
+            raise InputError(
+                f"model.vision is set, and the model in {source.directory} reads no images: "
+                "remove it"
+            )
         if model.kind == "reward" and source.family.classifier is None:
             raise InputError(
                 f"model.kind = reward with the model in {source.directory}: transformers has no "

@@ -34,6 +34,7 @@ from megatron_prefix.config.bounds import (
     WindowSize,
 )
 from megatron_prefix.config.parts import Architecture, RopeScaling
+from megatron_prefix.config.vision import VisionConfig
 from megatron_prefix.errors import InputError
 
 
@@ -207,6 +208,8 @@ class ModelConfig:
     flash_version: Literal["auto", 2, 3, 4] = "auto"
     """FlashAttention that `attention_backend: flash` calls: torch's own 2, or 3 or 4 if they are
     installed; `auto` is 3 on Hopper if that is installed, else 2."""
+    vision: VisionConfig | None = None
+    """What is trained of the part that reads images, of models that have one."""
     lm_head_chunk_size: Count = 2048
     """Tokens projected to logits at a time; if there are more, backward projects them again."""
     recompute_granularity: Literal["selective", "full"] | None = None

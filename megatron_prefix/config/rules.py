@@ -27,6 +27,7 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
             *_run_faults(config),
             *kind_faults(config.model.kind, raw),
             *(lora_faults(config.lora, config.model.kind) if config.lora else ()),
+            *_vision_faults(config),
         ]
         faults += parallel_faults(config.parallel)
     if not faults and (sizes := config.model.sizes()) is not None:
@@ -169,6 +170,23 @@ def _model_faults(model: ModelConfig) -> Iterator[str]:
             yield (
                 f"model.{key} = {getattr(model, key)}: needed with "
                 "model.recompute_granularity: full, and only there"
+            )
+
+
+def _vision_faults(config: Config) -> Iterator[str]:
+    vision = config.model.vision
+    if vision is None:
+        return
+    if config.model.hf is None and config.model.checkpoint is None:
+        yield (
+            "model.vision is set and the model section gives the sizes of a model that reads no "
+            "images: start from model.hf or model.checkpoint, or remove model.vision"
+        )
+    for key in ("freeze_tower", "freeze_projector"):
+        if config.lora is not None and getattr(vision, key) is False:
+            yield (
+                f"model.vision.{key} = False with a lora section: beside adapters everything else "
+                "is frozen: leave it out, or train without adapters"
             )
 
 

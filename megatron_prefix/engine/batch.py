@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from megatron_prefix.attention import TreePackedSeqParams, TreePlan
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.engine.pictures import PixelSource, row_pixels
+from megatron_prefix.model.vision import RowPixels, axis_positions
 from megatron_prefix.objectives import LossInputs, ReferenceColumns, ScoreParts
 from megatron_prefix.platform import on_device
 
@@ -65,6 +68,8 @@ class TrainBatch:
     slopes: Tensor | None = None
     desirable: Tensor | None = None
     kl: Tensor | None = None
+    images: RowPixels | None = None
+    """None without images."""
 
     @property
     def num_scores(self) -> int:
@@ -72,6 +77,12 @@ class TrainBatch:
         parts, num_responses = self.parts, len(self.response_tokens)
         times = 1 + (parts.num_labels if parts.num_labels > 1 else 0) + parts.alignments
         return times * num_responses + (2 * len(self.pairs) if parts.heads else 0)
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """What a model takes besides `tokens`, by name."""
+        inputs = {"packed_seq_params": self.params}
+        return inputs if self.images is None else {**inputs, "images": self.images}
 
     def with_kl(self, kl: Tensor) -> TrainBatch:
         """The same row with LossInputs.kl of its step, float64, 0-dimensional."""
@@ -163,6 +174,7 @@ def to_device(
     step_count: float = 0.0,
     share: ContextShare | None = None,
     parts: ScoreParts | None = None,
+    pictures: PixelSource | None = None,
 ) -> TrainBatch:
     """Move a row, or this rank's part of it, to `device` and plan its attention, once for all
     layers. The host does not wait for copies from pinned memory to CUDA.
@@ -170,7 +182,8 @@ def to_device(
     `denominators` are those of the row's step; without them the row is the whole step.
 
     `parts` is what the objective needs of the model beside the score of each response.
-    `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams.
+    `step_count` is for an auxiliary loss of experts; see TreePackedSeqParams. `pictures` has the
+    images of the row; only ranks after the first pipeline stage can run a row without them.
     """
     own = np.arange(len(batch.tokens)) if share is None else share.tokens
     is_own = np.isin(batch.logit_token, own)
@@ -184,6 +197,9 @@ def to_device(
     parts = parts or ScoreParts()
     heads = pair_heads(batch, is_own, order) if parts.heads else None
     served = None if batch.served is None else batch.served[own]
+    axes, images = None, batch.images
+    if images is not None and images.grids.any():
+        axes = axis_positions(batch.layout, images.starts, images.lengths, images.grids)[:, own]
 
     tensor = partial(on_device, device=device)
     return TrainBatch(
@@ -192,6 +208,7 @@ def to_device(
             plan=TreePlan(batch.layout, device) if share is None else share.plan,
             share=share,
             position_ids=tensor(batch.layout.position_ids()[own]),
+            axes=None if axes is None else tensor(axes),
             logit_tokens=tensor(np.searchsorted(own, logit_tokens)),
             logit_of_target=tensor(logit_of_target),
             target_offsets=np.searchsorted(logit_of_target, np.arange(len(logit_tokens) + 1)),
@@ -218,6 +235,7 @@ def to_device(
         head_order=None if heads is None else tensor(heads[0]),
         head_offsets=None if heads is None else tensor(heads[1]),
         desirable=None if batch.desirable is None else tensor(batch.desirable),
+        images=row_pixels(batch, own, pictures, device),
     )
 
 

@@ -59,7 +59,7 @@ def _forward(
     """`forward_step` with a checked objective; without one, rows can only be scored, `with_noise`
     as `noisy_scores` returns it."""
     batch = next(data_iterator)
-    output = model(batch.tokens, None, None, packed_seq_params=batch.params)
+    output = model(batch.tokens, None, None, **batch.model_inputs)
 
     def loss_function(token_logps: Tensor, non_loss_data: bool = False) -> Any:
         if non_loss_data:
@@ -229,7 +229,7 @@ def next_tokens(
 
     def forward(iterator: Iterator[TrainBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable]:
         batch = next(iterator)
-        output = chunk(batch.tokens, None, None, packed_seq_params=batch.params)
+        output = chunk(batch.tokens, None, None, **batch.model_inputs)
         return output, lambda logits, non_loss_data: choose(_of_responses(logits, batch))
 
     own = [replace(b, params=replace(b.params, with_logits=True)) for b in batches]

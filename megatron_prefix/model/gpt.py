@@ -20,7 +20,10 @@ from megatron.core.models.common.embeddings.language_model_embedding import (
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.quantization.utils import get_quant_config_or_none
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     set_tensor_model_parallel_attributes,
@@ -37,6 +40,7 @@ from megatron_prefix.config.parts import Architecture
 from megatron_prefix.model.layers import rotary_angles
 from megatron_prefix.model.logps import token_logps
 from megatron_prefix.model.spec import tree_block_spec
+from megatron_prefix.model.vision import RowPixels, VisionPart, VisionSettings
 
 PARTITION_DIMS = {
     "word_embeddings.weight": 0,
@@ -86,6 +90,8 @@ class TreeTransformerConfig(TransformerConfig):
     """Seed of a reward model's head, if its other weights are loaded."""
     lora: LoraConfig | None = None
     """Adapters, with every setting resolved; None trains all weights."""
+    vision: VisionSettings | None = None
+    """What reads images; None: the model reads none."""
     adapter_seed: int | None = None
     """Seed of the adapters, drawn by parameter name; None draws none."""
 
@@ -129,6 +135,9 @@ class TreeGPTModel(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder  # read by the pipeline schedules
         if pre_process:
             self.embedding = self._make_embedding()
+            if config.vision is not None:
+                device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+                self.vision = VisionPart(config.vision, config.params_dtype, torch.device(device))
         self.decoder = TransformerBlock(
             config=config,
             spec=tree_block_spec(config, config.tree_attention_backend, vp_stage=vp_stage),
@@ -159,6 +168,8 @@ class TreeGPTModel(LanguageModule):
             vocab_size=self.config.padded_vocab_size,
             max_sequence_length=0,
             position_embedding_type="none",
+            # Features of images replace embeddings of the whole row, before ranks divide it.
+            scatter_to_sequence_parallel=self.config.vision is None,
             tp_group=self.pg_collection.tp,
         )
 
@@ -218,12 +229,14 @@ class TreeGPTModel(LanguageModule):
         labels: Tensor | None = None,
         *,
         packed_seq_params: TreePackedSeqParams | None = None,
+        images: RowPixels | None = None,
     ) -> Tensor:
         """Token ids [1, T] -> the output of `_head` for every target, float32 [N], or, before
         the last pipeline stage, hidden states [T, 1, C].
 
         Positions, mask and targets come from `packed_seq_params`; `position_ids`,
-        `attention_mask` and `labels` are None, as the arguments of Megatron-LM's loops are.
+        `attention_mask` and `labels` are None, as the arguments of Megatron-LM's loops are. The
+        features of `images` replace the embeddings of their placeholders.
         """
         if not isinstance(packed_seq_params, TreePackedSeqParams):
             raise ValueError(
@@ -239,6 +252,7 @@ class TreeGPTModel(LanguageModule):
             multiplier = self.config.architecture.embedding_multiplier
             if multiplier != 1:  # rounded like the embedding, as in transformers
                 decoder_input = decoder_input * decoder_input.new_full((), multiplier)
+            decoder_input = self._with_images(decoder_input, images)
             if self.config.lora is not None and torch.is_grad_enabled():
                 decoder_input = self._with_gradient(decoder_input)
         hidden_states = self.decoder(
@@ -257,6 +271,28 @@ class TreeGPTModel(LanguageModule):
         hidden_UC = hidden_states.squeeze(1).index_select(0, packed_seq_params.logit_tokens)
         return self._head(hidden_UC, packed_seq_params)
 
+    def _with_images(self, hidden_T1C: Tensor, images: RowPixels | None) -> Tensor:
+        """The embeddings with features of images in the place of their placeholders. With sequence
+        parallelism, this rank's part of them."""
+        if self.config.vision is None:
+            if images is not None:
+                raise ValueError("the row has images and the model reads none: give a vision model")
+            return hidden_T1C
+        if images is not None and len(images.places):
+            if not images.batches:
+                raise ValueError(
+                    "the row has images and no pixels: call to_device with pictures=Pictures.of(…)"
+                )
+            features_KC = self.vision(images).index_select(0, images.sources).to(hidden_T1C.dtype)
+            hidden_T1C = hidden_T1C.index_copy(0, images.places, features_KC[:, None])
+        elif torch.is_grad_enabled() and self.vision.is_trained:
+            hidden_T1C = hidden_T1C + self.vision.nothing().to(hidden_T1C.dtype)
+        if self.config.sequence_parallel:
+            hidden_T1C = scatter_to_sequence_parallel_region(
+                hidden_T1C, group=self.pg_collection.tp
+            )
+        return hidden_T1C
+
     def _with_gradient(self, decoder_input: Tensor) -> Tensor:
         """The output of a frozen embedding, with a gradient: a recomputed layer has a backward pass
         only if its input has one, and so has a pipeline stage before the first adapter."""
@@ -270,7 +306,9 @@ class TreeGPTModel(LanguageModule):
 
         def rotation(base: float, scaling: RopeScaling | None) -> Rotation:
             channels = parts.rotary_channels or config.kv_channels
-            angles = rotary_angles(position_ids, channels, base, scaling)
+            positions = position_ids if params.axes is None else params.axes
+            sections = parts.rotary_sections
+            angles = rotary_angles(positions, channels, base, scaling, sections)
             amplitude = 1.0 if scaling is None else scaling.amplitude
             result = rotation_of(angles, amplitude, parts.rotary_interleaved)
             if config.bf16:

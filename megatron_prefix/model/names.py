@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
+VISION = "vision.model."
+"""Before the name that a parameter of the vision part has in transformers' module."""
 SAVED_MODULES, ADAPTERS = "saved_modules.", ".adapters."
 SAVED_EMBEDDING = f"{SAVED_MODULES}embed_tokens.word_embeddings.weight"
 SAVED_OUTPUT_LAYER = f"{SAVED_MODULES}lm_head.weight"

@@ -19,11 +19,12 @@ from megatron_prefix.errors import InputError
 from megatron_prefix.model.adapters import freeze_base, start_saved_modules
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 from megatron_prefix.model.heads import TreeRewardModel
-from megatron_prefix.model.hf import HFModel, HFTensors, WeightMap
+from megatron_prefix.model.hf import HFModel, WeightMap
 from megatron_prefix.model.init import initialize_adapters, initialize_weights
 from megatron_prefix.model.names import EMBEDDING, OUTPUT_LAYER, REWARD_HEAD
 from megatron_prefix.model.parameters import base_parameters, tensor_group
 from megatron_prefix.model.spec import uses_transformer_engine
+from megatron_prefix.model.vision import VisionSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATIONS: dict[str, Callable] = {
@@ -45,17 +46,23 @@ def transformer_config(
     sizes: ModelSizes | None = None,
     lora: LoraConfig | None = None,
     adapter_seed: int | None = None,
+    source: HFModel | None = None,
+    reads_images: bool = True,
 ) -> TreeTransformerConfig:
     """Megatron-Core's configuration of `model`, for CUDA if there is a device, else for CPU.
 
-    Sizes and vocabulary that are not given are read from the directory or Hub id `model.hf`.
+    Sizes and vocabulary that are not given are read from the directory or Hub id `model.hf`, and
+    whether it has a vision part, which is frozen unless the data `reads_images`. `source` is that
+    directory, or one of a checkpoint, if it is open.
     `seed` draws the initial weights; None leaves them undefined, for weights that are loaded next,
     except a reward model's head, which `head_seed` draws. With `lora` the model is frozen, except
     for adapters, which `adapter_seed` draws. Raises InputError if the layout does not divide the
     model, or if the attention backend cannot run here.
     """
     parallel = parallel or ParallelConfig()
-    sizes, vocab_size = _resolved(model, sizes, vocab_size)
+    if source is None and model.hf is not None and (sizes is None or vocab_size is None):
+        source = HFModel.open(model.hf)
+    sizes, vocab_size = _resolved(model, sizes, vocab_size, source)
     parallel.check_model(model, sizes)
     if lora is not None:
         if faults := list(lora_size_faults(lora, sizes, model.kind)):
@@ -104,6 +111,7 @@ def transformer_config(
         head_seed=head_seed if model.kind == "reward" else None,
         lora=lora,
         adapter_seed=adapter_seed,
+        vision=_vision_settings(model, source, lora is not None, reads_images),
     )
     try:
         check_backend(config, torch.device("cuda" if on_cuda else "cpu"))
@@ -112,13 +120,26 @@ def transformer_config(
     return config
 
 
+def _vision_settings(
+    model: ModelConfig, source: HFModel | None, has_adapters: bool, reads_images: bool
+) -> VisionSettings | None:
+    if source is None or source.images is None:
+        return None
+    given = model.vision
+    return VisionSettings(
+        directory=source.directory,
+        trains_tower=reads_images and given is not None and not given.freeze_tower,
+        trains_projector=reads_images
+        and (not has_adapters if given is None else given.trains_projector(has_adapters)),
+    )
+
+
 def _resolved(
-    model: ModelConfig, sizes: ModelSizes | None, vocab_size: int | None
+    model: ModelConfig, sizes: ModelSizes | None, vocab_size: int | None, source: HFModel | None
 ) -> tuple[ModelSizes, int]:
-    """Sizes and vocabulary as given, else those of `model`, else those of `model.hf`."""
+    """Sizes and vocabulary as given, else those of `model`, else those of `source`."""
     sizes = sizes or model.sizes()
-    if model.hf is not None and (sizes is None or vocab_size is None):
-        source = HFModel.open(model.hf)
+    if source is not None:
         sizes, vocab_size = sizes or source.sizes, vocab_size or source.vocab_size
     if sizes is None or vocab_size is None:
         missing = "model.num_layers" if sizes is None else "vocab_size"
@@ -252,10 +273,8 @@ def load_hf_weights(
     """
     directory = Path(directory)
     source, config = HFModel.read(directory), model.config
-    sizes = sizes or source.sizes
-    names = source.family.names
-    weights = WeightMap(sizes, config.vocab_size, config.kind, config.num_labels, names)
-    tensors = HFTensors(directory)
+    weights = WeightMap.of(source, sizes=sizes, kind=config.kind, num_labels=config.num_labels)
+    sizes, tensors = weights.sizes, weights.tensors(directory)
     shapes = weights.hf_shapes()
     if keeps_head:
         del shapes[REWARD_HEAD]

@@ -8,6 +8,7 @@ configuration has no keys for them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
@@ -69,6 +70,9 @@ class Architecture:
     """The rotation of each layer; empty: `global` in all."""
     local_rotary_base: RotaryBase | None = None
     local_rope_scaling: RopeScaling | None = None
+    rotary_sections: tuple[Count, ...] | None = None
+    """Pairs of channels that rotate by a token's position in time, in height and in width, one
+    after another (M-RoPE); None: every pair rotates by the one position of the token."""
     query_growth: Positive | None = None
     """Queries at position p are multiplied by 1 + b log(1 + floor(p / length)); this is b, and
     `query_growth_length` the length in tokens (Ministral 3)."""
@@ -107,5 +111,6 @@ class Architecture:
 
     @property
     def is_plain(self) -> bool:
-        """Whether all parts are Llama's, which Transformer Engine's layers have."""
-        return self == Architecture()
+        """Whether all parts are Llama's, which Transformer Engine's layers have. It does not matter
+        by which positions queries and keys are rotated."""
+        return replace(self, rotary_sections=None) == Architecture()

@@ -6,6 +6,8 @@ export.py writes such a file for a model that did not come from Hugging Face.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron_prefix.config import ModelSizes
 from megatron_prefix.config.parts import Architecture
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.family import Family
+from megatron_prefix.model.hf.images import IMAGE_FAMILIES, ImageFamily
 from megatron_prefix.model.hf.latent import (
     dense_layers,
     read_latent,
@@ -67,12 +70,41 @@ class HFModel:
 
     @cached_property
     def family(self) -> Family:
-        """Raises InputError for a model type or a key that is not known."""
+        """That of the text model. Raises InputError for a model type or a key that is not known."""
         return family_of(self.config, self.source)
+
+    @property
+    def images(self) -> ImageFamily | None:
+        """What reads images; None: the model reads none."""
+        return IMAGE_FAMILIES.get(self.config.get("model_type") or "")
+
+    def image_part(self, device: Any) -> Any:
+        """What makes features of images, on a torch device: transformers' own module, with
+        undefined weights. Raises InputError."""
+        from megatron_prefix.model.hf.image_part import image_part
+
+        return image_part(self.directory, self.source, device)
+
+    @cached_property
+    def image_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of its parameters; none of a model that reads no images."""
+        if self.images is None:
+            return {}
+        parameters = self.image_part("meta").named_parameters()
+        return {name: tuple(parameter.shape) for name, parameter in parameters}
+
+    @cached_property
+    def image_fingerprint(self) -> str:
+        """Hash of the keys of `config.json` that the vision part is made from."""
+        assert self.images is not None
+        keys = sorted(self.images.read - {"text_config"})
+        own = {key: self.config.get(key) for key in keys}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def settings(self) -> Any:
-        """The configuration that transformers makes of the directory. Raises InputError."""
+        """The configuration that transformers makes of the directory, of a model that reads images
+        its text model's. Raises InputError."""
         return read_settings(self.directory, self.family, self.source)
 
     @cached_property

@@ -55,6 +55,8 @@ class Family:
     """The key that switches on `Architecture.qk_norm: by head`."""
     partial_rotary: bool = False
     """Whether `partial_rotary_factor` is read."""
+    rotary_sections: bool = False
+    """Whether `rope_parameters.mrope_section` divides the channels among three axes."""
     query_growth: bool = False
     """Whether `rope_parameters` say how queries grow with their position."""
     latent: bool = False

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -35,7 +35,8 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _COMPANIONS = (".json", ".model", ".txt", ".jinja")
 _TEMPLATES = "additional_chat_templates"
 _BASE = "model."
-_ROTARY_TABLE = ".rotary_emb.inv_freq"
+_TABLES = (".rotary_emb.inv_freq", ".embeddings.position_ids", ".rotary_pos_emb.inv_freq")
+"""Tables that older versions saved, and newer ones compute."""
 _OTHER_FORMAT = "consolidated"
 """Start of the file names of Mistral's own format, which its directories have, too."""
 _LAYER = re.compile(r"model\.layers\.\d+\.")
@@ -48,10 +49,15 @@ class HFTensors:
 
     `shapes` and `dtypes` come from the files' headers. A file is open, and its pages are
     mapped, only while one of its tensors is read. With `single`, only this file is read. Raises
-    InputError naming file and tensor.
+    InputError naming file and tensor. `rename` gives the name of a tensor from that in the files.
     """
 
-    def __init__(self, directory: Path, single: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        single: str | None = None,
+        rename: Callable[[str], str] | None = None,
+    ) -> None:
         self.directory = directory
         self._place: dict[str, tuple[Path, str]] = {}
         """The file of each tensor, and its name there."""
@@ -62,9 +68,15 @@ class HFTensors:
             with _opened(path) as file:
                 held = set(file.keys())
                 _check_index(path, held, listed)
-                for name in sorted(held):
-                    self._place[name] = (path, name)
-                    entry = file.get_slice(name)
+                for stored in sorted(held):
+                    name = stored if rename is None else rename(stored)
+                    if name in self._place:
+                        raise InputError(
+                            f"{path}: tensors {self._place[name][1]} and {stored} are the same one "
+                            "under names of two versions of transformers: remove one"
+                        )
+                    self._place[name] = (path, stored)
+                    entry = file.get_slice(stored)
                     self.shapes[name] = tuple(entry.get_shape())
                     code = entry.get_dtype()
                     if code not in DTYPES:
@@ -99,7 +111,7 @@ class HFTensors:
                     f"{list(self.shapes[name])}, config.json asks for {list(shape)}"
                 )
         for name in self.shapes:
-            if name not in expected and name != HEAD and not name.endswith(_ROTARY_TABLE):
+            if name not in expected and name != HEAD and not name.endswith(_TABLES):
                 raise self._surplus(name, expected)
         if is_tied and HEAD in self.shapes:
             self._refuse_another_head()
@@ -209,7 +221,7 @@ def _check_index(path: Path, held: set[str], listed: list[str] | None) -> None:
             f"{path}: tensor {missing[0]} is missing, and {INDEX} says it is there: "
             "fetch the model again"
         )
-    surplus = sorted(name for name in held - set(listed) if not name.endswith(_ROTARY_TABLE))
+    surplus = sorted(name for name in held - set(listed) if not name.endswith(_TABLES))
     if surplus:
         raise InputError(
             f"{path}: tensor {surplus[0]} is there, and {INDEX} does not list it for this file, "

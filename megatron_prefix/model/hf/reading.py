@@ -15,6 +15,7 @@ from typing import Any
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.families import FAMILIES, WITH_STATE
 from megatron_prefix.model.hf.family import Family
+from megatron_prefix.model.hf.images import IMAGE_FAMILIES, TEXT_PARTS, text_of
 
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _EXPERTS = ("num_experts", "num_local_experts")
@@ -65,6 +66,9 @@ def family_of(config: dict[str, Any], source: str) -> Family:
     """
     kind = config.get("model_type")
     _refuse_code(config, source)
+    if isinstance(kind, str) and kind in IMAGE_FAMILIES:
+        text = text_of(config, source)
+        return _known_family(text, text["model_type"], source)
     if isinstance(kind, str) and kind in WITH_STATE:
         raise InputError(
             f"{source}: model_type {kind!r} is not supported: it has layers with a state that goes "
@@ -76,13 +80,18 @@ def family_of(config: dict[str, Any], source: str) -> Family:
         text = config["text_config"].get("model_type")
         raise InputError(
             f"{source}: model_type {kind!r} is a model of several modalities, with a text model of "
-            f"type {text!r} inside; only text models are read: save the text model by itself, "
-            "docs/models.md shows how, and give its directory"
+            f"type {text!r} inside; of these only {', '.join(IMAGE_FAMILIES)} are read: save the "
+            "text model by itself, docs/models.md shows how, and give its directory"
         )
     if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
+        known = ", ".join((*FAMILIES, *IMAGE_FAMILIES))
         raise InputError(f"{source}: model_type {kind!r} is not supported; one of {known} is")
-    family = FAMILIES[kind]
+    return _known_family(config, kind, source)
+
+
+def _known_family(config: dict[str, Any], kind: str, source: str) -> Family:
+    """The family of a text model of this type, after a check of all its keys."""
+    family = (FAMILIES | TEXT_PARTS)[kind]
     for key, value in config.items():
         if key not in family.known and key != "auto_map" and value is not None:
             raise InputError(
@@ -100,7 +109,8 @@ def family_of(config: dict[str, Any], source: str) -> Family:
 
 
 def read_settings(directory: Path, family: Family, source: str) -> Any:
-    """What `AutoConfig` makes of the directory: a `PreTrainedConfig` with every default filled in.
+    """The text model's part of what `AutoConfig` makes of the directory: a `PreTrainedConfig` with
+    every default filled in.
 
     Raises InputError, naming the key if transformers does, for a configuration that transformers
     refuses, reads as another model type, or with a value that is not supported.
@@ -108,9 +118,13 @@ def read_settings(directory: Path, family: Family, source: str) -> Any:
     import transformers
 
     try:
-        settings = transformers.AutoConfig.from_pretrained(
+        whole = transformers.AutoConfig.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
+        settings = whole
+        if whole.model_type in IMAGE_FAMILIES:
+            settings = whole.text_config
+            settings.tie_word_embeddings = whole.tie_word_embeddings  # the outer one is followed
         if isinstance(settings.rope_parameters, dict):
             settings.standardize_rope_params()  # as the model does when it is built
     except Exception as error:  # each key of each class may raise what it likes
@@ -118,7 +132,7 @@ def read_settings(directory: Path, family: Family, source: str) -> Any:
             f"{source}: transformers {transformers.__version__} refuses it "
             f"({' '.join(f'{type(error).__name__}: {error}'.split())[:300]}): correct config.json"
         ) from None
-    if FAMILIES.get(settings.model_type) is not family:
+    if (FAMILIES | TEXT_PARTS).get(settings.model_type) is not family:
         raise InputError(
             f"{source}: transformers reads it as model_type {settings.model_type}, which is not "
             "supported: its keys are those of another model type (layer_types of Ministral)"

@@ -30,6 +30,8 @@ ROPE_KEYS: dict[str, frozenset[str]] = {
 }
 """Keys of `rope_parameters` by rotary scaling."""
 GROWTH = "llama_4_scaling_beta"
+SECTIONS, _SECTIONS = "mrope_section", (16, 24, 24)
+"""Of M-RoPE, and transformers' default."""
 _GROWTH_KEYS = frozenset({GROWTH, _LENGTH, "max_position_embeddings"})
 """Keys of families with `query_growth`; the last has no effect."""
 
@@ -66,10 +68,25 @@ def read_rotary(
     channels = _channels(factors, family, head_dim, source)
     if channels != head_dim:
         parts["rotary_channels"] = channels
+    if family.rotary_sections:
+        parts["rotary_sections"] = _sections(rope.get(SECTIONS), channels, source)
     if family.query_growth and rope.get(GROWTH) != 0:
         parts["query_growth"] = number(rope.get(GROWTH), GROWTH, source)
         parts["query_growth_length"] = natural(rope.get(_LENGTH), _LENGTH, source)
     return {"rotary_base": base, "rope_scaling": scaling}, parts
+
+
+def _sections(given: Any, channels: int, source: str) -> tuple[int, ...]:
+    """Pairs of channels that rotate by time, height and width, in turns."""
+    sections = list(_SECTIONS) if given is None else given
+    if not isinstance(sections, list) or not all(type(x) is int and x > 0 for x in sections):
+        raise InputError(f"{source}: {SECTIONS} is {sections!r}, expected a list of numbers")
+    if sum(sections) != channels // 2:
+        raise InputError(
+            f"{source}: {SECTIONS} = {sections} has {sum(sections)} pairs of channels, and a head "
+            f"has {channels // 2}: correct rope_parameters"
+        )
+    return tuple(sections)
 
 
 def check_layer_types(types: Any, num_layers: int, source: str) -> None:
@@ -126,6 +143,7 @@ def _one(
             "are"
         )
     known = ROPE_KEYS[kind] | (_GROWTH_KEYS if family.query_growth else frozenset())
+    known |= {SECTIONS} if family.rotary_sections else frozenset()
     for key, value in rope.items():
         if key not in known and value is not None:
             raise InputError(

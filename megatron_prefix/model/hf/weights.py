@@ -17,13 +17,17 @@ rows and columns only. Names are canonical (model/names.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_prefix.config import ModelSizes
+from megatron_prefix.model.hf.config import HFModel
+from megatron_prefix.model.hf.files import HFTensors
+from megatron_prefix.model.hf.images import ImageFamily
 from megatron_prefix.model.hf.modules import NOT_OF_A_MODULE, parameters_of_layer, shape_of
 from megatron_prefix.model.hf.names import (
     EXPERT_FC1,
@@ -51,6 +55,7 @@ from megatron_prefix.model.names import (
     REWARD_HEAD,
     SINKS,
     TRANSFORMER_ENGINE_NAMES,
+    VISION,
     VOCABULARY,
     layer_and_part,
 )
@@ -116,6 +121,40 @@ class WeightMap:
     num_labels: int = 1
     tensor_names: Names = field(default_factory=lambda: LLAMA)
     """Hugging Face's names; those of the family."""
+    images: ImageFamily | None = None
+    """Of a model that reads images."""
+    image_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The parameters of the part that reads them, by the names that it has itself."""
+
+    @classmethod
+    def of(
+        cls,
+        model: HFModel,
+        *,
+        sizes: ModelSizes | None = None,
+        kind: str | None = None,
+        num_labels: int | None = None,
+    ) -> WeightMap:
+        """The weights of a directory; a reward model that is made of it has other `sizes`, `kind`
+        and `num_labels`. Raises InputError."""
+        return cls(
+            sizes or model.sizes,
+            model.vocab_size,
+            kind or model.kind,
+            num_labels or model.num_labels,
+            model.family.names,
+            model.images,
+            model.image_shapes,
+        )
+
+    def tensors(self, directory: Path) -> HFTensors:
+        """The files of a directory, which have these tensors or others. Raises InputError."""
+        rename = None if self.images is None else self.images.own_name
+        return HFTensors(directory, rename=rename)
+
+    def file_name(self, tensor: str) -> str:
+        """The name of a Hugging Face tensor in files that are written."""
+        return tensor if self.images is None else self.images.file_name(tensor)
 
     def names(self) -> list[str]:
         """Canonical names of all parameters, from the embedding to the head."""
@@ -129,7 +168,8 @@ class WeightMap:
         final += [f"{_FINAL_NORM}.bias"] if sizes.architecture.norm_bias else []
         head = [OUTPUT_LAYER] if sizes.untie_embeddings_and_output_weights else []
         head = [REWARD_HEAD] if self.kind == "reward" else head
-        return [EMBEDDING, *layers, *final, *head]
+        image_part = [f"{VISION}{name}" for name in self.image_shapes]
+        return [*image_part, EMBEDDING, *layers, *final, *head]
 
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """The parts of Hugging Face tensors that a canonical parameter is made of, in order."""
@@ -185,6 +225,8 @@ class WeightMap:
 
     def hf_names(self, name: str) -> tuple[str, ...]:
         """The Hugging Face tensors that a canonical parameter is made of, in order."""
+        if name.startswith(VISION):
+            return (name.removeprefix(VISION),)
         return tuple(dict.fromkeys(piece.tensor for piece in self.pieces(name)))
 
     def checkpoint_key(self, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
@@ -198,7 +240,7 @@ class WeightMap:
         `decoder.layers.mlp.experts.experts.linear_fc2.weight`. If only some layers have experts,
         each layer has its tensors: `decoder.layers.2.mlp.experts.experts.linear_fc2.weight`.
         """
-        if name in _OUTER:
+        if name in _OUTER or name.startswith(VISION):
             return name, (), ()
         layer, part = layer_and_part(name)
         # layers of two kinds are not in one tensor
@@ -222,13 +264,19 @@ class WeightMap:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a whole canonical parameter, its vocabulary unpadded."""
+        if name.startswith(VISION):
+            return self.image_shapes[name.removeprefix(VISION)]
         pieces = self.pieces(name)
         rows, columns = sum(piece.rows for piece in pieces), pieces[0].columns
         return (rows, columns) if columns else (rows,)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all Hugging Face tensors of the model, by name."""
-        return {x.tensor: x.shape for name in self.names() for x in self.pieces(name)}
+        text = [name for name in self.names() if not name.startswith(VISION)]
+        return {
+            **self.image_shapes,
+            **{x.tensor: x.shape for name in text for x in self.pieces(name)},
+        }
 
     def read(
         self, name: str, read: Read, rank: int = 0, size: int = 1, padded_vocab_size: int = 0
@@ -237,6 +285,8 @@ class WeightMap:
 
         The vocabulary is filled up with zeros to `padded_vocab_size` tokens; 0 leaves it as it is.
         """
+        if name.startswith(VISION):
+            return read(name.removeprefix(VISION), ALL, ALL)
         pieces = self.pieces(name)
         if name in VOCABULARY:
             return self._read_vocabulary(pieces[0].tensor, read, rank, size, padded_vocab_size)
@@ -267,13 +317,17 @@ class WeightMap:
         grouped = [x.reshape(groups, -1, *x.shape[1:]) for x in tensors]
         return torch.cat(grouped, dim=1).flatten(0, 1)
 
+    def has_all_experts(self, name: str) -> bool:
+        """Whether a canonical parameter is in a tensor that has all experts."""
+        return not name.startswith(VISION) and self.pieces(name)[0].expert is not None
+
     def groups(self) -> list[list[str]]:
         """Canonical names that give whole tensors together, in the order of `hf_shapes`: one
         parameter, or, if a tensor has all experts, theirs."""
         groups: dict[str, list[str]] = {}
         for name in self.names():
-            piece = self.pieces(name)[0]
-            groups.setdefault(name if piece.expert is None else piece.tensor, []).append(name)
+            is_joined = self.has_all_experts(name)
+            groups.setdefault(self.hf_names(name)[0] if is_joined else name, []).append(name)
         return list(groups.values())
 
     def join_experts(self, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -290,6 +344,8 @@ class WeightMap:
 
     def split(self, name: str, parameter: Tensor) -> dict[str, Tensor]:
         """A whole canonical parameter as Hugging Face's tensors by name; the inverse of `read`."""
+        if name.startswith(VISION):
+            return {name.removeprefix(VISION): parameter}
         pieces = self.pieces(name)
         assert pieces[0].expert is None, "join_experts writes the tensor of all experts"
         if len(pieces) == 1:

@@ -7,6 +7,7 @@ cut from a table in the order of the row. Shapes: T tokens, D rotated channels o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -78,12 +79,23 @@ def _yarn_kept(head_dim: int, base: float, scaling: RopeScaling, exponents: Tens
 
 
 def rotary_angles(
-    position_ids_T: Tensor, head_dim: int, base: float, scaling: RopeScaling | None = None
+    position_ids: Tensor,
+    head_dim: int,
+    base: float,
+    scaling: RopeScaling | None = None,
+    sections: Sequence[int] | None = None,
 ) -> Tensor:
     """Angles in radians, float32 [T, D/2].
 
     Channels i and i + D/2 rotate by position * base^(-2i/D) (Su et al. 2021, arXiv 2104.09864,
-    in the half-split order of Llama), or by scaled frequencies; see attention/rotary.py.
+    in the half-split order of Llama), or by scaled frequencies; see attention/rotary.py. With
+    positions [3, T] the pairs of channels take one axis after another, so many as `sections` say:
+    sections [1, 2] of three pairs rotate by the axes [0, 1, 1].
     """
-    frequencies = rotary_frequencies(head_dim, base, scaling, position_ids_T.device)
-    return torch.outer(position_ids_T.to(torch.float32), frequencies)
+    frequencies = rotary_frequencies(head_dim, base, scaling, position_ids.device)
+    positions = position_ids.to(torch.float32)
+    if positions.dim() == 1:
+        return torch.outer(positions, frequencies)
+    assert sections is not None, "three axes, and nothing says which channels take which"
+    parts = frequencies.split([*sections])
+    return torch.cat([torch.outer(positions[i % 3], part) for i, part in enumerate(parts)], dim=1)

@@ -337,3 +337,30 @@ def test_null_unsets_what_needs_the_setting(tmp_path):
         load_config(path, ["data.valid=null", "train.eval_interval=3"], told.append)
     load_config(path, ["train.keep_last=null"], told.append)
     assert len(told) == 3, "the last but one refused after it told"
+
+
+def test_what_a_vision_section_trains_beside_adapters_is_refused():
+    sections = {
+        "data": {"train": "x", "row_capacity": 512, "global_batch_size": 4},
+        "optimizer": {"lr": 1e-3},
+        "train": {"steps": 2},
+        "logging": {"output": "y"},
+    }
+
+    def parse(vision, lora=None, model=None):
+        model = {"hf": "z", "vision": vision} if model is None else {**model, "vision": vision}
+        return parse_config(
+            {**sections, "model": model, **({} if lora is None else {"lora": lora})}
+        )
+
+    assert parse({}).model.vision.trains_projector(has_adapters=False)
+    assert not parse({}, lora={}).model.vision.trains_projector(has_adapters=True)
+    assert not parse({"freeze_projector": True}).model.vision.trains_projector(False)
+    for key in ("freeze_tower", "freeze_projector"):
+        with pytest.raises(InputError, match=f"model.vision.{key} = False with a lora section"):
+            parse({key: False}, lora={})
+    sizes = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2}
+    with pytest.raises(InputError, match="a model that reads no images"):
+        parse({}, model=sizes)
+    with pytest.raises(InputError, match="unknown key model.vision.freeze"):
+        parse({"freeze": True})
