@@ -234,7 +234,7 @@ def image_row(
             (int(root) + place, picture, encoded_ids.index(picture, first))
             for place, picture in own
         ]
-    starts, ids, encoded = (np.array(x, np.int64) for x in zip(*occurrences, strict=True))
+    starts, ids, encoded = np.array(occurrences, np.int64).reshape(-1, 3).T
     images = RowImages(
         starts=starts,
         lengths=np.array(lengths, np.int64)[ids],
