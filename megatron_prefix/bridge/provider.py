@@ -40,7 +40,7 @@ class PrefixProvider:
     kind = "lm"
     moe_count = "tokens"
     architecture = Architecture()
-    init_seed = head_seed = adapter_seed = lora = None
+    init_seed = head_seed = adapter_seed = lora = vision = None
     tree_attention_backend = "auto"
     lm_head_chunk_size = 2048
     # Fields of Bridge's provider that are read here.

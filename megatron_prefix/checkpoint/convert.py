@@ -20,7 +20,7 @@ from megatron_prefix.checkpoint.convert_adapter import (
 from megatron_prefix.checkpoint.converted import Converted, note_on_padding, write_config
 from megatron_prefix.checkpoint.save_load import resolve_checkpoint
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
-from megatron_prefix.checkpoint.torch_dist import is_foreign, load_common
+from megatron_prefix.checkpoint.torch_dist import is_foreign, load_common, model_kind
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf import (
     HFModel,
@@ -95,6 +95,12 @@ def export_hf(
             "config.json and the tokenizer of its Hugging Face model there"
         )
     model = HFModel.read(source)
+    if model.images is not None and model_kind(path) == "reward":
+        raise InputError(
+            f"{path} is a reward model that reads images, and transformers has no sequence "
+            f"classifier of model_type {model.config['model_type']}: score with it by evaluate, "
+            "with model.checkpoint"
+        )
     weights = WeightMap.of(model)
     if saved is not None:
         adapters = StoredAdapters.open(path, saved, model, weights)

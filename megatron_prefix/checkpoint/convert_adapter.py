@@ -97,7 +97,7 @@ class StoredAdapters:
         """Write the PEFT directory `hf`; `base` is `--base`, which is checked."""
         self._refuse_without_form(base)
         parameters, lora = self.parameters, self.parameters.lora
-        names = {parameters.hf_names(name)[0]: name for name in parameters.names()}
+        names = {parameters.file_name(name): name for name in parameters.names()}
         place = self.saved.base.get("hf")
         if base is not None:
             open_base(self.path, self.saved, base, self.weights, self.dtype)
@@ -117,7 +117,8 @@ class StoredAdapters:
                 sys.maxsize,
                 ADAPTER_WEIGHTS,
             )
-            text = json.dumps(peft_config(lora, is_classifier, place), indent=2)
+            settings = peft_config(lora, is_classifier, place, self.model.images is not None)
+            text = json.dumps(settings, indent=2)
             (partial / ADAPTER).write_text(text + "\n", encoding="utf-8")
         return Converted.of(dtypes, shapes, companions, self._peft_note(place))
 
@@ -125,6 +126,8 @@ class StoredAdapters:
         """How the directory is loaded."""
         known = "the base model that you give" if place is None else place
         kind = "AutoModelForCausalLM"
+        if self.model.images is not None:
+            kind = "AutoModelForImageTextToText"
         if self.weights.kind == "reward":
             pad = self.model.config.get("pad_token_id")
             kind = f"AutoModelForSequenceClassification (num_labels {self.weights.num_labels}, "

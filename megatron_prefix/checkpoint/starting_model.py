@@ -212,6 +212,11 @@ def resolve_starting_model(
         vocab_size, draws_head = datasets[0].vocab_size, _draws_head(model, None)
     else:
         draws_head = _draws_head(model, source.kind)
+        if source.images is not None and model.num_labels > 1:
+            raise InputError(
+                f"model.num_labels = {model.num_labels} and the model in {source.directory} reads "
+                "images: it can have one score only, set model.num_labels: 1"
+            )
         if not draws_head and source.num_labels != model.num_labels:
             raise InputError(
                 f"{source.source}: a sequence classifier with {source.num_labels} labels, and "
@@ -230,7 +235,7 @@ def resolve_starting_model(
                 f"model.vision is set, and the model in {source.directory} reads no images: "
                 "remove it"
             )
-        if model.kind == "reward" and source.family.classifier is None:
+        if model.kind == "reward" and source.images is None and source.family.classifier is None:
             raise InputError(
                 f"model.kind = reward with the model in {source.directory}: transformers has no "
                 f"sequence classifier of model_type {source.config['model_type']}, so it could not "

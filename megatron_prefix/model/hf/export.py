@@ -36,8 +36,8 @@ def write_hf_folder(
     """
     if source is not None:
         copy_companions(source.directory, folder)
-        if model.kind == "lm":
-            return
+        if model.kind == "lm" or source.images is not None:
+            return  # transformers has no classifier that reads images
         # the end of text may be a default of the model type
         config = source.config | {"eos_token_id": source.settings.eos_token_id}
     else:

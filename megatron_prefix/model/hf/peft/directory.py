@@ -5,6 +5,10 @@ PEFT keeps a layer's adapters apart, as here. Names go from one to the other par
     decoder.layers.2.self_attention.linear_qkv.adapters.k_proj.lora_A
     base_model.model.model.layers.2.self_attn.k_proj.lora_A.weight
 
+In a model that reads images the language model is a part, `model.language_model.layers.2.…`, and a
+list of targets would also adapt layers of the vision tower with the same names. So `target_modules`
+is then a pattern for the language model's layers only.
+
 What an adapter's configuration asks for and this package does not compute is refused by name.
 """
 
@@ -42,6 +46,15 @@ _OUTER = {
     SAVED_OUTPUT_LAYER: f"{PREFIX}lm_head.weight",
     REWARD_HEAD: f"{PREFIX}{REWARD_HEAD}",
 }
+_TEXT_PART = re.compile(
+    rf"{re.escape(PREFIX)}(?:model\.language_model|language_model\.model)\.|"
+    rf"{re.escape(PREFIX)}language_model\.(?=lm_head\.)"
+)
+"""Before names of a language model that is a part, in versions of transformers."""
+_PATTERN = re.compile(
+    r"\.\*\\\.language_model\\\.(?:layers\\\.\(\?:([\d|]+)\)\\\.)?\.\*\\\.\(\?:([\w|]+)\)"
+)
+"""A pattern of targets that `_pattern_of` makes."""
 _BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"
 _HEADS = ("classifier", "score")
@@ -88,6 +101,7 @@ class PeftAdapter:
         if isinstance(layers, int):
             config["layers_to_transform"] = [layers]
         _read_full_names(config, path)
+        _read_pattern(config)
         saved = [name for name in config.get("modules_to_save") or [] if name not in _HEADS]
         try:
             lora = LoraConfig(
@@ -119,7 +133,7 @@ class PeftAdapter:
                 "(adapter_model.bin is a pickle, which could run code): save the adapter again "
                 "with PEFT's save_pretrained"
             )
-        return HFTensors(self.directory, ADAPTER_WEIGHTS)
+        return HFTensors(self.directory, ADAPTER_WEIGHTS, rename=own_name)
 
     @property
     def num_labels(self) -> int:
@@ -162,6 +176,20 @@ class PeftAdapter:
         return self.tensors.read(stored, rows, columns)
 
 
+def own_name(stored: str) -> str:
+    """The name of a tensor as if its language model were the whole model."""
+    match = _TEXT_PART.match(stored)
+    if match is None:
+        return stored
+    start = PREFIX if match[0].endswith(f"{PREFIX}language_model.") else f"{PREFIX}model."
+    return f"{start}{stored[match.end() :]}"
+
+
+def part_name(name: str) -> str:
+    """PEFT's name of a tensor in a model that reads images, from that of its text model."""
+    return name.replace(f"{PREFIX}model.", f"{PREFIX}model.language_model.", 1)
+
+
 def peft_name(name: str) -> str:
     """PEFT's name of a canonical trained parameter."""
     if name in _OUTER:
@@ -177,7 +205,9 @@ def peft_name(name: str) -> str:
     return f"{PREFIX}model.layers.{layer}.{_BLOCKS[block]}.{target}.{factor}.weight"
 
 
-def peft_config(lora: LoraConfig, is_classifier: bool, base: str | None) -> dict[str, Any]:
+def peft_config(
+    lora: LoraConfig, is_classifier: bool, base: str | None, reads_images: bool = False
+) -> dict[str, Any]:
     """`adapter_config.json` of adapters; `base` is the directory or Hub id of their base model."""
     alpha = lora.lora_alpha
     assert alpha is not None
@@ -191,13 +221,36 @@ def peft_config(lora: LoraConfig, is_classifier: bool, base: str | None) -> dict
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "use_rslora": lora.use_rslora,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": list(lora.target_modules or ()),
-        "layers_to_transform": lora.layers_to_transform and list(lora.layers_to_transform),
+        "target_modules": _pattern_of(lora) if reads_images else list(lora.target_modules or ()),
+        "layers_to_transform": None
+        if reads_images or not lora.layers_to_transform
+        else list(lora.layers_to_transform),
         "modules_to_save": saved or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
+
+
+def _pattern_of(lora: LoraConfig) -> str:
+    """The targets of a language model that is a part of a model, as a regular expression.
+
+    Of q_proj and v_proj in the layers 0 and 2: `language_model`, `layers.(0 or 2)`, `(q_proj or
+    v_proj)`, with anything in between.
+    """
+    layers = "|".join(map(str, lora.layers_to_transform or ()))
+    inner = rf"layers\.(?:{layers})\." if layers else ""
+    return rf".*\.language_model\.{inner}.*\.(?:{'|'.join(lora.target_modules or ())})"
+
+
+def _read_pattern(config: dict[str, Any]) -> None:
+    """Replace a pattern that `_pattern_of` made by the targets and layers."""
+    targets = config.get("target_modules")
+    match = _PATTERN.fullmatch(targets) if isinstance(targets, str) else None
+    if match is not None:
+        config["target_modules"] = match[2].split("|")
+        if match[1]:
+            config["layers_to_transform"] = [int(layer) for layer in match[1].split("|")]
 
 
 def _read_full_names(config: dict[str, Any], path: Path) -> None:

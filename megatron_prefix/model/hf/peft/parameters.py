@@ -30,7 +30,7 @@ from megatron_prefix.model.hf.names import (
     Q_UP,
     QKV,
 )
-from megatron_prefix.model.hf.peft.directory import peft_name
+from megatron_prefix.model.hf.peft.directory import part_name, peft_name
 from megatron_prefix.model.hf.weights import ALL, Piece, Read, WeightMap
 from megatron_prefix.model.names import (
     ADAPTERS,
@@ -121,6 +121,11 @@ class AdapterMap:
     def hf_names(self, name: str) -> tuple[str, ...]:
         """PEFT's name. Raises InputError for an adapter of an expert."""
         return (peft_name(name),)
+
+    def file_name(self, name: str) -> str:
+        """The name in a PEFT directory of a canonical parameter. Raises InputError for an adapter
+        of an expert."""
+        return peft_name(name) if self.base.images is None else part_name(peft_name(name))
 
     def read(self, name: str, read: Read) -> Tensor:
         return read(peft_name(name), ALL, ALL)
