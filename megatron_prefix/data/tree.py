@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_prefix.data.tree_images import TreeImages
+
 UNRANKED = -1
 """Rank of a response whose rank is unknown."""
 MAX_WEIGHT = 1e100
@@ -80,6 +82,8 @@ class PrefixTree:
     pair_weights: np.ndarray
     pair_margins: np.ndarray
     pair_betas: np.ndarray
+    images: TreeImages | None = None
+    """None if the data set has none."""
 
     @property
     def num_tokens(self) -> int:
@@ -146,6 +150,7 @@ class PrefixTree:
         ]
         selected = np.asarray(responses, np.int64)
         lengths = self.node_lengths[nodes]
+        is_kept = np.repeat(np.isin(np.arange(self.num_nodes), nodes), self.node_lengths)
         return PrefixTree(
             tokens=np.concatenate([self.node_tokens(n) for n in nodes]),
             node_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -161,6 +166,7 @@ class PrefixTree:
             pair_weights=self.pair_weights[pairs],
             pair_margins=self.pair_margins[pairs],
             pair_betas=self.pair_betas[pairs],
+            images=None if self.images is None else self.images.within(is_kept),
         )
 
 
@@ -343,30 +349,6 @@ def merge_paths(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> Mer
 def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> PrefixTree:
     """Merge token paths into one PrefixTree. Raises ValueError like `merge_paths`."""
     return PrefixTree(**joined([merge_paths(responses, pairs)]))
-
-
-def tree_paths(tree: PrefixTree) -> tuple[list[ResponsePath], list[Pair]]:
-    """The responses and pairs that `build_tree` made a tree of."""
-    paths = []
-    for response in range(tree.num_responses):
-        tokens, loss_start = tree.response_tokens(response)
-        paths.append(
-            ResponsePath(
-                tokens=tokens,
-                loss_start=loss_start,
-                set_id=int(tree.response_sets[response]),
-                rank=int(tree.ranks[response]),
-                score=float(tree.scores[response]),
-            )
-        )
-    numbers = np.stack([tree.pair_weights, tree.pair_margins, tree.pair_betas], axis=1).tolist()
-    pairs = [
-        Pair(chosen=chosen, rejected=rejected, weight=weight, margin=margin, beta=beta)
-        for (chosen, rejected), (weight, margin, beta) in zip(
-            tree.pairs.tolist(), numbers, strict=True
-        )
-    ]
-    return paths, pairs
 
 
 def joined(groups: Sequence[MergedPaths]) -> dict[str, np.ndarray]:

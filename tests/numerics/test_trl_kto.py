@@ -22,8 +22,9 @@ from compare_trl import _without_bars, load, our_config, trl_arguments  # noqa: 
 from trl_common import Setting, has_trl, make_model, relative  # noqa: E402
 
 from megatron_prefix.data.build import build_dataset  # noqa: E402
+from megatron_prefix.data.rebuilding import tree_paths  # noqa: E402
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset  # noqa: E402
-from megatron_prefix.data.tree import ResponsePath, build_tree, tree_paths  # noqa: E402
+from megatron_prefix.data.tree import ResponsePath, build_tree  # noqa: E402
 from megatron_prefix.train import train  # noqa: E402
 
 pytestmark = [

@@ -89,7 +89,7 @@ def build_dataset(
 
 
 def _check_unused(prefix: Path) -> None:
-    for suffix in (".json", ".bin", ".idx", ".tree"):
+    for suffix in (".json", ".bin", ".idx", ".images", ".tree"):
         if (path := Path(f"{prefix}{suffix}")).exists():
             raise InputError(
                 f"output {prefix}: {path} is there already: give another --output, or --overwrite "
@@ -125,6 +125,7 @@ def _build(
     inputs.check()
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, options.parse_special)
+    reader.no_images = tokenizer.no_images
     encoder = PathEncoder(tokenizer, options.bos, options.eos)
     report, total = BuildReport(), inputs.num_bytes
     recorded = {**asdict(options), "inputs": [str(path) for path in inputs.paths]}

@@ -13,17 +13,20 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_prefix.data.build.chunk_images import ChunkImages
 from megatron_prefix.data.build.duplicates import Digests, is_held_out
 from megatron_prefix.data.build.group_texts import GroupText, packed
 from megatron_prefix.data.build.options import BuildOptions
 from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
 from megatron_prefix.data.read.formats import DegenerateRecord, Example, Reason
-from megatron_prefix.data.store import Block
+from megatron_prefix.data.store import Block, PictureTable
 from megatron_prefix.data.tokenize import PathEncoder, Selection, TooLong, select
 from megatron_prefix.data.tree import MergedPaths, merge_paths
+from megatron_prefix.data.tree_images import Placed
 from megatron_prefix.errors import InputError
 
 CHUNK, CHUNK_BYTES, FIRST_CHUNK = 2048, 1 << 21, 32
@@ -97,12 +100,14 @@ class ChunkBuilder:
 
     def __init__(self, reader: ExampleReader, encoder: PathEncoder, options: BuildOptions) -> None:
         self._reader, self._encoder, self._options = reader, encoder, options
+        self._images = ChunkImages(encoder.tokenizer)
         self._records: list[Record] = []
 
     def __call__(self, chunk: Chunk) -> ChunkResult:
         reader, encoder, report = self._reader, self._encoder, BuildReport()
         reader.state = chunk.reader
         encoder.reset_counts()
+        self._images.begin()
         error = None
         sides: list[list[Group]] = [[] for _ in range(self._options.num_outputs)]
         self._records = chunk.records
@@ -112,8 +117,9 @@ class ChunkBuilder:
                     report.num_records += 1
                     report.num_rows += record.rows
                     if built := self._build(record, report):
-                        example, group, kept = built
-                        digests = Digests.of(record.number, example)
+                        example, group, kept, images = built
+                        hashes = self._images.hashes(images)
+                        digests = Digests.of(record.number, example, hashes)
                         text = b""
                         if self._options.kto:
                             text = packed(GroupText.of(example, kept))
@@ -122,7 +128,7 @@ class ChunkBuilder:
             error = stopping
         report.format, report.num_tokens_made = reader.format, encoder.num_tokens
         report.added = vars(encoder.added)
-        parts = [_part(side) for side in sides]
+        parts = [_part(side, self._images.table()) for side in sides]
         return ChunkResult(parts=parts, report=report, reader=reader.state, error=error)
 
     def _side(self, digests: Digests) -> int:
@@ -132,16 +138,17 @@ class ChunkBuilder:
 
     def _build(
         self, record: Record, report: BuildReport
-    ) -> tuple[Example, MergedPaths, tuple[int, ...]] | None:
-        """A record's Example, its tree, and which responses are in it, or None if it is dropped;
-        `report` counts everything."""
+    ) -> tuple[Example, MergedPaths, tuple[int, ...], tuple[Placed, ...]] | None:
+        """A record's Example, its tree, which responses are in it, and the images of its prompt, or
+        None if it is dropped; `report` counts everything."""
         record, options = record.decoded(), self._options
         place = f"{record.path.name}:{record.line}"
         try:
             if record.value is None:
                 raise InputError(record.error)
             example = self._read(record.value, record.is_joined, report)
-            paths, notes = self._encoder.encode(example)
+            images = self._place(example, record.path)
+            paths, notes = self._encoder.encode(example, images)
             selection = select(
                 example,
                 paths,
@@ -172,7 +179,14 @@ class ChunkBuilder:
         report.num_cut_groups += selection.num_cut > 0
         report.num_cut_responses += selection.num_cut
         report.num_cut_tokens += selection.cut_tokens
-        return example, merge_paths(selection.paths, selection.pairs), selection.kept
+        tree = merge_paths(selection.paths, selection.pairs)
+        return example, tree, selection.kept, images
+
+    def _place(self, example: Example, path: Path) -> tuple[Placed, ...]:
+        """The images of a record of the input `path`."""
+        if not example.images:
+            return ()
+        return self._images.place(example.images, path if path.is_dir() else path.parent)
 
     def _read(self, value: dict[str, Any], is_joined: bool, report: BuildReport) -> Example:
         """The Example of a record; `report` counts the columns that were not read."""
@@ -202,11 +216,11 @@ Group = tuple[MergedPaths, Digests, bytes]
 """A group's tree, its digests, and with `--kto` its texts."""
 
 
-def _part(groups: list[Group]) -> Part:
+def _part(groups: list[Group], table: PictureTable | None) -> Part:
     digests = [digest for _, digest, _ in groups]
     paths, records = [path for path, _, _ in groups], [digest.record for digest in digests]
     return Part(
-        block=Block.of_paths(paths, records) if groups else None,
+        block=Block.of_paths(paths, records, table) if groups else None,
         digests=digests,
         texts=[text for _, _, text in groups],
     )

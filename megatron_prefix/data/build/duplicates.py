@@ -1,4 +1,4 @@
-"""Detection of repeated records and prompts, by 64-bit digests of their texts.
+"""Detection of repeated records and prompts, by 64-bit digests of their texts and images.
 
     record  prompt  chosen  rejected    content digest  prompt digest
     0       "Hi"    "Yes"   "No"        a               p
@@ -31,9 +31,10 @@ CACHE = 1024
 """KiB of a table that are kept in memory."""
 
 
-def prompt_digest(example: Example) -> int:
-    """Digest of the tools and of the prompt (in a conversation tree, of the first set)."""
-    return _digest([*_given(example), *_parts(example.responses[0].prompt)])
+def prompt_digest(example: Example, images: Sequence[str] = ()) -> int:
+    """Digest of the tools, of the prompt (in a conversation tree, of the first set), and of the
+    hashes of its images."""
+    return _digest([*_given(example), *_parts(example.responses[0].prompt), *images])
 
 
 def _given(example: Example) -> list[str]:
@@ -41,8 +42,9 @@ def _given(example: Example) -> list[str]:
     return [example.tools, *([example.template_kwargs] if example.template_kwargs else [])]
 
 
-def content_digest(example: Example) -> int:
-    """Digest of all texts and labels: the pairs, or without pairs the scores; not the margins."""
+def content_digest(example: Example, images: Sequence[str] = ()) -> int:
+    """Digest of all texts, images and labels: the pairs, or without pairs the scores; not the
+    margins."""
     # A prompt is a part only if it differs from that of the response before: of a pair with the
     # prompt "Hi" the parts are [tools, "prompt", "text", "Hi", "response", "", "text", "Yes",
     # "response", "", "text", "No", "0 1"].
@@ -55,7 +57,7 @@ def content_digest(example: Example) -> int:
         score = "" if example.pairs else repr(response.score)
         parts += ["response", score, *_parts(response.response)]
     parts += [f"{pair.chosen} {pair.rejected}" for pair in example.pairs]
-    return _digest(parts)
+    return _digest([*parts, *images])
 
 
 def _parts(text: Text) -> list[str]:
@@ -91,8 +93,9 @@ class Digests(NamedTuple):
     prompt: int
 
     @classmethod
-    def of(cls, record: int, example: Example) -> Digests:
-        return cls(record, content_digest(example), prompt_digest(example))
+    def of(cls, record: int, example: Example, images: Sequence[str] = ()) -> Digests:
+        """`images` are the hashes of the prompt's images, in order."""
+        return cls(record, content_digest(example, images), prompt_digest(example, images))
 
 
 class DigestTable:

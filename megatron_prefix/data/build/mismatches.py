@@ -29,9 +29,10 @@ from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.build.workers import ordered
 from megatron_prefix.data.read import Text
 from megatron_prefix.data.read.formats import Example, ExampleResponse
+from megatron_prefix.data.rebuilding import bare, prompt_images, rebuilt, tree_paths
 from megatron_prefix.data.store import Block, DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenize import PathEncoder
-from megatron_prefix.data.tree import PrefixTree, ResponsePath, build_tree, tree_paths
+from megatron_prefix.data.tree import PrefixTree, ResponsePath
 from megatron_prefix.errors import InputError
 
 GROUPS = 256
@@ -87,6 +88,7 @@ def add_mismatches(
                     output,
                     source.dataset.manifest["tokenizer"],
                     {**source.dataset.manifest["options"], **settings},
+                    source.dataset.images,
                 )
             )
             with_mismatch = _write(source, writer, encoder, options)
@@ -135,11 +137,11 @@ class MismatchMaker:
             path = self._mismatch(group, tree)
             if path is not None:
                 paths, pairs = tree_paths(tree)
-                tree = build_tree([*paths, path], pairs)
+                tree = rebuilt([*paths, path], pairs, [tree])
             trees.append(tree)
             roles += [0] * (tree.num_responses - (path is not None)) + [1] * (path is not None)
             records.append((int(data.group_records[group]), int(data.group_num_records[group])))
-        block = Block.of_trees(trees, records)
+        block = Block.of_trees(trees, records, data.images)
         columns = {**block.columns, "response_roles": np.array(roles, np.int32)}
         return replace(block, columns=columns)
 
@@ -189,12 +191,12 @@ class MismatchMaker:
             template_kwargs=own.template_kwargs,
         )
         try:
-            first, path = self._encoder.trial(example)
+            first, path = self._encoder.trial(example, prompt_images(tree))
         except InputError:
             return None  # a call of a tool, for example, that only the other prompt has
         if not 0 < path.loss_start < len(path.tokens):
             return None
-        tokens, loss_start = tree.response_tokens(0)
+        tokens, loss_start = bare(tree).response_tokens(0)
         if not np.array_equal(tokens, first.tokens):
             path = replace(
                 path,

@@ -21,8 +21,9 @@ from pathlib import Path
 from megatron_prefix.data.build.duplicates import DigestTable
 from megatron_prefix.data.build.report import BuildReport
 from megatron_prefix.data.files import building_folder, checked_prefix
+from megatron_prefix.data.rebuilding import rebuilt, tree_paths
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
-from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath, build_tree, tree_paths
+from megatron_prefix.data.tree import Pair, PrefixTree, ResponsePath
 from megatron_prefix.errors import InputError
 
 
@@ -67,7 +68,7 @@ def merge_prompts(
         for source, table, output in zip(sources, tables, outputs, strict=True):
             options = {**source.manifest["options"], "merge_prompts": True}
             writer = stack.enter_context(
-                DatasetWriter(output, source.manifest["tokenizer"], options)
+                DatasetWriter(output, source.manifest["tokenizer"], options, source.images)
             )
             _write_merged(source, table, writer)
             writers.append(writer)
@@ -106,4 +107,4 @@ def merge_trees(trees: Sequence[PrefixTree]) -> PrefixTree:
             for pair in own_pairs
         ]
         num_sets += int(tree.response_sets.max()) + 1
-    return build_tree(paths, pairs)
+    return rebuilt(paths, pairs, trees)

@@ -75,6 +75,11 @@ MEDIA = re.compile(
     r"(.*_)?(image|images|img|imgs|picture|pictures|photo|photos|video|videos|audio|audios|speech|"
     r"pixel_values|frames)(_(path|paths|url|urls|file|files|bytes|list|base64|id|ids|name|names))?"
 )
+PICTURES = re.compile(
+    r"(.*_)?(image|images|img|imgs|picture|pictures|photo|photos)"
+    r"(_(path|paths|url|urls|file|files|bytes|list|base64|id|ids|name|names))?"
+)
+"""Those of them that are about pictures."""
 LABELS = re.compile(
     r"(.*_)?([a-z]{0,3}id|ids|uuid|idx|index|key|hash|sha256|md5|source|sources|dataset|datasets|subset|"
     r"split|origin|category|categories|domain|topic|tag|tags|label|labels|task|type|types|kind|"
@@ -96,6 +101,11 @@ def _plain(name: str) -> str:
 def is_media(name: str) -> bool:
     """Whether a column or field holds pictures, films or sounds, by its name."""
     return bool(MEDIA.fullmatch(_plain(name)))
+
+
+def is_of_image(name: str) -> bool:
+    """Whether a column or field holds pictures, or says which they are, by its name."""
+    return bool(PICTURES.fullmatch(_plain(name)))
 
 
 @lru_cache(maxsize=4096)

@@ -27,10 +27,11 @@ from megatron_prefix.data.read.formats import (
     guess,
 )
 from megatron_prefix.data.read.mapping import mapped
+from megatron_prefix.data.read.pictures import COLUMNS, Marked, lists_images
 from megatron_prefix.data.read.records import Record
 from megatron_prefix.data.read.repeats import NOTE_REPEATED, repeat_notes
 from megatron_prefix.data.read.rows import joined_rows
-from megatron_prefix.data.read.turns import without_json_texts
+from megatron_prefix.data.read.turns import ImagePart, without_json_texts
 from megatron_prefix.data.read.unread import MESSAGE, unread_names
 from megatron_prefix.errors import InputError
 
@@ -56,6 +57,7 @@ class ExampleReader:
     a column's name to the path of its value in the record, see `mapped`. `ignored` are columns that
     are left out, and fields of messages (message.FIELD) that may be left unread. `on_contradiction`
     is one of CONTRADICTION_MODES. `attributes` are fields of responses with a score each.
+    `no_images` is why images are refused, with the remedy; "" if they are read.
     """
 
     WARNINGS = (NOTE_AGAINST, NOTE_EQUAL, NOTE_REPEATED)
@@ -68,6 +70,7 @@ class ExampleReader:
         ignored: Collection[str] = (),
         on_contradiction: str = "keep",
         attributes: Sequence[str] = (),
+        no_images: str = "",
     ) -> None:
         if format != "auto" and format not in FORMATS:
             raise InputError(f"format {format!r} is not one of auto, {', '.join(FORMATS)}")
@@ -83,6 +86,7 @@ class ExampleReader:
         }
         self._on_contradiction = on_contradiction
         self._attributes = tuple(attributes)
+        self.no_images = no_images
         self._detects = format == "auto"
         self.state = ReaderState(format)
         """What the records so far have decided; a reader in another process can take it over."""
@@ -116,7 +120,7 @@ class ExampleReader:
         if not is_joined:
             record, taken = self._prepared(record)
         record, is_json = without_json_texts(record)
-        needed = () if is_joined else self.columns
+        needed = () if is_joined else [name for name in self.columns if name not in COLUMNS]
         format = self.format if not self._detects else detect_format(record, needed)
         if self.format not in ("auto", format):
             raise InputError(
@@ -149,6 +153,23 @@ class ExampleReader:
         return kind
 
     def _example(self, record: dict[str, Any], name: str, taken: frozenset[str]) -> Example:
+        """The Example of a record; its images are found only if it has some."""
+        if not lists_images(record):
+            if any(column in record for column in COLUMNS):  # empty ones
+                record = {key: value for key, value in record.items() if key not in COLUMNS}
+            try:
+                return self._read_texts(record, name, taken)
+            except ImagePart:
+                pass
+        if self.no_images:
+            raise InputError(f"the record has images, and {self.no_images}")
+        marked = Marked(record)
+        example = self._read_texts(marked.record, name, taken, has_images=True)
+        return marked.attached(example)
+
+    def _read_texts(
+        self, record: dict[str, Any], name: str, taken: frozenset[str], has_images: bool = False
+    ) -> Example:
         format, reads = FORMATS[name], Reads(record, self._attributes)
         example = format.read(reads)
         if any(len(x.attributes) != len(self._attributes) for x in example.responses):
@@ -166,6 +187,7 @@ class ExampleReader:
             fields=(*format.fields, *self._attributes),
             harmless=format.harmless,
             harmless_fields=self._ignored_fields,
+            has_images=has_images,
         )
         self._refuse_other_verdict()
         notes = repeat_notes(example)

@@ -17,10 +17,15 @@ from typing import Any
 
 from megatron_prefix.data.read.fields import json_type
 from megatron_prefix.data.read.formats import FORMATS
+from megatron_prefix.data.read.pictures import COLUMNS as IMAGE_COLUMNS
 from megatron_prefix.errors import InputError
 
 EACH = "[]"
-COLUMNS = tuple(dict.fromkeys(name for format in FORMATS.values() for name in format.columns))
+COLUMNS = tuple(
+    dict.fromkeys(
+        [*(name for format in FORMATS.values() for name in format.columns), *IMAGE_COLUMNS]
+    )
+)
 """All columns that a format reads; `--map` may give any of them."""
 ENTRIES = tuple(dict.fromkeys(name for format in FORMATS.values() for name in format.fields))
 """All fields that a format reads of the entries of a list."""

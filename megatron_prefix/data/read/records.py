@@ -80,7 +80,7 @@ class Record(NamedTuple):
 
 
 def _num_characters(value: Any) -> int:
-    if isinstance(value, str):
+    if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, dict):
         return sum(map(_num_characters, value.values()))

@@ -33,6 +33,13 @@ EXTRA = (
 """What chat templates read of a turn besides its role and content."""
 FIELDS = ("role", "content", "from", "value", "function_call", "type", "text", *EXTRA)
 """All fields of a message that are read, and those of the parts of its content."""
+IMAGE_PARTS = ("image", "image_url", "input_image")
+"""Types of the parts of a message's content that are images."""
+
+
+class ImagePart(InputError):
+    """A content has a part that is an image; pictures.py reads such records."""
+
 
 CALL_ROLES = ("tool_call", "function_call")
 """Roles of a message whose content is the JSON text of one or several calls."""
@@ -161,7 +168,8 @@ def _joined_parts(parts: list[Any], place: str) -> str:
                 part = part["text"]
         if not isinstance(part, str):
             kind = part.get("type") if isinstance(part, dict) else json_type(part)
-            raise InputError(
+            error = ImagePart if kind in IMAGE_PARTS else InputError
+            raise error(
                 f"{place}: 'content' has a part that is not text but {kind!r}, which is not "
                 "supported: remove the part, or the record"
             )

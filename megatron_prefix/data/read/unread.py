@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from megatron_prefix.data.read.column_names import QUESTIONS, changes_text, is_media
+from megatron_prefix.data.read.column_names import QUESTIONS, changes_text, is_media, is_of_image
 from megatron_prefix.data.read.formats import Example
 from megatron_prefix.data.read.texts import are_dialogues
 from megatron_prefix.errors import InputError
@@ -43,17 +43,19 @@ def unread_names(
     fields: Collection[str],
     harmless: Collection[str],
     harmless_fields: Collection[str],
+    has_images: bool = False,
 ) -> list[str]:
     """The names of all columns and fields that were not read, for the summary.
 
     `read` are the columns that were read, `fields` those of the objects inside them, and `taken`
     the columns that `--map` leads into. Raises InputError for a name that can change the text and
-    is not in `harmless` or, as a field, in `harmless_fields`.
+    is not in `harmless` or, as a field, in `harmless_fields`. If images were read, other columns
+    about them (such as their paths) are listed.
     """
     names = [name for name in record if name not in read and name not in taken]
     names = [name for name in names if not _is_empty(record[name])]
     for name in names:
-        if name not in harmless:
+        if name not in harmless and not (has_images and is_of_image(name)):
             _refuse(name, record, read, _Given(format, example))
     seen: dict[str, Any] = {}
     for name in read:
@@ -139,9 +141,14 @@ def _refuse(name: str, record: dict[str, Any], read: Collection[str], given: _Gi
     """Raise InputError if an unread column can change the text."""
     value, leave_out = record[name], f"leave it out with --ignore-columns {name}"
     if is_media(name):
+        if is_of_image(name):
+            raise InputError(
+                f"column {name!r} may hold images, which are read from a column 'images' or "
+                f"'image': read them with --map images={name}, or {leave_out}"
+            )
         raise InputError(
-            f"column {name!r} is not supported (only texts are read): remove the record, or "
-            f"{leave_out}"
+            f"column {name!r} is not supported (only texts and images are read): remove the "
+            f"record, or {leave_out}"
         )
     if not changes_text(name) or not _holds_text(value) or _repeats(value, given.example):
         return
@@ -179,8 +186,8 @@ def _refuse_field(name: str, value: Any, example: Example) -> None:
     leave_out = f"leave it out with --ignore-columns {MESSAGE}{name}"
     if is_media(name):
         raise InputError(
-            f"field {name!r} of a message is not supported (only texts are read): remove the "
-            f"record, or {leave_out}"
+            f"field {name!r} of a message is not supported (only texts, and images as parts of "
+            f"the content or in a column, are read): remove the record, or {leave_out}"
         )
     if changes_text(name) and _holds_text(value) and not _repeats(value, example):
         raise InputError(

@@ -11,13 +11,57 @@ suffixes: G groups, M nodes, R responses, P pairs, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_prefix.data.images import ImageStore, StoredPicture
 from megatron_prefix.data.store.columns import column
 from megatron_prefix.data.tree import MergedPaths, PrefixTree, joined
+from megatron_prefix.data.tree_images import occurrences, unplaced
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockImages:
+    """The images in the tokens of a block: int64 arrays of O occurrences, in order of tokens.
+
+    `starts` [O] are the tokens of the block at which they begin, `ids` [O] places in `pictures`;
+    `processor` describes the image processor that counted their tokens.
+    """
+
+    starts: np.ndarray
+    ids: np.ndarray
+    pictures: Sequence[StoredPicture]
+    processor: Mapping[str, Any]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Placeholder tokens of each occurrence, int64 [O]."""
+        return np.array([self.pictures[place].num_tokens for place in self.ids], np.int64)
+
+    def within(self, is_kept_T: np.ndarray) -> BlockImages:
+        """The images of the kept tokens, by their new numbers."""
+        kept = is_kept_T[self.starts]
+        numbers = np.cumsum(is_kept_T, dtype=np.int64) - 1
+        return replace(self, starts=numbers[self.starts[kept]], ids=self.ids[kept])
+
+    @classmethod
+    def of_store(cls, starts_O: np.ndarray, ids_O: np.ndarray, store: ImageStore) -> BlockImages:
+        """Occurrences of the images of a data set, `ids_O` by their numbers there."""
+        numbers, places = np.unique(ids_O, return_inverse=True)
+        pictures = [store.stored(int(number)) for number in numbers]
+        return cls(starts=starts_O, ids=places, pictures=pictures, processor=store.processor)
+
+
+class PictureTable(NamedTuple):
+    """The pictures of bare paths: -1 - place in their tokens is `pictures[place]`; `placeholder` is
+    the token that is stored."""
+
+    placeholder: int
+    pictures: Sequence[StoredPicture]
+    processor: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,20 +71,38 @@ class Block:
     tokens: np.ndarray
     node_lengths: np.ndarray
     columns: dict[str, np.ndarray]
+    images: BlockImages | None = None
+    """None without images."""
 
     @property
     def num_groups(self) -> int:
         return len(self.columns["group_nodes"])
 
+    @property
+    def bare_tokens(self) -> np.ndarray:
+        """The tokens with -1 - place of its picture for every placeholder of an image, int64."""
+        images = self.images
+        if images is None:
+            return self.tokens.astype(np.int64)
+        return unplaced(self.tokens, images.starts, images.lengths, images.ids)
+
     @classmethod
-    def of_paths(cls, groups: Sequence[MergedPaths], records: Sequence[int]) -> Block:
-        """A block of merged paths; group i is made of the one input record `records[i]`."""
+    def of_paths(
+        cls,
+        groups: Sequence[MergedPaths],
+        records: Sequence[int],
+        table: PictureTable | None = None,
+    ) -> Block:
+        """A block of merged paths; group i is made of the one input record `records[i]`. The paths
+        are bare if there is a table."""
         arrays = joined(groups)
+        images = None if table is None else _images_of(arrays, table)
         block = cls._of(
             arrays,
             lengths=np.diff(arrays["node_offsets"]),
             counts=[(len(g.parents), len(g.responses), len(g.pairs)) for g in groups],
             records=[(record, 1) for record in records],
+            images=images,
         )
         attributes = np.array([r.attributes for g in groups for r in g.responses], np.float64)
         if attributes.shape[1]:
@@ -48,15 +110,32 @@ class Block:
         return block
 
     @classmethod
-    def of_trees(cls, trees: Sequence[PrefixTree], records: Sequence[tuple[int, int]]) -> Block:
+    def of_trees(
+        cls,
+        trees: Sequence[PrefixTree],
+        records: Sequence[tuple[int, int]],
+        store: ImageStore | None = None,
+    ) -> Block:
         """A block of trees; group i begins at input record `records[i][0]` and holds
-        `records[i][1]` records."""
-        names = [field.name for field in fields(PrefixTree) if field.name != "node_offsets"]
+        `records[i][1]` records. `store` has the images of the trees."""
+        others = ("node_offsets", "images")
+        names = [field.name for field in fields(PrefixTree) if field.name not in others]
+        images = None
+        if store is not None:
+            firsts = starts(np.array([tree.num_tokens for tree in trees]))
+            own = [
+                (tree.images.starts + first, tree.images.ids)
+                for tree, first in zip(trees, firsts, strict=True)
+                if tree.images is not None
+            ]
+            places, ids = (np.concatenate([part[i] for part in own]) for i in (0, 1))
+            images = BlockImages.of_store(places, ids, store)
         return cls._of(
             {name: np.concatenate([getattr(tree, name) for tree in trees]) for name in names},
             lengths=np.concatenate([np.diff(tree.node_offsets) for tree in trees]),
             counts=[(len(t.parents), len(t.response_last), len(t.pairs)) for t in trees],
             records=records,
+            images=images,
         )
 
     @classmethod
@@ -66,6 +145,7 @@ class Block:
         lengths: np.ndarray,
         counts: Sequence[tuple[int, int, int]],
         records: Sequence[tuple[int, int]],
+        images: BlockImages | None,
     ) -> Block:
         """From concatenated arrays of trees; `counts` are nodes, responses and pairs per group."""
         nodes, responses, pairs = np.array(counts).T
@@ -98,8 +178,22 @@ class Block:
             columns["pair_betas"] = arrays["pair_betas"]
         columns = {name: np.asarray(x, column(name).dtype) for name, x in columns.items()}
         return cls(
-            tokens=_narrow(arrays["tokens"]), node_lengths=lengths.astype("<i4"), columns=columns
+            tokens=_narrow(arrays["tokens"]),
+            node_lengths=lengths.astype("<i4"),
+            columns=columns,
+            images=images,
         )
+
+
+def _images_of(arrays: dict[str, np.ndarray], table: PictureTable) -> BlockImages | None:
+    """The images of bare tokens, which become those that are stored; None if there are none."""
+    bare = arrays["tokens"]
+    if bare.min() >= 0:
+        return None
+    lengths = {place: picture.num_tokens for place, picture in enumerate(table.pictures)}
+    places, ids = occurrences(bare, lengths)
+    arrays["tokens"] = np.where(bare < 0, table.placeholder, bare)
+    return BlockImages(starts=places, ids=ids, pictures=table.pictures, processor=table.processor)
 
 
 def _narrow(tokens: np.ndarray) -> np.ndarray:

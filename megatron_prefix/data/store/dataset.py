@@ -131,6 +131,7 @@ class PreferenceDataset(MappedFiles):
             pair_weights=np.array(self.pair_weights[p0:p1]),
             pair_margins=np.array(self.pair_margins[p0:p1]),
             pair_betas=np.array(self.pair_betas[p0:p1]),
+            images=None if self.images is None else self.images.in_tree(start, start + len(tokens)),
         )
 
     def _restricted(self, source: PreferenceDataset, group: int) -> PrefixTree:

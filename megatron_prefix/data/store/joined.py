@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_prefix.data.images import JoinedImages
 from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.columns import COLUMNS, OFFSETS, OPTIONAL_COLUMNS
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.manifest_keys import COUNTS
 from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.data.tree_images import NO_IMAGES
 from megatron_prefix.errors import InputError
 
 JOINED = (*COLUMNS, *OPTIONAL_COLUMNS, "node_lengths")
@@ -43,6 +46,8 @@ class JoinedDataset(PreferenceDataset):
                 name: sum(part.manifest["counts"][name] for part in parts) for name in COUNTS
             },
         }
+        stores = [part.images for part in parts]
+        self.images = JoinedImages(stores) if any(x is not None for x in stores) else None
 
     @property
     def parts(self) -> tuple[PreferenceDataset, ...]:
@@ -78,12 +83,22 @@ class JoinedDataset(PreferenceDataset):
         return joined
 
     def __getitem__(self, group: int) -> PrefixTree:
-        part, local = self.locate(self._checked(group))
-        return part[local]
+        index = self._index(self._checked(group))
+        part, local = self.locate(group)
+        tree = part[local]
+        if self.images is None:
+            return tree
+        assert isinstance(self.images, JoinedImages)
+        images = NO_IMAGES if tree.images is None else tree.images
+        ids = images.ids + int(self.images.firsts[index])
+        return replace(tree, images=replace(images, ids=ids))
 
     def locate(self, group: int) -> tuple[PreferenceDataset, int]:
-        index = int(np.searchsorted(self._ends, group, "right"))
+        index = self._index(group)
         return self.parts[index], int(group) - int(self._ends[index]) + len(self.parts[index])
+
+    def _index(self, group: int) -> int:
+        return int(np.searchsorted(self._ends, group, "right"))
 
     def group_num_tokens(self, group: int) -> int:
         part, local = self.locate(self._checked(group))

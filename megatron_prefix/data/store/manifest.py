@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.data.files import manifest_digest
+from megatron_prefix.data.images import IMAGE_FILES
 from megatron_prefix.data.store.columns import COLUMNS, OPTIONAL_COLUMNS, column, least_tail
 from megatron_prefix.data.store.manifest_keys import check_keys
 from megatron_prefix.errors import InputError
@@ -47,12 +48,19 @@ def columns_of(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(about["shape"]) for name, about in manifest["columns"].items()}
 
 
-def fingerprint(files: Mapping[str, Mapping[str, Any]], tokenizer: Mapping[str, Any]) -> str:
-    """SHA-256 over the checksums of all files, in the order of their names, and the tokenizer."""
+def fingerprint(
+    files: Mapping[str, Mapping[str, Any]],
+    tokenizer: Mapping[str, Any],
+    images: Mapping[str, Any] | None = None,
+) -> str:
+    """SHA-256 over the checksums of all files, in the order of their names, the tokenizer, and the
+    image processor of the manifest's entry `images`."""
     # Sorted, so that the order in which a manifest lists its files does not matter. No path is part
     # of it: a data set that is moved keeps its fingerprint.
     lines = [f"{name} {files[name]['sha256']}\n" for name in sorted(files)]
     lines.append(f"tokenizer {tokenizer['fingerprint']}\n")
+    if images is not None:
+        lines.append(f"image processor {images['processor']['fingerprint']}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -111,6 +119,8 @@ def _check_columns(manifest: dict[str, Any], path: Path) -> None:
     for name in [name for name in columns if name not in known]:
         raise _unknown(path, "column", name)
     expected = {*INDEXED_FILES, *map(column_file, columns)}
+    if "images" in manifest:
+        expected |= {*IMAGE_FILES}
     for name in [name for name in files if name not in expected]:
         raise _unknown(path, "file", f"PREFIX{name}")
     for name in sorted(expected - files.keys()):
@@ -156,7 +166,8 @@ def _check_sums(manifest: dict[str, Any], path: Path) -> None:
         raise InputError(
             f"{path} is damaged or was changed: its SHA-256 differs: build the data set again"
         )
-    if fingerprint(manifest["files"], manifest["tokenizer"]) != manifest["fingerprint"]:
+    own = fingerprint(manifest["files"], manifest["tokenizer"], manifest.get("images"))
+    if own != manifest["fingerprint"]:
         raise InputError(f"{path} is damaged: its fingerprint is wrong: build the data set again")
 
 

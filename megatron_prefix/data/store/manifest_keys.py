@@ -94,11 +94,30 @@ KEYS: dict[str, Rule] = {
 }
 
 
+IMAGES = an_object(
+    {
+        **dict.fromkeys(("images", "occurrences", "tokens", "bytes"), is_size),
+        "processor": an_object(
+            {
+                "family": is_text,
+                "kind": is_text,
+                "image_token_id": is_count,
+                "settings": lambda value: isinstance(value, dict),
+                "fingerprint": is_text,
+            }
+        ),
+    }
+)
+OPTIONAL_KEYS: dict[str, Rule] = {"images": IMAGES}
+"""Of a data set with images only."""
+
+
 def check_keys(manifest: Mapping[str, Any], path: Path) -> None:
     """Refuse a manifest with a key that is missing, unknown, or not what `build` writes."""
     keys = {name: KEYS[name] for name in KEYS if name != "columns" or manifest["version"] > 2}
     for name in [name for name in keys if name not in manifest]:
         raise InputError(f"{path} lacks '{name}': {REMEDY}")
+    keys = {**keys, **OPTIONAL_KEYS}
     for name, value in manifest.items():
         if name not in keys:
             raise InputError(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prefix.data.store.blocks import Block
+from megatron_prefix.data.images import ImageStore
+from megatron_prefix.data.store.blocks import Block, BlockImages
 from megatron_prefix.data.store.columns import (
     OFFSETS,
     OPTIONAL_COLUMNS,
@@ -51,12 +52,16 @@ class MappedFiles:
     node_pointers: np.ndarray
     documents: np.ndarray
     tokens: np.ndarray
+    images: ImageStore | None
+    """None without images."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
         self.manifest = load_manifest(self.prefix)
         self._map_index()
         self._map_columns()
+        described = self.manifest.get("images")
+        self.images = None if described is None else ImageStore(self.prefix, described)
 
     def __len__(self) -> int:
         return self.manifest["counts"]["groups"]
@@ -102,7 +107,12 @@ class MappedFiles:
         lengths = self.node_lengths[first:last]
         token = int(self.node_pointers[first]) // self.tokens.itemsize
         tokens = self.tokens[token : token + int(lengths.sum(dtype=np.int64))]
-        return Block(tokens=tokens, node_lengths=lengths, columns=columns)
+        images = None
+        if self.images is not None:
+            images = BlockImages.of_store(
+                *self.images.within(token, token + len(tokens)), self.images
+            )
+        return Block(tokens=tokens, node_lengths=lengths, columns=columns, images=images)
 
     def _map_index(self) -> None:
         counts, path = self.manifest["counts"], suffix_path(self.prefix, ".idx")

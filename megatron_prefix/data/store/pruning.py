@@ -36,14 +36,16 @@ def own_block(block: Block) -> Block:
     owner = np.repeat(groups, kept)
     for name in ("response_first", "response_last"):
         columns[name] = renumbered(columns[name], owner, new_nodes, nodes)
+    is_kept = np.repeat(needed, block.node_lengths)
     owner = np.repeat(groups, counts(needed, nodes))
     columns["node_parents"] = renumbered(columns["node_parents"][needed], owner, new_nodes, nodes)
     columns["group_nodes"], columns["group_responses"] = counts(needed, nodes), kept
     return replace(
         block,
-        tokens=block.tokens[np.repeat(needed, block.node_lengths)],
+        tokens=block.tokens[is_kept],
         node_lengths=block.node_lengths[needed],
         columns=columns,
+        images=None if block.images is None else block.images.within(is_kept),
     )
 
 

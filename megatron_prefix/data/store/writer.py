@@ -2,6 +2,7 @@
 
     PREFIX.bin, PREFIX.idx   Megatron-Core's indexed format: nodes are sequences, groups documents
     PREFIX.tree/*.npy        columns: what the tokens mean, memory-mapped when read
+    PREFIX.images            the encoded bytes of images, if there are any
     PREFIX.json              the manifest, written last: counts, tokenizer, checksums
 
 A data set is written into a work folder next to PREFIX and moved into place at the end, the
@@ -29,7 +30,8 @@ from megatron_prefix.data.files import (
     file_entry,
     manifest_digest,
 )
-from megatron_prefix.data.store.blocks import Block, starts
+from megatron_prefix.data.images import IMAGE_FILES, ImageStore, ImageWriter
+from megatron_prefix.data.store.blocks import Block, BlockImages, starts
 from megatron_prefix.data.store.columns import (
     COLUMNS,
     OFFSETS,
@@ -65,7 +67,8 @@ class DatasetWriter:
 
     Leaving it without `finish`, by an exception or not, removes everything it made. An earlier
     data set under the same prefix stays until `finish` replaces it. Raises InputError if the files
-    cannot be written, or if a token id is not in the vocabulary.
+    cannot be written, or if a token id is not in the vocabulary. `images` are those of the trees
+    that `add` gets.
     """
 
     def __init__(
@@ -73,10 +76,13 @@ class DatasetWriter:
         prefix: str | Path,
         tokenizer: Mapping[str, Any],
         options: Mapping[str, Any] | None = None,
+        images: ImageStore | None = None,
     ) -> None:
         self.prefix = checked_prefix(prefix)
         self.tokenizer = dict(tokenizer)
         self.options = dict(options or {})
+        self._source_images = images
+        self._images: ImageWriter | None = None
         self._statistics = Statistics()
         self.dtype = np.uint16 if self.tokenizer["vocab_size"] <= 1 << 16 else np.int32
         self._work = building_folder(self.prefix)
@@ -131,7 +137,7 @@ class DatasetWriter:
         trees, records = self._waiting
         self._waiting = [], []
         if trees:
-            self._write(Block.of_trees(trees, records))
+            self._write(Block.of_trees(trees, records, self._source_images))
 
     def _write(self, block: Block) -> None:
         vocab_size = self.tokenizer["vocab_size"]
@@ -153,6 +159,8 @@ class DatasetWriter:
         before = dict(self._statistics.counts)
         self._statistics.add(block)
         self._index.write(block.tokens, block.node_lengths)
+        if block.images is not None and len(block.images.ids):
+            self._write_images(block.images, before["tokens"])
         for name in [name for name in block.columns if name not in self._columns]:
             self._open_optional(name, block.columns[name].shape[1:], before)
         for name, file in self._columns.items():
@@ -170,6 +178,12 @@ class DatasetWriter:
                 count = self._statistics.counts[kind_of(name)] - before[kind_of(name)]
                 values = absent_values(name, count, file.tail)
             file.write(values)
+
+    def _write_images(self, images: BlockImages, tokens_before: int) -> None:
+        if self._images is None:
+            self._images = ImageWriter(self._work, images.processor)
+        starts_O = images.starts + tokens_before
+        self._images.add(images.pictures, images.ids, starts_O, images.processor)
 
     def _open_optional(self, name: str, tail: tuple[int, ...], before: dict[str, int]) -> None:
         """Begin an optional column with the groups that were written without it."""
@@ -196,11 +210,13 @@ class DatasetWriter:
         self._index.finish(self._work / "tree" / "group_nodes.npy")
         tails = {name: self._columns[name].tail for name in self._columns}
         names = (*INDEXED_FILES, *map(column_file, tails))
+        images = None if self._images is None else self._images.finish()
+        names = names if images is None else (*names, *IMAGE_FILES)
         files = {name: file_entry(self._work / name[1:]) for name in names}
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "fingerprint": fingerprint(files, self.tokenizer),
+            "fingerprint": fingerprint(files, self.tokenizer, images),
             "counts": self._statistics.counts,
             "tokens": self._statistics.tokens,
             "lengths": self._statistics.lengths(),
@@ -210,6 +226,7 @@ class DatasetWriter:
             "options": self.options,
             "report": dict(report or {}),
             "files": files,
+            **({} if images is None else {"images": images}),
         }
         manifest["sha256"] = manifest_digest(manifest)
         with (self._work / "json").open("w", encoding="utf-8") as file:
@@ -236,8 +253,11 @@ class DatasetWriter:
 
     def _move(self) -> None:
         """Remove the old manifest, replace the files, and write the new manifest last."""
+        suffixes = INDEXED_FILES if self._images is None else (*INDEXED_FILES, ".images")
         suffix_path(self.prefix, ".json").unlink(missing_ok=True)
-        for suffix in (".bin", ".idx"):
+        if self._images is None:
+            suffix_path(self.prefix, ".images").unlink(missing_ok=True)
+        for suffix in suffixes:
             os.replace(self._work / suffix[1:], suffix_path(self.prefix, suffix))
         tree = suffix_path(self.prefix, ".tree")
         if tree.exists():
@@ -249,6 +269,8 @@ class DatasetWriter:
         open_files: list[IndexedWriter | ColumnWriter] = list(self._columns.values())
         if self._index is not None:
             open_files.append(self._index)
+        if self._images is not None:
+            self._images.close()
         for file in open_files:
             with contextlib.suppress(OSError):  # a full disk may refuse the rest of a buffer
                 file.close()

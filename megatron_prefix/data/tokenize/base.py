@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.data.images import ImageProcessor
 from megatron_prefix.data.read import Message
 from megatron_prefix.errors import InputError
 
@@ -82,6 +83,8 @@ class Tokenizer(ABC):
     vocabulary: str
     has_chat_template = False
     bos_text = eos_text = ""
+    image_token = film_token = ""
+    """Texts that stand for an image or a film where a tokenizer has an image processor."""
 
     @property
     def text_begin(self) -> tuple[int, ...]:
@@ -118,6 +121,23 @@ class Tokenizer(ABC):
     def encode_rendered(self, rendered: Rendered) -> np.ndarray:
         """Token ids of rendered messages, int64 [T]; a special token of the template is one id."""
         return self.encode(rendered.text)
+
+    @property
+    def no_images(self) -> str:
+        """Why texts cannot have images, with the remedy; "" if they can."""
+        return (
+            f"tokenizer {self.name} has no image processor: give --tokenizer the directory of a "
+            "vision model, or leave out the images with --ignore-columns"
+        )
+
+    def image_processor(self) -> ImageProcessor:
+        """The image processor beside the tokenizer. Raises InputError if there is none."""
+        raise InputError(f"images cannot be read: {self.no_images}")
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        """Token ids of a plain text with the mark IMAGE in place of each image, int64 [T]: an image
+        is one placeholder."""
+        raise InputError(f"images cannot be read: {self.no_images}")
 
     def spells_special(self, text: str) -> bool:
         """Whether `text` contains the characters of a special token that `encode` keeps as text."""

@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.data.images import ImageProcessor
 from megatron_prefix.data.read import Message
 from megatron_prefix.data.tokenize.base import Rendered, Tokenizer, vocabulary_digest
 from megatron_prefix.data.tokenize.fragments import Fragments
+from megatron_prefix.data.tokenize.image_texts import ImageTexts
 from megatron_prefix.data.tokenize.prompt_reuse import PromptReuse
 from megatron_prefix.data.tokenize.tool_arguments import ArgumentForm
 from megatron_prefix.errors import InputError, Stopped
@@ -78,6 +80,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self._tokenizer.eos_token_id
         self.bos_text = self._spelling(self.bos_id)
         self.eos_text = self._spelling(self.eos_id)
+        self._images = ImageTexts(path, self._apply) if ImageProcessor.supports(path) else None
+        if self._images is not None:
+            self.image_token, self.film_token = self._images.image_token, self._images.film_token
+            self._tokenizer.chat_template = (
+                ImageProcessor.chat_template(path) or self._tokenizer.chat_template
+            )
         self.has_chat_template = bool(self._tokenizer.chat_template)
         self.fingerprint = hashlib.sha256(self._definition().encode()).hexdigest()
         self._backend = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -137,6 +145,26 @@ class HuggingFaceTokenizer(Tokenizer):
             if self._fragments is not None and self._fragments.is_exact:
                 return self._fragments.encode(rendered.text)
             return self._encode(rendered.text)
+        return self._encode_around(rendered)
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        if self._images is None:
+            return super().encode_marked(text)
+        special = re.compile("(?!)") if self._parse_special else self._pattern
+        rendered = self._images.written(text, special)
+        return self._encode_around(rendered) if rendered.literal else self._encode(rendered.text)
+
+    @property
+    def no_images(self) -> str:
+        return "" if self._images is not None else super().no_images
+
+    def image_processor(self) -> ImageProcessor:
+        if self._images is None:
+            return super().image_processor()
+        return self._images.processor(self._tokenizer)
+
+    def _encode_around(self, rendered: Rendered) -> np.ndarray:
+        """Token ids of a text whose literal spans stay text."""
         with _explained("the tokenizer cannot encode a text", "give another tokenizer"):
             encoding = self._tokenizer(
                 rendered.text, add_special_tokens=False, return_offsets_mapping=True
@@ -195,10 +223,14 @@ class HuggingFaceTokenizer(Tokenizer):
         if not self.has_chat_template:
             return super().render(messages, add_generation_prompt, tools, template_kwargs)
         turns = self._arguments.adapt([message.as_dict() for message in messages])
+        if self._images is not None:
+            turns = self._images.with_parts(turns)
         functions = json.loads(tools) if tools else None
         options = json.loads(template_kwargs) if template_kwargs else {}
         options = {**options, "add_generation_prompt": add_generation_prompt}
         text = self._apply(turns, functions, options)
+        if self._images is not None:
+            self._images.check(text, messages)
         if not any(map(self.spells_special, _texts([turns, functions]))):
             return Rendered(text)
         return self._with_literals(text, turns, functions, options)

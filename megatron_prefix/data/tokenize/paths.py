@@ -24,10 +24,17 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.data.images import IMAGE
 from megatron_prefix.data.read import Message, Text, common_prefix
 from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.tokenize.base import Rendered, Tokenizer
 from megatron_prefix.data.tokenize.ends import TextEnds
+from megatron_prefix.data.tokenize.image_paths import (
+    refuse_spelled,
+    with_images,
+    with_placeholders,
+    without_marks,
+)
 from megatron_prefix.data.tokenize.rendering import (
     NOTE_SPECIAL,
     NOTE_TOOLS,
@@ -36,6 +43,7 @@ from megatron_prefix.data.tokenize.rendering import (
     template_changes,
 )
 from megatron_prefix.data.tree import ResponsePath, common_tokens
+from megatron_prefix.data.tree_images import Placed
 from megatron_prefix.errors import InputError
 
 NOTE_TEMPLATE = "responses whose chat template writes the prompt otherwise once it is answered"
@@ -75,9 +83,16 @@ class PathEncoder:
         self._tools = ""
         self._template_kwargs = ""
 
-    def encode(self, example: Example) -> tuple[list[ResponsePath], list[str]]:
-        """The path of every response, in order, and notes on anything unusual."""
+    def encode(
+        self, example: Example, images: Sequence[Placed] = ()
+    ) -> tuple[list[ResponsePath], list[str]]:
+        """The path of every response, in order, and notes on anything unusual.
+
+        `images` are those of the prompt, in order. Their tokens in a path are -1 - image.
+        """
         self._prompts.clear()
+        if self.tokenizer.image_token:
+            refuse_spelled(example, self.tokenizer, bool(images))
         self._tools = example.tools
         self._template_kwargs = example.template_kwargs
         notes: list[str] = []
@@ -86,7 +101,12 @@ class PathEncoder:
         self.num_tokens += sum(len(path.tokens) for path in paths)
         if any(path.loss_start < prompt_only for path, prompt_only in encoded):
             paths = _start_later(paths, [prompt_only for _, prompt_only in encoded])
-        return (_start_together(paths) if NOTE_TEMPLATE in notes else paths), notes
+        if NOTE_TEMPLATE in notes:
+            paths = _start_together(paths)
+        if images:
+            token = self.tokenizer.image_processor().image_token_id
+            paths = [with_images(path, token, images) for path in paths]
+        return paths, notes
 
     def reset_counts(self) -> None:
         """Count tokens and added ends from 0 again."""
@@ -98,10 +118,10 @@ class PathEncoder:
         """The tokenizer's entry in a manifest, with the rule for begin- and end-of-text."""
         return {**self.tokenizer.describe(), **self.ends.describe()}
 
-    def trial(self, example: Example) -> list[ResponsePath]:
+    def trial(self, example: Example, images: Sequence[Placed] = ()) -> list[ResponsePath]:
         """The paths of an Example that may be discarded: nothing is counted."""
         before = self.num_tokens, replace(self.added)
-        paths, _ = self.encode(example)
+        paths, _ = self.encode(example, images)
         self.num_tokens, self.added = before
         return paths
 
@@ -137,6 +157,8 @@ class PathEncoder:
 
     def _ids(self, text: Text, rendered: Rendered) -> np.ndarray:
         """Tokens of a plain text, or of messages that were rendered."""
+        if self.tokenizer.image_token and IMAGE in rendered.text:
+            return self.tokenizer.encode_marked(rendered.text)
         if isinstance(text, str):
             return self.tokenizer.encode(rendered.text)
         return self.tokenizer.encode_rendered(rendered)
@@ -186,7 +208,8 @@ class PathEncoder:
         loss_start = prompt_only = common_tokens(prompt_ids, ids)
         if loss_start < len(prompt_ids):
             notes.append(NOTE_MERGED)
-            prompt_only = max(loss_start, self._tokens_within(ids, text.text[:boundary]))
+            written = with_placeholders(text.text[:boundary], self.tokenizer)
+            prompt_only = max(loss_start, self._tokens_within(ids, written))
         lead = self._lead(response.prompt, ids)
         tail = self._tail(ids, loss_start, ending, is_rendered)
         if is_rendered and self.ends.eos == "auto" and not self.ends.is_ended(ids, loss_start):
@@ -227,7 +250,8 @@ class PathEncoder:
     ) -> list[str]:
         if not self.tokenizer.has_chat_template:
             return []
-        notes = template_changes(turns, text.text) + extra_changes(turns, num_prompt, text.text)
+        notes = template_changes(without_marks(turns), text.text)
+        notes += extra_changes(turns, num_prompt, text.text)
         without = self._tools and self.tokenizer.render(turns, False, "", self._template_kwargs)
         if without and without.text == text.text:
             notes.append(NOTE_TOOLS)

@@ -65,9 +65,9 @@ def select(
             lost[i] = Reason.NO_RESPONSE_TOKEN
     fitted, num_cut, cut_tokens = list(paths), 0, 0
     if max_length is not None:
-        if overflow == "truncate-prompt":
+        if overflow == "truncate-prompt" and not example.images:
             fitted, num_cut, cut_tokens = _truncate(example, fitted, lost, encoder, max_length)
-        _lose_too_long(fitted, lost, max_length, overflow)
+        _lose_too_long(fitted, lost, max_length, overflow, bool(example.images))
     dropped: dict[str, tuple[int, int]] = {}
     for reason in lost.values():
         _count(dropped, reason, num_responses=1)
@@ -99,17 +99,22 @@ def select(
 
 
 def _lose_too_long(
-    paths: Sequence[ResponsePath], lost: dict[int, str], max_length: int, overflow: str
+    paths: Sequence[ResponsePath],
+    lost: dict[int, str],
+    max_length: int,
+    overflow: str,
+    has_images: bool,
 ) -> None:
     reason = Reason.TOO_LONG_CUT if overflow == "truncate-prompt" else Reason.TOO_LONG
+    reason = Reason.TOO_LONG_IMAGES if has_images else reason
+    remedy = "" if has_images else " or --overflow truncate-prompt"
     for i, path in enumerate(paths):
         if len(path.tokens) <= max_length or i in lost:
             continue
         if overflow == "error":
             raise TooLong(
                 f"response {i} takes {len(path.tokens)} tokens with its prompt, and "
-                f"--max-length is {max_length}: raise it, or give --overflow drop or "
-                "--overflow truncate-prompt"
+                f"--max-length is {max_length}: raise it, or give --overflow drop{remedy}"
             )
         lost[i] = reason
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any
 
+from megatron_prefix.data.images import Picture
 from megatron_prefix.data.read.fields import (
     column,
     number,
@@ -49,6 +50,7 @@ class Reason:
 
     TOO_LONG = "over --max-length"
     TOO_LONG_CUT = "over --max-length with the shortest prompt"
+    TOO_LONG_IMAGES = "over --max-length with images (such prompts are never truncated)"
     UNPAIRED = "left without a pair"
 
 
@@ -87,6 +89,8 @@ class Example:
     notes: tuple[str, ...] = ()
     tools: str = ""
     template_kwargs: str = ""
+    images: tuple[Picture, ...] = ()
+    """The images of the prompt, in the order of the marks IMAGE in its texts."""
 
 
 class Reads(dict[str, Any]):
