@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -348,7 +348,8 @@ def merge_paths(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> Mer
 
 def build_tree(responses: Sequence[ResponsePath], pairs: Sequence[Pair]) -> PrefixTree:
     """Merge token paths into one PrefixTree. Raises ValueError like `merge_paths`."""
-    return PrefixTree(**joined([merge_paths(responses, pairs)]))
+    arrays: dict[str, Any] = dict(joined([merge_paths(responses, pairs)]))
+    return PrefixTree(**arrays)
 
 
 def joined(groups: Sequence[MergedPaths]) -> dict[str, np.ndarray]:

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_prefix.data.images import Picture, StoredPicture
-from megatron_prefix.data.store import PictureTable
+from megatron_prefix.data.images import Picture, PictureTable, StoredPicture
 from megatron_prefix.data.tokenize import Tokenizer
 from megatron_prefix.data.tree_images import Placed
 

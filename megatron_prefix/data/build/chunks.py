@@ -21,9 +21,10 @@ from megatron_prefix.data.build.duplicates import Digests, is_held_out
 from megatron_prefix.data.build.group_texts import GroupText, packed
 from megatron_prefix.data.build.options import BuildOptions
 from megatron_prefix.data.build.report import BuildReport
+from megatron_prefix.data.images import PictureTable
 from megatron_prefix.data.read import ExampleReader, Inputs, ReaderState, Record
 from megatron_prefix.data.read.formats import DegenerateRecord, Example, Reason
-from megatron_prefix.data.store import Block, PictureTable
+from megatron_prefix.data.store import Block
 from megatron_prefix.data.tokenize import PathEncoder, Selection, TooLong, select
 from megatron_prefix.data.tree import MergedPaths, merge_paths
 from megatron_prefix.data.tree_images import Placed

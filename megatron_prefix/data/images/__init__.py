@@ -8,18 +8,18 @@ once, in an `ImageStore`. transformers and Pillow are imported when the first pi
 from __future__ import annotations
 
 from megatron_prefix.data.images.joined import JoinedImages
-from megatron_prefix.data.images.pictures import IMAGE, Picture, StoredPicture
+from megatron_prefix.data.images.pictures import IMAGE, Picture, PictureTable, StoredPicture
 from megatron_prefix.data.images.processor import ImageProcessor
-from megatron_prefix.data.images.store import IMAGE_FILES, ImageStore
+from megatron_prefix.data.images.store import ImageStore
 from megatron_prefix.data.images.writer import ImageWriter
 
 __all__ = [
     "IMAGE",
-    "IMAGE_FILES",
     "ImageProcessor",
     "ImageStore",
     "ImageWriter",
     "JoinedImages",
     "Picture",
+    "PictureTable",
     "StoredPicture",
 ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from megatron_prefix.data.images.decoding import decode
 from megatron_prefix.data.images.processor import ImageProcessor
@@ -99,3 +100,12 @@ class StoredPicture:
                 f"image {self.source} changed while the data set was built: build again"
             )
         return content
+
+
+class PictureTable(NamedTuple):
+    """The pictures of bare paths: -1 - place in their tokens is `pictures[place]`; `placeholder` is
+    the token that is stored."""
+
+    placeholder: int
+    pictures: Sequence[StoredPicture]
+    processor: Mapping[str, Any]

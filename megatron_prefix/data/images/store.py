@@ -42,8 +42,6 @@ IMAGE_COLUMNS: dict[str, ImageColumn] = {
     "occurrence_tokens": ImageColumn(np.dtype("<i8")),
     "occurrence_images": ImageColumn(np.dtype("<i8")),
 }
-IMAGE_FILES = (".images", *(f".tree/{name}.npy" for name in IMAGE_COLUMNS))
-"""The files that a data set with images has besides the others."""
 
 
 class ImageStore:
@@ -54,6 +52,9 @@ class ImageStore:
     [I] whether it is treated as one of several. `occurrence_tokens` [O] are the tokens of the data
     set at which an image begins, ascending, and `occurrence_images` [O] which image that is.
     """
+
+    FILES = (".images", *(f".tree/{name}.npy" for name in IMAGE_COLUMNS))
+    """The files that a data set with images has besides the others."""
 
     def __init__(self, prefix: Path, described: Mapping[str, Any]) -> None:
         self.prefix, self.described = prefix, dict(described)
@@ -70,6 +71,11 @@ class ImageStore:
         self.occurrence_tokens = columns["occurrence_tokens"]
         self.occurrence_images = columns["occurrence_images"]
         self._bytes = np.memmap(Path(f"{prefix}.images"), np.uint8, "r")
+        if len(self._bytes) != described["bytes"]:
+            raise InputError(
+                f"{prefix}.images has {len(self._bytes)} bytes, and its manifest asks for "
+                f"{described['bytes']}: {REMEDY}"
+            )
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -128,7 +134,7 @@ class ImageStore:
         for among_several in (False, True):
             places = np.flatnonzero(several == among_several)
             if len(places):
-                pictures = [self.picture(int(images[place])) for place in places]
+                pictures = [self.picture(int(images[place])) for place in places.tolist()]
                 batches.append((places, processor.pixels(pictures, among_several)))
         return batches
 

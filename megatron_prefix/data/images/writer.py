@@ -88,6 +88,7 @@ class ImageWriter:
 
     def close(self) -> None:
         """Close what is open, of a data set that is given up."""
-        for file in (self._file, *self._columns.values()):
+        files: list[Any] = [self._file, *self._columns.values()]
+        for file in files:
             with contextlib.suppress(OSError):
                 file.close()

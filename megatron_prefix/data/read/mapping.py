@@ -21,12 +21,8 @@ from megatron_prefix.data.read.pictures import COLUMNS as IMAGE_COLUMNS
 from megatron_prefix.errors import InputError
 
 EACH = "[]"
-COLUMNS = tuple(
-    dict.fromkeys(
-        [*(name for format in FORMATS.values() for name in format.columns), *IMAGE_COLUMNS]
-    )
-)
-"""All columns that a format reads; `--map` may give any of them."""
+COLUMNS = tuple(dict.fromkeys(name for format in FORMATS.values() for name in format.columns))
+"""All columns that a format reads; `--map` may give any of them, and those of images."""
 ENTRIES = tuple(dict.fromkeys(name for format in FORMATS.values() for name in format.fields))
 """All fields that a format reads of the entries of a list."""
 
@@ -105,10 +101,9 @@ def parse_columns(texts: list[str]) -> dict[str, str]:
 def _check_target(text: str, name: str, path: str) -> None:
     """Raise InputError for a column or an entry's field that no format reads."""
     column, each, field = name.partition(f"{EACH}.")
-    if column not in COLUMNS:
-        raise InputError(
-            f"--map {text!r}: no format reads a column {column!r}; they read {', '.join(COLUMNS)}"
-        )
+    if column not in (*COLUMNS, *IMAGE_COLUMNS):
+        known = ", ".join((*COLUMNS, *IMAGE_COLUMNS))
+        raise InputError(f"--map {text!r}: no format reads a column {column!r}; they read {known}")
     if bool(each) != (EACH in path) or path.count(EACH) > 1:
         raise InputError(
             f"--map {text!r}: both sides need one [], such as "

@@ -24,6 +24,7 @@ from megatron_prefix.data.read.fields import json_type
 from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.read.texts import Text
 from megatron_prefix.data.read.turns import IMAGE_PARTS
+from megatron_prefix.data.read.unread import is_empty
 from megatron_prefix.errors import InputError
 
 COLUMNS = ("images", "image")
@@ -43,7 +44,7 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 def lists_images(record: dict[str, Any]) -> bool:
     """Whether a record has images in a column of its own."""
-    return any(record.get(name) for name in COLUMNS)
+    return any(not is_empty(record[name]) for name in COLUMNS if name in record)
 
 
 class Marked:
@@ -53,9 +54,9 @@ class Marked:
     """
 
     def __init__(self, record: dict[str, Any]) -> None:
-        given = [(name, record[name]) for name in COLUMNS if name in record]
+        given = [(n, record[n]) for n in COLUMNS if n in record and not is_empty(record[n])]
         self._listed = [picture for name, value in given for picture in _pictures(value, name)]
-        if all(value for _, value in given) and len(given) > 1:
+        if len(given) > 1:
             raise InputError(
                 "columns 'images' and 'image' both hold images: leave out one with --ignore-columns"
             )
@@ -169,8 +170,6 @@ def _refuse_in_response(response: ExampleResponse) -> None:
 
 def _pictures(value: Any, name: str) -> list[Picture]:
     """The pictures of a column: one, or a list of them."""
-    if value is None or value == "" or value == []:
-        return []
     items = value if isinstance(value, list) else [value]
     if len(items) > MOST:
         raise InputError(f"column {name!r} has {len(items)} images, and a record {MOST} at most")

@@ -53,7 +53,7 @@ def unread_names(
     about them (such as their paths) are listed.
     """
     names = [name for name in record if name not in read and name not in taken]
-    names = [name for name in names if not _is_empty(record[name])]
+    names = [name for name in names if not is_empty(record[name])]
     for name in names:
         if name not in harmless and not (has_images and is_of_image(name)):
             _refuse(name, record, read, _Given(format, example))
@@ -67,14 +67,14 @@ def unread_names(
     return names + [f"{MESSAGE}{name}" for name in seen]
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     """Whether a value holds nothing: null, false, 0, white space, or nothing but such values."""
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, list):
-        return all(map(_is_empty, value))
+        return all(map(is_empty, value))
     if isinstance(value, dict):
-        return all(map(_is_empty, value.values()))
+        return all(map(is_empty, value.values()))
     return not value
 
 
@@ -88,7 +88,7 @@ def _unread_fields(value: Any, fields: Collection[str]) -> Iterator[tuple[str, A
         elif isinstance(item, dict):
             for name, inner in item.items():
                 if name not in fields:
-                    if not _is_empty(inner):
+                    if not is_empty(inner):
                         yield name, inner
                 elif name not in OPAQUE and isinstance(inner, list | dict):
                     stack.append(inner)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from megatron_prefix.data.steps.row_images import RowImages
+from megatron_prefix.data.steps.row_images import RowImages, row_images
 from megatron_prefix.data.steps.sharing import View
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.layout import TreeLayout
@@ -291,6 +291,7 @@ def _assemble(items: Sequence[RowItem], parts: Sequence[_Part], targets: Targets
         pair_betas=_concatenate(betas, np.float64),
         served=served_T,
         desirable=_concatenate(desirable, np.float64),
+        images=row_images([item.view for item in items], place),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from megatron_prefix.data.steps.collate import (
 )
 from megatron_prefix.data.steps.denominators import loss_weights
 from megatron_prefix.data.steps.parts import Limits
+from megatron_prefix.data.steps.row_images import RowImages
 from megatron_prefix.data.steps.sharing import NO_LIMITS, Bundle, bundles_of, view
 from megatron_prefix.data.store import PreferenceDataset
 
@@ -47,6 +49,13 @@ def _pair_places(dataset: PreferenceDataset, group: int, pairs: np.ndarray) -> n
         return None
     first = int(dataset.whole.group_pairs[group])
     return dataset.pair_numbers[int(dataset.group_pairs[group]) + pairs] - first
+
+
+def with_row_images(rows: list[MicroBatch], dataset: PreferenceDataset) -> list[MicroBatch]:
+    """The rows, with an empty `images` if a row without any is of a data set that has some."""
+    if dataset.images is None:
+        return rows
+    return [replace(row, images=row.images or RowImages.none()) for row in rows]
 
 
 def group_rows(

@@ -29,7 +29,7 @@ from megatron_prefix.data.steps.denominators import step_denominators
 from megatron_prefix.data.steps.packed import PackedSteps
 from megatron_prefix.data.steps.packing import as_lists, deal, pack_step
 from megatron_prefix.data.steps.parts import Limits
-from megatron_prefix.data.steps.rows import group_rows, row_items
+from megatron_prefix.data.steps.rows import group_rows, row_items, with_row_images
 from megatron_prefix.data.steps.sharing import Bundle, all_bundles, bundles_of, num_sequences
 from megatron_prefix.data.steps.step_columns import StepColumns, step_columns
 from megatron_prefix.data.store import PreferenceDataset
@@ -210,7 +210,7 @@ class Sampler:
             row_items(self.dataset, row, self.sharing, self.weighting) for row in step.rows[rank]
         )
         rows = [collate(row, self.row_multiple, self.targets) for row in items]
-        rows = self._with_attributes(rows)
+        rows = with_row_images(self._with_attributes(rows), self.dataset)
         return [replace(row, is_divided=True) for row in rows] if step.is_divided else rows
 
     def rows_of_group(self, group: int, sharing: str) -> list[MicroBatch]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_prefix.data.rebuilding import bare, with_images
 from megatron_prefix.data.steps.parts import Limits, Part, cut_sequences, cut_tree
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree
@@ -53,6 +54,8 @@ class View:
     tree: PrefixTree
     responses: np.ndarray
     pairs: np.ndarray
+    is_shared: bool = True
+    """Whether responses share tokens, and so images; else each root of the tree has its own."""
 
 
 def bundles_of(
@@ -212,6 +215,12 @@ def group_firsts(group: np.ndarray, num_groups: int) -> np.ndarray:
 
 def view(tree: PrefixTree, sharing: str, item: int, part: Part | None = None) -> View:
     """The tokens of one bundle of `tree`, or of a part of it, as they are run under `sharing`."""
+    own = _view(bare(tree), sharing, item, part)
+    is_shared = sharing == "tree" or (sharing == "pair" and part is None)
+    return replace(own, tree=with_images(own.tree, [tree]), is_shared=is_shared)
+
+
+def _view(tree: PrefixTree, sharing: str, item: int, part: Part | None) -> View:
     if part is not None:
         return _part_view(tree, sharing, np.array(part.responses, np.int64))
     everything = np.arange(tree.num_responses), np.arange(tree.num_pairs)
@@ -243,7 +252,8 @@ def _part_view(tree: PrefixTree, sharing: str, responses: np.ndarray) -> View:
 def alone(tree: PrefixTree, response: int) -> View:
     """One response of `tree` by itself, without its pairs."""
     own, nothing = np.array([response]), np.zeros(0, np.int64)
-    return View(tree=_chains(tree, own, nothing), responses=own, pairs=nothing)
+    chain = with_images(_chains(bare(tree), own, nothing), [tree])
+    return View(tree=chain, responses=own, pairs=nothing)
 
 
 def _chains(tree: PrefixTree, responses: np.ndarray, pairs: np.ndarray) -> PrefixTree:

@@ -1,6 +1,6 @@
 """Trees <-> files: write a data set, open it, count what is in it."""
 
-from megatron_prefix.data.store.blocks import Block, PictureTable
+from megatron_prefix.data.store.blocks import Block
 from megatron_prefix.data.store.dataset import PreferenceDataset
 from megatron_prefix.data.store.joined import check_one_vocabulary, join_datasets
 from megatron_prefix.data.store.manifest import read_manifest
@@ -13,7 +13,6 @@ __all__ = [
     "Block",
     "DatasetWriter",
     "Histogram",
-    "PictureTable",
     "PreferenceDataset",
     "check_one_vocabulary",
     "join_datasets",

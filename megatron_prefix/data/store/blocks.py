@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from megatron_prefix.data.images import ImageStore, StoredPicture
+from megatron_prefix.data.images import ImageStore, PictureTable, StoredPicture
 from megatron_prefix.data.store.columns import column
 from megatron_prefix.data.tree import MergedPaths, PrefixTree, joined
 from megatron_prefix.data.tree_images import occurrences, unplaced
@@ -53,15 +53,6 @@ class BlockImages:
         numbers, places = np.unique(ids_O, return_inverse=True)
         pictures = [store.stored(int(number)) for number in numbers]
         return cls(starts=starts_O, ids=places, pictures=pictures, processor=store.processor)
-
-
-class PictureTable(NamedTuple):
-    """The pictures of bare paths: -1 - place in their tokens is `pictures[place]`; `placeholder` is
-    the token that is stored."""
-
-    placeholder: int
-    pictures: Sequence[StoredPicture]
-    processor: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

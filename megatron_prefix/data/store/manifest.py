@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prefix.data.files import manifest_digest
-from megatron_prefix.data.images import IMAGE_FILES
+from megatron_prefix.data.images import ImageStore
 from megatron_prefix.data.store.columns import COLUMNS, OPTIONAL_COLUMNS, column, least_tail
 from megatron_prefix.data.store.manifest_keys import check_keys
 from megatron_prefix.errors import InputError
@@ -120,7 +120,7 @@ def _check_columns(manifest: dict[str, Any], path: Path) -> None:
         raise _unknown(path, "column", name)
     expected = {*INDEXED_FILES, *map(column_file, columns)}
     if "images" in manifest:
-        expected |= {*IMAGE_FILES}
+        expected |= {*ImageStore.FILES}
     for name in [name for name in files if name not in expected]:
         raise _unknown(path, "file", f"PREFIX{name}")
     for name in sorted(expected - files.keys()):

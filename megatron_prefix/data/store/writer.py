@@ -30,7 +30,7 @@ from megatron_prefix.data.files import (
     file_entry,
     manifest_digest,
 )
-from megatron_prefix.data.images import IMAGE_FILES, ImageStore, ImageWriter
+from megatron_prefix.data.images import ImageStore, ImageWriter
 from megatron_prefix.data.store.blocks import Block, BlockImages, starts
 from megatron_prefix.data.store.columns import (
     COLUMNS,
@@ -211,7 +211,7 @@ class DatasetWriter:
         tails = {name: self._columns[name].tail for name in self._columns}
         names = (*INDEXED_FILES, *map(column_file, tails))
         images = None if self._images is None else self._images.finish()
-        names = names if images is None else (*names, *IMAGE_FILES)
+        names = names if images is None else (*names, *ImageStore.FILES)
         files = {name: file_entry(self._work / name[1:]) for name in names}
         manifest = {
             "format": FORMAT,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_prefix.data.steps.collate import MicroBatch, RowItem, collate_packed
+from megatron_prefix.data.steps.rows import with_row_images
 from megatron_prefix.data.steps.sampler import Row, Sampler, Step
 from megatron_prefix.data.steps.sharing import Bundle, alone
 from megatron_prefix.data.steps.step_columns import StepColumns, step_columns
@@ -52,7 +53,7 @@ class AloneSteps:
     def micro_batches(self, step: Step, rank: int = 0) -> list[MicroBatch]:
         """One rank's rows of a step, ready for the model."""
         sampler = self.sampler
-        return [
+        rows = [
             collate_packed(
                 [
                     RowItem(
@@ -67,6 +68,7 @@ class AloneSteps:
             )
             for row in step.rows[rank]
         ]
+        return with_row_images(rows, sampler.dataset)
 
     def columns(self, step: Step) -> StepColumns:
         """The step as one table: each response once per slot, with all pairs. Its places are those

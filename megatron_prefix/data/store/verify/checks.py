@@ -17,6 +17,7 @@ import numpy as np
 from megatron_prefix.data.files import is_partition, sha256
 from megatron_prefix.data.store.mapped import MappedFiles
 from megatron_prefix.data.store.statistics import Statistics
+from megatron_prefix.data.store.verify.images import check_images, verify_images
 from megatron_prefix.data.store.verify.problems import column_problems, token_problems
 from megatron_prefix.data.store.verify.spans import Span, all_spans
 from megatron_prefix.errors import InputError
@@ -42,6 +43,7 @@ def check_structure(dataset: MappedFiles) -> None:
     _verify_index(dataset)
     for _ in _sound_spans(dataset):
         pass
+    check_images(dataset)
 
 
 def verify_checksums(dataset: MappedFiles) -> None:
@@ -77,6 +79,8 @@ def _verify_layout(dataset: MappedFiles) -> None:
     prefix = dataset.prefix
     _verify_groups(dataset)
     _verify_index(dataset)
+    check_images(dataset)
+    verify_images(dataset)
     totals = Statistics()
     for span in _sound_spans(dataset):
         for group, problem in token_problems(span):

@@ -95,7 +95,7 @@ def shape_problems(span: Span) -> Iterator[Problem]:
 
 def token_problems(span: Span) -> Iterator[Problem]:
     """Tokens that are stored twice: children of one parent (or roots of one group) that begin
-    with the same token.
+    with the same token; different images are different tokens.
 
     Roots get a parent of their own for each group, M + group. Sorted by (parent, first token),
     equal siblings are neighbours.
@@ -103,7 +103,7 @@ def token_problems(span: Span) -> Iterator[Problem]:
     # One group, parents [-1 0 0], first tokens [5 7 7]: parent_or_root [3 0 0], order [1 2 0].
     # Nodes 1 and 2 are neighbours with the same parent and the same first token.
     group, parents, local = span.group_of_node, span.parents, span["node_parents"]
-    first_token = span.block.tokens[starts(span.lengths)].astype(np.int64)
+    first_token = span.block.bare_tokens[starts(span.lengths)]
     parent_or_root = np.where(parents < 0, len(parents) + group, parents)
     order = np.lexsort((first_token, parent_or_root))
     twice = (np.diff(parent_or_root[order]) == 0) & (np.diff(first_token[order]) == 0)

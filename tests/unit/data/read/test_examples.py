@@ -231,7 +231,7 @@ def test_oasst_without_a_label_is_degenerate():
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": "{"}, "not JSON"),
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "images": ["x"]},
-            "'images' is not supported",
+            "1 image, and its prompt is a text without <image>",
         ),
         ({"prompt": [user("q")], "chosen": [user("a")], "rejected": [assistant("b")]}, "begins"),
         ({"prompt": [user("q")], "chosen": ["a"], "rejected": []}, "message 1 is text"),

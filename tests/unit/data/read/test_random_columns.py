@@ -117,7 +117,7 @@ def test_every_text_is_read_or_listed_or_refused(block):
         example, reader = outcome
         num_built += 1
         texts = repr([(r.prompt, r.response) for r in example.responses])
-        texts += example.tools + example.template_kwargs
+        texts += example.tools + example.template_kwargs + repr(example.images)
         words = [(name, word) for name, words in record.words.items() for word in words]
         for name, word in words:
             column = next(n for n, value in record.value.items() if word in json.dumps(value))

@@ -60,13 +60,35 @@ def test_a_column_that_can_change_the_text_is_refused(record, name, value):
 
 
 @pytest.mark.parametrize(
-    "name", ["image", "images", "videos", "audio", "image_path", "rejected_images", "img_url"]
+    ("name", "message"),
+    [
+        ("videos", "'videos' is not supported"),
+        ("audio", "'audio' is not supported"),
+        ("image_path", "--map images=image_path"),
+        ("rejected_images", "--map images=rejected_images"),
+        ("img_url", "--map images=img_url"),
+    ],
 )
-def test_pictures_films_and_sounds_are_refused(name):
-    with pytest.raises(InputError, match=f"'{name}' is not supported"):
+def test_pictures_films_and_sounds_elsewhere_are_refused(name, message):
+    with pytest.raises(InputError, match=message):
         unread({**PAIR, name: ["x.png"]})
     assert unread({**PAIR, name: "x"}, [name]) == [name]
     assert unread({**PAIR, name: []}) == []
+
+
+def test_what_else_is_said_of_images_that_were_read_is_listed():
+    record = {"question": "Why?", "chosen": "a", "rejected": "b", "image": "x.png"}
+    assert unread({**record, "image_path": "x.png", "idx": 1}) == ["image_path", "idx"]
+    with pytest.raises(InputError, match="'video' is not supported"):
+        unread({**record, "video": "x.mp4"})
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_images_without_an_image_processor_are_refused(name):
+    record = {"question": "Why?", "chosen": "a", "rejected": "b", name: "x.png"}
+    with pytest.raises(InputError, match="the record has images, and there is no processor"):
+        ExampleReader(no_images="there is no processor").read(record)
+    assert unread(record, [name]) == [name]
 
 
 @pytest.mark.parametrize("value", [None, "", " ", [], {}, False, 0, [""], {"a": None}])
