@@ -1,14 +1,15 @@
 """A CUDA device that is not there: fake tensors on `cuda:0`, and what makes the host wait for it.
 
 torch's own meta kernels check shapes, dtypes, devices and signatures of every operator. Values mean
-nothing: whatever is read from the device is 1. Needs a build of torch with CUDA, and driver.c
-preloaded.
+nothing: whatever is read from the device is 1. With a build of torch with CUDA, driver.c is
+preloaded; with one without, guard.cpp is, and only forward runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 import traceback
 from collections import Counter, defaultdict
@@ -17,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from contracts import check_call
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,6 +102,7 @@ class HostWaits(TorchDispatchMode):
         device = kwargs.get("device")
         to = None if device is None else torch.device(device).type
         from_cuda = any(x.is_cuda for x in tensors)
+        check_call(name, args, kwargs)
         self.launched[self.phase] += from_cuda
         if name in ("_local_scalar_dense", "item"):
             if from_cuda:
@@ -207,6 +210,14 @@ def _patches() -> dict[tuple[Any, str], Any]:
     }
 
 
+def _put_guard() -> None:
+    if torch.version.cuda is None:
+        ctypes.CDLL(os.environ["FAKE_CUDA_LIBRARY"]).put_guard()
+        return
+    torch._C._ensureCUDADeviceGuardSet()
+    ctypes.CDLL(None).set_devices(64)
+
+
 @contextlib.contextmanager
 def fake_device() -> Iterator[HostWaits]:
     """Inside the context all tensors are fake, and `cuda` is a device."""
@@ -221,8 +232,7 @@ def fake_device() -> Iterator[HostWaits]:
         for (owner, name), value in _patches().items():
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
-        torch._C._ensureCUDADeviceGuardSet()
-        ctypes.CDLL(None).set_devices(64)
+        _put_guard()
         stack.enter_context(DeviceNumbers())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

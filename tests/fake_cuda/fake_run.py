@@ -4,7 +4,7 @@
 
 Ranks are those of torch's fake process groups: this is rank 0 of WORLD_SIZE. A run whose rank 0 is
 not the last pipeline stage ends with its first backward pass, as the last stage's values are not
-there. PLANT breaks something first, to show that it is detected.
+there. With a build of torch without CUDA the run ends before its first backward pass. PLANT breaks something first, to show that it is detected.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # noqa: F401  meta kernels of collectives
+from contracts import remember
 from fake_device import HostWaits, fake_device
+from megatron.core.pipeline_parallel import schedules
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_prefix.attention import plan
+from megatron_prefix.attention.backends import flash
 from megatron_prefix.checkpoint import starting_model
 from megatron_prefix.config import parse_config
 from megatron_prefix.distributed import signals, world
@@ -34,8 +38,9 @@ from megatron_prefix.model.layers import norm
 from megatron_prefix.train import run, setup, trainer
 
 
-class NotLast(BaseException):
-    """The values of the last pipeline stage are not there."""
+class Ended(BaseException):
+    """What comes next cannot run: the values of the last pipeline stage are not there, or this
+    build of torch has no streams of CUDA for backward."""
 
 
 class AtOnce:
@@ -62,8 +67,12 @@ class Alone(contextlib.nullcontext):
 
 def values_of_last_stage(values: list, device: torch.device) -> list:
     if not values:
-        raise NotLast
+        raise Ended
     return values
+
+
+def no_backward(*_: Any, **__: Any) -> None:
+    raise Ended
 
 
 def same_of_all(values: list, value: Any, group: Any = None) -> None:
@@ -87,6 +96,7 @@ def replaced(waits: HostWaits, size: int) -> Iterator[None]:
         (dist, "new_group"): new_fake,
         (dist, "all_gather_object"): same_of_all,
         (dist, "broadcast_object_list"): lambda *_, **__: None,
+        (plan, "on_device"): remember(plan.on_device),
         (world, "_meet"): lambda timeout: (dist.HashStore(), 0),
         (world, "FailureDetection"): lambda *_: Alone(),
         (world.World, "beat"): lambda *_: None,
@@ -103,6 +113,9 @@ def replaced(waits: HostWaits, size: int) -> Iterator[None]:
         (trainer, "step_totals"): waits.during("totals", trainer.step_totals),
         (trainer.Trainer, "train_step"): waits.during("rest", trainer.Trainer.train_step),
     }
+    if torch.version.cuda is None:
+        patches[schedules, "backward_step"] = no_backward
+        patches[torch.autograd, "_engine_run_backward"] = no_backward
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"WORLD_SIZE": str(size)}))
         for (owner, name), value in patches.items():
@@ -111,7 +124,7 @@ def replaced(waits: HostWaits, size: int) -> Iterator[None]:
 
 
 def plant(fault: str) -> None:
-    """Break the norm of every layer."""
+    """Break the norm of every layer, or its call of the flash operators."""
     forward = norm.RMSNorm.forward
 
     def reads(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -123,14 +136,36 @@ def plant(fault: str) -> None:
     def widens(self: Any, x: torch.Tensor) -> torch.Tensor:
         return forward(self, x).float()
 
-    norm.RMSNorm.forward = {"item": reads, "cpu": mixes, "float32": widens}[fault]
+    if fault in ("item", "cpu", "float32"):
+        norm.RMSNorm.forward = {"item": reads, "cpu": mixes, "float32": widens}[fault]
+        return
+    operators = flash.aten_operators()
+
+    def swaps_boundaries(*args: Any, **kwargs: Any) -> Any:
+        return operators.forward(*args[:3], args[4], args[3], *args[5:], **kwargs)
+
+    def swaps_in_backward(*args: Any, **kwargs: Any) -> Any:
+        return operators.backward(*args[:6], args[7], args[6], *args[8:], **kwargs)
+
+    def strides(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    def strides_keys(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return operators.forward(q, strides(k), *args, **kwargs)
+
+    broken = {
+        "order": operators._replace(forward=swaps_boundaries),
+        "order in backward": operators._replace(backward=swaps_in_backward),
+        "strides": operators._replace(forward=strides_keys),
+    }[fault]
+    flash.aten_operators = lambda: broken
 
 
 def main(config: str, size: str, fault: str | None = None) -> None:
     settings = parse_config(json.loads(Path(config).read_text()))
     if fault is not None:
         plant(fault)
-    with fake_device() as waits, replaced(waits, int(size)), contextlib.suppress(NotLast):
+    with fake_device() as waits, replaced(waits, int(size)), contextlib.suppress(Ended):
         run.train(settings)
     print(json.dumps({"waits": waits.counts, "launched": waits.launched}))
 
