@@ -132,8 +132,6 @@ MEGATRON = {
     "tp_comm_overlap": _UNEQUAL_ROWS,
     "enable_cuda_graph": _UNEQUAL_ROWS,
     "cuda_graph_impl": _UNEQUAL_ROWS,
-    "bias_swiglu_fusion": "nothing: the gate is fused if Transformer Engine is installed",
-    "gradient_accumulation_fusion": "nothing: not offered; gradients are added after their product",
     "ref_policy_kl_penalty": "loss.beta",
     "preference_loss": "loss.loss_type",
 }

@@ -81,6 +81,7 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    fuses_sums: bool = False,
 ) -> Tensor:
     """Exact softmax attention of one row of packed prefix trees, differentiable.
 
@@ -92,15 +93,17 @@ def tree_attention(
 
     With `window` a token sees only the last `window` tokens of its root path, itself included.
     `softcap` c turns each scaled score s into c tanh(s / c). `sinks` [N] are further scores in the
-    softmax of each query head, without a value. Raises ValueError if shapes, dtypes, devices, token
-    counts, these settings or the backend do not fit.
+    softmax of each query head, without a value. With `fuses_sums` a Triton kernel sums the
+    gradients of keys that `flash` and `te` copy. Raises ValueError if shapes, dtypes, devices,
+    token counts, these settings or the backend do not fit.
     """
     plan = _checked_plan(q, k, v, layout)
     _check_settings(q, plan, window, softcap, sinks)
     plan = plan.windowed(window)
     features = [x for x, given in (("softcap", softcap), ("sinks", sinks)) if given is not None]
     backend = prepare_plan(plan, backend, q.dtype, q.size(-1), features)
-    scoring = Scoring(q.size(-1) ** -0.5 if scale is None else scale, softcap, sinks)
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    scoring = Scoring(scale, softcap, sinks, fuses_sums)
     return load_backend(backend).attend(q, k, v, plan, scoring)
 
 

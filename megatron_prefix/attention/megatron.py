@@ -160,6 +160,7 @@ class TreeCoreAttention(MegatronModule):
         self.rotary = rotary[layer_number - 1] if rotary else "global"
         self.window = layer_windows(config)[layer_number - 1]
         self.softcap = softcap_of(config)
+        self.fuses_sums = "key_sums" in getattr(config, "kernels", ())
         self.softmax_offset: Tensor | None = None
         if config.softmax_type != "vanilla":
             self._add_sinks(pg_collection)
@@ -250,5 +251,6 @@ class TreeCoreAttention(MegatronModule):
             window=self.window,
             softcap=self.softcap,
             sinks=self.softmax_offset,
+            fuses_sums=self.fuses_sums,
         )
         return out[..., :own].flatten(1).unsqueeze(1)

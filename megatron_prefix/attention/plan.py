@@ -43,6 +43,7 @@ import numpy as np
 import torch
 
 from megatron_prefix.attention.pieces import cut_into_pieces, seen_paths
+from megatron_prefix.kernels import segment_sums
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.platform import on_device
 
@@ -87,14 +88,17 @@ class PathPlan:
         chain."""
         return keys if self.is_identity else keys.index_select(0, self.kv_index)
 
-    def sum_copies(self, copies: torch.Tensor) -> torch.Tensor:
+    def sum_copies(self, copies: torch.Tensor, is_fused: bool = False) -> torch.Tensor:
         """[S_kv, G, H] -> [S, G, H]: the transpose of `gather`.
 
         Sums in float32 or better and in the plan's order, without atomic additions. So the result
-        has the same bits every time. Returned in the dtype of `copies`.
+        has the same bits every time. Returned in the dtype of `copies`. With `is_fused` a Triton
+        kernel does it in one launch.
         """
         if self.is_identity:
             return copies
+        if is_fused:
+            return segment_sums(copies, self.copy_order, self.copy_offsets)
         exact = torch.promote_types(copies.dtype, torch.float32)
         ordered = copies.index_select(0, self.copy_order).to(exact).flatten(1)
         sums = torch.segment_reduce(

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_prefix.kernels import rotated
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of each token's angles, both [T, 1, D/2], and which channels form a pair."""
@@ -27,6 +29,8 @@ class Rotation(NamedTuple):
     interleaved: bool = False
     query_factor: Tensor | None = None
     """[T, 1, 1]: what queries are multiplied by besides; None: 1."""
+    is_fused: bool = False
+    """Whether a Triton kernel rotates, in one launch; the elementary operations define it."""
 
     def turn(self, x_TNH: Tensor) -> Tensor:
         """`rotate` by this rotation."""
@@ -58,20 +62,20 @@ def rotate_query(x_TNH: Tensor, rotation: Rotation) -> Tensor:
 def rotate(x_TNH: Tensor, rotation: Rotation) -> Tensor:
     """Rotate every head by its token's angles, differentiable; in the dtype of `x_TNH`."""
     cos, sin = (part.to(x_TNH.dtype) for part in rotation[:2])
-    return _Rotate.apply(x_TNH, cos, sin, rotation.interleaved)
+    return _Rotate.apply(x_TNH, cos, sin, rotation.interleaved, rotation.is_fused)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
+    def forward(ctx, x, cos, sin, interleaved, is_fused):
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return _rotated(x, cos, sin, 1, interleaved)
+        ctx.interleaved, ctx.turn = interleaved, rotated if is_fused else _rotated
+        return ctx.turn(x, cos, sin, 1, interleaved)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, sin, -1, ctx.interleaved), None, None, None
+        return ctx.turn(grad, cos, sin, -1, ctx.interleaved), None, None, None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int, interleaved: bool) -> Tensor:

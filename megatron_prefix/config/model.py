@@ -136,6 +136,12 @@ class ModelSizes:
 
 SIZES = tuple(field.name for field in fields(ModelSizes) if field.name != "architecture")
 """Settings of the model section that `model.hf` or an imported `model.checkpoint` gives."""
+KERNELS = {
+    "apply_rope_fusion": "rotary",
+    "bias_swiglu_fusion": "gate",
+    "cross_entropy_loss_fusion": "head",
+    "key_sum_fusion": "key_sums",
+}
 REQUIRED_SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 
 
@@ -212,9 +218,25 @@ class ModelConfig:
     """What is trained of the part that reads images, of models that have one."""
     lm_head_chunk_size: Count = 2048
     """Tokens projected to logits at a time; if there are more, backward projects them again."""
+    apply_rope_fusion: Switch = False
+    """Rotate queries and keys by one Triton kernel; needs CUDA."""
+    bias_swiglu_fusion: Switch = False
+    """The gate of feed-forward layers (SwiGLU) in one Triton kernel; needs CUDA. For layers without
+    Transformer Engine, which fuses it by itself, and without experts."""
+    cross_entropy_loss_fusion: Switch = False
+    """Log-probabilities of targets by Triton kernels that read the logits once and keep no float32
+    copy of them; needs CUDA."""
+    key_sum_fusion: Switch = False
+    """Sum the gradients of keys that `flash` and `te` copy in one Triton kernel; needs CUDA."""
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Layers | None = None
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Switches for Triton kernels that are on, each with the name of its kernel in
+        `TreeTransformerConfig.kernels`."""
+        return {key: kernel for key, kernel in KERNELS.items() if getattr(self, key)}
 
     def sizes(self) -> ModelSizes | None:
         """The sizes that are given here, with the defaults of those that follow from others;

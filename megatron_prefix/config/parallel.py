@@ -42,6 +42,9 @@ class ParallelConfig:
     """Add gradients up over data-parallel ranks while backward still runs."""
     overlap_param_gather: Switch = False
     """With the distributed optimizer, gather updated weights while the next forward pass runs."""
+    gradient_accumulation_fusion: Switch = False
+    """Add the gradients of weights to the float32 sums inside of their matrix products. Needs
+    APEX's `fused_weight_gradient_mlp_cuda`."""
     distributed_timeout_minutes: Minutes = 30.0
     """Minutes without progress before all ranks stop and name the stalled one."""
 

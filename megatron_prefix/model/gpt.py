@@ -81,6 +81,9 @@ class TreeTransformerConfig(TransformerConfig):
     """One of attention.backends.BACKENDS, or `auto`."""
     lm_head_chunk_size: int = 2048
     """Tokens projected to logits at a time."""
+    kernels: tuple[str, ...] = ()
+    """What Triton kernels compute in place of elementary operations: `rotary`, `gate` (of
+    feed-forward layers), `head` (log-softmax) and `key_sums` (gradients of copied keys)."""
     moe_count: str = "tokens"
     """How often the router's auxiliary loss counts a token: once (`tokens`), or once per response
     that it belongs to (`responses`)."""
@@ -311,6 +314,7 @@ class TreeGPTModel(LanguageModule):
             angles = rotary_angles(positions, channels, base, scaling, sections)
             amplitude = 1.0 if scaling is None else scaling.amplitude
             result = rotation_of(angles, amplitude, parts.rotary_interleaved)
+            result = result._replace(is_fused="rotary" in config.kernels)
             if config.bf16:
                 result = result._replace(cos=result.cos.bfloat16(), sin=result.sin.bfloat16())
             if (growth := parts.query_growth) is not None:
@@ -345,6 +349,7 @@ class TreeGPTModel(LanguageModule):
             group=self.pg_collection.tp,
             with_collisions=params.with_collisions,
             scale_layers=self.config.num_layers if params.with_scales else None,
+            is_fused="head" in self.config.kernels,
         )
 
     def _whole_logits(self, logits: Tensor) -> Tensor:

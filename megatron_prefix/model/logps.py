@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_prefix.model.fused_logps import FusedLogps
+
 Project = Callable[[Tensor], Tensor]
 
 
@@ -140,13 +142,17 @@ def vocab_parallel_logps(
     target_N: Tensor,
     vocab_size: int,
     group: torch.distributed.ProcessGroup | None = None,
+    is_fused: bool = False,
 ) -> Tensor:
     """Log-probability of `target_N[i]` under `logits_UV[logit_N[i]]`, [N].
 
     float32, also if the logits are less precise (float64 stays). `logits_UV` is this rank's slice
     of the vocabulary; columns from `vocab_size` on are padding and have probability 0. A (logit,
-    target) entry may occur several times; each adds to the gradient.
+    target) entry may occur several times; each adds to the gradient. With `is_fused` Triton kernels
+    compute the same, and `logit_N` has to ascend.
     """
+    if is_fused:
+        return FusedLogps.apply(logits_UV, logit_N, target_N, vocab_size, group)
     return _VocabParallelLogps.apply(logits_UV, logit_N, target_N, vocab_size, group)
 
 
@@ -162,6 +168,7 @@ def token_logps(
     group: torch.distributed.ProcessGroup | None = None,
     with_collisions: bool = False,
     scale_layers: int | None = None,
+    is_fused: bool = False,
 ) -> Tensor:
     """Project hidden states to logits and take the targets' log-probabilities, float32 [N].
 
@@ -172,12 +179,13 @@ def token_logps(
     `logit_N` ascends. At most `chunk_size` tokens are projected at a time; if there are more,
     backward projects each chunk again, so that logits are freed with their chunk. Hidden state u
     predicts the targets `offsets[u]` up to, not including, `offsets[u + 1]`, [U + 1] on the host;
-    without `offsets` they are computed from `logit_N`, which waits for the device.
+    without `offsets` they are computed from `logit_N`, which waits for the device. `is_fused` is
+    that of `vocab_parallel_logps`.
     """
 
     def chunk_logps(hidden: Tensor, logit: Tensor, target: Tensor) -> Tensor:
         logits = project(hidden)
-        logps = vocab_parallel_logps(logits, logit, target, vocab_size, group)
+        logps = vocab_parallel_logps(logits, logit, target, vocab_size, group, is_fused)
         lines = [logps]
         if with_collisions:
             lines.append(vocab_parallel_collisions(logits, vocab_size, group)[logit])

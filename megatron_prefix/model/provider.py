@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_prefix.attention import check_backend
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.config.lora import FEED_FORWARD_TARGETS, LoraConfig, lora_size_faults
 from megatron_prefix.errors import InputError
+from megatron_prefix.kernels import why_no_kernels
 from megatron_prefix.model.adapters import freeze_base, start_saved_modules
 from megatron_prefix.model.gpt import TreeGPTModel, TreeTransformerConfig
 from megatron_prefix.model.heads import TreeRewardModel
@@ -86,7 +88,7 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         # Sums over pairs are divided by the plan's normaliser, never by micro batches or ranks.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fuses_accumulation(parallel),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=on_cuda and is_swiglu and not own_gate,
@@ -107,6 +109,7 @@ def transformer_config(
         and not sizes.untie_embeddings_and_output_weights,
         tree_attention_backend=model.attention_backend,
         lm_head_chunk_size=model.lm_head_chunk_size,
+        kernels=_kernels(model, on_cuda, own_gate),
         init_seed=seed,
         head_seed=head_seed if model.kind == "reward" else None,
         lora=lora,
@@ -132,6 +135,32 @@ def _vision_settings(
         trains_projector=reads_images
         and (not has_adapters if given is None else given.trains_projector(has_adapters)),
     )
+
+
+def _kernels(model: ModelConfig, on_cuda: bool, own_gate: bool) -> tuple[str, ...]:
+    """The Triton kernels that `model` asks for. Raises InputError if they cannot run here."""
+    for key in model.kernels:
+        if obstacle := why_no_kernels("cuda" if on_cuda else "cpu"):
+            raise InputError(f"model.{key} = True: {obstacle}")
+    if model.bias_swiglu_fusion and not own_gate:
+        raise InputError(
+            "model.bias_swiglu_fusion = True has no effect: the feed-forward layers of this model "
+            "have experts, another activation than SwiGLU, or are Transformer Engine's, which "
+            "fuses it by itself: leave it out"
+        )
+    return tuple(model.kernels.values())
+
+
+def _fuses_accumulation(parallel: ParallelConfig) -> bool:
+    """Whether products of matrices add to sums of gradients. Raises InputError if they cannot."""
+    if not parallel.gradient_accumulation_fusion:
+        return False
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        raise InputError(
+            "parallel.gradient_accumulation_fusion = True: fused_weight_gradient_mlp_cuda is not "
+            "installed: install APEX with --cpp_ext and --cuda_ext, or leave it out"
+        )
+    return True
 
 
 def _resolved(

@@ -18,7 +18,9 @@ import torch
 FORWARD = (
     "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask".split()
 )
-BACKWARD = "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p".split()
+BACKWARD = (
+    "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p".split()
+)
 BACKWARD += ["is_causal", "rng_state", "unused"]
 CALLS = {"_flash_attention_forward": FORWARD, "_flash_attention_backward": BACKWARD}
 KNOWN = "values_on_the_host"
@@ -66,3 +68,19 @@ def check_call(name: str, args: tuple, kwargs: dict) -> None:
         )
         least = max(int(np.diff(known).max(initial=0)), 2 if side == "q" else 1)
         assert longest == least, f"max_{side} is {longest}, and the longest piece has {least}"
+
+
+def check_launch(kernel: Any, args: tuple, constants: dict) -> None:
+    """Raise AssertionError if a Triton kernel gets other arguments than it has: tensors for
+    pointers only, all on the device and with a contiguous last dimension."""
+    call = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    given = set(call) - {"num_warps", "num_stages"}
+    assert given == set(kernel.arg_names), f"arguments of {kernel.fn.__name__}: order?"
+    for name, value in call.items():
+        is_tensor = isinstance(value, torch.Tensor)
+        assert is_tensor == name.endswith("_ptr"), f"{name} is {type(value).__name__}: order?"
+        if is_tensor:
+            assert value.is_cuda, f"{name} is on {value.device}, not on the same device"
+            assert value.stride(-1) == 1, f"the last dimension of {name} is not contiguous"
+            is_index = name.startswith(("order", "offsets", "target"))
+            assert is_index != value.is_floating_point(), f"{name} is {value.dtype}: order?"

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from contracts import check_call
+from contracts import check_call, check_launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,6 +77,8 @@ class HostWaits(TorchDispatchMode):
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         self.launched: Counter[str] = Counter()
         """Operators on the device, by phase."""
+        self.kernels: Counter[str] = Counter()
+        """Launches of Triton kernels."""
 
     def during(self, phase: str, function: Callable) -> Callable:
         """`function`, whose operators count for `phase`."""
@@ -92,6 +94,11 @@ class HostWaits(TorchDispatchMode):
 
     def note(self, kind: str) -> None:
         self.counts[self.phase][f"{kind}: {_place()}"] += 1
+
+    def launch_kernel(self, kernel: Any, grid: tuple, *args: Any, **constants: Any) -> None:
+        """In place of a Triton kernel's launch, which needs a device."""
+        check_launch(kernel, args, constants)
+        self.kernels[kernel.fn.__name__] += 1
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple = (), kwargs: dict | None = None

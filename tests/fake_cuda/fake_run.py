@@ -4,12 +4,14 @@
 
 Ranks are those of torch's fake process groups: this is rank 0 of WORLD_SIZE. A run whose rank 0 is
 not the last pipeline stage ends with its first backward pass, as the last stage's values are not
-there. With a build of torch without CUDA the run ends before its first backward pass. PLANT breaks something first, to show that it is detected.
+there. With a build of torch without CUDA the run ends before its first backward pass.
+PLANT breaks something first, to show that it is detected.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -116,6 +118,10 @@ def replaced(waits: HostWaits, size: int) -> Iterator[None]:
     if torch.version.cuda is None:
         patches[schedules, "backward_step"] = no_backward
         patches[torch.autograd, "_engine_run_backward"] = no_backward
+    if importlib.util.find_spec("triton") is not None:
+        for name in ("rotary", "segments", "softmax", "swiglu"):
+            module = importlib.import_module(f"megatron_prefix.kernels.{name}")
+            patches[module, "launch"] = waits.launch_kernel
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"WORLD_SIZE": str(size)}))
         for (owner, name), value in patches.items():
@@ -167,7 +173,7 @@ def main(config: str, size: str, fault: str | None = None) -> None:
         plant(fault)
     with fake_device() as waits, replaced(waits, int(size)), contextlib.suppress(Ended):
         run.train(settings)
-    print(json.dumps({"waits": waits.counts, "launched": waits.launched}))
+    print(json.dumps({"waits": waits.counts, "launched": waits.launched, "kernels": waits.kernels}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Whole training steps as CUDA runs them, without a GPU: shapes, dtypes, devices, host waits.
 
-With a build of torch without CUDA, the feed and one forward pass. Every case is a process of its own (fake_run.py). In the feed and in forward and backward the host
-must not wait for the device; a new wait fails with file and line.
+With a build of torch without CUDA, the feed and one forward pass. Every case is a process of its
+own (fake_run.py). In the feed and in forward and backward the host must not wait for the device; a
+new wait fails with file and line.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -50,6 +52,17 @@ CASES = {  # name: processes, sections
     "cp2": (2, {"parallel": {"context_parallel_size": 2}}),
     "dp4": (4, {"parallel": {**ZERO, "overlap_param_gather": True}}),
 }
+FUSED = {"apply_rope_fusion", "bias_swiglu_fusion", "cross_entropy_loss_fusion", "key_sum_fusion"}
+FUSED = dict.fromkeys(FUSED, True)
+CASES |= {
+    "fused": (1, {"model": FUSED}),
+    "windows and sinks": (
+        1,
+        {"model": {"window_size": [7, 0], "softmax_type": "learnable", "key_sum_fusion": True}},
+    ),
+}
+KERNELS = {"rotary_kernel", "segments_kernel", "gate_kernel", "gate_gradient_kernel"}
+KERNELS |= {"statistics_kernel", "gradient_kernel"}
 QUICK = "lm"
 STOCK = "megatron/core/tensor_parallel/layers.py", "megatron/core/pipeline_parallel/schedules.py"
 """Where Megatron-Core masks the embedding of a part of the vocabulary, forward and in backward."""
@@ -108,6 +121,8 @@ def params() -> list:
 
 @pytest.mark.parametrize("name", params())
 def test_the_host_waits_for_nothing_in_forward_and_backward(steps, name):
+    if name == "fused" and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs triton: pip install triton")
     size, sections = CASES[name]
     result = steps(size, sections)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -118,6 +133,8 @@ def test_the_host_waits_for_nothing_in_forward_and_backward(steps, name):
     assert own == [] and waits.get("feed", {}) == {}, waits
     if name != "tp2sp":
         assert waits.get("passes", {}) == {}
+    if name == "fused" and HAS_CUDA_BUILD:
+        assert set(report["kernels"]) == KERNELS
     if HAS_CUDA_BUILD and not name.endswith("pp2"):  # where rank 0 has the whole step
         assert launched["update"] > 10
         places = {x.split(": ")[1].rpartition(":")[0] for x in waits["update"]}

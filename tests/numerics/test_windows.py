@@ -389,4 +389,4 @@ def test_flex_skips_the_blocks_before_the_window():
 
 
 def test_scoring_without_settings_is_plain():
-    assert Scoring(0.5) == (0.5, None, None)
+    assert Scoring(0.5) == (0.5, None, None, False)

@@ -31,6 +31,8 @@ class Scoring(NamedTuple):
     softcap: float | None = None
     sinks: Tensor | None = None
     """[N]: one sink per query head, or none."""
+    fuses_sums: bool = False
+    """Whether a Triton kernel sums the gradients of copied keys; for backends that copy them."""
 
 
 @dataclass(frozen=True, kw_only=True)

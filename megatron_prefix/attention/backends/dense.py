@@ -71,7 +71,7 @@ def dense_attention(
         mask = mask[torch.from_numpy(plan.q_tokens).to(q.device)]
     if plan.kv_tokens is not None:
         mask = mask[:, torch.from_numpy(plan.kv_tokens).to(q.device)]
-    return masked_attention(q, k, v, mask, *scoring)
+    return masked_attention(q, k, v, mask, scoring.scale, scoring.softcap, scoring.sinks)
 
 
 BACKEND = Backend(why_not=runs_anywhere, prepare=lambda plan: None, attend=dense_attention)

@@ -88,12 +88,12 @@ def flash_attention(
         return q + (k.sum() + v.sum()) + (0 if sinks is None else 0 * sinks.sum().to(q.dtype))
     assert scoring.softcap is None
     operators = operators or aten_operators()
-    return _FlashPathAttention.apply(q, k, v, sinks, plan, scoring.scale, operators)
+    return _FlashPathAttention.apply(q, k, v, sinks, plan, scoring, operators)
 
 
 class _FlashPathAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, plan, scale, operators):
+    def forward(ctx, q, k, v, sinks, plan, scoring, operators):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out, lse, rng_state, unused, _ = operators.forward(
             q,
@@ -106,14 +106,14 @@ class _FlashPathAttention(torch.autograd.Function):
             0.0,  # dropout
             plan.window is None,  # causal, aligned bottom-right
             False,  # no debug mask
-            scale=scale,
+            scale=scoring.scale,
             **_window(plan),
         )
         if sinks is not None:
             out, lse_LN = add_sinks(out, lse.T, sinks)
             lse = lse_LN.T.contiguous()
         ctx.save_for_backward(q, k, v, out, lse, sinks, rng_state, unused)
-        ctx.plan, ctx.scale, ctx.operators = plan, scale, operators
+        ctx.plan, ctx.scoring, ctx.operators = plan, scoring._replace(sinks=None), operators
         return out
 
     @staticmethod
@@ -135,11 +135,12 @@ class _FlashPathAttention(torch.autograd.Function):
             plan.window is None,
             rng_state,
             unused,
-            scale=ctx.scale,
+            scale=ctx.scoring.scale,
             **_window(plan),
         )
         d_sinks = None if sinks is None else sink_gradient(grad_out, out, lse.T, sinks)
-        return dq, plan.sum_copies(dk), plan.sum_copies(dv), d_sinks, None, None, None
+        dk, dv = (plan.sum_copies(x, ctx.scoring.fuses_sums) for x in (dk, dv))
+        return dq, dk, dv, d_sinks, None, None, None
 
 
 def _window(plan: PathPlan) -> dict[str, int]:

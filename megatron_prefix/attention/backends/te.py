@@ -152,7 +152,8 @@ def te_attention(
     q, k, v = (x.contiguous() for x in (q, k, v))
     if plan.is_identity:
         return attend(q, k, v)
-    key_gather = KeyGather(gather=_both(plan.gather), scatter=_both(plan.sum_copies))
+    sum_copies = functools.partial(plan.sum_copies, is_fused=scoring.fuses_sums)
+    key_gather = KeyGather(gather=_both(plan.gather), scatter=_both(sum_copies))
     return attend_gathered(attend, q, k, v, key_gather)
 
 

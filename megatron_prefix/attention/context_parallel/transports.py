@@ -105,6 +105,7 @@ class ContextShare:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        fuses_sums: bool = False,
     ) -> Tensor:
         """Attention of own queries [L, N, H], given own keys and values [L, G, H] -> [L, N, H].
 
@@ -116,7 +117,15 @@ class ContextShare:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return tree_attention(
-                q, k, v, share.plan, backend=backend, scale=scale, softcap=softcap, sinks=sinks
+                q,
+                k,
+                v,
+                share.plan,
+                backend=backend,
+                scale=scale,
+                softcap=softcap,
+                sinks=sinks,
+                fuses_sums=fuses_sums,
             )
 
         return share.transport.attend(attend, q, k, v)

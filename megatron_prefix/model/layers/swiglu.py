@@ -14,6 +14,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_prefix.kernels import gated, gated_gradient
+
 
 class SwiGLU(MegatronModule):
     """[T, 1, 2 F], gate before up-projection, -> [T, 1, F]."""
@@ -25,9 +27,10 @@ class SwiGLU(MegatronModule):
                 f"gated_linear_unit = {config.gated_linear_unit}, activation_func = "
                 f"{config.activation_func}: SwiGLU needs True and F.silu"
             )
+        self.function = _FusedSwiGLU if "gate" in getattr(config, "kernels", ()) else _SwiGLU
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        return _SwiGLU.apply(gate_up)
+        return self.function.apply(gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -48,3 +51,16 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(F.silu(gate), grad, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return grads
+
+
+class _FusedSwiGLU(torch.autograd.Function):
+    """The same in one launch forward and one backward."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        return gated(gate_up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gated_gradient(grad, *ctx.saved_tensors)
