@@ -60,6 +60,8 @@ def _data_faults(data: DataConfig) -> Iterator[str]:
             f"data.plan = {data.plan} and data.packing_method = {data.packing_method} are for "
             "packed rows: set data.packing: true, or leave them out"
         )
+    if data.pad_rows == "capacity" and not data.packing:
+        yield ("data.pad_rows = capacity is for packed rows, and data.packing is false: remove one")
     if (
         data.oversized == "split"
         and not data.packing

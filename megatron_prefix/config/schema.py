@@ -100,6 +100,9 @@ class DataConfig:
     """A tree, pair or set that does not fit a row is an `error`, or `split` cuts it along its
     branches into parts that fit. Each part repeats the prefix that it shares with others. Without
     packing, sets of more than `micro_batch_size` sequences are cut too."""
+    pad_rows: Literal["multiple", "capacity"] = "multiple"
+    """Length of a packed row: its trees, rounded up to a `multiple` of the ranks that share it, or
+    always the `capacity`, rounded up. Padding has no loss."""
     micro_batch_size: PerStep | None = None
     """Sequences of a micro batch. Needed without packing, refused with it."""
     global_batch_size: PerStep | None = None
@@ -117,6 +120,16 @@ class DataConfig:
     def train_sets(self) -> tuple[TrainSet, ...]:
         """The data sets to train on, one or several."""
         return (TrainSet(prefix=self.train),) if isinstance(self.train, str) else self.train
+
+    def length_multiple(self, row_multiple: int) -> int:
+        """A row's length in tokens is a multiple of this, given that of the layout.
+
+        A capacity of 10 and a multiple of 4: 4, or with `pad_rows: capacity` 12, the length of
+        every row.
+        """
+        if self.pad_rows == "multiple" or self.row_capacity is None:
+            return row_multiple
+        return -(-self.row_capacity // row_multiple) * row_multiple
 
     @property
     def valid_sets(self) -> dict[str, str]:

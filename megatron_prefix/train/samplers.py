@@ -277,6 +277,7 @@ def _sampler(
         targets=TARGETS[kind],
         packing_method=data.packing_method,
         oversized=data.oversized,
+        pads_to_capacity=data.pad_rows == "capacity",
         with_attributes=objective.num_labels > 1,
         cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
         **(world.sampler_layout if world is not None else {}),

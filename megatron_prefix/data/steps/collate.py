@@ -26,6 +26,8 @@ from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.layout import TreeLayout
 
 PADDING_TOKEN = 0
+PADDING_TREE = 128
+"""Most tokens of a tree of padding."""
 
 
 class TreeTargets(NamedTuple):
@@ -163,16 +165,19 @@ def responses_served(tree: PrefixTree) -> np.ndarray:
 def collate_packed(
     items: Sequence[RowItem], multiple: int = 1, targets: Targets = tree_targets
 ) -> MicroBatch:
-    """One row of trees; a padding tree without loss rounds its length up to `multiple`.
+    """One row of trees; padding without loss rounds its length up to `multiple`.
 
-    Without items the row is empty: `multiple` tokens of padding.
+    Without items the row is empty: `multiple` tokens of padding. Padding is cut into short trees,
+    so that attention over it costs little.
     """
     length = sum(item.view.tree.num_tokens for item in items)
     # To a multiple of 4: 5 tokens get 3 of padding, 8 get none, an empty row gets 4.
     padding = max(-(-length // multiple), 1) * multiple - length
     parts = [_Part.whole(item.view.tree) for item in items]
     if padding:
-        parts.append(_Part(np.full(padding, PADDING_TOKEN), [padding], [-1]))
+        # 300 tokens: trees of 128, 128 and 44
+        lengths = [min(PADDING_TREE, padding - x) for x in range(0, padding, PADDING_TREE)]
+        parts.append(_Part(np.full(padding, PADDING_TOKEN), lengths, [-1] * len(lengths)))
     return _assemble(items, parts, targets)
 
 

@@ -89,6 +89,8 @@ class Sampler:
     packing_method: str = "first-fit"
     cost: CostModel | None = None
     oversized: str = "error"
+    pads_to_capacity: bool = False
+    """Whether all packed rows have the same length: the capacity, rounded up to `row_multiple`."""
     with_attributes: bool = False
     """Rows have the responses' attributes, which then are the labels of the step."""
 
@@ -97,6 +99,14 @@ class Sampler:
             raise ValueError("a sampler needs row_capacity (tokens) or micro_batch_size")
         if not isinstance(self.composition, PackedSteps):  # packed rows fit their capacity
             self._check_fit()
+
+    @property
+    def length_multiple(self) -> int:
+        """The length of every row is a multiple of this; of at most 10 tokens in multiples of 4: 4,
+        or 12 if all rows have the same length."""
+        if not self.pads_to_capacity or self.row_capacity is None:
+            return self.row_multiple
+        return -(-self.row_capacity // self.row_multiple) * self.row_multiple
 
     @property
     def limits(self) -> Limits:
@@ -209,7 +219,7 @@ class Sampler:
         items = (
             row_items(self.dataset, row, self.sharing, self.weighting) for row in step.rows[rank]
         )
-        rows = [collate(row, self.row_multiple, self.targets) for row in items]
+        rows = [collate(row, self.length_multiple, self.targets) for row in items]
         rows = with_row_images(self._with_attributes(rows), self.dataset)
         return [replace(row, is_divided=True) for row in rows] if step.is_divided else rows
 
