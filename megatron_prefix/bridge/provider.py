@@ -43,6 +43,7 @@ class PrefixProvider:
     init_seed = head_seed = adapter_seed = lora = vision = None
     tree_attention_backend = "auto"
     lm_head_chunk_size = 2048
+    kernels: tuple[str, ...] = ()
     # Fields of Bridge's provider that are read here.
     rope_scaling_factor: float
     seq_len_interpolation_factor: float | None
