@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from megatron_prefix.config import ModelSizes
+from megatron_prefix.config.parts import PictureWork
 from megatron_prefix.data.steps import CostModel, MicroBatch
 
 
@@ -16,28 +18,34 @@ class ForwardFlops:
     attention: float = 0.0
     head: float = 0.0
     adapters: float = 0.0
+    tower: float = 0.0
+    """Of the pictures, before the language model."""
+    projector: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.linear + self.attention + self.head + self.adapters
+        return sum(asdict(self).values())
 
     def __add__(self, other: ForwardFlops) -> ForwardFlops:
-        return ForwardFlops(
-            linear=self.linear + other.linear,
-            attention=self.attention + other.attention,
-            head=self.head + other.head,
-            adapters=self.adapters + other.adapters,
-        )
+        mine, theirs = asdict(self), asdict(other)
+        return ForwardFlops(**{part: mine[part] + theirs[part] for part in mine})
 
 
 def forward_flops(
-    sizes: ModelSizes, vocab_size: int, batch: MicroBatch, kind: str = "lm"
+    sizes: ModelSizes,
+    vocab_size: int,
+    batch: MicroBatch,
+    kind: str = "lm",
+    pictures: Sequence[PictureWork] = (),
 ) -> ForwardFlops:
     """Operations of one forward pass over a row: linear layers on every token of it, attention on
     its visible (q, k) entries in each layer's window, the head on the tokens that predict. `kind`
-    is the model's."""
+    is the model's; `pictures` is the work of each picture of the data set."""
     cost = CostModel.of_model(sizes, vocab_size, kind)
+    encoded = [] if batch.images is None else [pictures[i] for i in batch.images.encoded_ids]
     return ForwardFlops(
+        tower=sum(work.tower for work in encoded),
+        projector=sum(work.projector for work in encoded),
         linear=cost.per_token * len(batch.tokens),
         attention=cost.per_entry * cost.area(batch.layout.first_positions, batch.layout.lengths),
         head=cost.per_logit_token * batch.num_projected,

@@ -51,25 +51,28 @@ def vision_tower(settings: Any) -> VisionTower:
 
 
 def pictures_work(
-    settings: Any, widths: np.ndarray, heights: np.ndarray, grids: np.ndarray
+    settings: Any, sizes: np.ndarray, grids: np.ndarray, several: np.ndarray
 ) -> list[PictureWork]:
-    """The work of each picture; `widths` and `heights` [I] are in pixels, `grids` [I, 3] in tokens
-    (of models whose pictures keep their shape)."""
+    """The work of each picture; `sizes` [I, 2] are width and height in pixels, `grids` [I, 3] in
+    tokens (of models whose pictures keep their shape), `several` [I] whether a picture is one of
+    several of its prompt."""
     tower = vision_tower(settings)
     if settings.model_type == "qwen2_5_vl":
         return [tower.of_grid(*grid) for grid in grids.tolist()]
-    sizes = zip(heights.tolist(), widths.tolist(), strict=True)
-    return [tower.of_tiles(_num_tiles(settings, size)) for size in sizes]
-
-
-def _num_tiles(settings: Any, size: tuple[int, int]) -> int:
-    """Tiles of a picture of (height, width) pixels: of LLaVA-OneVision the whole one, and those of
-    the resolution that fits it best."""
     if settings.model_type == "llava":
-        return 1
+        return [tower.of_tiles(1)] * len(sizes)
+    return [
+        tower.of_tiles(1 if is_one_of_several else _num_tiles(settings, width, height))
+        for (width, height), is_one_of_several in zip(sizes.tolist(), several, strict=True)
+    ]
+
+
+def _num_tiles(settings: Any, width: int, height: int) -> int:
+    """Tiles of the only picture of a prompt, by LLaVA-OneVision: the whole one, and those of the
+    resolution that fits it best."""
     from transformers.models.llava_onevision.modeling_llava_onevision import (
         image_size_to_num_patches,
     )
 
     edge = settings.vision_config.image_size
-    return int(image_size_to_num_patches(size, settings.image_grid_pinpoints, edge))
+    return int(image_size_to_num_patches((height, width), settings.image_grid_pinpoints, edge))

@@ -48,8 +48,9 @@ def counted(model, **inputs):
     return counter.get_total_flops()
 
 
-def formula(settings, width=1, height=1, grid=(0, 0, 0)):
-    (work,) = pictures_work(settings, np.array([width]), np.array([height]), np.array([grid]))
+def formula(settings, width=1, height=1, grid=(0, 0, 0), several=False):
+    columns = [[width, height]], [grid], [several]
+    (work,) = pictures_work(settings, *map(np.array, columns))
     return sum(work)
 
 
@@ -69,6 +70,13 @@ def test_tiles_of_the_resolution_that_fits(width, height, tiles):
     assert formula(settings, width, height) == counted(
         model, pixel_values=pixels, image_sizes=sizes
     )
+
+
+def test_one_of_several_pictures_has_one_tile():
+    settings, model = onevision()
+    inputs = {"pixel_values": torch.zeros(2, 1, 3, 28, 28), "batch_num_images": torch.tensor([2])}
+    total = counted(model, image_sizes=torch.tensor([[50, 84], [28, 28]]), **inputs)
+    assert formula(settings, 84, 50, several=True) * 2 == total
 
 
 @pytest.mark.parametrize("window", [28, 56, 112])
