@@ -39,6 +39,7 @@ from megatron_prefix.estimate.memory import (
     stage_indices,
     state_sharers,
 )
+from megatron_prefix.estimate.vision import KnownVision
 
 ROW_PARALLEL = ("o_proj", "down_proj")
 WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")
@@ -235,7 +236,11 @@ def adapter_flops(lora: LoraConfig, sizes: ModelSizes, num_tokens: int) -> float
 
 
 def training_flops(
-    forward: ForwardFlops, lora: LoraConfig | None, kind: str = "lm", has_reference: bool = False
+    forward: ForwardFlops,
+    lora: LoraConfig | None,
+    kind: str = "lm",
+    has_reference: bool = False,
+    vision: KnownVision | None = None,
 ) -> float:
     """Operations of forward and backward passes, and with `has_reference` of a reference model's
     forward pass; `forward` are those of the policy's forward pass, its adapters included.
@@ -243,7 +248,9 @@ def training_flops(
     reference = (forward.total - forward.adapters) * has_reference
     linear, head = backward_passes(lora, kind)
     layers = (1 + linear) * forward.linear + 3 * (forward.attention + forward.adapters)
-    return layers + (1 + head) * forward.head + reference
+    images = forward.tower + forward.projector
+    images += 0.0 if vision is None else vision.backward(forward)
+    return layers + (1 + head) * forward.head + images + reference
 
 
 def trained_parameters(

@@ -14,6 +14,7 @@ from megatron_prefix.data.steps import SHARING_MODES, Sampler, Step
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.estimate.adapters import adapter_flops, training_flops
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
+from megatron_prefix.estimate.vision import KnownVision
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.train import run_sharing, training_sampler
 
@@ -31,6 +32,7 @@ class KnownModel:
     vocab_size: int | None
     lora: LoraConfig | None = None
     """The lora section, resolved."""
+    vision: KnownVision | None = None
 
 
 def planned_sampler(
@@ -55,18 +57,21 @@ def data_plan(config: Config, sampler: Sampler, model: KnownModel | None) -> dic
     the tokens of rows include padding."""
     steps = min(STEPS_READ, sampler.composition.num_steps(1), config.train.steps or STEPS_READ)
     plans = [sampler.step(step) for step in range(steps)]
-    lengths = [
-        len(row.tokens)
+    rows = [
+        row
         for plan in plans
         for rank in range(sampler.num_ranks)
         for row in sampler.micro_batches(plan, rank)
     ]
+    lengths = [len(row.tokens) for row in rows]
     # the same groups under every sharing mode, so that the modes can be compared
     groups = np.concatenate([plan.groups for plan in plans])
-    split = {}
+    split: dict[str, Any] = {}
     if sampler.oversized == "split":
         split["repeated_tokens_per_step"] = sum(p.repeated_tokens for p in plans) / steps
         split["divided_steps"] = sum(plan.is_divided for plan in plans) / steps
+    if model is not None and model.vision is not None:
+        split["kept_of_images"] = max(model.vision.kept(config.model, row) for row in rows)
     return {
         "steps_read": steps,
         "num_steps": config.train.steps or sampler.composition.num_steps(config.train.epochs or 1),
@@ -120,11 +125,12 @@ def _cost(
             keys += int((layout.positions_of(ends - 1) + 1).sum())
             if model is not None:
                 vocab_size = model.vocab_size or sampler.dataset.vocab_size
-                flops += forward_flops(model.sizes, vocab_size, row, kind)
+                pictures = () if model.vision is None else model.vision.pictures
+                flops += forward_flops(model.sizes, vocab_size, row, kind, pictures)
     parts, training = None, {}
     if model is not None and model.lora is not None:
         objective = check(config.loss, kind, num_labels=config.model.num_labels)
-        settings = kind, objective.reference == "model"
+        settings = kind, objective.reference == "model", model.vision
         training["full_training_flops"] = training_flops(flops, None, *settings) / steps
         flops = replace(flops, adapters=adapter_flops(model.lora, model.sizes, tokens))
         training["training_flops"] = training_flops(flops, model.lora, *settings) / steps

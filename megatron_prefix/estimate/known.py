@@ -10,6 +10,7 @@ from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.store.roles import own_responses
 from megatron_prefix.data.store.verify import verify_tokens
 from megatron_prefix.estimate.data_costs import KnownModel
+from megatron_prefix.estimate.vision import KnownVision
 from megatron_prefix.model.hf import HFModel
 
 
@@ -79,6 +80,18 @@ def with_adapters(config: Config, model: KnownModel, missing: list[str]) -> Know
     source = None if folder is None else HFModel.read(folder)
     resolved, _ = StartingModel.resolve_lora(lora, model.sizes, config.model.kind, source)
     return replace(model, lora=resolved)
+
+
+def with_images(config: Config, model: KnownModel, dataset: PreferenceDataset | None) -> KnownModel:
+    """The model with the part that reads images, if its directory describes one, and the work of
+    the pictures of the data set."""
+    folder = _config_folder(config.model)
+    source = None if folder is None else HFModel.read(folder)
+    vision = None if source is None else KnownVision.of(source, config)
+    if vision is not None and dataset is not None and (store := dataset.images) is not None:
+        pictures = source.pictures_work(store.sizes, store.grids, store.several)
+        vision = replace(vision, pictures=pictures)
+    return replace(model, vision=vision)
 
 
 def _config_folder(model: ModelConfig) -> Path | None:

@@ -12,8 +12,15 @@ from megatron_prefix.estimate.adapters import adapted_host_gradients, adapted_me
 from megatron_prefix.estimate.attention import PathShare
 from megatron_prefix.estimate.data_costs import KnownModel
 from megatron_prefix.estimate.hardware import Hardware
-from megatron_prefix.estimate.memory import RankMemory, host_gradients, rank_memory
+from megatron_prefix.estimate.memory import (
+    GRADIENT_BYTES,
+    RankMemory,
+    host_gradients,
+    rank_memory,
+    state_sharers,
+)
 from megatron_prefix.estimate.step_time import Job
+from megatron_prefix.estimate.vision import with_vision
 from megatron_prefix.objectives import Objective
 
 
@@ -30,6 +37,8 @@ class PlannedRun:
     """Per step and rank; None if the data is not here."""
     paths: PathShare | None = None
     """None if the data is not here."""
+    kept_of_images: int = 0
+    """Bytes of a row that the part that reads images keeps for backward, at most."""
 
     @property
     def mode(self) -> str:
@@ -63,10 +72,26 @@ class PlannedRun:
             )
             for stage in stages
         ]
+        if known.vision is not None and 0 in stages:
+            needed[list(stages).index(0)] = with_vision(
+                needed[list(stages).index(0)],
+                known.vision,
+                model,
+                config.parallel,
+                world_size=self.world_size,
+                has_reference=self.objective.reference == "model" and known.lora is None,
+                rows=self.rows,
+                kept=self.kept_of_images,
+            )
         described = [{**asdict(stage), "total": stage.total} for stage in needed]
         if config.train.shadow_steps:
             for stage, description in zip(stages, described, strict=True):
                 description["host_gradients"] = of_host(*sizes, **shared, stage=stage)
+                if known.vision is not None and stage == 0:
+                    sharers = state_sharers(config.parallel, self.world_size)[0]
+                    description["host_gradients"] += (
+                        GRADIENT_BYTES * known.vision.trained // sharers
+                    )
         return {
             "row_tokens": self.row_tokens,
             "fullest_stage": max(range(len(needed)), key=lambda i: needed[i].total),
@@ -87,4 +112,5 @@ class PlannedRun:
             world_size=self.world_size,
             has_reference=self.objective.reference == "model",
             lora=self.known.lora,
+            vision=self.known.vision,
         )

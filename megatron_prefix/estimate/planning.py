@@ -40,6 +40,7 @@ from megatron_prefix.estimate.known import (
     known_model,
     row_bound,
     with_adapters,
+    with_images,
 )
 from megatron_prefix.estimate.memory import parameter_counts, pipeline_bubble
 from megatron_prefix.estimate.planned_run import PlannedRun
@@ -70,6 +71,8 @@ def plan_run(
     if model is not None:
         parallel.check_model(config.model, model.sizes)
         model = with_adapters(config, model, missing)
+    if model is not None:
+        model = with_images(config, model, dataset)
     ranks = world_size // (stages * context)
     plan: dict[str, Any] = {
         "world_size": world_size,
@@ -110,10 +113,21 @@ def plan_run(
                 config.model.num_labels,
             )
             plan["trained_parameters"] = plan["parameters"].pop("trained")
+        if model.vision is not None:
+            plan["parameters"] |= model.vision.counts
+            plan["trained_parameters"] += model.vision.trained
         if row_tokens is not None:
             costs = plan["data"] and plan["data"]["sharing"].get(config.data.sharing)
-            paths = PathShare.of_costs(costs)
-            run = PlannedRun(config, objective, model, world_size, row_tokens, rows, paths)
+            run = PlannedRun(
+                config,
+                objective,
+                model,
+                world_size,
+                row_tokens,
+                rows,
+                PathShare.of_costs(costs),
+                (plan["data"] or {}).get("kept_of_images", 0),
+            )
             plan["memory"] = run.memory(config.model)
             _judge(plan, run, machine)
     if machine is not None and machine.gpu is not None and plan["time"] is None:

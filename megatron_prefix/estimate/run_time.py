@@ -31,6 +31,8 @@ def step_work(data: dict[str, Any], mode: str, own_mode: str, parallel: Parallel
             attention=parts["attention"],
             head=parts["head"],
             adapters=parts["adapters"] * padding,
+            tower=parts["tower"],
+            projector=parts["projector"],
         ),
         tokens=data["executed_tokens_per_step"] * ratio,
         rows=rows if mode != own_mode else data["rows_per_rank"],

@@ -266,10 +266,15 @@ class LayoutSearch:
         return self._rows[key]
 
     @cached_property
+    def _data(self) -> dict[str, Any]:
+        """The first steps of the configuration as it is, on one rank."""
+        sampler = planned_sampler(self.config, self.objective, self.dataset, 1, self.known.sizes)
+        return data_plan(self.config, sampler, self.known)
+
+    @property
     def _costs(self) -> dict[str, Any]:
         """What the first steps cost under the configuration's sharing mode."""
-        sampler = planned_sampler(self.config, self.objective, self.dataset, 1, self.known.sizes)
-        return data_plan(self.config, sampler, self.known)["sharing"][self.config.data.sharing]
+        return self._data["sharing"][self.config.data.sharing]
 
     @property
     def _forward(self) -> tuple[ForwardFlops, float]:
@@ -290,6 +295,8 @@ class LayoutSearch:
             tokens,
             rows.per_rank,
             PathShare.of_costs(self._costs),
+            # longer rows have more images, in proportion
+            round(self._data.get("kept_of_images", 0) * tokens / self._data["longest_row"]),
         )
 
     def _gib(self, config: Config, rows: Rows) -> float:

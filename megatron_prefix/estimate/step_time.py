@@ -7,7 +7,7 @@ The pipeline stage with the most work gives the pace. With m rows per rank, p st
 
 Operations of a stage are forward passes of its layers: 1, and 2 for backward (of frozen matrices
 1, see adapters.py), 1 with a reference model, and what is recomputed; the head of the last stage is
-not recomputed. Ranks wait for the one whose rows have most work. `mfu` is the share of
+not recomputed. The first stage also has the part that reads images. Ranks wait for the one whose rows have most work. `mfu` is the share of
 the peak that a GPU reaches while it computes, so bubble, traffic and recomputation come on top. The
 utilisation of the whole step is model operations (3 forward passes; with adapters less) over peak
 and time.
@@ -43,6 +43,7 @@ from megatron_prefix.estimate.traffic import (
     link,
     stage_bytes,
 )
+from megatron_prefix.estimate.vision import KnownVision
 from megatron_prefix.platform.gpus import GPUS_PER_NODE, Gpu
 
 DEFAULT_MFU = 0.5
@@ -67,6 +68,7 @@ class Job:
     """Whether a frozen model runs in every step."""
     lora: LoraConfig | None = None
     """The lora section, resolved."""
+    vision: KnownVision | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ def step_time(job: Job, parallel: ParallelConfig, work: StepWork) -> StepTime:
 
 def utilisation(job: Job, work: StepWork, seconds: float) -> float:
     """Model operations of a step over what the GPUs could do in that time."""
-    done = training_flops(work.flops, job.lora, job.model.kind)
+    done = training_flops(work.flops, job.lora, job.model.kind, vision=job.vision)
     return done / (seconds * job.world_size * job.gpu.bf16_flops)
 
 
@@ -167,8 +169,10 @@ def _stage_time(job: Job, parallel: ParallelConfig, work: StepWork, stage: int) 
     between *= 1 + job.has_reference / 2
     of_linear, of_head = backward_passes(job.lora, model.kind)
     gradients = BACKWARD * (attention + adapters) + of_linear * linear + of_head * head
-    compute = body + head + gradients
-    reference = (body + head - adapters) * job.has_reference
+    images, of_images = _image_seconds(job, work) if stage == 0 else (0.0, 0.0)
+    gradients += of_images
+    compute = body + head + images + gradients
+    reference = (body + head + images - adapters) * job.has_reference
     busy = compute + recompute + reference + sum(sent.values()) + between
     return StepTime(
         compute=compute,
@@ -182,6 +186,14 @@ def _stage_time(job: Job, parallel: ParallelConfig, work: StepWork, stage: int) 
         data=_exposed(job, parallel, stage, (body + head) / work.rows, gradients / work.rows),
         optimizer=_optimizer_seconds(job, parallel, stage),
     )
+
+
+def _image_seconds(job: Job, work: StepWork) -> tuple[float, float]:
+    """Seconds of the part that reads images: (forward, backward). Every tensor- and
+    context-parallel rank runs all of it."""
+    rate = job.gpu.bf16_flops * job.mfu * work.busy_ranks
+    backward = 0.0 if job.vision is None else job.vision.backward(work.flops)
+    return (work.flops.tower + work.flops.projector) / rate, backward / rate
 
 
 def _exposed(
@@ -201,7 +213,11 @@ def _exposed(
 
 
 def _trained(job: Job, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
-    return trained_parameters(job.model, job.sizes, parallel, job.lora, job.vocab_size, stage)
+    sizes = job.model, job.sizes, parallel, job.lora, job.vocab_size
+    dense, experts = trained_parameters(*sizes, stage)
+    if job.vision is not None and stage == 0:
+        dense += job.vision.trained
+    return dense, experts
 
 
 def _optimizer_seconds(job: Job, parallel: ParallelConfig, stage: int) -> float:

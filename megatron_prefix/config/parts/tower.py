@@ -20,10 +20,12 @@ from typing import NamedTuple
 
 
 class PictureWork(NamedTuple):
-    """Operations of one picture, forward."""
+    """Work of one picture, forward: operations, and of how much they are."""
 
     tower: float
     projector: float
+    patches: int
+    projections: int
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -55,7 +57,7 @@ class VisionTower:
         """A picture that is cut into tiles."""
         assert self.tile_patches is not None and self.projected_tile_patches is not None
         entries = num_tiles * self.tile_patches**2 * self.num_layers
-        projections = num_tiles * self.projected_tile_patches / self.merged_patches
+        projections = num_tiles * self.projected_tile_patches // self.merged_patches
         work = self._work(num_tiles * self.tile_patches, entries, projections)
         unread = 2 * self.patch_values * self.hidden_size * num_tiles * self.class_tokens
         return work._replace(tower=work.tower - unread)
@@ -73,9 +75,9 @@ class VisionTower:
         full_layers = self.num_layers - self.windowed_layers
         entries = full_layers * full + self.windowed_layers * windowed
         patches = frames * rows * columns
-        return self._work(patches, entries, patches / self.merged_patches)
+        return self._work(patches, entries, patches // self.merged_patches)
 
-    def _work(self, patches: float, entries: float, projections: float) -> PictureWork:
+    def _work(self, patches: int, entries: int, projections: int) -> PictureWork:
         width = self.hidden_size
         matrices = 3 if self.gated_linear_unit else 2
         layer = 8 * width**2 + 2 * matrices * width * self.ffn_hidden_size
@@ -84,4 +86,6 @@ class VisionTower:
         return PictureWork(
             tower=per_patch * patches + 4 * width * entries,
             projector=2 * (before * between + between * after) * projections,
+            patches=patches,
+            projections=projections,
         )

@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from megatron_prefix.config import ModelSizes
-from megatron_prefix.config.parts import Architecture
+from megatron_prefix.config.parts import Architecture, PictureWork, VisionTower
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.family import Family
 from megatron_prefix.model.hf.images import IMAGE_FAMILIES, ImageFamily
@@ -92,6 +93,23 @@ class HFModel:
             return {}
         parameters = self.image_part("meta").named_parameters()
         return {name: tuple(parameter.shape) for name, parameter in parameters}
+
+    @property
+    def vision_tower(self) -> VisionTower:
+        """The sizes of the part that reads images."""
+        from megatron_prefix.model.hf.image_part import image_settings
+        from megatron_prefix.model.hf.tower import vision_tower
+
+        return vision_tower(image_settings(self.directory))
+
+    def pictures_work(
+        self, sizes: np.ndarray, grids: np.ndarray, several: np.ndarray
+    ) -> list[PictureWork]:
+        """The work of pictures in the part that reads images; see tower.py."""
+        from megatron_prefix.model.hf.image_part import image_settings
+        from megatron_prefix.model.hf.tower import pictures_work
+
+        return pictures_work(image_settings(self.directory), sizes, grids, several)
 
     @cached_property
     def image_fingerprint(self) -> str:

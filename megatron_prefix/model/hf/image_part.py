@@ -14,14 +14,21 @@ ATTENTION = "sdpa"
 """Attention of the vision tower: torch's own, which is exact on every device."""
 
 
+def image_settings(directory: Path) -> Any:
+    """What `AutoConfig` makes of the directory, vision part and text model."""
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(
+        str(directory), trust_remote_code=False, local_files_only=True
+    )
+
+
 def image_part(directory: Path, source: str, device: torch.device | str) -> Any:
     """The model of a directory as transformers builds it, in float32, with `get_image_features` and
     without its language model. Its weights are undefined. Raises InputError."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(
-        str(directory), trust_remote_code=False, local_files_only=True
-    )
+    config = image_settings(directory)
     text = copy.deepcopy(config.text_config)
     # The language model is built first and then dropped, so it is made as small as possible.
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, 1, None

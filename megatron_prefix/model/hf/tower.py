@@ -8,12 +8,9 @@ import numpy as np
 
 from megatron_prefix.config.parts import PictureWork, VisionTower
 
-IMAGE_MODELS = ("llava", "llava_onevision", "qwen2_5_vl")
-"""Model types whose vision part is known."""
-
 
 def vision_tower(settings: Any) -> VisionTower:
-    """The sizes of the tower of a configuration whose type is in IMAGE_MODELS."""
+    """The sizes of the tower of a configuration of a type of images.py."""
     tower, text = settings.vision_config, settings.text_config
     if settings.model_type == "qwen2_5_vl":
         merged = tower.spatial_merge_size**2
