@@ -87,8 +87,9 @@ def with_images(config: Config, model: KnownModel, dataset: PreferenceDataset | 
     the pictures of the data set."""
     folder = _config_folder(config.model)
     source = None if folder is None else HFModel.read(folder)
-    vision = None if source is None else KnownVision.of(source, config)
-    if vision is not None and dataset is not None and (store := dataset.images) is not None:
+    if source is None or (vision := KnownVision.of(source, config)) is None:
+        return model
+    if dataset is not None and (store := dataset.images) is not None:
         pictures = source.pictures_work(store.sizes, store.grids, store.several)
         vision = replace(vision, pictures=pictures)
     return replace(model, vision=vision)

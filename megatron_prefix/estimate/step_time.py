@@ -7,10 +7,10 @@ The pipeline stage with the most work gives the pace. With m rows per rank, p st
 
 Operations of a stage are forward passes of its layers: 1, and 2 for backward (of frozen matrices
 1, see adapters.py), 1 with a reference model, and what is recomputed; the head of the last stage is
-not recomputed. The first stage also has the part that reads images. Ranks wait for the one whose rows have most work. `mfu` is the share of
-the peak that a GPU reaches while it computes, so bubble, traffic and recomputation come on top. The
-utilisation of the whole step is model operations (3 forward passes; with adapters less) over peak
-and time.
+not recomputed. The first stage also has the part that reads images (vision.py). Ranks wait for the
+one whose rows have most work. `mfu` is the share of the peak that a GPU reaches while it computes,
+so bubble, traffic and recomputation come on top. The utilisation of the whole step is model
+operations (3 forward passes; of what is frozen less) over peak and time.
 
 Gradients that are reduced during backward (`overlap_grad_reduce`) cost what exceeds the backward
 pass of one row, weights that are gathered during forward (`overlap_param_gather`) what exceeds the
