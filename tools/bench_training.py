@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from megatron_prefix.config import Config
 from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.estimate import ForwardFlops, forward_flops
+from megatron_prefix.estimate import ForwardFlops, forward_flops, training_flops
+from megatron_prefix.estimate.vision import KnownVision
 from megatron_prefix.objectives import check
 from megatron_prefix.testing import saved_bytes
 
@@ -67,22 +68,28 @@ class Measured:
         return np.array(self.wall if torch.cuda.is_available() else self.processor)
 
 
-def step_flops(rows: list[ForwardFlops], projected_again: float, config: Config) -> float:
+def step_flops(
+    rows: list[ForwardFlops],
+    projected_again: float,
+    config: Config,
+    vision: KnownVision | None = None,
+) -> float:
     """Operations of a step; `rows` are those of the policy's forward pass.
 
-    Backward takes twice the forward pass, a reference model takes one forward pass, and full
-    recomputation one more of the layers. `projected_again` are the operations of the head's
-    second pass (see `logps.py`).
+    Backward takes twice the forward pass of what is trained, a reference model takes one forward
+    pass, and full recomputation one more of the layers. `projected_again` are the operations of
+    the head's second pass (see `logps.py`).
     """
     parts = sum(rows, ForwardFlops())
-    objective = check(config.loss, config.model.kind)
-    passes = 4.0 if objective.reference == "model" else 3.0
+    kind = config.model.kind
+    has_reference = check(config.loss, kind).reference == "model"
     recomputed = config.model.recompute_granularity == "full"
     layers = recomputed * (parts.linear + parts.attention)
-    return passes * parts.total + layers + projected_again
+    step = training_flops(parts, None, kind, has_reference, vision)
+    return step + layers + projected_again
 
 
-def timed(run, measured: Measured, is_counted: bool) -> bool:
+def timed(run, measured: Measured, is_counted: bool, vision: KnownVision | None) -> bool:
     """Time one step of a run. Always True: the memory was enough."""
     on_cuda, before = torch.cuda.is_available(), 0
     if on_cuda:
@@ -100,10 +107,13 @@ def timed(run, measured: Measured, is_counted: bool) -> bool:
     measured.wall.append(time.perf_counter() - wall)
     measured.processor.append(time.process_time() - processor)
     model, vocab_size = run.config.model, run.sampler.dataset.vocab_size
-    parts = [forward_flops(model.sizes(), vocab_size, row, model.kind) for row in rows]
+    pictures = () if vision is None else vision.pictures
+    parts = [
+        forward_flops(run.initial.sizes, vocab_size, row, model.kind, pictures) for row in rows
+    ]
     in_chunks = [row.num_projected > model.lm_head_chunk_size for row in rows]
     again = sum(part.head for part, is_cut in zip(parts, in_chunks, strict=True) if is_cut)
-    measured.flops.append(step_flops(parts, again, run.config))
+    measured.flops.append(step_flops(parts, again, run.config, vision))
     measured.parts += sum(parts, ForwardFlops())
     measured.num_pairs += plan.num_pairs
     if on_cuda:
@@ -141,7 +151,12 @@ def mode_configs(
     }
 
 
-def measure(built: Built, configs: dict[str, Config], dataset: PreferenceDataset) -> dict:
+def measure(
+    built: Built,
+    configs: dict[str, Config],
+    dataset: PreferenceDataset,
+    vision: KnownVision | None = None,
+) -> dict:
     """The rounds of every mode on one data set, without modes that need too much memory."""
     runs = built.runs(configs, {name: MODES[name] for name in configs}, dataset)
     by_mode = {name: Measured() for name in runs}
@@ -152,7 +167,7 @@ def measure(built: Built, configs: dict[str, Config], dataset: PreferenceDataset
         for step in range(next(iter(runs.values())).num_steps):
             for name in list(by_mode):
                 fits = unless_out_of_memory(
-                    lambda n=name, s=step: timed(runs[n], by_mode[n], s > 0)
+                    lambda n=name, s=step: timed(runs[n], by_mode[n], s > 0, vision)
                 )
                 if fits is None:
                     del by_mode[name]
