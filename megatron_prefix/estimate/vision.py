@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 from megatron_prefix.config import Config, ModelConfig, ParallelConfig
 from megatron_prefix.config.parts import PictureWork, VisionTower
-from megatron_prefix.config.vision import VisionConfig
 from megatron_prefix.data.steps import MicroBatch
 from megatron_prefix.estimate.flops import ForwardFlops
 from megatron_prefix.estimate.memory import (
@@ -54,14 +53,15 @@ class KnownVision:
             for length in shape:
                 size *= length
             counts[model.images.is_projector(name)] += size
-        section = config.model.vision or VisionConfig()
-        has_adapters = config.lora is not None
+        section, has_adapters = config.model.vision, config.lora is not None
         return cls(
             sizes=model.vision_tower,
             tower=counts[False],
             projector=counts[True],
-            trains_tower=not section.freeze_tower and not has_adapters,
-            trains_projector=section.trains_projector(has_adapters),
+            trains_tower=section is not None and not section.freeze_tower,
+            trains_projector=not has_adapters
+            if section is None
+            else section.trains_projector(has_adapters),
         )
 
     @property
