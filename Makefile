@@ -79,6 +79,7 @@ bench: bench-steps bench-data
 docs: install
 	$(BIN)/python -m pip install --quiet "mkdocs-material>=9.5,<10"
 	$(BIN)/python tools/settings_reference.py
+	$(BIN)/python tools/api_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench-sets: install

@@ -25,6 +25,7 @@ from typing import NoReturn, get_args, get_type_hints
 
 from megatron_prefix.errors import InputError, RunError, Stopped
 from megatron_prefix.faults import describe_fault
+from megatron_prefix.launcher import mark_refusal, write_error_file
 from megatron_prefix.other_names import other_name
 from megatron_prefix.platform import end_with_parent
 
@@ -55,8 +56,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if _is_first_rank():
             self.print_usage(sys.stderr)
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
-        _mark_refusal(f"{self.prog}: error: {message}" if _is_first_rank() else "")
+        _end_with(f"{self.prog}: error: {message}", _is_first_rank())
+        mark_refusal(f"{self.prog}: error: {message}" if _is_first_rank() else "")
         sys.exit(2)
 
 
@@ -84,13 +85,12 @@ def _end_with_launcher() -> None:
     end_with_parent()
 
 
-def _mark_refusal(message: str) -> None:
-    """Make the file that MEGATRON_PREFIX_REFUSED names, if a launch script set it: torchrun hides
-    exit codes, and wrong input should not be started again. The script prints the message in it
-    once more, after the traceback that torchrun prints when a process fails."""
-    if path := os.environ.get("MEGATRON_PREFIX_REFUSED"):
-        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-            file.write(f"{message}\n" if message else "")
+def _end_with(message: str, is_printed: bool) -> None:
+    """Print the message that this process ends with, if no other one does, and leave it where
+    torchrun prints the message of the process that failed first."""
+    if is_printed:
+        print(message, file=sys.stderr)
+    write_error_file(message)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -121,16 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code or 0
     except (InputError, RunError) as error:
-        message = f"megatron-prefix{command}: error: {error}" if _prints(error) else ""
-        if message:
-            print(message, file=sys.stderr)
+        message = f"megatron-prefix{command}: error: {error}"
+        _end_with(message, _prints(error))
         if isinstance(error, InputError):
-            _mark_refusal(message)
+            mark_refusal(message if _prints(error) else "")
             return 2
         return 1
     except Stopped as stopped:
-        if _prints(stopped):
-            print(f"megatron-prefix{command}: {stopped}", file=sys.stderr)
+        _end_with(f"megatron-prefix{command}: {stopped}", _prints(stopped))
         return 143
     except KeyboardInterrupt:
         return 130
@@ -140,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # also a panic of a library in Rust, which is no Exception
-        print(f"megatron-prefix{command}: error: {describe_fault(error)}", file=sys.stderr)
+        _end_with(f"megatron-prefix{command}: error: {describe_fault(error)}", is_printed=True)
         return 1
 
 

@@ -108,6 +108,7 @@ MEGATRON = {
     "lr_wsd_decay_iters": "optimizer.lr_wsd_decay_steps",
     "eval_iters": "nothing: the whole of data.valid is evaluated",
     "log_interval": _EVERY_STEP,
+    "use_persistent_ckpt_worker": "train.async_save: true",
     "tensorboard_dir": "logging.tensorboard: true",
     "wandb_project": "logging.wandb: {project: NAME}",
     "wandb_exp_name": "logging.wandb: {name: NAME}",

@@ -41,7 +41,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_prefix.checkpoint.flushing import flush, flush_tree
 from megatron_prefix.checkpoint.starting_model import HF_FOLDER
-from megatron_prefix.checkpoint.torch_dist import FORMAT, Writer, check_harmless, write_checksums
+from megatron_prefix.checkpoint.torch_dist import FORMAT, check_harmless
+from megatron_prefix.checkpoint.writing import Writer, write_checksums
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf import HFTensors, Read
 

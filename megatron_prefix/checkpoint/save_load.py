@@ -4,16 +4,16 @@
     ROOT/latest_checkpointed_iteration.txt    "100", replaced after the folder is in place
 
 A checkpoint is first written into a folder whose name no other run uses, flushed to the disk, and
-then renamed. So a kill at any moment leaves the previous checkpoint whole, and so does a power cut
-if the disk keeps what it has confirmed. A run needs nothing else to resume: the
+then renamed. With `train.async_save` a copy of the state is taken at once, and all of this happens
+on a thread, in the same order. So a kill at any moment leaves the previous checkpoint whole, and so
+does a power cut if the disk keeps what it has confirmed. A run needs nothing else to resume: the
 order of the data is a function of the step, and after the initial weights no random number is
 drawn.
 """
 
 from __future__ import annotations
 
-import os
-import re
+import contextlib
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -36,7 +36,17 @@ from megatron_prefix.checkpoint.agreement import (
     check_run,
     schedule_changes,
 )
-from megatron_prefix.checkpoint.flushing import flush, flush_tree
+from megatron_prefix.checkpoint.background import BackgroundSave
+from megatron_prefix.checkpoint.collective import Group, on_main
+from megatron_prefix.checkpoint.flushing import flush_tree
+from megatron_prefix.checkpoint.folder import (
+    TRACKER,
+    RunFolder,
+    complete_steps,
+    iteration_dir,
+    make_room,
+    publish,
+)
 from megatron_prefix.checkpoint.keeping import (
     BEST,
     Keeping,
@@ -61,23 +71,9 @@ from megatron_prefix.checkpoint.optimizer_state import (
     sharded_optimizer_state,
 )
 from megatron_prefix.checkpoint.torch_dist import COMPLETE
+from megatron_prefix.checkpoint.writing import Snapshot, write_checksums
 from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError, RunError
-
-TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def iteration_dir(root: str | Path, step: int) -> Path:
-    return Path(root) / f"iter_{step:07d}"
-
-
-def complete_steps(root: str | Path) -> list[int]:
-    """Steps of the checkpoints in `root` that were written to the end, in ascending order."""
-    return sorted(
-        int(folder.name.removeprefix("iter_"))
-        for folder in Path(root).glob("iter_*")
-        if re.fullmatch(r"iter_[0-9]{7,9}", folder.name) and (folder / COMPLETE).exists()
-    )
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -86,7 +82,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / COMPLETE).exists():
         return path
-    step = RunCheckpoints(path).latest_step() if path.is_dir() else None
+    step = RunFolder(path).latest_step() if path.is_dir() else None
     if step is None:
         raise InputError(
             f"{path}: there is no checkpoint; give a directory with {COMPLETE}, or one with "
@@ -116,21 +112,30 @@ def load_trained(
     return load_only_adapters(resolve_checkpoint(path), chunks, adapter)
 
 
-class RunCheckpoints:
+class RunCheckpoints(RunFolder):
     """The checkpoints of one run, in the folder `root`."""
 
-    def __init__(self, root: str | Path, keeping: Keeping | None = None) -> None:
-        self.root = root
+    def __init__(
+        self,
+        root: str | Path,
+        keeping: Keeping | None = None,
+        background: BackgroundSave | None = None,
+    ) -> None:
+        super().__init__(root)
         self.keeping = keeping or Keeping()
+        self.background = background
+        """Writes while training goes on; None: `save` returns when everything is written."""
 
     @classmethod
-    def of_run(cls, config: Config) -> RunCheckpoints:
-        """Those that a run writes to `train.save`, which must be set."""
+    def of_run(cls, config: Config, host: Group = None) -> RunCheckpoints:
+        """Those that a run writes to `train.save`, which must be set. `host` is a group of all
+        processes on the host; None is the default one."""
         train = config.train
         assert train.save is not None
         best = train.keep_best
         chosen: dict = {} if best is None else {"metric": best.metric, "mode": best.mode}
-        return cls(train.save, Keeping(last=train.keep_last, **chosen))
+        background = BackgroundSave(host) if train.async_save else None
+        return cls(train.save, Keeping(last=train.keep_last, **chosen), background)
 
     def value(self, metrics: Mapping[str, float]) -> float | None:
         """The value by which the best checkpoint is chosen, of an evaluation; None if none is
@@ -140,97 +145,6 @@ class RunCheckpoints:
     def best(self) -> dict | None:
         """Step, metric and value of the best checkpoint, or None if none is noted."""
         return read_best(Path(self.root))
-
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, or None if there is no checkpoint yet.
-
-        Raises InputError if the tracker file and the folders disagree.
-        """
-        tracker = Path(self.root) / TRACKER
-        if not tracker.exists():
-            # A kill within the first save leaves one checkpoint that no tracker file names.
-            if len(steps := complete_steps(self.root)) > 1:
-                raise InputError(
-                    f"{tracker} is missing, and there are checkpoints, the newest of step "
-                    f"{steps[-1]}: write the step to resume from, or move them away to start from "
-                    "scratch"
-                )
-            return None
-        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-        if not (text.isascii() and text.isdecimal() and len(text) < 10):
-            raise InputError(
-                f"{tracker}: {text[:40]!r} is not a step; write the step of an iter_… directory, "
-                "or move the directories and the file away to start from scratch"
-            )
-        folder = iteration_dir(self.root, int(text))
-        if not (folder / COMPLETE).exists():
-            raise InputError(
-                f"{tracker} names step {text}, but {folder} is not a complete checkpoint: write "
-                f"the step of a directory that has {COMPLETE}"
-            )
-        return int(text)
-
-    def step_to_resume(self) -> int:
-        """Step of the newest checkpoint of `train.load`, 0 if there is none. Raises InputError."""
-        if (Path(self.root) / COMPLETE).exists():
-            raise InputError(
-                f"train.load = {self.root} is one checkpoint: give the directory above it, whose "
-                f"{TRACKER} says which one to resume from"
-            )
-        return self.latest_step() or 0
-
-    def whole_step_to_resume(self, once: Callable, takes_older: bool) -> int:
-        """The step of the checkpoint to resume from, 0 if there is none. Collective.
-
-        If the newest checkpoint is damaged, this is the newest whole one if `takes_older`, else
-        an InputError that names it. `once` is `World.once`. Raises InputError also if no
-        checkpoint is whole.
-        """
-        step = None
-        try:
-            step = once(self.step_to_resume)
-            if step:
-                torch_dist.check_whole(iteration_dir(self.root, step))
-            return step
-        except InputError as error:
-            fault = error
-        older = self._newest_whole(once, step)
-        if older is None:
-            raise fault
-        folder = iteration_dir(self.root, older)
-        if not takes_older:
-            raise InputError(
-                f"{fault}. The newest whole checkpoint is {folder}: to resume from it, add "
-                "train.load_fallback=true to the command"
-            )
-        once(lambda: print(f"{fault}. Resuming from {folder} (train.load_fallback)", flush=True))
-        return older
-
-    def _newest_whole(self, once: Callable, damaged: int | None) -> int | None:
-        """The newest step whose checkpoint is whole; not `damaged`. Collective."""
-        for step in reversed(once(lambda: complete_steps(self.root))):
-            folder = iteration_dir(self.root, step)
-            # A checkpoint of ours without checksums is not whole.
-            if step == damaged or not once((folder / torch_dist.CHECKSUMS).exists):
-                continue
-            try:
-                torch_dist.check_whole(folder)
-            except InputError:
-                continue
-            return step
-        return None
-
-    def claim(self, load: str | None) -> None:
-        """Get `train.save` ready for a run that resumes from `load`: remove incomplete saves of
-        killed runs, and raise InputError if the folder has checkpoints of another run."""
-        for partial in Path(self.root).glob(".iter_*.partial-*"):
-            shutil.rmtree(partial, ignore_errors=True)
-        is_resumed = load is not None and Path(load).resolve() == Path(self.root).resolve()
-        if not is_resumed and self.latest_step() is not None:
-            raise InputError(
-                f"train.save = {self.root} already has the checkpoints of a run: resume that run "
-                f"with train.load: {self.root}, or name another directory"
-            )
 
     def save(
         self,
@@ -252,27 +166,53 @@ class RunCheckpoints:
         checkpoint is the best, if the state was evaluated.
         `objective_state` are plain values, the same on every rank, which `load` gives back.
         With `adapter`, the model is saved without its base.
-        Raises RunError if the disk cannot take it; the previous checkpoint is then unchanged.
+        Raises RunError if the disk cannot take it; the previous checkpoint is then unchanged. In
+        the background it is raised by a later `check` or `wait`, and a save waits for the one
+        before.
         """
+        if self.background is not None:
+            self.background.wait_before(step)
         # All ranks write into one folder, so its random name comes from one of them.
         name = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(name, src=0)
         target = iteration_dir(self.root, step)
         partial = target.with_name(f".{target.name}.partial-{name[0]}")
+        state = _sharded_state(chunks, optimizer)
+        state |= {"scheduler": scheduler.state_dict(), "step": step}
+        state |= {RUN: identity, SCHEDULE: schedule, MODEL: model_sizes(chunks)}
+        state[OBJECTIVE] = objective_state or {}
+        if adapter is not None:
+            state[KEY] = adapter.as_dict()
+        state["use_distributed_optimizer"] = is_distributed(optimizer)
+        snapshot = Snapshot.of(state, is_copied=self.background is not None)
+        del state
+
+        def write(group: Group = None) -> None:
+            self._write(step, snapshot, partial, attach, value, group)
+
+        if self.background is None:
+            write()
+        else:
+            self.background.start(step, write)
+
+    def _write(
+        self,
+        step: int,
+        snapshot: Snapshot,
+        partial: Path,
+        attach: Callable[[Path], None],
+        value: float | None,
+        group: Group,
+    ) -> None:
+        """Write the checkpoint of `step` into the folder `partial`, flush it, move it to its place,
+        and remove what is not kept. Collective. Raises RunError."""
         try:
-            torch_dist.on_main(lambda: _make_room(partial))
-            state = _sharded_state(chunks, optimizer)
-            state |= {"scheduler": scheduler.state_dict(), "step": step}
-            state |= {RUN: identity, SCHEDULE: schedule, MODEL: model_sizes(chunks)}
-            state[OBJECTIVE] = objective_state or {}
-            if adapter is not None:
-                state[KEY] = adapter.as_dict()
-            state["use_distributed_optimizer"] = is_distributed(optimizer)
-            torch_dist.save(state, partial)
-            torch_dist.on_main(lambda: attach(partial))
-            torch_dist.write_checksums(partial)
-            torch_dist.on_main(lambda: flush_tree(partial))
-            torch_dist.on_main(lambda: _publish(Path(self.root), partial, target, step))
+            on_main(lambda: make_room(partial), group)
+            snapshot.write(partial, group)
+            on_main(lambda: attach(partial), group)
+            write_checksums(partial, group)
+            on_main(lambda: flush_tree(partial), group)
+            on_main(lambda: self._alone(lambda: publish(Path(self.root), partial, step)), group)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
@@ -280,7 +220,30 @@ class RunCheckpoints:
                 f"({error}); earlier checkpoints are unchanged. Free some space, and resume with "
                 "train.load"
             ) from error
-        torch_dist.on_main(lambda: self._keep(step, value))
+        on_main(lambda: self._alone(lambda: self._keep(step, value)), group)
+
+    def _alone(self, action: Callable[[], None]) -> None:
+        """Run what changes the checkpoints of the run, unless the run has given them up."""
+        with self.background.publishing() if self.background else contextlib.nullcontext():
+            action()
+
+    def check(self) -> None:
+        """Between two steps: raise the error of a save in the background. Collective."""
+        if self.background is not None:
+            self.background.check()
+
+    def wait(self) -> None:
+        """Wait for a save in the background. Collective. Raises its error."""
+        if self.background is not None:
+            self.background.wait()
+
+    def close(self, ends_at_once: bool) -> None:
+        """End a run whose save may be in flight: wait for it, or let nothing of it become a
+        checkpoint. Raises nothing."""
+        if self.background is not None and ends_at_once:
+            self.background.give_up()
+        elif self.background is not None:
+            self.background.leave()
 
     def _keep(self, step: int, value: float | None) -> None:
         """Note whether the newest checkpoint is the best, and remove those that are not kept.
@@ -346,39 +309,6 @@ class RunCheckpoints:
         if unnamed:
             changes.append(f"the checkpoint does not name its {', '.join(unnamed)}")
         return changes
-
-
-def _make_room(partial: Path) -> None:
-    """Make the folder, and test that the disk takes 64 KiB.
-
-    Megatron-Core writes some files from one process only. A failure there would let the other
-    processes wait without end.
-    """
-    partial.mkdir(parents=True)
-    trial = partial / ".trial"
-    trial.write_bytes(bytes(1 << 16))
-    trial.unlink()
-
-
-def _publish(root: Path, partial: Path, target: Path, step: int) -> None:
-    """Move a complete checkpoint to its place, then the tracker file that names it."""
-    replaced = None
-    if target.exists():  # the tracker file did not name it, or it was damaged
-        replaced = target.with_name(f".{target.name}.partial-replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(target, replaced)
-    os.replace(partial, target)
-    flush(root)
-    # A kill before the last line leaves the old tracker file, which names the checkpoint before.
-    pointer = root / f".{TRACKER}"
-    with pointer.open("w", encoding="utf-8") as file:
-        file.write(str(step))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(pointer, root / TRACKER)
-    flush(root)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sharded_state(

@@ -1,14 +1,9 @@
-"""Distributed checkpoints on disk: written by this process, read without executing any code.
+"""Distributed checkpoints on disk, read without executing any code; writing.py writes them.
 
 The format is Megatron-Core's `torch_dist`: `common.pt`, `*.distcp`, `.metadata`, and
 `metadata.json`, which is written last and marks a checkpoint as complete.
 
-Writing: Megatron-Core's own writer forks processes that outlive a killed run, and from 0.17 on its
-`save` ignores another one. So the same plan goes to torch's writer, in this process. What is not a
-tensor is in `common.pt`, which every version reads; from 0.19 on Megatron-Core's own saver puts it
-into a pickled object instead.
-
-Reading: torch unpickles `.metadata`, and every object that is asked for and not a tensor. A pickle
+torch unpickles `.metadata`, and every object that is asked for and not a tensor. A pickle
 can execute code. So `.metadata` is first read by an unpickler that knows a few harmless classes,
 and only tensors are asked for: the objects of other programs' checkpoints are never read.
 """
@@ -18,18 +13,14 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import (
     CheckpointingConfig,
     CheckpointingException,
-    save_config,
 )
 from megatron.core.dist_checkpointing.dict_utils import (
     extract_matching_values,
@@ -41,17 +32,12 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
     apply_factory_merges,
-    is_main_replica,
 )
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
 
+from megatron_prefix.checkpoint.collective import gathered, own_share
 from megatron_prefix.data.files import sha256
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import REWARD_HEAD
@@ -203,25 +189,6 @@ def check_same_tensors(request: dict, path: Path, unread: Sequence[str] = ()) ->
         )
 
 
-def write_checksums(path: Path) -> None:
-    """Write CHECKSUMS, a SHA-256 of every file below `path`. Collective: each process reads its
-    share of the files. Raises OSError, on every process.
-    """
-    own: dict[str, str] | OSError = {}
-    try:
-        own = {name: sha256(path / name) for name in _own_share(_files(path))}
-    except OSError as error:
-        own = error
-    parts = _gathered(own)
-    for part in parts:
-        if isinstance(part, OSError):
-            raise part
-    if _rank() == 0:
-        checksums = {name: digest for part in parts for name, digest in part.items()}
-        text = json.dumps(dict(sorted(checksums.items())), indent=1)
-        (path / CHECKSUMS).write_text(text + "\n", encoding="utf-8")
-
-
 def check_whole(path: Path) -> None:
     """Raise InputError, on every process, if the checkpoint `path` cannot be read. Collective."""
     load_common(path)
@@ -237,15 +204,15 @@ def check_checksums(path: Path) -> None:
     own: list[str] = []
     try:
         expected = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-        names = sorted(set(expected) | set(_files(path)))
-        for name in _own_share(names):
+        names = sorted(set(expected) | set(checkpoint_files(path)))
+        for name in own_share(names):
             if not (path / name).is_file() or sha256(path / name) != expected.get(name):
                 own.append(name)
     except FileNotFoundError:
         own = []
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         own = [CHECKSUMS]
-    damaged = sorted({name for part in _gathered(own) for name in part})
+    damaged = sorted({name for part in gathered(own) for name in part})
     if damaged:
         raise InputError(
             f"{path}: damaged, or changed since it was saved: {', '.join(damaged[:5])}; load "
@@ -253,79 +220,13 @@ def check_checksums(path: Path) -> None:
         )
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _own_share(names: list[str]) -> list[str]:
-    """The names that this process works on: every n-th of n processes."""
-    return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
-
-
-def _gathered(own: object) -> list:
-    """`own` of every process, in the order of ranks."""
-    if not dist.is_initialized():
-        return [own]
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return parts
-
-
-def _files(path: Path) -> list[str]:
+def checkpoint_files(path: Path) -> list[str]:
     """The files of a checkpoint, except the checksums and the mark of completeness."""
     return sorted(
         str(file.relative_to(path))
         for file in path.rglob("*")
         if file.is_file() and file.name not in (CHECKSUMS, COMPLETE)
     )
-
-
-class Writer(dcp.FileSystemWriter):
-    """torch's writer, whose `.metadata` every Python reads: a path is pickled under another module
-    name from Python 3.13 on, so it is saved as text."""
-
-    def storage_meta(self) -> StorageMeta | None:
-        meta = super().storage_meta()
-        return meta and replace(meta, checkpoint_id=str(meta.checkpoint_id))
-
-
-def save(state: dict, path: Path) -> None:
-    """Write `state` into the empty directory `path`. Collective. Raises OSError."""
-    tensors, common = save_preprocess(state)
-    by_key: dict[str, list[ShardedTensor]] = defaultdict(list)
-    for tensor in nested_values(tensors):
-        if is_main_replica(tensor.replica_id):
-            by_key[tensor.key].append(tensor)
-    try:
-        on_main(lambda: torch.save(common, path / "common.pt"))
-        dcp.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=Writer(path, thread_count=1),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
-        )
-        on_main(lambda: save_config(FORMAT, str(path)))
-    except CheckpointException as error:  # a failure of any rank, on every rank
-        causes = [failure[0] for failure in error.failures.values()]
-        cause = next((c for c in causes if isinstance(c, OSError)), causes[0])
-        raise OSError(getattr(cause, "errno", None), str(cause)) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            raise
-        raise OSError(None, f"torch could not write: {' '.join(str(error).split())}") from error
-
-
-def on_main(action: Callable[[], None]) -> None:
-    """Run `action` on the main process. Its OSError or RuntimeError is raised on every process."""
-    outcome: list[Exception | None] = [None]
-    if _rank() == 0:
-        try:
-            action()
-        except (OSError, RuntimeError) as error:
-            outcome[0] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
 
 
 def load(request: dict, path: Path, unread: Sequence[str] = (), common: dict | None = None) -> dict:

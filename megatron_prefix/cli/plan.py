@@ -18,6 +18,7 @@ MOST_PROCESSES = 2**20
 PARTS = {
     "attention": "attention's buffers",
     "host_gradients": "in host memory: gradients of shadow steps",
+    "host_copy": "in host memory: copy for a save in the background",
 }
 """Parts of memory that need more words than their key."""
 

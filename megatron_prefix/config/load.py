@@ -34,7 +34,12 @@ from megatron_prefix.other_names import other_name
 
 DEPENDENTS = {
     "data.valid": ("train.eval_interval", "train.keep_best"),
-    "train.save": ("train.save_interval", "train.keep_last", "train.keep_best"),
+    "train.save": (
+        "train.save_interval",
+        "train.async_save",
+        "train.keep_last",
+        "train.keep_best",
+    ),
     "train.load": ("train.load_fallback",),
     "loss.ref_logps": ("loss.reference",),
 }

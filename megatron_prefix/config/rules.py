@@ -217,6 +217,8 @@ def _run_faults(config: Config) -> Iterator[str]:
     for key in ("keep_last", "keep_best"):
         if getattr(train, key) is not None and train.save is None:
             yield f"train.{key} is set but train.save is not: name a directory, or remove it"
+    if train.async_save and train.save is None:
+        yield "train.async_save is set but train.save is not: name a directory, or remove it"
     if train.keep_best is not None and config.data.valid is None:
         yield "train.keep_best is set but data.valid is not: name a data set, or remove keep_best"
     if train.generate is not None and config.model.kind == "reward":

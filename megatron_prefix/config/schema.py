@@ -197,6 +197,9 @@ class TrainConfig:
     """If the newest checkpoint of `load` is damaged, resume from the newest whole one."""
     save_interval: Steps | None = None
     """Steps between checkpoints; if `save` is set, the last step is always saved."""
+    async_save: Switch = False
+    """Save in the background: training waits for a copy of the state in host memory only, not for
+    the disk."""
     keep_last: Steps | None = None
     """Checkpoints that stay in `save`: the newest ones, so many; without it all stay."""
     keep_best: BestConfig | None = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_prefix.faces import lazy_face
 
 if TYPE_CHECKING:
+    from megatron_prefix.distributed.liveness import ends_at_once
     from megatron_prefix.distributed.ownership import owned
     from megatron_prefix.distributed.session import open_session
     from megatron_prefix.distributed.signals import StopRequest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazy_face(
         __name__,
+        liveness=["ends_at_once"],
         ownership=["owned"],
         session=["open_session"],
         signals=["StopRequest"],
@@ -23,4 +25,12 @@ else:
         world_size=["world_faults"],
     )
 
-__all__ = ["StopRequest", "World", "join_world", "open_session", "owned", "world_faults"]
+__all__ = [
+    "StopRequest",
+    "World",
+    "ends_at_once",
+    "join_world",
+    "open_session",
+    "owned",
+    "world_faults",
+]

@@ -35,6 +35,7 @@ from megatron_prefix.distributed.verdict import (
     position_of,
 )
 from megatron_prefix.errors import InputError, RunError, Stopped
+from megatron_prefix.launcher import write_error_file
 
 ANSWER_S = 3.0
 """Seconds that a rank may take to answer, in addition to two rounds of its watchdog."""
@@ -200,7 +201,7 @@ class FailureDetection:
                 is_over = idle >= self._timeout_s + LAST_S + (HOLD_S if is_told else 0.0)
             if is_over:
                 if not is_told:
-                    os.write(2, f"megatron-prefix: error: {self._cut_off()}\n".encode())
+                    _print_at_end(self._cut_off())
                 os._exit(1)
 
     def _cut_off(self) -> str:
@@ -240,7 +241,7 @@ class FailureDetection:
         is_signal = text is None and bool(signals)
         if self._claim(0.0 if self._rank == first_alive(states) else HOLD_S):
             default = signals[0] if is_signal else "connections between ranks broke"
-            os.write(2, f"megatron-prefix: error: {text or default}\n".encode())
+            _print_at_end(text or default)
         else:
             time.sleep(HOLD_S)  # so that the launcher sees the failed rank end first
         if not self._is_ending.is_set():
@@ -275,6 +276,21 @@ class FailureDetection:
             time.sleep(0.05)
         # `add` is atomic: of several ranks only the first gets 1.
         return self._store.add("told", 1) == 1
+
+
+def ends_at_once(error: BaseException) -> bool:
+    """Whether an error leaves no time for anything else: a signal that does not wait for the end of
+    a step, or another rank that is gone."""
+    return not isinstance(error, Exception) or (
+        isinstance(error, Terminated) or is_connection_loss(error)
+    )
+
+
+def _print_at_end(text: str) -> None:
+    """Print a message from a thread, while the main thread is blocked."""
+    message = f"megatron-prefix: error: {text}"
+    os.write(2, f"{message}\n".encode())
+    write_error_file(message)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed import DistError
 
@@ -18,7 +18,9 @@ CONNECTION_LOSS = re.compile(
 )
 WAITING_CALL = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(")
 """A source line on which a rank waits for other ranks, or for a device that waits for them."""
-COMMUNICATION = ("distributed_c10d.py", "rendezvous.py")
+COMMUNICATION = {"distributed_c10d.py", "rendezvous.py"}
+SAVING = {"background.py"}
+"""Files whose functions a thread runs for `train.async_save`."""
 
 State = dict[str, Any]
 """What one rank reported: `kind` is failed, answers, signalled or done; `doing` is its activity.
@@ -42,7 +44,8 @@ def is_connection_loss(error: BaseException | None) -> bool:
 def position_of(thread: int) -> str | None:
     """Position of a thread as file:line; None if this process waits for other ranks.
 
-    Backward passes on CUDA communicate in a thread of their own, so all threads are looked at.
+    Backward passes on CUDA communicate in a thread of their own, so all threads are looked at, but
+    not the one that saves in the background.
     """
     frames = sys._current_frames()
     frame = frames.get(thread)
@@ -50,13 +53,20 @@ def position_of(thread: int) -> str | None:
         return None
     if WAITING_CALL.search(linecache.getline(frame.f_code.co_filename, frame.f_lineno)):
         return None
-    for top in frames.values():
-        caller: FrameType | None = top
-        while caller is not None:
-            if Path(caller.f_code.co_filename).name in COMMUNICATION:
-                return None
-            caller = caller.f_back
+    for number, top in frames.items():
+        files = _files(top)
+        if files & COMMUNICATION and (number == thread or not files & SAVING):
+            return None
     return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
+
+
+def _files(top: FrameType) -> set[str]:
+    """Names of the files whose functions a thread is in."""
+    names, caller = set[str](), cast(FrameType | None, top)
+    while caller is not None:
+        names.add(Path(caller.f_code.co_filename).name)
+        caller = caller.f_back
+    return names
 
 
 def first_alive(states: dict[int, State]) -> int:

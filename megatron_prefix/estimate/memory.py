@@ -324,6 +324,16 @@ def host_gradients(
     return copies * GRADIENT_BYTES * (dense // sharers + experts // expert_sharers)
 
 
+def host_copy(model: ModelConfig, parallel: ParallelConfig, num_parameters: int) -> int:
+    """Bytes of host memory of a rank that writes a checkpoint in the background
+    (`train.async_save`): weights and optimizer's state of the `num_parameters` that it holds and
+    trains. With the distributed optimizer the first of the ranks that share a state writes it all.
+    """
+    # the distributed optimizer saves float32 weights apart from those of the model
+    apart = 4 if parallel.use_distributed_optimizer and model.dtype == "float32" else 0
+    return num_parameters * (BYTES[model.dtype] + ADAM_BYTES[model.dtype] + apart)
+
+
 def _activations(
     model: ModelConfig,
     sizes: ModelSizes,

@@ -8,13 +8,18 @@ from functools import partial
 from typing import Any
 
 from megatron_prefix.config import Config, ModelConfig
-from megatron_prefix.estimate.adapters import adapted_host_gradients, adapted_memory
+from megatron_prefix.estimate.adapters import (
+    adapted_host_gradients,
+    adapted_memory,
+    trained_parameters,
+)
 from megatron_prefix.estimate.attention import PathShare
 from megatron_prefix.estimate.data_costs import KnownModel
 from megatron_prefix.estimate.hardware import Hardware
 from megatron_prefix.estimate.memory import (
     GRADIENT_BYTES,
     RankMemory,
+    host_copy,
     host_gradients,
     rank_memory,
     state_sharers,
@@ -47,8 +52,8 @@ class PlannedRun:
 
     def memory(self, model: ModelConfig, stages: Sequence[int] | None = None) -> dict[str, Any]:
         """Memory of every stage by component, or of some `stages`, with the recomputation of
-        `model`, and the stage that has most; `host_gradients`, with `train.shadow_steps`, is on the
-        host and not part of the total."""
+        `model`, and the stage that has most. `host_gradients`, with `train.shadow_steps`, and
+        `host_copy`, with `train.async_save`, are on the host and not part of the total."""
         config, known = self.config, self.known
         assert known.vocab_size is not None, "known before memory is"
         sizes = model, known.sizes, config.parallel
@@ -92,6 +97,12 @@ class PlannedRun:
                     description["host_gradients"] += (
                         GRADIENT_BYTES * known.vision.trained // sharers
                     )
+        if config.train.async_save:
+            for stage, description in zip(stages, described, strict=True):
+                trained = sum(trained_parameters(*sizes, known.lora, known.vocab_size, stage))
+                if known.vision is not None and stage == 0:
+                    trained += known.vision.trained
+                description["host_copy"] = host_copy(model, config.parallel, trained)
         return {
             "row_tokens": self.row_tokens,
             "fullest_stage": max(range(len(needed)), key=lambda i: needed[i].total),

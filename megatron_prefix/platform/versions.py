@@ -4,7 +4,7 @@ Most code uses what all versions offer under one public name. No version number 
 function looks at what it is given. Paths are relative to megatron/core.
 
 0.17  `save` ignores a save strategy of ours (dist_checkpointing/serialization.py). So
-      checkpoint/torch_dist.py calls the parts of `save` itself.
+      checkpoint/writing.py calls the parts of `save` itself.
 0.18  `mlp` of a layer spec is a partial of a builder (models/gpt/gpt_layer_specs.py):
       `submodules_of`.
 0.18  triton is imported but not declared (transformer/moe/paged_stash.py): setup.py requires it.
@@ -14,7 +14,7 @@ function looks at what it is given. Paths are relative to megatron/core.
 0.19  Saved parameter groups are paired with this run's by learning rates, too
       (optimizer/optimizer.py): checkpoint/optimizer_state.py gives them this run's rates first.
 0.19  What is not a tensor is saved as a pickled object (dist_checkpointing/serialization.py):
-      checkpoint/torch_dist.py writes `common.pt`, which every version reads.
+      checkpoint/writing.py writes `common.pt`, which every version reads.
 
 0.19  `get_main_grads_for_grad_norm` is `get_grads_for_grad_norm` (optimizer/optimizer.py):
       `gradients_for_norm`.

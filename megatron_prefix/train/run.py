@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from megatron_prefix.config import Config
-from megatron_prefix.distributed import StopRequest, open_session, owned
+from megatron_prefix.distributed import StopRequest, ends_at_once, open_session, owned
 from megatron_prefix.errors import RunError, Stopped
 from megatron_prefix.objectives import check
 from megatron_prefix.report import report_run
@@ -56,11 +56,13 @@ def _close(trainer: Trainer) -> None:
 
 def _run(trainer: Trainer, stop: StopRequest) -> None:
     status: Status = "failed"
+    at_once = False
     try:
         trainer.run(stop)
         status = "done"
-    except Stopped:
-        status = "stopped"
+    except BaseException as error:
+        status = "stopped" if isinstance(error, Stopped) else "failed"
+        at_once = ends_at_once(error)
         raise
     finally:
-        trainer.close(status)
+        trainer.close(status, at_once)

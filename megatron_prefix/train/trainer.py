@@ -88,7 +88,9 @@ class Trainer:
     @cached_property
     def checkpoints(self) -> RunCheckpoints | None:
         """Where the run saves; None if it does not."""
-        return RunCheckpoints.of_run(self.config) if self.config.train.save else None
+        if self.config.train.save is None:
+            return None
+        return RunCheckpoints.of_run(self.config, self.world.host)
 
     @cached_property
     def feed(self) -> Feed:
@@ -175,6 +177,8 @@ class Trainer:
             with self.profiler.recording(self.step + 1):
                 values = self.train_step()
             self.trackers.log(self.step, values)
+            if self.checkpoints is not None:
+                self.checkpoints.check()  # of a save in the background
             is_last = self.step == self.num_steps
             is_asked = stop is not None and stop.is_asked()
             if is_last or _is_due(self.step, settings.eval_interval):
@@ -183,6 +187,8 @@ class Trainer:
                 self.write_samples()
             if is_last or is_asked or _is_due(self.step, settings.save_interval):
                 self.save()
+            if (is_asked or is_last) and self.checkpoints is not None:
+                self.checkpoints.wait()
             if is_asked and not is_last:
                 state = f"saved in {settings.save}" if settings.save else "train.save is not set"
                 raise Stopped(f"stopped by a signal after step {self.step} ({state})")
@@ -293,8 +299,11 @@ class Trainer:
             adapter=self.adapter,
         )
 
-    def close(self, status: Status = "done") -> None:
-        """Stop the feeds and finish the trackers: the run ended with `status`."""
+    def close(self, status: Status = "done", ends_at_once: bool = False) -> None:
+        """Stop the feeds and finish the trackers: the run ended with `status`. A save that is in
+        flight is waited for, unless the process `ends_at_once`."""
+        if self.checkpoints is not None:
+            self.checkpoints.close(ends_at_once)
         self.profiler.close()
         self.feed.close()
         if self.mismatch_feed is not None:

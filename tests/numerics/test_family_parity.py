@@ -15,11 +15,11 @@ from family_models import MODELS, make_family
 from small_models import logps_of, pack, weights_of
 from test_hf_parity import assert_same_tensors, entries_of, responses, tensors_of
 
-from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.agreement import check_model
 from megatron_prefix.checkpoint.convert import export_hf, import_hf
 from megatron_prefix.checkpoint.model_weights import model_sizes, model_state
 from megatron_prefix.checkpoint.starting_model import resolve_starting_model
+from megatron_prefix.checkpoint.writing import Snapshot
 from megatron_prefix.config import ModelConfig
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
@@ -149,7 +149,7 @@ def test_an_import_is_what_megatron_core_saves(name, prefix, tmp_path, world):
     import_hf(str(tmp_path / "hf"), tmp_path / "imported")
     (tmp_path / "saved").mkdir()
     model = build(tmp_path / "hf", prefix, world, make_vocab_size_divisible_by=1)
-    torch_dist.save(model_state([model]), tmp_path / "saved")
+    Snapshot.of(model_state([model])).write(tmp_path / "saved")
     assert entries_of(tmp_path / "imported") == entries_of(tmp_path / "saved")
 
 

@@ -14,7 +14,7 @@ from small_models import make_model
 
 from megatron_prefix.checkpoint.save_load import load_weights
 from megatron_prefix.checkpoint.starting_model import StartingModel
-from megatron_prefix.checkpoint.torch_dist import write_checksums
+from megatron_prefix.checkpoint.writing import write_checksums
 from megatron_prefix.config import ModelConfig, ParallelConfig
 from megatron_prefix.distributed.world import join_world
 

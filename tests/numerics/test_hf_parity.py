@@ -21,10 +21,10 @@ import transformers
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_prefix.checkpoint import torch_dist
 from megatron_prefix.checkpoint.convert import export_hf, import_hf
 from megatron_prefix.checkpoint.model_weights import model_state
 from megatron_prefix.checkpoint.starting_model import resolve_starting_model
+from megatron_prefix.checkpoint.writing import Snapshot
 from megatron_prefix.config import Config, ModelConfig, load_config, parse_config
 from megatron_prefix.data.build.builder import BuildOptions, build_dataset
 from megatron_prefix.data.store.dataset import PreferenceDataset
@@ -271,7 +271,7 @@ def test_an_import_is_what_megatron_core_would_save(world, kind, random_set, tmp
     chunks = build_model(initial.transformer_config(0), world)
     initial.load(chunks)
     (tmp_path / "theirs").mkdir()
-    torch_dist.save(model_state(chunks), tmp_path / "theirs")
+    Snapshot.of(model_state(chunks)).write(tmp_path / "theirs")
     assert entries_of(tmp_path / "ck") == entries_of(tmp_path / "theirs")
 
 

@@ -21,6 +21,7 @@ from processes import Ranks, start_ranks
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.checkpoint import save_load as checkpoint
+from megatron_prefix.checkpoint.folder import iteration_dir
 from megatron_prefix.reference import scoring as reference
 from megatron_prefix.reference import sidecars as sidecar
 from megatron_prefix.reference.sidecars import PartialScores
@@ -129,11 +130,11 @@ def test_twenty_random_kills(dataset, tmp_path):
 def test_a_kill_within_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, capsys):
     """At every stage of a save in turn: the earlier checkpoint is loaded, and is whole."""
     stages = [
-        ("megatron_prefix.checkpoint.save_load", "_make_room"),
+        ("megatron_prefix.checkpoint.save_load", "make_room"),
         ("os", "fsync"),
-        ("megatron_prefix.checkpoint.torch_dist", "save"),
-        ("megatron_prefix.checkpoint.torch_dist", "write_checksums"),
-        ("megatron_prefix.checkpoint.save_load", "_publish"),
+        ("megatron_prefix.checkpoint.writing", "save_config"),
+        ("megatron_prefix.checkpoint.save_load", "write_checksums"),
+        ("megatron_prefix.checkpoint.save_load", "publish"),
     ]
     config = write_config(tmp_path / "a.yaml", dataset, tmp_path / "a", train={"steps": 3})
     assert command(["train", "--config", config], capsys)[0] == 0
@@ -157,22 +158,24 @@ def test_a_kill_within_a_save_leaves_the_previous_checkpoint(dataset, tmp_path, 
 def _killed_in(argv: list[str], module: str, name: str) -> int:
     """Train, and die within the second save, after module.name."""
     owner = importlib.import_module(module)
-    begin, saves = checkpoint._make_room, []
+    begin, saves = checkpoint.make_room, []
 
     def beginning(directory: Path) -> None:
         saves.append(directory)
         begin(directory)
 
     def dying(*args):
-        if len(saves) == 2 and name == "_publish":
-            os.replace(args[1], args[2])  # in place, and the tracker does not name it yet
+        if len(saves) == 2 and name == "publish":
+            os.replace(
+                args[1], iteration_dir(*args[::2])
+            )  # in place, and the tracker does not name it yet
             os.kill(os.getpid(), signal.SIGKILL)
         result = action(*args)
         if len(saves) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    checkpoint._make_room = beginning
+    checkpoint.make_room = beginning
     action = getattr(owner, name)
     setattr(owner, name, dying)
     return main(argv)

@@ -21,7 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "megatron_prefix"
 LEVELS = (
-    ("errors", "faces", "faults", "other_names", "config", "layout", "platform", "text", "kernels"),
+    ("errors", "faces", "faults", "launcher", "other_names", "config", "layout", "platform")
+    + ("text", "kernels"),
     ("attention", "objectives"),
     ("data", "model"),
     ("engine", "checkpoint", "distributed"),

@@ -12,8 +12,8 @@ from megatron_prefix.checkpoint.flushing import flush_tree
 from megatron_prefix.checkpoint.save_load import (
     COMPLETE,
     TRACKER,
-    _publish,
     iteration_dir,
+    publish,
 )
 from megatron_prefix.errors import InputError
 
@@ -71,7 +71,7 @@ def test_everything_is_on_the_disk_before_the_tracker_names_it(tmp_path, monkeyp
     (partial / "hf" / "config.json").write_text("{}")
     (partial / COMPLETE).write_text("{}")
     flush_tree(partial)
-    _publish(root, partial, iteration_dir(root, 3), 3)
+    publish(root, partial, 3)
     assert [name for kind, name in events if kind == "flush"][:2] == [
         str(partial / "hf" / "config.json"),
         str(partial / "hf"),
@@ -130,7 +130,7 @@ def test_checkpoints_of_another_run_are_not_overwritten(tmp_path, monkeypatch):
 def test_publishing_replaces_a_folder_that_the_tracker_never_named(tmp_path):
     root = write(tmp_path / "saved", "3", 3, 4)
     partial = write(tmp_path / "partial", None, 9)
-    _publish(root, partial, iteration_dir(root, 4), 4)
+    publish(root, partial, 4)
     assert RunCheckpoints(root).latest_step.__self__.root == root
     assert (root / TRACKER).read_text() == "4" and not partial.exists()
     assert [path.name for path in iteration_dir(root, 4).iterdir()] == ["iter_0000009"]

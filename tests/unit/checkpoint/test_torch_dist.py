@@ -16,17 +16,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_prefix.checkpoint.collective import on_main
 from megatron_prefix.checkpoint.torch_dist import (
     CHECKSUMS,
     COMPLETE,
-    Writer,
     check_checksums,
     check_harmless,
     load_common,
     model_kind,
-    on_main,
-    write_checksums,
 )
+from megatron_prefix.checkpoint.writing import Writer, write_checksums
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import REWARD_HEAD
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.config import load_config
@@ -78,6 +80,30 @@ def test_repeated_tokens_of_trees_in_parts(data, tmp_path, capsys):
     assert report["longest_row"] <= capacity
     code, out, _ = plan(capsys, path)
     assert code == 0 and f"split repeats {repeated:,.1f} tokens per step; 100 % of the" in out
+
+
+@pytest.mark.parametrize("is_distributed", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_save_in_the_background_needs_host_memory(
+    data, tmp_path, capsys, is_distributed, dtype, lora
+):
+    """As many bytes as the checkpoint has, if one process writes all of it."""
+    path = config(
+        tmp_path,
+        data,
+        parallel={"use_distributed_optimizer": is_distributed},
+        model={**SIZES, "dtype": dtype},
+        train={"steps": 1, "async_save": True, "save": str(tmp_path / "saved")},
+        **({"lora": lora} if lora else {}),
+    )
+    (stage,) = plan_run(load_config(path))["memory"]["stages"]
+    assert main(["train", "--config", path]) == 0
+    tensors = dist_checkpointing.load_plain_tensors(str(tmp_path / "saved" / "iter_0000001"))
+    saved = sum(x.nbytes for x in tensors.values() if isinstance(x, torch.Tensor))
+    assert stage["host_copy"] == pytest.approx(saved, rel=1e-3)
+    _, out, _ = plan(capsys, path)
+    assert "in host memory: copy for a save in the background" in out
 
 
 def test_shadow_steps_need_host_memory(data, tmp_path, capsys):

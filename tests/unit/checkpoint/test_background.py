@@ -1,0 +1,158 @@
+"""A save in the background: what training waits for, and how its errors and its end reach it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_prefix.checkpoint import background as module
+from megatron_prefix.checkpoint.background import BackgroundSave, GivenUp
+from megatron_prefix.checkpoint.writing import Snapshot
+from megatron_prefix.errors import RunError
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def failing(group) -> None:
+    raise RunError("the disk is full")
+
+
+def test_nothing_in_flight_is_nothing_to_wait_for(capsys):
+    save = BackgroundSave()
+    save.check()
+    save.wait()
+    save.wait_before(3)
+    save.leave()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_training_goes_on_until_the_files_are_there():
+    save, gate, written = BackgroundSave(), threading.Event(), []
+    save.start(1, lambda group: written.append(gate.wait(30)))
+    save.check()
+    assert not written, "`start` or `check` waited"
+    gate.set()
+    save.wait()
+    assert written == [True]
+    save.start(2, lambda group: written.append(2))
+    save.wait()
+    assert written == [True, 2]
+
+
+def test_the_threads_have_a_group_of_their_own():
+    save, groups = BackgroundSave(), []
+    for step in (1, 2):
+        save.start(step, groups.append)
+        save.wait()
+    assert groups[0] is groups[1]
+    assert groups[0] not in (None, dist.group.WORLD)
+
+
+@pytest.mark.parametrize("end", ["check", "wait", "wait_before"])
+def test_an_error_is_raised_once(end):
+    save = BackgroundSave()
+    save.start(1, failing)
+    save._thread.join()
+    with pytest.raises(RunError, match="the disk is full"):
+        getattr(save, end)(*[2] * (end == "wait_before"))
+    save.check()
+    save.start(2, lambda group: None)
+    save.wait()
+
+
+def test_leaving_waits_and_prints_the_failure(capsys):
+    save, written = BackgroundSave(), []
+    save.start(1, lambda group: (time.sleep(0.1), written.append(1)))
+    save.leave()
+    assert written == [1] and capsys.readouterr().err == ""
+    save.start(2, failing)
+    save.leave()
+    assert capsys.readouterr().err == "the disk is full\n"
+
+
+def test_waiting_is_said_once(capsys):
+    save = BackgroundSave()
+    for step in (1, 2, 3):
+        save.wait_before(step)
+        save.start(step, lambda group: time.sleep(0.2))
+    save.wait()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("train.async_save: the save of step 2 waited 0.")
+    assert "raise train.save_interval" in line
+    quick = BackgroundSave()
+    for step in (1, 2):
+        quick.wait_before(step)
+        quick.start(step, lambda group: None)
+        quick._thread.join()
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_given_up_is_not_published():
+    save, gate, published = BackgroundSave(), threading.Event(), []
+
+    def write(group) -> None:
+        gate.wait(30)
+        with save.publishing():
+            published.append(1)
+
+    save.start(1, write)
+    save.give_up()
+    gate.set()
+    save._thread.join()
+    assert not published and isinstance(save._error, GivenUp)
+
+
+def test_giving_up_waits_for_what_is_being_published():
+    save, is_publishing, order = BackgroundSave(), threading.Event(), []
+
+    def write(group) -> None:
+        with save.publishing():
+            is_publishing.set()
+            time.sleep(0.2)
+            order.append("published")
+
+    save.start(1, write)
+    assert is_publishing.wait(30)
+    save.give_up()
+    order.append("given up")
+    assert order == ["published", "given up"]
+
+
+def test_a_failure_of_another_process_is_one(monkeypatch):
+    """Its collective says so; this process's own thread is not waited for without end."""
+    save, gate = BackgroundSave(), threading.Event()
+    monkeypatch.setattr(module, "OTHERS_S", 0.1)
+    save.start(7, lambda group: gate.wait(30))
+    monkeypatch.setattr(dist, "all_reduce", lambda states, *rest: states.fill_(1))
+    with pytest.raises(RunError, match="checkpoint of step 7 could not be written by another"):
+        save.check()
+    gate.set()
+
+
+def test_a_snapshot_is_a_copy(tmp_path):
+    """Tensors, and plain values beside them."""
+    weight, count, groups = torch.zeros(2, 3), torch.tensor(1.0), [{"lr": 1.0, "at": (1, 2)}]
+    state = {
+        "model": {"weight": ShardedTensor.from_rank_offsets("weight", weight)},
+        "groups": groups,
+        "count": count,
+    }
+    copied, shared = (Snapshot.of(dict(state), is_copied) for is_copied in (True, False))
+    weight += 1
+    count += 1
+    groups[0]["lr"] = 2.0
+    for is_copied, snapshot in ((True, copied), (False, shared)):
+        path = tmp_path / str(is_copied)
+        path.mkdir()
+        snapshot.write(path)
+        common = torch.load(path / "common.pt", weights_only=True)
+        first = 1.0 if is_copied else 2.0
+        assert common["groups"] == [{"lr": 1.0, "at": (1, 2)}] and common["count"] == first
+        tensors = dist_checkpointing.load_plain_tensors(str(path))
+        assert tensors["weight"].tolist() == [[first - 1] * 3] * 2
