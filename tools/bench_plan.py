@@ -7,6 +7,7 @@ to the first run of as many processes is compared with the measured one. A time 
 run's steps but the first, which makes other loads of the machine matter less.
 
     python tools/bench_plan.py --data build/hh --steps 4
+    python tools/bench_plan.py --data build/hh --processes 1    # a part, as table plan_1
 """
 
 from __future__ import annotations
@@ -78,12 +79,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--groups", type=int, default=4, help="groups per step")
     parser.add_argument("--capacity", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--processes", type=int, choices=(1, 2), help="only runs of so many")
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
     first: dict[int, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         cpu = this_cpu(float(called(2, ["-c", SEND], Path(scratch)).split()[-1]))
         for (processes, name), sections in CASES.items():
+            if processes != (args.processes or processes):
+                continue
             path = Path(scratch) / f"{len(rows)}.json"
             output = Path(scratch) / f"run-{len(rows)}"
             path.write_text(json.dumps(settings(args, output, sections)))
@@ -109,7 +113,8 @@ def main() -> None:
                 }
             )
             print(rows[-1], flush=True)
-    publish("plan", rows, __doc__.split("\n\n")[1].replace("\n", " "))
+    table = f"plan_{args.processes}" if args.processes else "plan"
+    publish(table, rows, __doc__.split("\n\n")[1].replace("\n", " "))
 
 
 def settings(args: argparse.Namespace, output: Path, sections: dict) -> dict:

@@ -292,8 +292,10 @@ def test_a_second_sigterm_ends_at_once(dataset, tmp_path, capsys, count):
         assert forked(action, tmp_path / "log") == -signal.SIGTERM
     else:
         ranks = start_ranks(2, action, tmp_path)
-        assert ranks.wait(TIMEOUT_S) == [143, 143], ranks.text()[-3000:]
-        assert "Traceback" not in ranks.text()
+        codes = ranks.wait(TIMEOUT_S)
+        # rank 0 has the store here, and may be gone before rank 1 asks who failed
+        assert codes[0] == 143 and codes[1] in (1, 143), ranks.text()[-3000:]
+        assert "ended by SIGTERM" in ranks.text() and "Traceback" not in ranks.text()
     assert time.monotonic() - start < 90
     root = tmp_path / "run" / "saved"
     assert complete_steps(root) == [3]
@@ -363,8 +365,8 @@ def test_two_processes_with_the_distributed_optimizer(dataset, tmp_path):
 
 
 def test_two_processes_stop_together(dataset, tmp_path):
-    """One rank cannot write its part: one message, and both end."""
-    argv = config(tmp_path, dataset, "run", ZERO, model=BIG, steps=1000, save_interval=2)
+    """One rank cannot do its part: one message, and both end."""
+    argv = config(tmp_path, dataset, "run", ZERO, steps=1000, save_interval=2)
     ranks = start_ranks(2, partial(_full_on_rank_1, argv), tmp_path)
     assert ranks.wait(TIMEOUT_S) == [1, 1], ranks.text()[-3000:]
     text = ranks.text()
@@ -375,12 +377,7 @@ def test_two_processes_stop_together(dataset, tmp_path):
 
 
 def _full_on_rank_1(argv: list[str]) -> int:
-    write = Snapshot.write
-
-    def writing(self, *args):
-        is_limited = os.environ["RANK"] == "1"
-        with full_disk(LIMITS["tensors"]) if is_limited else contextlib.nullcontext():
-            write(self, *args)
-
-    Snapshot.write = writing
+    """Rank 1 cannot read what it computes checksums of; rank 0 could go on."""
+    if os.environ["RANK"] == "1":
+        writing_module.sha256 = no_space
     return main(argv)

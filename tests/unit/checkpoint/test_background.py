@@ -138,19 +138,19 @@ def test_a_failure_of_another_process_is_one(monkeypatch):
 def test_a_snapshot_is_a_copy(tmp_path):
     """Tensors, and plain values beside them."""
     weight, count, groups = torch.zeros(2, 3), torch.tensor(1.0), [{"lr": 1.0, "at": (1, 2)}]
-    state = {
-        "model": {"weight": ShardedTensor.from_rank_offsets("weight", weight)},
-        "groups": groups,
-        "count": count,
-    }
-    copied, shared = (Snapshot.of(dict(state), is_copied) for is_copied in (True, False))
+
+    def snapshot(is_copied: bool) -> Snapshot:
+        sharded = ShardedTensor.from_rank_offsets("weight", weight)
+        return Snapshot.of({"model": sharded, "groups": groups, "count": count}, is_copied)
+
+    copied, shared = snapshot(True), snapshot(False)
     weight += 1
     count += 1
     groups[0]["lr"] = 2.0
-    for is_copied, snapshot in ((True, copied), (False, shared)):
+    for is_copied, taken in ((True, copied), (False, shared)):
         path = tmp_path / str(is_copied)
         path.mkdir()
-        snapshot.write(path)
+        taken.write(path)
         common = torch.load(path / "common.pt", weights_only=True)
         first = 1.0 if is_copied else 2.0
         assert common["groups"] == [{"lr": 1.0, "at": (1, 2)}] and common["count"] == first
