@@ -33,4 +33,32 @@ FAULT_MUTANTS = (
         "if not Path(place.relative_path).name:",
         "robustness/test_payloads.py",
     ),
+    Mutant(
+        "a save in the background shares memory with training",
+        "checkpoint/save_load.py",
+        "is_copied=self.background is not None",
+        "is_copied=False",
+        "robustness/test_async_save.py",
+    ),
+    Mutant(
+        "a checkpoint published before it is on the disk",
+        "checkpoint/save_load.py",
+        "            on_main(lambda: flush_tree(partial), group)\n",
+        "",
+        "unit/checkpoint/test_background.py",
+    ),
+    Mutant(
+        "a run that ends before its last save",
+        "train/trainer.py",
+        "                self.checkpoints.wait()\n",
+        "                pass\n",
+        "robustness/test_async_save.py",
+    ),
+    Mutant(
+        "a failed save in the background goes unnoticed",
+        "checkpoint/background.py",
+        "        has_failed = not is_running and self._error is not None\n",
+        "        has_failed = False\n",
+        "unit/checkpoint/test_background.py",
+    ),
 )

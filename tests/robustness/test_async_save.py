@@ -200,7 +200,16 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name"), STAGES, ids=[name for _, name in STAGES])
+QUICK = ("write_checksums", "publish")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        pytest.param(*stage, id=stage[1], marks=() if stage[1] in QUICK else pytest.mark.slow)
+        for stage in STAGES
+    ],
+)
 def test_a_kill_within_the_write_leaves_the_previous_checkpoint(
     dataset, tmp_path, capsys, module, name
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from megatron_prefix.checkpoint import RunCheckpoints, save_load
 from megatron_prefix.checkpoint import background as module
 from megatron_prefix.checkpoint.background import BackgroundSave, GivenUp
 from megatron_prefix.checkpoint.writing import Snapshot
@@ -133,6 +135,19 @@ def test_a_failure_of_another_process_is_one(monkeypatch):
     with pytest.raises(RunError, match="checkpoint of step 7 could not be written by another"):
         save.check()
     gate.set()
+
+
+def test_everything_is_written_and_flushed_before_it_is_published(tmp_path, monkeypatch):
+    """The order of a save, on the thread: what a kill or a power cut leaves follows from it."""
+    order: list[str] = []
+    for name in ("make_room", "write_checksums", "flush_tree", "publish"):
+        monkeypatch.setattr(save_load, name, lambda *args, name=name: order.append(name))
+    checkpoints = RunCheckpoints(tmp_path, background=BackgroundSave())
+    monkeypatch.setattr(checkpoints, "_keep", lambda *args: order.append("keep"))
+    snapshot = SimpleNamespace(write=lambda *args: order.append("files"))
+    checkpoints._write(3, snapshot, tmp_path / "x", lambda path: order.append("attach"), None, None)
+    expected = ["make_room", "files", "attach", "write_checksums", "flush_tree", "publish", "keep"]
+    assert order == expected
 
 
 def test_a_snapshot_is_a_copy(tmp_path):
