@@ -33,6 +33,7 @@ FORMAT_NAMES = (
     "arena-votes",
     "summaries",
     "webgpt",
+    "rlhf-v",
     "shp",
     "oasst",
 )

@@ -59,6 +59,7 @@ FOUND = {  # format, groups, responses, pairs
     "arena_votes": ("arena-votes", 2, 4, 2),
     "summarize_from_feedback": ("summaries", 2, 4, 2),
     "webgpt": ("webgpt", 2, 4, 2),
+    "rlhf_v": ("rlhf-v", 2, 4, 2),
     "shp": ("shp", 2, 4, 2),
     "oasst_messages": ("oasst", 2, 4, 2),
     "unpaired_number": ("unpaired", 2, 2, 0),

@@ -37,6 +37,7 @@ FIRST = 0xF0000
 UNNUMBERED = chr(0xFFFFD)
 MOST = 0xFFFD
 """Images of one record."""
+LONGEST_PATH = 4096
 _MARK = re.compile(f"{IMAGE}(.)", re.DOTALL)
 DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -129,7 +130,9 @@ class Marked:
         """The prompt with IMAGE at each place, and the pictures in their order."""
         numbered, last = list(self._own), FIRST + len(self._own)
         marks = list(_marks(prompt))
-        if any(mark != UNNUMBERED and not FIRST <= ord(mark) < last for mark in marks):
+        texts = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+        is_foreign = any(m != UNNUMBERED and not FIRST <= ord(m) < last for m in marks)
+        if is_foreign or sum(text.count(IMAGE) for text in texts) != len(marks):
             raise InputError(
                 f"a text has the character {IMAGE!r}, which stands for images here: remove it"
             )
@@ -204,6 +207,11 @@ def _picture(value: Any, place: str) -> Picture:
         raise InputError(
             f"{place} is the address {value[:80]!r}, and pictures are not downloaded: give a local "
             "file or the picture's bytes"
+        )
+    if len(value) > LONGEST_PATH:
+        raise InputError(
+            f"{place} is a text of {len(value)} characters, which is no path: put base64 into an "
+            'object {"bytes": …}'
         )
     if not value.strip() or "\0" in value:
         raise InputError(f"{place} is {value[:40]!r}, which is no path of a picture: correct it")

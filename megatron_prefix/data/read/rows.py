@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_prefix.data.read.column_names import RESPONSE_SCORES, RESPONSE_TEXTS
 from megatron_prefix.data.read.fields import json_type
+from megatron_prefix.data.read.pictures import COLUMNS as IMAGES
 from megatron_prefix.data.read.records import Record
 from megatron_prefix.errors import InputError
 
@@ -110,7 +111,7 @@ def _size(node: Value) -> int:
 
 
 def _groups(rows: Iterator[Record]) -> Iterator[Record]:
-    """Rows one after another with the same prompt as one record with a list of answers."""
+    """Neighbouring rows with the same prompt and images as one record with a list of answers."""
 
     def records() -> Iterator[Record]:
         for _, group in groupby(rows, key=_prompt_of):
@@ -119,15 +120,19 @@ def _groups(rows: Iterator[Record]) -> Iterator[Record]:
                 yield from members
                 continue
             values = [row.value for row in members if row.value is not None]
-            answers = [{n: v for n, v in value.items() if n != "prompt"} for value in values]
-            value = {"prompt": values[0].get("prompt"), "answers": answers}
+            shared = ("prompt", *IMAGES)
+            answers = [{n: v for n, v in value.items() if n not in shared} for value in values]
+            value = {n: v for n, v in values[0].items() if n in shared} | {"answers": answers}
             yield members[0]._replace(value=value, rows=len(values))
 
     return _numbered(records())
 
 
 def _prompt_of(row: Record) -> Any:
-    return (row.number, None) if row.value is None else row.value.get("prompt")
+    """What neighbouring rows of one record share: the prompt, and its images."""
+    if row.value is None:
+        return row.number, None
+    return [row.value.get(name) for name in ("prompt", *IMAGES)]
 
 
 def _numbered(records: Iterable[Record]) -> Iterator[Record]:

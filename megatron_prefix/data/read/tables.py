@@ -137,13 +137,31 @@ def open_dataset(path: Path, split: str | None) -> Any:
     if not hasattr(dataset, "keys"):
         if split is not None:
             raise InputError(f"--split {split}: {path} has only one split: remove the flag")
-        return dataset
+        return _undecoded(dataset)
     names = ", ".join(dataset.keys())
     if split is None and len(dataset) > 1:
         raise InputError(f"{path} has the splits {names}: choose one with --split")
     if split is not None and split not in dataset:
         raise InputError(f"--split {split}: {path} has the splits {names}: choose one of them")
-    return dataset[split if split is not None else next(iter(dataset))]
+    return _undecoded(dataset[split if split is not None else next(iter(dataset))])
+
+
+def _undecoded(dataset: Any) -> Any:
+    """The records with their images as bytes and paths, not as pictures."""
+    if not _has_images(dataset.features):
+        return dataset
+    rows = dataset.to_iterable_dataset() if hasattr(dataset, "to_iterable_dataset") else dataset
+    return rows.decode(False)
+
+
+def _has_images(feature: Any) -> bool:
+    """Whether a column's type is, or contains, that of images."""
+    if isinstance(feature, dict):
+        return any(map(_has_images, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_has_images, feature))
+    inner = getattr(feature, "feature", None)
+    return type(feature).__name__ == "Image" or (inner is not None and _has_images(inner))
 
 
 def without_nulls(value: Any) -> Any:

@@ -17,6 +17,7 @@ from megatron_prefix.data.read.formats.nemo import NEMO_ALIGNER, NEMO_RL
 from megatron_prefix.data.read.formats.oasst import OASST
 from megatron_prefix.data.read.formats.question import ALPACA, QUESTION
 from megatron_prefix.data.read.formats.ranked import RANKED
+from megatron_prefix.data.read.formats.rlhf_v import RLHF_V
 from megatron_prefix.data.read.formats.shp import SHP
 from megatron_prefix.data.read.formats.summaries import SUMMARIES
 from megatron_prefix.data.read.formats.swift import SWIFT
@@ -44,6 +45,7 @@ FORMATS: dict[str, Format] = {
     "shp": SHP,
     "choice": CHOICE,
     "ranked": RANKED,
+    "rlhf-v": RLHF_V,
     "unpaired": UNPAIRED,
     "unpaired-messages": UNPAIRED_TURNS,
     "unpaired-alpaca": UNPAIRED_ALPACA,

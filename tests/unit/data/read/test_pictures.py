@@ -1,0 +1,222 @@
+"""Where images stand in a record's texts, and which they are."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from megatron_prefix.data.images import IMAGE, Picture
+from megatron_prefix.data.read import ExampleReader
+from megatron_prefix.errors import InputError
+
+CONTENT = b"\x89PNG the bytes of a picture"
+BASE64 = base64.b64encode(CONTENT).decode()
+OPEN = {"type": "image"}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def sides(**more):
+    return {
+        "chosen": [turn("assistant", "yes")],
+        "rejected": [turn("assistant", "no")],
+        **more,
+    }
+
+
+def read(record, **options):
+    return ExampleReader(**options).read(record)
+
+
+def prompts(example):
+    """The prompt as (role, content) with <> for images, or as a text, and the paths of images."""
+    prompt = example.responses[0].prompt
+    assert all(response.prompt == prompt for response in example.responses)
+    paths = [picture.path for picture in example.images]
+    if isinstance(prompt, str):
+        return prompt.replace(IMAGE, "<>"), paths
+    return [(m.role, m.content.replace(IMAGE, "<>")) for m in prompt], paths
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "paths"),
+    [
+        (  # TRL: parts without a picture are those of the column, in order
+            sides(images=["a", "b"], prompt=[turn("user", [OPEN, text("x"), OPEN])]),
+            [("user", "<>x<>")],
+            ["a", "b"],
+        ),
+        (  # TRL: without a part they are before the text of the first user's turn
+            sides(
+                images=["a", "b"],
+                prompt=[
+                    turn("system", "s"),
+                    turn("user", "x"),
+                    turn("assistant", "y"),
+                    turn("user", "z"),
+                ],
+            ),
+            [("system", "s"), ("user", "<><>x"), ("assistant", "y"), ("user", "z")],
+            ["a", "b"],
+        ),
+        (  # parts with their own picture, and others
+            sides(
+                images=["a"],
+                prompt=[turn("user", [{**OPEN, "image": "b"}, OPEN, {**OPEN, "path": "c"}])],
+            ),
+            [("user", "<><><>")],
+            ["b", "a", "c"],
+        ),
+        (
+            sides(prompt=[turn("user", [{"type": "image_url", "image_url": {"url": "a"}}])]),
+            [("user", "<>")],
+            ["a"],
+        ),
+        (  # whole dialogues: both sides have the prompt's image
+            {
+                "images": ["a"],
+                "chosen": [turn("user", [OPEN, text("x")]), turn("assistant", "yes")],
+                "rejected": [turn("user", [OPEN, text("x")]), turn("assistant", "no")],
+            },
+            [("user", "<>x")],
+            ["a"],
+        ),
+        (  # the same with the pictures in the parts
+            {
+                side: [turn("user", [{**OPEN, "image": "a"}, text("x")]), turn("assistant", side)]
+                for side in ("chosen", "rejected")
+            },
+            [("user", "<>x")],
+            ["a"],
+        ),
+        (  # LLaMA-Factory
+            {
+                "images": ["a", "b"],
+                "conversations": [
+                    {"from": "human", "value": "<image>x"},
+                    {"from": "gpt", "value": "y"},
+                    {"from": "human", "value": "z<image>"},
+                ],
+                "chosen": {"from": "gpt", "value": "yes"},
+                "rejected": {"from": "gpt", "value": "no"},
+            },
+            [("user", "<>x"), ("assistant", "y"), ("user", "z<>")],
+            ["a", "b"],
+        ),
+        (  # RLAIF-V
+            {"image": "a", "question": "x", "chosen": "yes", "rejected": "no", "image_path": "i"},
+            [("user", "<>x")],
+            ["a"],
+        ),
+        (  # RLHF-V
+            {
+                "image": "a",
+                "text": json.dumps({"question": "x", "chosen": "yes", "rejected": "no"}),
+            },
+            [("user", "<>x")],
+            ["a"],
+        ),
+        (  # a plain text
+            {"images": ["a"], "prompt": "See <image>: ", "chosen": "yes", "rejected": "no"},
+            "See <>: ",
+            ["a"],
+        ),
+        (
+            {"images": "a", "prompt": [turn("user", "x")], "completion": "yes", "label": True},
+            [("user", "<>x")],
+            ["a"],
+        ),
+        (  # JSON texts of conversations
+            sides(images=["a"], prompt=json.dumps([turn("user", [OPEN, text("x")])])),
+            [("user", "<>x")],
+            ["a"],
+        ),
+        (sides(images=[], prompt=[turn("user", "<image>x")]), [("user", "<image>x")], []),
+    ],
+)
+def test_places_and_pictures(record, prompt, paths):
+    assert prompts(read(record)) == (prompt, paths)
+
+
+@pytest.mark.parametrize(
+    ("value", "picture"),
+    [
+        ("a/b.png", Picture(path="a/b.png")),
+        (CONTENT, Picture(content=CONTENT)),
+        ({"bytes": CONTENT, "path": "a.png"}, Picture(content=CONTENT)),
+        ({"bytes": None, "path": "a.png"}, Picture(path="a.png")),
+        ({"bytes": BASE64}, Picture(content=CONTENT)),
+        ({"base64": BASE64[:20] + "\n" + BASE64[20:]}, Picture(content=CONTENT)),
+        ({"url": f"data:image/png;base64,{BASE64}"}, Picture(content=CONTENT)),
+        (f"data:image/png;base64,{BASE64}", Picture(content=CONTENT)),
+    ],
+)
+def test_forms_of_a_picture(value, picture):
+    assert read(sides(images=[value], prompt=[turn("user", "x")])).images == (picture,)
+    assert read(sides(image=value, prompt=[turn("user", "x")])).images == (picture,)
+    part = {"type": "image", "image": value}
+    assert read(sides(prompt=[turn("user", [part])])).images == (picture,)
+
+
+PROMPT = [turn("user", [OPEN])]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (sides(images=["https://x.y/z.png"], prompt=PROMPT), "pictures are not downloaded"),
+        (sides(images=["s3://x/z.png"], prompt=PROMPT), "pictures are not downloaded"),
+        (sides(images=[3], prompt=PROMPT), "column 'images' is a number"),
+        (sides(images=[{"x": 3}], prompt=PROMPT), "neither bytes nor path"),
+        (sides(images=[{"bytes": "???"}], prompt=PROMPT), "not base64"),
+        (sides(images=["a" * 5000], prompt=PROMPT), "a text of 5000 characters"),
+        (sides(images=["a", " "], prompt=PROMPT), "no path of a picture"),
+        (sides(images=["a"], image="b", prompt=PROMPT), "both hold images"),
+        (
+            sides(images=["a", "b"], prompt=PROMPT),
+            "1 place for images, and the record has 2 im",
+        ),
+        (sides(prompt=PROMPT), "1 place for images, and the record has 0 images"),
+        (sides(images=["a"], prompt=[turn("user", "<image><image>")]), "2 places"),
+        (sides(images=["a"], prompt=[turn("system", "x")]), "nor a user's turn"),
+        (
+            {"images": ["a"], "prompt": "x", "chosen": "y", "rejected": "z"},
+            "a text without <image>",
+        ),
+        (
+            {"images": ["a"], "prompt": "<image>", "chosen": "<image>", "rejected": "z"},
+            "only prompts may have images",
+        ),
+        (
+            sides(images=["a"], prompt=PROMPT, chosen=[turn("assistant", [OPEN, text("y")])]),
+            "only prompts may have images",
+        ),
+        (
+            sides(images=["a"], prompt=[turn("user", [OPEN, text(f"x{IMAGE}y")])]),
+            "which stands for",
+        ),
+        (sides(images=["a"], prompt=[turn("user", [OPEN, text(IMAGE)])]), "which stands for"),
+        (sides(prompt=[turn("user", [{"type": "video", "video": "v.mp4"}])]), "but 'video'"),
+    ],
+)
+def test_wrong_images(record, message):
+    with pytest.raises(InputError, match=message):
+        read(record)
+
+
+def test_columns_of_images_can_be_mapped_and_left_out():
+    record = sides(img=["a"], prompt=[turn("user", "x")])
+    assert prompts(read(record, columns={"images": "img"})) == ([("user", "<>x")], ["a"])
+    nested = sides(m={"i": "a"}, prompt=[turn("user", "x")])
+    assert prompts(read(nested, columns={"image": "m.i"})) == ([("user", "<>x")], ["a"])
+    assert prompts(read(record, ignored=["img"])) == ([("user", "x")], [])
+    with pytest.raises(InputError, match="the record has images, and there are none"):
+        read(sides(images=["a"], prompt=PROMPT), ignored=["images"], no_images="there are none")
