@@ -64,6 +64,15 @@ def count_cells(counts: Mapping[str, int], names: Sequence[str]) -> list[list[st
     return [*table, last] if last else table
 
 
+def image_line(images: Mapping[str, Any], tokens: int) -> str:
+    """The images of a data set with `tokens` tokens, as its manifest has them, in one line."""
+    return (
+        f"images  {images['images']:,} of {images['bytes'] / 1e6:,.1f} MB in "
+        f"{images['occurrences']:,} places, {images['tokens']:,} tokens "
+        f"({images['tokens'] / max(tokens, 1):.1%} of all)"
+    )
+
+
 def format_lengths(lengths: Mapping[str, Any]) -> list[str]:
     """A table of quantiles and means, one line per name in `lengths`."""
     table = [["", *LENGTH_COLUMNS, "mean"]]

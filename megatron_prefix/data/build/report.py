@@ -9,7 +9,7 @@ from typing import Any
 from megatron_prefix.data.read import ExampleReader
 from megatron_prefix.data.store import DatasetWriter
 from megatron_prefix.data.tokenize import WARNINGS
-from megatron_prefix.text import align, format_counts, own_counts
+from megatron_prefix.text import align, format_counts, image_line, own_counts
 
 MAX_LISTED = 1000
 """Records listed per reason; all are counted."""
@@ -129,6 +129,8 @@ class BuildReport:
             records += f", joined from {self.num_rows:,} rows"
         lines = align([["records read", records], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
+        if "images" in manifest:
+            lines += ["", image_line(manifest["images"], manifest["counts"]["tokens"])]
         lines += self._held_out_lines() + self._ends_lines()
         lines += self._dropped_lines() + self._unread_lines() + self._repeated_lines()
         rate = self.num_tokens_made / max(self.seconds, 1e-9)

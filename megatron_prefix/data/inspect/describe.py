@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prefix.data.inspect.images import image_cells, image_values, node_text
 from megatron_prefix.data.steps import MicroBatch, Sampler, group_rows
 from megatron_prefix.data.steps.compositions import RowBatches
 from megatron_prefix.data.store import PreferenceDataset
@@ -89,6 +90,7 @@ def tree_dict(dataset: PreferenceDataset, group: int) -> dict[str, Any]:
             }
             for p in range(tree.num_pairs)
         ],
+        **({"images": image_values(dataset, tree)} if dataset.images is not None else {}),
     }
 
 
@@ -122,6 +124,7 @@ def tree_text(dataset: PreferenceDataset, group: int) -> str:
         f"{tree.num_tokens:,} tokens, {tree.num_nodes} nodes, {own} responses, "
         f"{tree.num_pairs} pairs"
         + (f", {len(mismatches)} mismatch of another prompt" if mismatches else "")
+        + (f", {len(tree.images)} images" if tree.images is not None else "")
     ]
     if tokenizer is None:
         lines.append(f"(token ids instead of text: {reason})")
@@ -130,6 +133,8 @@ def tree_text(dataset: PreferenceDataset, group: int) -> str:
     lines += align([_response_cells(tree, r, r in mismatches) for r in range(tree.num_responses)])
     lines += ["pairs"]
     lines += align([_pair_cells(tree, p) for p in range(tree.num_pairs)])
+    if images := image_values(dataset, tree):
+        lines += ["images", *align([image_cells(values) for values in images])]
     return "\n".join(lines)
 
 
@@ -145,7 +150,7 @@ def _branch_lines(tree: PrefixTree, tokenizer: Tokenizer | None) -> list[str]:
         node, indent, is_last = stack.pop()
         length = int(tree.node_lengths[node])
         head = f"{indent}{'└─' if is_last else '├─'} [{node}] {length:,} token{'s' * (length != 1)}"
-        lines.append(f"{head}  {losses[node]}  {_content(tree.node_tokens(node), tokenizer)}")
+        lines.append(f"{head}  {losses[node]}  {_content(tree, node, tokenizer)}")
         below = children.get(node, [])
         indent += "   " if is_last else "│  "
         stack += [(child, indent, child == below[-1]) for child in reversed(below)]
@@ -172,13 +177,14 @@ def _losses(tree: PrefixTree) -> list[str]:
     return texts
 
 
-def _content(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
+def _content(tree: PrefixTree, node: int, tokenizer: Tokenizer | None) -> str:
     if tokenizer is None:
+        ids = tree.node_tokens(node)
         if len(ids) <= 2 * IDS_SHOWN:
             return str(ids.tolist())
         shown = [", ".join(map(str, part.tolist())) for part in (ids[:IDS_SHOWN], ids[-IDS_SHOWN:])]
         return f"[{shown[0]}, …, {shown[1]}]"
-    text = repr(tokenizer.decode(ids.tolist()))
+    text = repr(node_text(tree, node, tokenizer))
     half = TEXT_WIDTH // 2
     return text if len(text) <= TEXT_WIDTH else f"{text[: half - 2]} … {text[-half + 1 :]}"
 

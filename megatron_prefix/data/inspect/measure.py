@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_prefix.config import ModelSizes
 from megatron_prefix.data.inspect.describe import packed_rows
+from megatron_prefix.data.inspect.images import survey_images
 from megatron_prefix.data.steps import CostModel
 from megatron_prefix.data.store import SHARING_TOKENS, Histogram, PreferenceDataset
 from megatron_prefix.data.store.roles import own_responses, without_mismatches
@@ -86,6 +87,8 @@ def survey(dataset: PreferenceDataset, row_capacity: int | None = None) -> dict[
         result["mismatches"] = {
             name: manifest["counts"][name] for name in ("mismatches", "mismatch_tokens")
         }
+    if images := survey_images(dataset):
+        result["images"] = images
     if row_capacity is not None:
         rows = packed_rows(own_responses(dataset), row_capacity)
         result["packing"] = {

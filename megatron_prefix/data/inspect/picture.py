@@ -2,7 +2,8 @@
 
 Queries run down, keys run across. Every segment is a triangle (its own causal part) and a
 rectangle for each segment above it in its tree. White entries are never computed. The strips along
-both edges show the segments in the colour of their tree, under the number of its group. The black
+both edges show the segments in the colour of their tree, under the number of its group, and in
+them the tokens of images. The black
 marks are the targets: below the picture the tokens that are predicted, at its right the tokens that
 predict them, longer if a token predicts for several responses.
 """
@@ -24,6 +25,7 @@ from megatron_prefix.layout import TreeLayout
 COLOURS = ("#1f6f9c", "#d1602b", "#2f8f5b", "#8a4f9e", "#b8902a", "#b5364d", "#4a6a72", "#6b7f1f")
 PADDING = "#d9d9d9"
 INK = "#333333"
+IMAGE = "#e8c547"
 PROMPT_TINT, SEEN_TINT = 0.62, 0.45
 
 
@@ -86,6 +88,20 @@ def _strips(
         polygons.append(np.array([(far, start), (far, end), (near, end), (near, start)]))
         colours += [fill, fill]
     return polygons, colours
+
+
+def _image_bands(batch: MicroBatch, width: float) -> list[np.ndarray]:
+    """The tokens of images in both strips."""
+    bands: list[np.ndarray] = []
+    images = batch.images
+    if images is None:
+        return bands
+    near, far = -0.6 * width, -1.1 * width
+    for start, length in zip(images.starts.tolist(), images.lengths.tolist(), strict=True):
+        end = start + length
+        bands.append(np.array([(start, far), (end, far), (end, near), (start, near)]))
+        bands.append(np.array([(far, start), (far, end), (near, end), (near, start)]))
+    return bands
 
 
 def _runs(tokens: np.ndarray) -> list[tuple[int, int]]:
@@ -175,6 +191,8 @@ def draw_row(
         axes.add_collection(
             PolyCollection(polygons, facecolors=colours, edgecolors="white", linewidths=0.25)
         )
+    bands = _image_bands(batch, width)
+    axes.add_collection(PolyCollection(bands, facecolors=IMAGE, edgecolors="none"))
     marks = _target_marks(layout, kinds, batch.logit_token, width)
     axes.add_collection(PolyCollection(marks, facecolors=INK, edgecolors="none"))
     _name_trees(axes, layout, kinds, groups, width)
@@ -221,6 +239,8 @@ def _caption(
         Patch(color=_tint(colour, SEEN_TINT), label="seen by a response"),
         Patch(color=INK, label="targets (below) and the tokens that predict them (right)"),
     ]
+    if batch.images is not None and len(batch.images.starts):
+        handles.append(Patch(color=IMAGE, label="images"))
     figure.legend(
         handles=handles,
         loc="center left",

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from megatron_prefix.data.store import SHARING_TOKENS
-from megatron_prefix.text import align, format_lengths, mismatch_cells
+from megatron_prefix.text import align, format_lengths, image_line, mismatch_cells
 
 WIDTH = 100
 BAR = 20
@@ -29,6 +29,8 @@ def survey_text(values: Mapping[str, Any]) -> str:
     if (last := mismatch_cells(values.get("mismatches", {})))[:1]:
         cells = [*([*row, ""] for row in cells), last]
     lines += align(cells)
+    if "images" in values:
+        lines += _image_lines(values["images"], values["counts"])
     lines += _build_lines(values["build"])
     lines += ["", *_factor_lines(values["tokens"], values["factors"])]
     lines += ["", *format_lengths(values["lengths"])]
@@ -52,6 +54,16 @@ def survey_text(values: Mapping[str, Any]) -> str:
             f"{100 * packing['fill']:.1f} % full",
         ]
     return "\n".join(lines)
+
+
+def _image_lines(images: Mapping[str, Any], counts: Mapping[str, int]) -> list[str]:
+    each = images["tokens_per_image"]
+    return [
+        "",
+        image_line(images, counts["tokens"]),
+        f"        in {images['groups']:,} of {counts['groups']:,} groups; {each['min']:,} to "
+        f"{each['max']:,} tokens each, median {each['median']:,}; counted for {images['family']}",
+    ]
 
 
 def _build_lines(build: Mapping[str, Any]) -> list[str]:
