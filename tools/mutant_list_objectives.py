@@ -25,10 +25,10 @@ OBJECTIVE_MUTANTS = (
     ),
     Mutant(
         "the KL of mismatches below zero",
-        "train/two_passes.py",
+        "train/mismatches.py",
         "return logratios.mean().clamp(min=0)",
         "return logratios.mean()",
-        "unit/train/test_two_passes.py",
+        "unit/train/test_mismatch_kl.py",
     ),
     Mutant(
         "the mean log-ratio in place of KTO's KL",

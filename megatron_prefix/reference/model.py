@@ -290,13 +290,15 @@ def open_reference(
     policy: Sequence[torch.nn.Module] = (),
     sampler: Sampler | None = None,
     valid: Sequence[PreferenceDataset] = (),
+    has_own_rows: bool = False,
 ) -> Reference:
     """The reference that `objective` asks for; collective.
 
     `initial` gives the model's weights and `fingerprint` is that of the reference model; the first
     of `datasets` is trained on, in the steps of `sampler`. `valid` are the held-out data sets with
     the pairs that enter the loss. `policy` are the model chunks before their first step, which are
-    the reference, too, if they have adapters. Raises InputError if a sidecar is of another model
+    the reference, too, if they have adapters. `has_own_rows` says that a model's rows are not those
+    of the policy. Raises InputError if a sidecar is of another model
     or data set.
     """
     if objective.reference == "none":
@@ -320,8 +322,8 @@ def open_reference(
         assert path is not None and fingerprint is not None
         heads = objective.parts.heads
         return PrecomputedReference.read(path, fingerprint, datasets, rounding, with_heads=heads)
-    # Policy and reference run the same rows, and float32 gives both the same values.
-    rounding = 0.0 if config.model.dtype == "float32" else rounding
+    if config.model.dtype == "float32" and not has_own_rows:
+        rounding = 0.0  # policy and reference run the same rows, and float32 gives the same values
     parts = ScoreParts(heads=objective.parts.heads)
     if initial.lora is not None:
         return AdapterReference.of([*policy], initial.lora, world, rounding, parts)

@@ -22,8 +22,7 @@ def response_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
 
 def stored_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:
     """A row's responses as indices among all that the data set's files have, int64 [R]."""
-    index = response_index(dataset, row)
-    return index if dataset.response_numbers is None else dataset.response_numbers[index]
+    return dataset.stored_numbers(row.response_ids)
 
 
 def pair_index(dataset: PreferenceDataset, row: MicroBatch) -> np.ndarray:

@@ -230,6 +230,26 @@ def mismatch_sampler(
     return _sampler(config, objective, view, groups, world, sizes, sharing="response")
 
 
+def joint_sampler(
+    config: Config,
+    objective: Objective,
+    sampler: Sampler,
+    world: World | None = None,
+    sizes: ModelSizes | None = None,
+) -> Sampler | None:
+    """The groups of `sampler`'s steps with own responses and mismatches in one tree, for the
+    reference (joint_reference.py). None if the objective needs no mismatches, no model is the
+    reference, or `sampler` shares no prompts: then both have rows of their own.
+
+    A tree that fits a row without its mismatch may not fit with it, so it may always be cut.
+    """
+    is_model = objective.reference == "model"
+    if not objective.needs_mismatches or not is_model or sampler.sharing != "tree":
+        return None
+    groups, stored = _Groups(sampler.composition), sampler.dataset.stored
+    return _sampler(config, objective, stored, groups, world, sizes, "tree", oversized="split")
+
+
 @dataclass(frozen=True)
 class _Groups:
     """The groups of the steps of another composition, without its rows."""
@@ -264,6 +284,8 @@ def _sampler(
     world: World | None,
     sizes: ModelSizes | None,
     sharing: str | None = None,
+    *,
+    oversized: str | None = None,
 ) -> Sampler:
     data, kind = config.data, config.model.kind
     sizes = sizes or config.model.sizes()
@@ -276,7 +298,7 @@ def _sampler(
         micro_batch_size=data.micro_batch_size,
         targets=TARGETS[kind],
         packing_method=data.packing_method,
-        oversized=data.oversized,
+        oversized=oversized or data.oversized,
         pads_to_capacity=data.pad_rows == "capacity",
         with_attributes=objective.num_labels > 1,
         cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,

@@ -34,6 +34,7 @@ from megatron_prefix.train.machine_notes import machine_notes, transformer_engin
 from megatron_prefix.train.profiling import check_window
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
+    joint_sampler,
     mismatch_sampler,
     training_sampler,
     valid_setting,
@@ -66,6 +67,7 @@ def prepare_trainer(
     initial = resolve_starting_model(config.model, parts, config.lora)
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
     mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
+    joint = joint_sampler(config, objective, sampler, world, initial.sizes)
     valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, initial)
     num_steps = run_steps(config, sampler)
     _print_steps(config, sampler, num_steps, dataset, world)
@@ -86,6 +88,7 @@ def prepare_trainer(
         policy=chunks,
         sampler=sampler,
         valid=[held_out.dataset for held_out in valid_samplers.values()],
+        has_own_rows=joint is not None,
     )
     if not reference.starts_policy and world.is_main:
         print(_unknown_start(config), flush=True)
@@ -111,6 +114,7 @@ def prepare_trainer(
         sampler=sampler,
         valid=valid_samplers,
         mismatches=mismatches,
+        joint=joint,
         valid_mismatches=valid_mismatches,
         reference=reference,
         policy=policy,

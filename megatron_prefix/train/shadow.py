@@ -33,8 +33,8 @@ from megatron_prefix.objectives import Objective, ScoreParts
 from megatron_prefix.reference import Reference
 from megatron_prefix.text import align
 from megatron_prefix.train.findings import Finding, budgets_of, names_of, worst_score
+from megatron_prefix.train.mismatches import MismatchPass, mean_kl
 from megatron_prefix.train.rounding import BEND, DEVIATIONS, TOLERANCE, rounding_of
-from megatron_prefix.train.two_passes import MismatchPass, mean_kl
 
 FLOOR = 0.01
 """Of the norm of all gradients: a parameter's gradient is compared with its own norm and this."""

@@ -36,6 +36,7 @@ from megatron_prefix.train.first_step import (
     value_of_scores,
 )
 from megatron_prefix.train.held_out import HeldOut
+from megatron_prefix.train.mismatches import MismatchPass, MismatchSteps
 from megatron_prefix.train.non_finite import describe, finite_rows, stop_non_finite
 from megatron_prefix.train.pace import Pace
 from megatron_prefix.train.profiling import StepProfiler
@@ -43,12 +44,7 @@ from megatron_prefix.train.rounding import ROUNDING
 from megatron_prefix.train.samples import Samples
 from megatron_prefix.train.shadow import FirstRun, ShadowRun
 from megatron_prefix.train.totals import step_totals
-from megatron_prefix.train.two_passes import (
-    MismatchPass,
-    check_passes,
-    first_pass,
-    mismatch_pass,
-)
+from megatron_prefix.train.two_passes import check_passes, first_pass
 
 
 @dataclass(kw_only=True, eq=False)
@@ -64,8 +60,10 @@ class Trainer:
     """Held-out data sets by name; the name of a single one is ""."""
     mismatches: Sampler | None
     """The mismatches of the groups of `sampler`'s steps, if the objective needs them."""
+    joint: Sampler | None
+    """The same groups with own responses and mismatches, if the reference scores both at once."""
     valid_mismatches: Mapping[str, Sampler]
-    """The same of held-out data sets, if it does."""
+    """The mismatches of held-out data sets, if it does."""
     reference: Reference
     policy: Policy
     num_steps: int
@@ -141,12 +139,19 @@ class Trainer:
         return self.objective.reference != "none" and not (lora is None or lora.starts_as_reference)
 
     @cached_property
-    def mismatch_feed(self) -> Feed | None:
+    def mismatch_steps(self) -> MismatchSteps | None:
         """The mismatches of the run's steps, if the objective needs them."""
         if self.mismatches is None:
             return None
-        model_config = unwrap(self.policy.chunks[0]).config
-        return Feed(self.mismatches, self.world, model_config, self.num_steps, with_table=True)
+        return MismatchSteps(
+            sampler=self.sampler,
+            mismatches=self.mismatches,
+            joint=self.joint,
+            policy=self.policy,
+            reference=self.reference,
+            world=self.world,
+            num_steps=self.num_steps,
+        )
 
     @cached_property
     def shadow(self) -> ShadowRun | None:
@@ -202,10 +207,7 @@ class Trainer:
         if self.config.model.moe_aux_loss_coeff:
             count = self._step_count(rows)
             batches = [batch.with_step_count(count) for batch in batches]
-        mismatches = self._mismatches(step)
-        if mismatches is not None:
-            batches = [batch.with_kl(mismatches.kl.to(self.world.device)) for batch in batches]
-        batches = self.reference.attach(rows, batches, self.step)
+        batches, mismatches = self._with_reference(rows, batches)
         is_first = self.step == 0 and self.checks_first_step
         if is_first and self.reference.rounding:
             batches = [batch.with_scales() for batch in batches]
@@ -306,8 +308,8 @@ class Trainer:
             self.checkpoints.close(ends_at_once)
         self.profiler.close()
         self.feed.close()
-        if self.mismatch_feed is not None:
-            self.mismatch_feed.close()
+        if self.mismatch_steps is not None:
+            self.mismatch_steps.close()
         if self.shadow is not None:
             self.shadow.close()
         self.trackers.finish(status)
@@ -322,17 +324,17 @@ class Trainer:
         """Forward and backward over rows, from zero gradients. Returns the rows' logs."""
         return self.policy.gradients(batches, self.objective, is_first)
 
-    def _mismatches(self, step: StepRows) -> MismatchPass | None:
-        """A forward pass over the mismatches of a step's groups, if the objective needs it."""
-        if self.mismatch_feed is None:
-            return None
-        own = self.mismatch_feed.step(self.step)
-        dataset = self.mismatch_feed.dataset
-        batches = self.reference.attach(own.rows, own.batches, self.step, dataset)
-        mismatches = mismatch_pass(self.policy.chunks, own, batches, self.world)
+    def _with_reference(
+        self, rows: list[MicroBatch], batches: list[TrainBatch]
+    ) -> tuple[list[TrainBatch], MismatchPass | None]:
+        """A step's rows with their reference, and what a pass over the step's mismatches gives if
+        the objective needs it."""
+        if self.mismatch_steps is None:
+            return self.reference.attach(rows, batches, self.step), None
+        batches, mismatches = self.mismatch_steps.attach(self.step, rows, batches)
         if mismatches.not_finite:
-            self._stop_non_finite("loss", step.rows, step.batches, mismatches.not_finite)
-        return mismatches
+            self._stop_non_finite("loss", rows, batches, mismatches.not_finite)
+        return batches, mismatches
 
     def _passes(
         self, step: StepRows, batches: list[TrainBatch], is_first: bool

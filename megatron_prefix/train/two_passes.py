@@ -54,7 +54,7 @@ def first_pass(
     """
     table = step.table
     assert table is not None, "the feed was made without tables"
-    scores = _scored(chunks, batches)
+    scores = scores_in_evaluation(chunks, batches)
     own = table.gather(scores, world)
     reference = None
     if objective.reference != "none":
@@ -96,7 +96,9 @@ def first_pass(
     )
 
 
-def _scored(chunks: Sequence[torch.nn.Module], batches: list[TrainBatch]) -> list[Tensor]:
+def scores_in_evaluation(
+    chunks: Sequence[torch.nn.Module], batches: list[TrainBatch]
+) -> list[Tensor]:
     """`score_rows` by models in evaluation mode, which are then as they were."""
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
@@ -105,46 +107,6 @@ def _scored(chunks: Sequence[torch.nn.Module], batches: list[TrainBatch]) -> lis
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
     return scores
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MismatchPass:
-    """What a forward pass over the mismatches of a step gives."""
-
-    rows: list[MicroBatch]
-    """Those of this rank."""
-    scores: list[Tensor]
-    """The log-probability of each row's mismatches."""
-    kl: Tensor
-    """`LossInputs.kl` of the step, the same on all ranks; on the CPU."""
-    not_finite: list[str]
-    """The mismatches, on any rank, whose log-probability is not finite, as text."""
-
-
-def mismatch_pass(
-    chunks: Sequence[torch.nn.Module], step: StepRows, batches: list[TrainBatch], world: World
-) -> MismatchPass:
-    """Score the mismatches of a step; `step` and `batches` are their rows, with the reference.
-    Collective."""
-    table = step.table
-    assert table is not None, "the feed was made without tables"
-    scores = _scored(chunks, batches)
-    reference = table.gather([batch.reference_scores() for batch in batches], world)
-    logratios = table.gather(scores, world) - reference
-    bad = ~logratios.isfinite().numpy()
-    return MismatchPass(
-        rows=step.rows,
-        scores=scores,
-        kl=mean_kl(logratios),
-        not_finite=[f"the mismatch of group {x}" for x in table.columns.response_ids[bad, 0]],
-    )
-
-
-def mean_kl(logratios: Tensor) -> Tensor:
-    """max(0, mean log-ratio of the mismatches of a step), 0 without any."""
-    if not len(logratios):
-        return torch.zeros((), dtype=torch.float64)
-    return logratios.mean().clamp(min=0)
 
 
 def of_one_rank(logs: dict, world: World) -> dict:

@@ -19,7 +19,7 @@ from megatron_prefix.data.steps.collate import TARGETS, TreeTargets, tree_target
 from megatron_prefix.engine.optimizer import Policy
 from megatron_prefix.errors import RunError
 from megatron_prefix.layout import TreeLayout
-from megatron_prefix.train import trainer
+from megatron_prefix.train import mismatches, trainer
 from megatron_prefix.train.run import train
 from megatron_prefix.train.scoring import score_reference
 
@@ -213,8 +213,8 @@ def wrong_kl(first):
     ],
 )
 def test_wrong_mismatches_are_caught(labelled_set, tmp_path, monkeypatch, fault, message):
-    sound = trainer.mismatch_pass
-    monkeypatch.setattr(trainer, "mismatch_pass", lambda *args: fault(sound(*args)))
+    sound = mismatches.mismatch_pass
+    monkeypatch.setattr(mismatches, "mismatch_pass", lambda *args: fault(sound(*args)))
     with pytest.raises(RunError, match=f"not the same step: {message}"):
         train(configure(tmp_path, labelled_set, **labelled_settings("kto")))
     assert not (tmp_path / "metrics.jsonl").read_text(), "a step was written"

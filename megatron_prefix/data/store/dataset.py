@@ -182,6 +182,16 @@ class PreferenceDataset(MappedFiles):
         """The data set with all responses that its files have."""
         return self if self.source is None else self.source
 
+    def stored_numbers(self, response_ids: np.ndarray) -> np.ndarray:
+        """Responses (group, response in the group), [N, 2], as numbers among all that the files
+        have, int64 [N].
+
+        Groups of 2, 3 and 2 responses start at [0, 2, 5]: (1, 2) is number 4.
+        """
+        groups, responses = response_ids[:, 0], response_ids[:, 1]
+        numbers = np.asarray(self.group_responses)[groups] + responses
+        return numbers if self.response_numbers is None else self.response_numbers[numbers]
+
     source: PreferenceDataset | None = None
     """The data set with all responses, if some are left out; see roles/."""
     response_numbers: np.ndarray | None = None

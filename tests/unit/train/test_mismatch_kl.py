@@ -1,9 +1,9 @@
-"""What the two passes over a step have that needs no model."""
+"""What a pass over mismatches has that needs no model."""
 
 import pytest
 import torch
 
-from megatron_prefix.train.two_passes import mean_kl
+from megatron_prefix.train.mismatches import mean_kl
 
 
 @pytest.mark.parametrize(
