@@ -6,6 +6,7 @@ from mutant_list import Mutant
 
 BY_HAND = "unit/objectives/test_by_hand.py"
 UNPAIRED = "unit/objectives/test_unpaired.py"
+JOINT = "numerics/test_joint_reference.py"
 SORTED = "unit/objectives/test_sorted_pairs.py"
 
 OBJECTIVE_MUTANTS = (
@@ -29,6 +30,34 @@ OBJECTIVE_MUTANTS = (
         "return logratios.mean().clamp(min=0)",
         "return logratios.mean()",
         "unit/train/test_mismatch_kl.py",
+    ),
+    Mutant(
+        "the reference of a response from another one",
+        "train/joint_reference.py",
+        "world)[torch.from_numpy(places)]",
+        "world)[: len(places)]",
+        JOINT,
+    ),
+    Mutant(
+        "a tree that does not fit with its mismatch refused",
+        "train/samplers.py",
+        '"tree", oversized="split")',
+        '"tree")',
+        JOINT,
+    ),
+    Mutant(
+        "own rows for a reference that could share prompts",
+        "train/samplers.py",
+        'or not is_model or sampler.sharing != "tree"',
+        'or is_model or sampler.sharing != "tree"',
+        JOINT,
+    ),
+    Mutant(
+        "a first step checked as if the reference had the same rows",
+        "train/setup.py",
+        "has_own_rows=joint is not None",
+        "has_own_rows=False",
+        JOINT,
     ),
     Mutant(
         "the mean log-ratio in place of KTO's KL",

@@ -13,6 +13,7 @@ from megatron.core import dist_checkpointing
 from megatron_prefix.checkpoint import save_load as checkpoint
 from megatron_prefix.config import Config, ParallelConfig, parse_config
 from megatron_prefix.data.store.dataset import PreferenceDataset
+from megatron_prefix.data.store.roles import own_responses
 from megatron_prefix.distributed.world import join_world
 from megatron_prefix.train.pace import MEASURED
 from megatron_prefix.train.run import train
@@ -83,7 +84,8 @@ def assert_same_runs(
 
 def prepare(config: Config, world) -> Trainer:
     """A run before its first step, for tests that change a part of it."""
-    return prepare_trainer(config, PreferenceDataset(config.data.train), None, world)
+    dataset = own_responses(PreferenceDataset(config.data.train))
+    return prepare_trainer(config, dataset, None, world)
 
 
 def saved_state(root: str | Path, step: int) -> tuple[dict[str, torch.Tensor], dict]:

@@ -23,6 +23,7 @@ UNPACKED = {"sharing": "none", "packing": False, "row_capacity": None, "micro_ba
 LAYOUTS = {
     "tree": {"sharing": "tree"},
     "tree, small rows": {"sharing": "tree", "row_capacity": 80},
+    "tree, in parts": {"sharing": "tree", "row_capacity": 36, "oversized": "split"},
     "response": {"sharing": "response", "row_capacity": 120},
     "none": {"sharing": "none", "row_capacity": 120},
     "unpacked": UNPACKED,
@@ -86,7 +87,7 @@ def test_every_layout_follows_the_unpacked_run(runs, objective, data):
     expected = runs(objective, "unpacked", data)
     first, last = expected[0][0], expected[0][-1]
     assert last["eval_loss"] < 0.98 * first["eval_loss"], "nothing was learned"
-    for layout in ("tree", "tree, small rows", "response", "none"):
+    for layout in ("tree", "tree, small rows", "tree, in parts", "response", "none"):
         if data == "labels" or layout in ("tree, small rows", "none"):
             assert_same(runs(objective, layout, data), expected)
 
