@@ -41,6 +41,13 @@ WINDOW_MUTANTS = (
         "numerics/test_windows.py",
     ),
     Mutant(
+        "sinks of Transformer Engine that every score is computed for",
+        "attention/backends/te.py",
+        "return sinks_determinism_fault(torch.are_deterministic_algorithms_enabled())",
+        "return None",
+        "unit/attention/backends/test_te.py",
+    ),
+    Mutant(
         "every rank takes the sinks of the first heads",
         "attention/context_parallel/transports.py",
         "per_head.chunk(self.group.size())[self.group.rank()]",

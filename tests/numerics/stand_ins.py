@@ -4,11 +4,13 @@ device. They compute what the kernels are documented to compute.
 Shapes: L queries, S keys of a piece, N query heads, G key/value heads, H head dim.
 """
 
+from functools import partial
+
 import torch
 
 from megatron_prefix.attention.backends import Scoring
 from megatron_prefix.attention.backends.flash import Operators, flash_attention
-from megatron_prefix.attention.backends.te import te_attention
+from megatron_prefix.attention.backends.te import te_attention, with_sinks
 from megatron_prefix.attention.plan import build_path_plan
 
 
@@ -132,10 +134,11 @@ class VarlenAttention(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def te_module(num_heads, num_groups, head_dim, scale, is_deterministic):
-    """Stand-in for Transformer Engine's module, with the arguments that te.py gives it."""
+def te_module(num_heads, num_groups, head_dim, scale, is_deterministic, has_sinks):
+    """Stand-in for Transformer Engine's module, with the arguments that te.py gives it. With sinks
+    it is a module whose parameter has their name, and autograd takes their gradient."""
 
-    def forward(*, query_layer, key_layer, value_layer, qkv_format, attn_mask_type, **rest):
+    def forward(sinks, *, query_layer, key_layer, value_layer, qkv_format, attn_mask_type, **rest):
         assert (qkv_format, attn_mask_type) == ("thd", "padding_causal_bottom_right")
         assert query_layer.shape[1:] == (num_heads, head_dim) and query_layer.is_contiguous()
         assert key_layer.shape == value_layer.shape and key_layer.size(1) == num_groups
@@ -146,11 +149,37 @@ def te_module(num_heads, num_groups, head_dim, scale, is_deterministic):
         window = {} if left is None else {"window_size_left": left, "window_size_right": right}
         assert not rest and all(type(x) is int for x in sizes[2:])
         inputs = query_layer, key_layer, value_layer, *sizes
-        return VarlenAttention.apply(*inputs, scale, window)
+        if sinks is None:
+            return VarlenAttention.apply(*inputs, scale, window)
+        assert sinks.shape == (num_heads,)
+        out = torch.empty_like(query_layer)
+        for q_rows, k_rows in pieces(*sizes[:2]):
+            scores = piece_scores(query_layer[q_rows], key_layer[k_rows], scale, True, **window)
+            column = sinks[:, None, None].expand(-1, scores.size(1), 1)
+            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+            values = grouped(value_layer[k_rows], query_layer)
+            out[q_rows] = torch.einsum("nqk,knh->qnh", weights, values)
+        return out.flatten(1)
 
-    return forward
+    if not has_sinks:
+        return partial(forward, None)
+    return partial(with_sinks, SinksModule(num_heads, forward))
 
 
-def stand_in_te(layout, *rows, window=None):
+class SinksModule(torch.nn.Module):
+    def __init__(self, num_heads, function):
+        super().__init__()
+        self.softmax_offset = torch.nn.Parameter(torch.full((num_heads,), torch.nan))
+        self.function = function
+
+    def forward(self, **arguments):
+        return self.function(self.softmax_offset, **arguments)
+
+
+def stand_in_te(layout, *rows, window=None, sinks=None):
     plan = build_path_plan(layout, "cpu", *rows, window=window)
-    return lambda q, k, v: te_attention(q, k, v, plan, Scoring(q.size(-1) ** -0.5), te_module)
+
+    def attention(q, k, v):
+        return te_attention(q, k, v, plan, Scoring(q.size(-1) ** -0.5, sinks=sinks), te_module)
+
+    return attention

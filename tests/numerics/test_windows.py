@@ -75,7 +75,7 @@ def flash_engine(layout, window, softcap, has_sinks):
 
 
 def te_engine(layout, window, softcap, has_sinks):
-    return lambda q, k, v, sinks: stand_in_te(layout, window=window)(q, k, v)
+    return lambda q, k, v, sinks: stand_in_te(layout, window=window, sinks=sinks)(q, k, v)
 
 
 ENGINES = {"path": path_engine, "flash": flash_engine, "te": te_engine}
@@ -317,12 +317,13 @@ def test_empty_row(backend):
         grad,
     )
     assert grads[0].shape == (0, 4, 8) and not grads[4].any()
-    out = stand_in_flash(layout, sinks=sinks)(q, k, v)
-    assert not torch.autograd.grad(out.sum(), sinks)[0].any()
+    for stand_in in (stand_in_flash, stand_in_te):
+        out = stand_in(layout, sinks=sinks)(q, k, v)
+        assert not torch.autograd.grad(out.sum(), sinks)[0].any()
 
 
 def test_what_a_backend_lacks_is_refused():
-    for name, feature in (("flash", "softcap"), ("te", "softcap"), ("te", "sinks")):
+    for name, feature in (("flash", "softcap"), ("te", "softcap")):
         with pytest.raises(ValueError, match=f"{name} cannot be used: .* attention_backend fl"):
             resolve_backend(name, "cuda", torch.bfloat16, 64, features=[feature])
     assert resolve_backend("auto", "cpu", torch.float32, features=["softcap", "sinks"]) == "path"

@@ -48,6 +48,9 @@ class Backend:
     """`attend(q, k, v, plan, scoring)`, with arguments as `tree_attention` checks them."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """The FEATURES that it does not compute, each with the remedy."""
+    refuses: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)
+    """FEATURES that need more than `why_not` asks for: what prevents one on this machine, with the
+    remedy, or None."""
 
     def obstacle(
         self,
@@ -56,9 +59,14 @@ class Backend:
         head_dim: int | None,
         features: Collection[str] = (),
     ) -> str | None:
-        """`why_not`, or the first of `features` that this backend lacks, with the remedy."""
-        missing = (self.lacks[x] for x in FEATURES if x in features and x in self.lacks)
-        return next(missing, None) or self.why_not(device, dtype, head_dim)
+        """The first of `features` that this backend lacks, `why_not`, or the first of them that it
+        refuses here; each with the remedy."""
+        asked = [x for x in FEATURES if x in features]
+        missing = next((self.lacks[x] for x in asked if x in self.lacks), None)
+        if obstacle := missing or self.why_not(device, dtype, head_dim):
+            return obstacle
+        refused = (self.refuses[x]() for x in asked if x in self.refuses)
+        return next((reason for reason in refused if reason), None)
 
 
 def runs_anywhere(

@@ -12,6 +12,11 @@ The environment variables of Transformer Engine work as usual: `NVTE_FLASH_ATTN`
 With deterministic algorithms on Hopper, Transformer Engine drops cuDNN's kernels for large rows. If
 flash-attn is not installed, it then computes every score, without a message: refused here.
 
+Sinks are the parameter `softmax_offset` of its module. They belong to the model's own attention
+layer here, so a call lends them to the module, and their gradient goes to that layer. Of its
+kernels only cuDNN's take them with packed sequences, and never deterministically. If these cannot
+run, it computes every score, without a message: the known cases are refused here, too.
+
 Shapes: L queries, S keys, S_kv gathered keys, N query heads, G key/value heads, H head dim.
 """
 
@@ -20,9 +25,13 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
+from torch.func import functional_call
 
 from megatron_prefix.attention.backends.backend import Backend, Scoring
 from megatron_prefix.attention.backends.regather import KeyGather, KeysAndValues, attend_gathered
@@ -38,8 +47,12 @@ DETERMINISTIC_SCORES = 2**30
 """pieces x heads x longest queries x longest keys from which cuDNN is not used on Hopper with
 deterministic algorithms (utils.get_attention_backend of Transformer Engine 2.20.2)."""
 FLASH_ATTN = ("flash-attn", "flash-attn-3", "flash-attn-4")
+SINKS_FROM = Version("2.12")
+"""The first Transformer Engine that has sinks for packed sequences."""
+SINKS_CUDNN = 91800
+"""The first cuDNN that has them, as torch counts versions: 9.18.0."""
 
-MakeKernel = Callable[[int, int, int, float, bool], Callable[..., Tensor]]
+MakeKernel = Callable[[int, int, int, float, bool, bool], Callable[..., Tensor]]
 
 
 def why_not_te(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
@@ -55,11 +68,48 @@ def why_not_te(device: torch.device, dtype: torch.dtype, head_dim: int | None = 
     ) or head_dim_fault(head_dim, most=MAX_HEAD_DIM, multiple=HEAD_DIM_MULTIPLE)
 
 
+def why_not_sinks() -> str | None:
+    """What prevents sinks where the backend itself can run, with the remedy; else None."""
+    version, cudnn = (
+        importlib.metadata.version("transformer-engine"),
+        torch.backends.cudnn.version(),
+    )
+    instead = "or use attention_backend flash, flex, path or auto"
+    if Version(version) < SINKS_FROM:
+        return (
+            f"Transformer Engine {version} has no sinks (softmax_type) for packed sequences: "
+            f"install {SINKS_FROM} or later, {instead}"
+        )
+    if cudnn is None or cudnn < SINKS_CUDNN:
+        return (
+            f"Transformer Engine takes sinks (softmax_type) with packed sequences from cuDNN 9.18 "
+            f"on, and torch has {cudnn}: install a later one, {instead}"
+        )
+    return sinks_determinism_fault(torch.are_deterministic_algorithms_enabled())
+
+
+def sinks_determinism_fault(is_deterministic: bool) -> str | None:
+    """Why sinks cannot be computed, with the remedy; else None."""
+    if not is_deterministic:
+        return None
+    return (
+        "with torch's deterministic algorithms Transformer Engine drops cuDNN's kernels for sinks "
+        "(softmax_type) and would compute every score: use attention_backend flash, flex, path or "
+        "auto, or turn deterministic algorithms off"
+    )
+
+
 @functools.lru_cache(maxsize=16)
 def transformer_engine(
-    num_heads: int, num_groups: int, head_dim: int, scale: float, is_deterministic: bool
+    num_heads: int,
+    num_groups: int,
+    head_dim: int,
+    scale: float,
+    is_deterministic: bool,
+    has_sinks: bool,
 ) -> Callable[..., Tensor]:
-    """Transformer Engine's module for these sizes; it has no parameters.
+    """Transformer Engine's module for these sizes. It has no parameters but a place for sinks,
+    which every call fills with its own.
 
     It reads torch's setting for deterministic algorithms when it is created, so each value of
     `is_deterministic` has a module of its own.
@@ -67,7 +117,7 @@ def transformer_engine(
     from transformer_engine.pytorch import DotProductAttention
 
     assert is_deterministic == torch.are_deterministic_algorithms_enabled()
-    return DotProductAttention(
+    module = DotProductAttention(
         num_heads,
         head_dim,
         num_gqa_groups=num_groups,
@@ -76,7 +126,14 @@ def transformer_engine(
         attn_mask_type="padding_causal_bottom_right",
         attention_type="cross",
         softmax_scale=scale,
+        softmax_type="learnable" if has_sinks else "vanilla",
     )
+    return partial(with_sinks, module) if has_sinks else module
+
+
+def with_sinks(module: torch.nn.Module, *, sinks: Tensor, **arguments: object) -> Tensor:
+    """`module(**arguments)` with `sinks` [N] as its parameter, differentiable in them."""
+    return functional_call(module, {"softmax_offset": sinks}, kwargs=arguments)
 
 
 def determinism_fault(
@@ -116,21 +173,30 @@ def te_attention(
 ) -> Tensor:
     """Tree attention in one call of the kernel; arguments as `tree_attention` checks them.
 
-    `make_kernel(heads, groups, head_dim, scale, is_deterministic)` returns a callable with the
-    keyword arguments of Transformer Engine's module; by default it is that module.
+    `make_kernel(heads, groups, head_dim, scale, is_deterministic, has_sinks)` returns a callable
+    with the keyword arguments of Transformer Engine's module, and `sinks` if it has them; by
+    default it is that module.
     """
-    if q.size(0) == 0:  # no kernel accepts an empty batch; the sum keeps all three in the graph
-        return q + (k.sum() + v.sum())
-    assert scoring.softcap is None and scoring.sinks is None
+    sinks = scoring.sinks
+    if q.size(0) == 0:  # no kernel accepts an empty batch; the sum keeps all inputs in the graph
+        return q + (k.sum() + v.sum()) + (0 if sinks is None else 0 * sinks.sum().to(q.dtype))
+    assert scoring.softcap is None
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     if is_deterministic and q.is_cuda:
         capability = torch.cuda.get_device_capability(q.device)
         if fault := determinism_fault(plan, q.size(1), capability, has_flash_attn()):
             raise InputError(fault)
-    kernel = make_kernel(q.size(1), k.size(1), q.size(2), scoring.scale, is_deterministic)
+    if sinks is not None and (fault := sinks_determinism_fault(is_deterministic)):
+        raise InputError(f"model.attention_backend: te: {fault}")
+    sizes = q.size(1), k.size(1), q.size(2), scoring.scale, is_deterministic
+    kernel = make_kernel(*sizes, sinks is not None)
 
     # keys before a query's own and after it, aligned bottom-right as the mask
-    window = {} if plan.window is None else {"window_size": (plan.window - 1, 0)}
+    more: dict[str, Any] = {}
+    if plan.window is not None:
+        more["window_size"] = plan.window - 1, 0
+    if sinks is not None:
+        more["sinks"] = sinks
 
     def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         out = kernel(
@@ -145,7 +211,7 @@ def te_attention(
             max_seqlen_q=max(plan.max_seqlen_q, 2),
             max_seqlen_kv=plan.max_seqlen_kv,
             pad_between_seqs=False,
-            **window,
+            **more,
         )
         return out.view_as(q)  # [L, N * H]
 
@@ -168,7 +234,6 @@ BACKEND = Backend(
     lacks={
         "softcap": "Transformer Engine has no soft cap (attn_logit_softcapping); use "
         "attention_backend flex, path or auto",
-        "sinks": "Transformer Engine gives no log-sum-exp, from which sinks (softmax_type) are "
-        "computed; use attention_backend flash, flex, path or auto",
     },
+    refuses={"sinks": why_not_sinks},
 )

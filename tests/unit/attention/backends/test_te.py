@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,3 +77,33 @@ def test_flash_attn_is_known_by_its_distribution(monkeypatch):
     assert not module.has_flash_attn()
     monkeypatch.setattr(module.importlib.metadata, "version", version)
     assert module.has_flash_attn()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(version, cudnn)`: Transformer Engine and cuDNN as they are installed."""
+
+    def machine(version, cudnn):
+        monkeypatch.setattr(module.importlib.metadata, "version", lambda name: version)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+        backend = replace(module.BACKEND, why_not=lambda *args: None)
+        return lambda *features: backend.obstacle("cuda", torch.bfloat16, 64, features)
+
+    return machine
+
+
+def test_sinks_need_a_version_that_has_them(machine):
+    assert "2.11.0 has no sinks" in machine("2.11.0", 91900)("sinks")
+    assert "9.18 on, and torch has 91701" in machine("2.12.0", 91701)("sinks")
+    assert "torch has None" in machine("2.12.0", None)("sinks")
+    assert machine("2.12.0", 91800)("window", "sinks") is None
+    assert machine("2.9.0", 91000)("window") is None
+    assert "no soft cap" in machine("2.12.0", 91800)("softcap", "sinks")
+
+
+def test_sinks_are_refused_with_deterministic_algorithms(machine, deterministic):
+    assert "would compute every score" in machine("2.12.0", 91800)("sinks")
+    q = torch.zeros(LAYOUT.num_tokens, 2, 8)
+    scoring = Scoring(1.0, sinks=torch.zeros(2))
+    with pytest.raises(InputError, match="backend: te: with torch's deterministic algorithms"):
+        te_attention(q, q, q, TreePlan(LAYOUT, "cpu").path, scoring)
