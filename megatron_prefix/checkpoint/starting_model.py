@@ -8,9 +8,10 @@ exported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from megatron_prefix.checkpoint.starting_adapter import (
 from megatron_prefix.checkpoint.vocabulary import compare_vocabularies
 from megatron_prefix.config import ModelConfig, ModelSizes, ParallelConfig
 from megatron_prefix.config.lora import FEED_FORWARD_TARGETS, LoraConfig, lora_size_faults
+from megatron_prefix.data.images import ImageProcessor
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.model import (
@@ -242,10 +244,12 @@ def resolve_starting_model(
                 "be exported: take a model of another type"
             )
     _check_longest_path(sizes, longest)
+    reads_images = _check_images(source, datasets)
     adapter = None
     if lora is not None:
         lora, adapter = StartingModel.resolve_lora(lora, sizes, model.kind, source)
     return StartingModel(
+        reads_images=reads_images,
         lora=lora,
         adapter=adapter,
         config=model,
@@ -279,6 +283,40 @@ def check_targets(lora: LoraConfig, source: HFModel) -> None:
                 "joined layers, of layers without gate and of experts with biases are not "
                 "supported: leave it out"
             )
+
+
+def _check_images(source: HFModel | None, datasets: Sequence[PreferenceDataset]) -> bool:
+    """Whether the data has images. Raises InputError if the model cannot read them."""
+    own = None
+    for dataset in datasets:
+        if dataset.images is None:
+            continue
+        if source is None or source.images is None:
+            name = "without config.json" if source is None else f"in {source.directory}"
+            raise InputError(
+                f"data set {dataset.prefix} has images, and the model {name} reads none: give the "
+                f"{dataset.images.processor['family']} model that it was built for as model.hf"
+            )
+        own = own or ImageProcessor.open(source.directory).describe()
+        theirs = dataset.images.processor
+        if theirs["fingerprint"] != own["fingerprint"]:
+            differing = ", ".join(_differing(theirs, own)) or "settings"
+            raise InputError(
+                f"data set {dataset.prefix} was built with another image processor than that in "
+                f"{source.directory} ({differing}): build it with --tokenizer {source.directory}"
+            )
+    return own is not None
+
+
+def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What two descriptions of image processors have different."""
+    flat = [{**entry.get("settings", {}), **entry} for entry in (theirs, ours)]
+    names = sorted({*flat[0], *flat[1]} - {"settings", "fingerprint"})
+    return [
+        f"{name} {flat[0].get(name)!r} and {flat[1].get(name)!r}"[:100]
+        for name in names
+        if flat[0].get(name) != flat[1].get(name)
+    ]
 
 
 def _check_longest_path(sizes: ModelSizes, longest: int) -> None:

@@ -1,7 +1,8 @@
 """Feed: the rows of each step, prepared on a thread while the step before runs.
 
-The host alone plans rows, reads trees, finds targets, assigns tokens to context-parallel ranks and
-plans attention. Done ahead of time, the device does not wait for it between steps.
+The host alone plans rows, reads trees, finds targets, scales pictures, assigns tokens to
+context-parallel ranks and plans attention. Done ahead of time, the device does not wait for it
+between steps.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_prefix.data.steps.alone import AloneSteps
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
 from megatron_prefix.engine.batch import TrainBatch, to_device
+from megatron_prefix.engine.pictures import Pictures
 from megatron_prefix.engine.table import StepTable
 from megatron_prefix.model import TreeTransformerConfig
 from megatron_prefix.objectives import ScoreParts
@@ -57,6 +59,7 @@ class Feed:
         self._sampler, self._world, self._config = sampler, world, config
         self._context, self._num_steps, self._parts = world.context(config), num_steps, parts
         self._with_table = with_table
+        self._pictures = Pictures.of(sampler.dataset, config) if config.vision else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._next: tuple[int, Future[StepRows]] | None = None
 
@@ -87,7 +90,14 @@ class Feed:
         plan = self._sampler.step(step)
         rows = self._sampler.micro_batches(plan, self._world.data_rank)
         batches = [
-            to_device(row, device, plan.denominators, share=self._share(row), parts=self._parts)
+            to_device(
+                row,
+                device,
+                plan.denominators,
+                share=self._share(row),
+                parts=self._parts,
+                pictures=self._pictures,
+            )
             for row in rows
         ]
         for batch in batches:

@@ -6,12 +6,17 @@ With context parallelism, a rank encodes the images of which it has tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from megatron.core.parallel_state import is_pipeline_first_stage
 
+from megatron_prefix.data.images import ImageProcessor, ImageStore
 from megatron_prefix.data.steps import MicroBatch
+from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.model import TreeTransformerConfig
 from megatron_prefix.model.vision import PixelBatch, RowPixels
 from megatron_prefix.platform import on_device
 
@@ -21,6 +26,34 @@ class PixelSource(Protocol):
 
     def batches(self, images: np.ndarray, device: torch.device) -> tuple[PixelBatch, ...]:
         """The pictures with these numbers, as the model takes them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The pictures of a data set, and the processor of the model that reads them."""
+
+    store: ImageStore
+    processor: ImageProcessor
+
+    @classmethod
+    def of(cls, dataset: PreferenceDataset, config: TreeTransformerConfig) -> Pictures | None:
+        """Those that this rank encodes; None if the data set has none, or on later stages."""
+        store = dataset.images
+        if store is None or not is_pipeline_first_stage(ignore_virtual=True):
+            return None
+        assert config.vision is not None, "a model that reads images"
+        return cls(store, ImageProcessor.open(config.vision.directory))
+
+    def batches(self, images: np.ndarray, device: torch.device) -> tuple[PixelBatch, ...]:
+        """The pictures with these numbers, as the model takes them."""
+        made = self.store.batches(self.processor, images.tolist())
+        return tuple(
+            PixelBatch(
+                tuple(places.tolist()),
+                {name: on_device(values, device) for name, values in pixels.items()},
+            )
+            for places, pixels in made
+        )
 
 
 def row_pixels(

@@ -19,6 +19,7 @@ from megatron_prefix.testing import random_group
 
 WORLD = SimpleNamespace(device=torch.device("cpu"), data_rank=0, context=lambda config: None)
 CONFIG = SimpleNamespace(
+    vision=None,
     tree_attention_backend="auto",
     params_dtype=torch.float32,
     kv_channels=16,
