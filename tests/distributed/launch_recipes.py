@@ -46,7 +46,18 @@ HF_CONFIGS = {
 }
 """What the models' own config.json say of their sizes."""
 NUM_PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496, "moe": 30_532_122_624}
-KEEP_ALL = tuple(f"model.recompute_{key}=null" for key in ("granularity", "method", "num_layers"))
+EIGHT_NODES = tuple(
+    f"parallel.{key}_parallel_size={size}"
+    for key, size in (("tensor_model", 2), ("pipeline_model", 8), ("context", 4))
+)
+FOUR_NODES = tuple(
+    f"parallel.{key}_parallel_size={size}"
+    for key, size in (
+        *(("pipeline_model", 4), ("virtual_pipeline_model", 4)),
+        *(("context", 2), ("expert_model", 2)),
+    )
+)
+"""Overrides that README.md and the files name for other numbers of nodes."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +73,19 @@ class Recipe:
 
 RECIPES = [
     Recipe("8b/dpo.yaml", "8b", 1, 52.4),
-    Recipe("70b/dpo.yaml", "70b", 4, 51.2),
-    Recipe("70b/dpo.yaml", "70b", 8, 38.5),
-    Recipe("70b/dpo.yaml", "70b", 8, 49.6, KEEP_ALL),
-    Recipe("70b/dpo.yaml", "70b", 16, 43.2, KEEP_ALL),
-    Recipe("70b/reward.yaml", "70b", 4, 51.2),
-    Recipe("70b/reward.yaml", "70b", 8, 49.6, KEEP_ALL),
-    Recipe("70b/reward.yaml", "70b", 16, 43.2, KEEP_ALL),
+    Recipe("70b/dpo.yaml", "70b", 4, 60.7),
+    Recipe("70b/dpo.yaml", "70b", 8, 48.0),
+    Recipe("70b/dpo.yaml", "70b", 8, 63.2, EIGHT_NODES),
+    Recipe("70b/dpo.yaml", "70b", 16, 41.6),
+    Recipe("70b/reward.yaml", "70b", 4, 60.7),
+    Recipe("70b/reward.yaml", "70b", 8, 48.0),
+    Recipe("70b/reward.yaml", "70b", 8, 63.2, EIGHT_NODES),
+    Recipe("70b/reward.yaml", "70b", 16, 41.6),
     Recipe("long/dpo.yaml", "8b", 1, 52.7),
     Recipe("long/dpo.yaml", "8b", 4, 44.3),
-    Recipe("moe/dpo.yaml", "moe", 2, 56.6),
-    Recipe("moe/dpo.yaml", "moe", 4, 45.9),
+    Recipe("moe/dpo.yaml", "moe", 2, 60.7),
+    Recipe("moe/dpo.yaml", "moe", 4, 50.1),
+    Recipe("moe/dpo.yaml", "moe", 4, 64.3, FOUR_NODES),
 ]
 FILES = sorted({recipe.file for recipe in RECIPES})
 TINY = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
@@ -110,7 +123,8 @@ def smaller_layouts(parallel: dict, most: int = 4) -> list[dict]:
     used = [key for key in (*GOES_WITH, "expert_model_parallel_size") if key in small]
     if 2 ** len(used) < most or used == ["expert_model_parallel_size"]:
         return [small]
-    return [small, without(small, "tensor_model_parallel_size")]
+    of_tensors = "tensor_model_parallel_size" in small
+    return [small, without(small, f"{'tensor_model' if of_tensors else 'context'}_parallel_size")]
 
 
 def without(parallel: dict, *sizes: str) -> dict:
