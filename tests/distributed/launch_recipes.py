@@ -83,6 +83,7 @@ RECIPES = [
     Recipe("70b/reward.yaml", "70b", 16, 41.6),
     Recipe("long/dpo.yaml", "8b", 1, 52.7),
     Recipe("long/dpo.yaml", "8b", 4, 44.3),
+    Recipe("long/dpo.yaml", "8b", 4, 61.5, ("parallel.context_parallel_size=2",)),
     Recipe("moe/dpo.yaml", "moe", 2, 60.7),
     Recipe("moe/dpo.yaml", "moe", 4, 50.1),
     Recipe("moe/dpo.yaml", "moe", 4, 64.3, FOUR_NODES),
