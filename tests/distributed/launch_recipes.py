@@ -46,16 +46,22 @@ HF_CONFIGS = {
 }
 """What the models' own config.json say of their sizes."""
 NUM_PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496, "moe": 30_532_122_624}
-EIGHT_NODES = tuple(
-    f"parallel.{key}_parallel_size={size}"
-    for key, size in (("tensor_model", 2), ("pipeline_model", 8), ("context", 4))
+EIGHT_NODES = (
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=8",
+    "parallel.context_parallel_size=4",
 )
-FOUR_NODES = tuple(
-    f"parallel.{key}_parallel_size={size}"
-    for key, size in (
-        *(("pipeline_model", 4), ("virtual_pipeline_model", 4)),
-        *(("context", 2), ("expert_model", 2)),
-    )
+SIXTEEN_NODES = (
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=16",
+    "parallel.virtual_pipeline_model_parallel_size=5",
+    "parallel.context_parallel_size=4",
+)
+FOUR_NODES = (
+    "parallel.pipeline_model_parallel_size=4",
+    "parallel.virtual_pipeline_model_parallel_size=4",
+    "parallel.context_parallel_size=2",
+    "parallel.expert_model_parallel_size=2",
 )
 """Overrides that README.md and the files name for other numbers of nodes."""
 
@@ -77,10 +83,12 @@ RECIPES = [
     Recipe("70b/dpo.yaml", "70b", 8, 48.0),
     Recipe("70b/dpo.yaml", "70b", 8, 63.2, EIGHT_NODES),
     Recipe("70b/dpo.yaml", "70b", 16, 41.6),
+    Recipe("70b/dpo.yaml", "70b", 16, 47.4, SIXTEEN_NODES),
     Recipe("70b/reward.yaml", "70b", 4, 60.7),
     Recipe("70b/reward.yaml", "70b", 8, 48.0),
     Recipe("70b/reward.yaml", "70b", 8, 63.2, EIGHT_NODES),
     Recipe("70b/reward.yaml", "70b", 16, 41.6),
+    Recipe("70b/reward.yaml", "70b", 16, 47.4, SIXTEEN_NODES),
     Recipe("long/dpo.yaml", "8b", 1, 52.7),
     Recipe("long/dpo.yaml", "8b", 4, 44.3),
     Recipe("long/dpo.yaml", "8b", 4, 61.5, ("parallel.context_parallel_size=2",)),

@@ -71,6 +71,8 @@ def test_the_real_model_fits_its_nodes(recipe, tmp_path):
     memory = plan["memory"]
     most = memory["stages"][memory["fullest_stage"]]["total"] / 2**30
     assert most < USABLE_GIB and round(most, 1) == recipe.gib
+    for override in recipe.overrides:
+        assert override in (LAUNCH / recipe.file).read_text(encoding="utf-8")
     row = rf"\| `{re.escape(recipe.file)}` \| {recipe.nodes} \|.*\| {recipe.gib} \|"
     assert re.search(row, (LAUNCH / "README.md").read_text(encoding="utf-8"))
 
