@@ -22,9 +22,10 @@ def from_hf_dataset(
 ) -> PreferenceDataset:
     """The trees of a `datasets.Dataset`, as `megatron-prefix build` makes them of the same rows.
 
-    `tokenizer` is a tokenizer of transformers, or what `--tokenizer` takes. `output` is the PREFIX
-    of the files; without one they are temporary and end with the returned data set. In a run of
-    several processes give an `output`, let one process call this, and open the PREFIX in all.
+    `tokenizer` is a tokenizer of transformers, for images a processor, or what `--tokenizer` takes.
+    `output` is the PREFIX of the files; without one they are temporary and end with the returned
+    data set. In a run of several processes give an `output`, let one process call this, and open
+    the PREFIX in all.
 
     Raises InputError if a row is wrong, or the data set is streamed or has several splits.
     """
@@ -61,11 +62,13 @@ def _tokenizer(given: Any, options: BuildOptions) -> Tokenizer:
         return load_tokenizer(given, options.parse_special)
     if not hasattr(given, "save_pretrained"):
         raise InputError(
-            f"tokenizer {type(given).__name__}: give a tokenizer of transformers, its directory or "
-            "hub id, a SentencePiece model file, or bytes"
+            f"tokenizer {type(given).__name__}: give a tokenizer or processor of transformers, its "
+            "directory or hub id, a SentencePiece model file, or bytes"
         )
     with tempfile.TemporaryDirectory(prefix="megatron_prefix.") as folder:
         given.save_pretrained(folder)  # `given` itself is not changed: it may be in use
         tokenizer = load_tokenizer(folder, options.parse_special)
-    tokenizer.name = given.name_or_path
+        if not tokenizer.no_images:
+            tokenizer.image_processor()  # while its files are there
+    tokenizer.name = getattr(given, "tokenizer", given).name_or_path
     return tokenizer

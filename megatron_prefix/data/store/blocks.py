@@ -71,10 +71,10 @@ class Block:
 
     @property
     def bare_tokens(self) -> np.ndarray:
-        """The tokens with -1 - place of its picture for every placeholder of an image, int64."""
+        """The tokens with -1 - place of its picture for every placeholder of an image."""
         images = self.images
         if images is None:
-            return self.tokens.astype(np.int64)
+            return self.tokens
         return unplaced(self.tokens, images.starts, images.lengths, images.ids)
 
     @classmethod

@@ -29,7 +29,8 @@ class PreferenceDataset(MappedFiles):
     `response_ranks`, `response_scores` [R], `pair_responses` [P, 2], `pair_weights`,
     `pair_margins` [P], and the optional `response_roles` [R], `response_attributes` [R, A] and
     `pair_betas` [P], whose entries have one stated value if the data set lacks them. So are
-    `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and `tokens` [T].
+    `node_lengths` [M] and `node_pointers` [M] (bytes) of the index, and `tokens` [T]. `images` are
+    those of the prompts, an ImageStore; None if there are none.
 
     Opening checks the manifest, the size and shape of every file, and all columns: they make trees
     (`check_structure`). `check=False` leaves out the columns, for a process that opens a data set

@@ -103,7 +103,7 @@ def token_problems(span: Span) -> Iterator[Problem]:
     # One group, parents [-1 0 0], first tokens [5 7 7]: parent_or_root [3 0 0], order [1 2 0].
     # Nodes 1 and 2 are neighbours with the same parent and the same first token.
     group, parents, local = span.group_of_node, span.parents, span["node_parents"]
-    first_token = span.block.bare_tokens[starts(span.lengths)]
+    first_token = span.block.bare_tokens[starts(span.lengths)].astype(np.int64)
     parent_or_root = np.where(parents < 0, len(parents) + group, parents)
     order = np.lexsort((first_token, parent_or_root))
     twice = (np.diff(parent_or_root[order]) == 0) & (np.diff(first_token[order]) == 0)

@@ -163,3 +163,13 @@ def test_inspect_shows_images(expected, capsys, tmp_path):
     picture = tmp_path / "tree.svg"
     assert inspect(capsys, expected.prefix, "--tree", 1, "--picture", picture)[0] == 0
     assert "#e8c547" in picture.read_text()
+
+
+def test_a_processor_in_memory_is_that_of_its_directory(model, folder, expected):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.AutoProcessor.from_pretrained(model)
+    rows = [{"images": [str(folder / f"{i}.png")], **texts(i)} for i in range(3)]
+    data = datasets.Dataset.from_list(rows)
+    built = from_hf_dataset(data, processor)
+    assert same(built, expected)
+    assert built.images.processor == expected.images.processor
