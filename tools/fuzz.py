@@ -7,7 +7,8 @@ A case is (kind, seed, number), from which all of its damage follows; `--seed` a
 it. It ends well if the input is accepted and usable to its end, or refused with an InputError that
 names the file. A traceback, a hang, a killed process, or damage that changes what is read without
 being seen is a find: it is printed, and the exit code is 1. The kinds are the methods of
-tests/robustness/fuzz_kinds.py, fuzz_forged.py and fuzz_adapters.py.
+tests/robustness/fuzz_kinds.py, fuzz_forged.py, fuzz_adapters.py
+and fuzz_images.py.
 
 Cases run in forked processes of BATCH cases each. A process may take LIMIT_S seconds per case and
 MEMORY bytes.
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("robustness", "helpers")]
 
 from commands import write_config  # noqa: E402
-from fuzz_adapters import AllFuzz  # noqa: E402
+from fuzz_images import EveryFuzz  # noqa: E402
 
 from megatron_prefix.__main__ import main as program  # noqa: E402
 from megatron_prefix.config import load_config  # noqa: E402
@@ -56,6 +57,9 @@ KINDS = {
     "hugging_face": 3,
     "template": 3,
     "adapter": 3,
+    "image_records": 3,
+    "picture": 3,
+    "image_set": 3,
 }
 """How often each kind comes in a round."""
 BATCH = 100
@@ -96,7 +100,7 @@ def child(pipe: int, folder: Path, made: tuple, cases: list[tuple[str, int]], se
     run, ref, sets = made
     settings = load_config(write_config(folder / "c.yaml", sets[0], run))
     with join_world(settings.parallel, settings.train.seed) as world:
-        fuzz = AllFuzz(folder, run, ref, sets, world)
+        fuzz = EveryFuzz(folder, run, ref, sets, world)
         for kind, number in cases:
             os.write(pipe, json.dumps(["begins", kind, number]).encode() + b"\n")
             try:

@@ -25,7 +25,8 @@ def seal_set(prefix: Path) -> None:
     def seal(manifest: dict) -> None:
         for name in manifest["files"]:
             manifest["files"][name] = file_entry(suffix_path(prefix, name))
-        manifest["fingerprint"] = fingerprint(manifest["files"], manifest["tokenizer"])
+        images = manifest.get("images")
+        manifest["fingerprint"] = fingerprint(manifest["files"], manifest["tokenizer"], images)
 
     change_manifest(suffix_path(prefix, ".json"), seal)
 

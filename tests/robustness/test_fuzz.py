@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from commands import write_config
-from fuzz_adapters import AllFuzz
+from fuzz_images import EveryFuzz
 from fuzz_kinds import Fuzz
 
 from megatron_prefix.config import load_config
@@ -21,7 +21,7 @@ from megatron_prefix.distributed.world import join_world
 from megatron_prefix.reference.sidecars import HEADER
 
 SHARES = {
-    "inputs": 45,
+    "inputs": 30,
     "data_set": 30,
     "column": 20,
     "scores": 15,
@@ -34,6 +34,9 @@ SHARES = {
     "hugging_face": 5,
     "template": 5,
     "adapter": 5,
+    "image_records": 5,
+    "picture": 5,
+    "image_set": 5,
 }
 """Of 200 cases."""
 KINDS = tuple(SHARES)
@@ -44,7 +47,7 @@ def fuzz(finished, sidecar, dataset, other, tmp_path_factory) -> Iterator[Fuzz]:
     settings = load_config(write_config(tmp_path_factory.mktemp("c") / "c.yaml", dataset, finished))
     folder = tmp_path_factory.mktemp("fuzz")
     with join_world(settings.parallel, settings.train.seed) as world:
-        yield AllFuzz(folder, finished, sidecar, (dataset, other), world)
+        yield EveryFuzz(folder, finished, sidecar, (dataset, other), world)
 
 
 def run(fuzz: Fuzz, kind: str, num_cases: int, seed: int) -> None:

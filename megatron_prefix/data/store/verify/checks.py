@@ -41,9 +41,9 @@ def check_structure(dataset: MappedFiles) -> None:
     """
     _verify_groups(dataset)
     _verify_index(dataset)
+    check_images(dataset)
     for _ in _sound_spans(dataset):
         pass
-    check_images(dataset)
 
 
 def verify_checksums(dataset: MappedFiles) -> None:

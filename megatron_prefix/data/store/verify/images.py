@@ -67,7 +67,8 @@ def _image_problems(store: ImageStore) -> Iterator[tuple[str, str]]:
         yield "image_several", "an entry is neither 0 nor 1"
     grids = np.asarray(store.grids, np.int64)
     has_grid = (grids != 0).any(axis=1)
-    if (grids < 0).any() or (grids.prod(axis=1) != store.num_tokens)[has_grid].any():
+    is_bad = (grids < 0).any(axis=1) | (grids.max(axis=1) > store.num_tokens)
+    if is_bad.any() or (grids.prod(axis=1) != store.num_tokens)[has_grid].any():
         yield "image_grids", "a grid has another number of tokens than its image"
 
 
@@ -80,7 +81,8 @@ def _occurrence_problems(dataset: MappedFiles, store: ImageStore) -> Iterator[tu
         yield "occurrence_images", "an image occurs nowhere"
     starts = np.asarray(store.occurrence_tokens)
     ends = starts + np.asarray(store.num_tokens, np.int64)[images]
-    if starts.min() < 0 or ends.max() > len(dataset.tokens) or (starts[1:] < ends[:-1]).any():
+    is_inside = starts.min() >= 0 and starts.max() < len(dataset.tokens) >= ends.max()
+    if not is_inside or (starts[1:] < ends[:-1]).any():
         yield "occurrence_tokens", "images overlap or do not ascend"
         return
     firsts = np.asarray(dataset.node_pointers) // dataset.tokens.itemsize
