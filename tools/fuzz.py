@@ -7,8 +7,7 @@ A case is (kind, seed, number), from which all of its damage follows; `--seed` a
 it. It ends well if the input is accepted and usable to its end, or refused with an InputError that
 names the file. A traceback, a hang, a killed process, or damage that changes what is read without
 being seen is a find: it is printed, and the exit code is 1. The kinds are the methods of
-tests/robustness/fuzz_kinds.py, fuzz_forged.py, fuzz_adapters.py
-and fuzz_images.py.
+tests/robustness/fuzz_kinds.py, fuzz_forged.py, fuzz_adapters.py and fuzz_images.py.
 
 Cases run in forked processes of BATCH cases each. A process may take LIMIT_S seconds per case and
 MEMORY bytes.

@@ -73,7 +73,7 @@ class EveryFuzz(AllFuzz):
         texts = [part for turn in (*prompt, *sides[0], *sides[1]) for part in _texts(turn)]
         if any(special in text for text in texts for special in ("<eos>", "<pad>")):
             return outcome  # these stay text; transformers makes tokens of them
-        if not any({"type": "image"} in turn["content"] for turn in prompt):
+        if not any({"type": "image"} in list(turn["content"]) for turn in prompt):
             first = next(turn for turn in prompt if turn["role"] == "user")
             first["content"] = [{"type": "image"}] * len(names) + first["content"]
         for response, side in enumerate(sides):

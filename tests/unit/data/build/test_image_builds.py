@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import vision
 
 from megatron_prefix.data import PreferenceDataset
 from megatron_prefix.data.build import BuildOptions, build_dataset, merge_datasets
+from megatron_prefix.data.images import ImageWriter
 from megatron_prefix.data.store import join_datasets
 from megatron_prefix.data.store.roles import mismatched_responses, own_responses
 from megatron_prefix.data.store.verify import verify_dataset
@@ -367,3 +370,34 @@ def test_damage_is_found(llava, folder, tmp_path, name):
     path.unlink()
     with pytest.raises(InputError, match="is missing"):
         PreferenceDataset(tmp_path / "data")
+
+
+def test_a_full_disk_leaves_nothing(llava, folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ImageWriter, "add", full)
+    with pytest.raises(InputError, match="cannot be written: .*No space left"):
+        built(folder, map(answered, RECORDS), llava, tmp_path / "data")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("has_data", [False, True])
+def test_a_killed_build_leaves_nothing_that_is_read(llava, folder, tmp_path, monkeypatch, has_data):
+    """Killed after all images were written; the next build removes what it left."""
+    if has_data:
+        built(folder, [answered(RECORDS[0])], llava, tmp_path / "data")
+    before = sorted(tmp_path.iterdir())
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr(ImageWriter, "finish", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        built(folder, map(answered, RECORDS), llava, tmp_path / "data", overwrite=True)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    (left,) = {*tmp_path.iterdir()} - {*before}
+    assert left.name.endswith(".building") and (left / "images").exists()
+    if has_data:
+        assert len(PreferenceDataset.verified(tmp_path / "data")) == 1
+    built(folder, map(answered, RECORDS), llava, tmp_path / "data", overwrite=True)
+    assert len(PreferenceDataset.verified(tmp_path / "data")) == len(RECORDS)
+    assert not left.exists()
