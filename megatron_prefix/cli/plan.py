@@ -102,7 +102,8 @@ def plan_text(estimate: dict[str, Any]) -> str:
     from megatron_prefix.text import align
 
     ranks = estimate["data_parallel_size"]
-    blocks = [[f"{estimate['world_size']} processes, {ranks} data-parallel ranks"]]
+    numbers = ((estimate["world_size"], "process", "es"), (ranks, "data-parallel rank", "s"))
+    blocks = [[", ".join(f"{n} {name}{end * (n != 1)}" for n, name, end in numbers)]]
     if estimate["parameters"]:
         counts = estimate["parameters"]
         rows = [[f"  {name}", f"{count:,}"] for name, count in counts.items() if count]

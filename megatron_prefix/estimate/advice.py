@@ -51,10 +51,13 @@ def fill_advice(config: Config, data: dict[str, Any]) -> Iterator[str]:
         return
     mean, longest = data["tokens_per_row"], data["longest_row"]
     if mean < LEAST_FILL * capacity:
+        lower = "lower data.row_capacity to the longest row"
+        if longest >= capacity:  # several groups fill it
+            lower = "lower data.row_capacity, down to the tokens of the largest group"
         yield (
             f"rows have {mean:,.0f} of {capacity:,} tokens ({100 * mean / capacity:.0f} %), the "
-            f"longest {longest:,}: memory is planned for the capacity; lower data.row_capacity to "
-            f"the longest row, or raise the batch for fuller rows"
+            f"longest {longest:,}: memory is planned for the capacity; {lower}, or raise the batch "
+            "for fuller rows"
         )
 
 

@@ -10,7 +10,7 @@ from megatron_prefix.__main__ import main
 from megatron_prefix.config import load_config
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate import named_hardware, plan_run
-from megatron_prefix.estimate.advice import recompute_advice, rows_for_bubble
+from megatron_prefix.estimate.advice import fill_advice, recompute_advice, rows_for_bubble
 from megatron_prefix.testing import write_random_set
 
 SIZES = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4}
@@ -153,6 +153,18 @@ def test_advice_on_rows_recomputation_and_reference(config, data):
     without = planned(config(data=wide, loss={"loss_type": "simpo"}))["advice"]
     assert not any("reference" in line or "recomputed" in line for line in without)
     assert not [*recompute_advice(71.0, 70.3, None)]
+
+
+def test_short_rows_are_told_what_changes_them(config):
+    """A capacity that the longest row fills is not lowered to that row."""
+    settings = load_config(config())
+    capacity = settings.data.row_capacity
+    mean = {"tokens_per_row": 0.5 * capacity}
+    (line,) = fill_advice(settings, {**mean, "longest_row": capacity - 1})
+    assert "lower data.row_capacity to the longest row, or raise" in line
+    (line,) = fill_advice(settings, {**mean, "longest_row": capacity})
+    assert "lower data.row_capacity, down to the tokens of the largest group, or raise" in line
+    assert not [*fill_advice(settings, {"tokens_per_row": capacity, "longest_row": capacity})]
 
 
 def test_a_name_without_gpu_is_no_hardware():
