@@ -8,6 +8,8 @@ import threading
 import time
 from types import SimpleNamespace
 
+import pytest
+
 from megatron_prefix.distributed.verdict import (
     failure_message,
     first_alive,
@@ -79,13 +81,19 @@ def test_a_thread_that_waits_for_other_ranks_has_no_position():
     assert position_of(-1) is None  # it has ended
 
 
-def test_another_thread_may_communicate_for_it():
-    """As the thread of a backward pass on CUDA does."""
-    code = compile("go.set()\nlock.acquire()", "/torch/distributed/distributed_c10d.py", "exec")
+@pytest.mark.parametrize(
+    ("caller", "position"),
+    [("/torch/autograd/own.py", None), ("/somewhere/checkpoint/background.py", "train/own.py:2")],
+)
+def test_another_thread_may_communicate_for_it(caller, position):
+    """As the thread of a backward pass on CUDA does; that of a save in the background does not."""
+    inner = compile("go.set()\nlock.acquire()", "/torch/distributed/distributed_c10d.py", "exec")
+    outer = compile("exec(inner)", caller, "exec")
     lock, go = threading.Lock(), threading.Event()
+    names = {"go": go, "lock": lock, "inner": inner}
     with lock:
-        thread = threading.Thread(target=exec, args=(code, {"go": go, "lock": lock}))
+        thread = threading.Thread(target=exec, args=(outer, names))
         thread.start()
         go.wait()
-        assert blocked_in("lock.acquire()", "/somewhere/train/own.py") is None
+        assert blocked_in("lock.acquire()", "/somewhere/train/own.py") == position
     thread.join()
