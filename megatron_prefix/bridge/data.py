@@ -147,6 +147,11 @@ class PreferenceData:
         setting = "valid_prefix" if repeats else "prefix"
         check_columns(self.objective, data, setting, is_trained_on=not repeats)
         sharing = run_sharing(self.objective, self.sharing)
+        if data.images is not None:
+            raise ValueError(
+                f"{data.prefix} has images, which models of Bridge do not read: train on it with "
+                "the train command, or build a data set without images"
+            )
         if data.vocab_size > model.vocab_size:
             raise ValueError(
                 f"{data.prefix} has a vocabulary of {data.vocab_size} and model.vocab_size is "

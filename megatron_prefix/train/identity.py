@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_prefix.config import Config
 from megatron_prefix.data.store import PreferenceDataset
+from megatron_prefix.model import TreeTransformerConfig
 from megatron_prefix.objectives import Objective
 
 
@@ -36,6 +37,16 @@ def run_identity(
         "train.epochs": config.train.epochs,
         "reference model fingerprint": fingerprint,
         **_objective_identity(objective),
+    }
+
+
+def vision_identity(config: TreeTransformerConfig) -> dict[str, Any]:
+    """What is trained of the part that reads images: the optimizer has state of that only."""
+    if config.vision is None:
+        return {}
+    return {
+        "model.vision.freeze_tower": not config.vision.trains_tower,
+        "model.vision.freeze_projector": not config.vision.trains_projector,
     }
 
 

@@ -29,7 +29,7 @@ from megatron_prefix.train.data_checks import (
     check_columns,
     refuse_unused_reference,
 )
-from megatron_prefix.train.identity import run_identity, run_schedule
+from megatron_prefix.train.identity import run_identity, run_schedule, vision_identity
 from megatron_prefix.train.machine_notes import machine_notes, transformer_engine_version
 from megatron_prefix.train.profiling import check_window
 from megatron_prefix.train.samplers import (
@@ -96,6 +96,7 @@ def prepare_trainer(
     if config.train.save:
         policy.refuse_idle_ranks(world)
     identity = run_identity(config, objective, dataset, fingerprint) | reference.identity
+    identity |= vision_identity(model_config)
     schedule = run_schedule(config, num_steps)
     step, changes, saved = _resumed(config, policy, reference, identity, schedule, adapter, world)
     if world.is_main:

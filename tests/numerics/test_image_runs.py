@@ -229,6 +229,28 @@ def test_models_and_data_that_do_not_fit_are_refused(sources, tmp_path, capsys):
     assert "image_mean" in text
 
 
+def test_samples_are_answers_to_texts(sources, tmp_path, capsys):
+    """A prompt of these has no pictures."""
+    prompts = tmp_path / "prompts.jsonl"
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    with_image = json.dumps({"prompt": [{"role": "user", "content": parts}]})
+    prompts.write_text('{"prompt": "What?"}\n' + with_image + "\n")
+    generate = {"generate": {"prompts": str(prompts), "every": 2, "max_new_tokens": 2}}
+    text = refusal(sources["llava"], tmp_path, capsys, train=generate)
+    assert "line 2: prompt must be a text" in text
+    prompts.write_text('{"prompt": "What?"}\n')
+    run(sources["llava"], tmp_path / "answers", train={**generate, "steps": 2})
+    assert (tmp_path / "answers/samples.jsonl").read_text().count("\n") == 2
+
+
+def test_a_resumed_run_trains_the_same_parts(sources, tmp_path, capsys):
+    saved = {"save": str(tmp_path / "saved"), "load": str(tmp_path / "saved")}
+    run(sources["llava"], tmp_path / "run", train={**saved, "steps": 1})
+    vision = {"vision": {"freeze_tower": False}}
+    text = refusal(sources["llava"], tmp_path, capsys, train={**saved, "steps": 2}, model=vision)
+    assert "model.vision.freeze_tower" in text
+
+
 def test_data_without_images_trains_the_language_model(sources, tmp_path, capsys):
     """And a line says so; the vision part stays as it is, decay included."""
     model = sources["llava"][0]
