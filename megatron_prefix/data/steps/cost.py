@@ -18,6 +18,8 @@ takes 2 C E. Only the layers that have experts count them.
 Multi-latent attention has other matrices (config/parts/latent.py), 2 FLOP for each weight, and
 with values of V channels 2 N (H + V) per entry. Zeros that are filled up are not counted.
 
+A picture takes what config/parts/tower.py says.
+
 The work of a bundle is read from the data set's columns alone, without its tokens. A node of n
 tokens below d others has an area of n d + n (n + 1) / 2 visible (q, k) entries, a path of n tokens
 n (n + 1) / 2. A tree with prompt [5, 6] and responses [7, 8] and [9] has 5 tokens, an area of
@@ -51,6 +53,8 @@ class CostModel:
     """FLOP per token whose logits are computed: the head."""
     windows: Mapping[int | None, float] = field(default_factory=lambda: {None: 1})
     """Share of the layers that have each sliding window, in tokens; None: without a window."""
+    per_picture: tuple[float, ...] = ()
+    """FLOP of each picture of the data set, before the language model."""
 
     def area(self, first_positions: np.ndarray, lengths: np.ndarray) -> float:
         """Visible (q, k) entries of segments in the mean of the layers; see `visible_entries`."""
@@ -98,6 +102,8 @@ class Work(NamedTuple):
     tokens: int
     area: float
     logit_tokens: int
+    pictures: float = 0.0
+    """FLOP of its pictures, before the language model."""
 
     def cost(self, model: CostModel) -> float:
         """FLOP of a forward pass."""
@@ -105,6 +111,7 @@ class Work(NamedTuple):
             model.per_token * self.tokens
             + model.per_entry * self.area
             + model.per_logit_token * self.logit_tokens
+            + self.pictures
         )
 
 
@@ -112,6 +119,19 @@ def bundle_work(
     dataset: PreferenceDataset, bundle: Bundle, sharing: str, model: CostModel = WITHOUT_WINDOWS
 ) -> Work:
     """The work of one bundle under a sharing mode, for the sliding windows of `model`."""
+    work = _token_work(dataset, bundle, sharing, model)
+    if model.per_picture and (images := dataset[bundle.group].images) is not None:
+        # each sequence of a bundle that shares nothing encodes the pictures of its prompt
+        is_shared = sharing == "tree" or (sharing == "pair" and bundle.part is None)
+        times = 1 if is_shared else len(bundle_parts(dataset, bundle, sharing)[0])
+        once = sum(model.per_picture[image] for image in np.unique(images.ids))
+        work = work._replace(pictures=times * once)
+    return work
+
+
+def _token_work(
+    dataset: PreferenceDataset, bundle: Bundle, sharing: str, model: CostModel
+) -> Work:
     if sharing == "tree":
         return _tree_work(dataset, bundle, model)
     chosen, _ = bundle_parts(dataset, bundle, sharing)
