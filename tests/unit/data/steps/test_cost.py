@@ -1,10 +1,17 @@
 """The cost of bundles from columns, against the rows that are run."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import vision
 from data_sets import random_group, write_groups
 
 from megatron_prefix.config import ModelConfig
+from megatron_prefix.config.parts import PictureWork
+from megatron_prefix.data import PreferenceDataset
+from megatron_prefix.data.build import build_dataset
 from megatron_prefix.data.steps.collate import collate_packed
 from megatron_prefix.data.steps.compositions.batches import GroupBatches
 from megatron_prefix.data.steps.cost import CostModel, bundle_work
@@ -30,7 +37,7 @@ def test_the_docstrings_example(tmp_path):
     ]
     assert build_tree(paths, [Pair(chosen=0, rejected=1)]).num_tokens == 5
     dataset = write_groups(tmp_path / "one", [(paths, [Pair(chosen=0, rejected=1)])])
-    assert bundle_work(dataset, bundles_of(dataset, 0, "tree")[0], "tree") == (5, 13, 2)
+    assert bundle_work(dataset, bundles_of(dataset, 0, "tree")[0], "tree") == (5, 13, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +57,39 @@ def test_columns_tell_what_a_row_costs(dataset, sharing, windows):
                 area = (2 * row.layout.area(5) + area) / 3
                 num_lower += area < row.layout.area()
             assert work.area == pytest.approx(area, rel=1e-12)
-            assert work[::2] == (row.num_tokens, row.num_projected)
+            assert work[:3:2] == (row.num_tokens, row.num_projected)
             flops = forward_flops(model, dataset.vocab_size, row)
             assert work.cost(cost) == pytest.approx(flops.total, rel=1e-12)
             assert work.tokens == row.num_tokens
     assert num_lower > 5 or not windows
+
+
+@pytest.mark.parametrize("sharing", SHARING_MODES)
+def test_pictures_cost_what_a_row_encodes(tmp_path, sharing):
+    folder = vision.make(tmp_path / "model", "llava")
+    for name, size in {"a": (30, 40), "b": (56, 28)}.items():
+        vision.picture(*size).save(tmp_path / f"{name}.png")
+    records = []
+    for images in (["a.png"], ["b.png", "a.png", "b.png"], []):
+        prompt = "<image>" * len(images) + " What?"
+        records.append({"images": images, "prompt": prompt, "chosen": "Yes.", "rejected": "No."})
+    source = tmp_path / "records.jsonl"
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    build_dataset([source], str(folder), tmp_path / "set")
+    dataset = PreferenceDataset(tmp_path / "set")
+    works = [PictureWork(tower=7.0, projector=0.5, patches=1, projections=1)] * 2
+    model = ModelConfig(**SIZES).sizes()
+    text = CostModel.of_model(model, dataset.vocab_size)
+    cost = replace(text, per_picture=(7.5, 7.5))
+    for group, most in enumerate((1, 2, 0)):
+        for bundle in bundles_of(dataset, group, sharing):
+            row = collate_packed(row_items(dataset, [bundle], sharing, "pair"))
+            flops = forward_flops(model, dataset.vocab_size, row, pictures=works)
+            work = bundle_work(dataset, bundle, sharing, cost)
+            assert work.cost(cost) == pytest.approx(flops.total, rel=1e-12)
+            sides = 2 if sharing in ("none", "response") else 1
+            assert work.pictures == 7.5 * most * sides
+            assert bundle_work(dataset, bundle, sharing, text).pictures == 0
 
 
 def test_ranks_get_similar_cost_and_not_similar_tokens(tmp_path):
