@@ -31,6 +31,7 @@ from megatron_prefix.train.data_checks import (
 )
 from megatron_prefix.train.identity import run_identity, run_schedule, vision_identity
 from megatron_prefix.train.machine_notes import machine_notes, transformer_engine_version
+from megatron_prefix.train.picture_costs import with_pictures
 from megatron_prefix.train.profiling import check_window
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
@@ -66,6 +67,7 @@ def prepare_trainer(
     parts = [part for data in datasets for part in data.parts]
     initial = resolve_starting_model(config.model, parts, config.lora)
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
+    sampler = with_pictures(sampler, initial)
     mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
     joint = joint_sampler(config, objective, sampler, world, initial.sizes)
     valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, initial)

@@ -129,9 +129,7 @@ def bundle_work(
     return work
 
 
-def _token_work(
-    dataset: PreferenceDataset, bundle: Bundle, sharing: str, model: CostModel
-) -> Work:
+def _token_work(dataset: PreferenceDataset, bundle: Bundle, sharing: str, model: CostModel) -> Work:
     if sharing == "tree":
         return _tree_work(dataset, bundle, model)
     chosen, _ = bundle_parts(dataset, bundle, sharing)
