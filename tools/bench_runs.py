@@ -70,6 +70,7 @@ class Built:
             sampler=training_sampler(config, objective, dataset, self.world),
             valid={},
             mismatches=None,
+            joint=None,
             valid_mismatches={},
             reference=reference or self.model_reference(config),
             policy=self.policy,

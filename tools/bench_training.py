@@ -127,14 +127,16 @@ def kept_for_backward(run) -> tuple[int, int]:
     """Bytes that the policy saves for backward of the first step's rows, one row at a time, and
     the tokens of these rows."""
     from megatron_prefix.engine.batch import to_device
+    from megatron_prefix.engine.pictures import Pictures
     from megatron_prefix.model import unwrap
 
-    model = unwrap(run.policy[0]).train()
+    model = unwrap(run.policy.chunks[0]).train()
+    pictures = Pictures.of(run.sampler.dataset, model.config)
     total = tokens = 0
     for row in run.sampler.micro_batches(run.sampler.step(0)):
-        batch = to_device(row, run.world.device)
+        batch = to_device(row, run.world.device, pictures=pictures)
         total += saved_bytes(
-            lambda batch=batch: model(batch.tokens, None, None, packed_seq_params=batch.params),
+            lambda batch=batch: model(batch.tokens, None, None, **batch.model_inputs),
             model.parameters(),
         )
         tokens += len(row.tokens)
