@@ -17,7 +17,7 @@ def with_pictures(sampler: Sampler, initial: StartingModel) -> Sampler:
     store, source = sampler.dataset.images, initial.source
     if store is None or source is None or source.images is None or sampler.cost is None:
         return sampler
-    vision = initial.transformer_config(None).vision
+    vision = initial.transformer_config(seed=0).vision
     assert vision is not None, "the model reads images"
     tower, projector = (
         1.0 if is_trained else 1 / 3
