@@ -14,6 +14,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable, Sequence
+from enum import Enum, EnumType
 from pathlib import Path
 
 import torch
@@ -81,9 +82,19 @@ _HARMLESS = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("builtins", "getattr"):
+            return _member_of
         if name not in _HARMLESS.get(module, ()):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
+
+
+def _member_of(kind: object, name: str) -> Enum:
+    """A member of an enumeration, which Python 3.11 before 3.11.4 stores as getattr(kind, name).
+    Nothing else is an attribute that metadata may ask for."""
+    if not (isinstance(kind, EnumType) and name in kind.__members__):
+        raise pickle.UnpicklingError("it refers to builtins.getattr")
+    return kind[name]
 
 
 def _read_entries(path: Path) -> dict:

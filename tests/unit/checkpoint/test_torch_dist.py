@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -20,6 +22,7 @@ from megatron_prefix.checkpoint.collective import on_main
 from megatron_prefix.checkpoint.torch_dist import (
     CHECKSUMS,
     COMPLETE,
+    _MetadataUnpickler,
     check_checksums,
     check_harmless,
     load_common,
@@ -161,6 +164,30 @@ def test_metadata_is_read_by_every_python(tmp_path):
     meta = writer.storage_meta()
     assert meta is not None and meta.checkpoint_id == str(tmp_path)
     assert b"pathlib" not in pickle.dumps(meta)
+
+
+class Attribute:
+    """Pickled as Python 3.11.2 pickles a member of an enumeration."""
+
+    def __init__(self, kind: object, name: str) -> None:
+        self._of = kind, name
+
+    def __reduce__(self) -> tuple:
+        return getattr, self._of
+
+
+def test_members_of_enumerations_are_the_only_attributes(tmp_path):
+    """Python before 3.11.4 stores them as attributes of their class."""
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    stored = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name))
+    assert _MetadataUnpickler(io.BytesIO(stored)).load() is member
+    for kind, name in (
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (TensorProperties, "create_from_tensor"),
+        (member, "name"),
+    ):
+        with pytest.raises(pickle.UnpicklingError, match="it refers to builtins.getattr"):
+            _MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(kind, name)))).load()
 
 
 def test_a_failure_of_the_main_process_is_raised(world):
