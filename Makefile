@@ -58,8 +58,15 @@ test-gpu: install
 	$(PYTEST) -n 0 -m gpu -rs --timeout 120 tests/gpu
 
 # Whole steps as CUDA runs them, on fake tensors: needs a build of torch with CUDA, and no GPU.
-test-fake-cuda: install
-	$(PYTEST) -n 0 -rs tests/fake_cuda
+# Transformer Engine's Python is taken without its C++.
+ENGINE := build/engine
+$(ENGINE)/.installed: Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(ENGINE) \
+	    transformer-engine==2.20.2 einops
+	@touch $@
+
+test-fake-cuda: install $(ENGINE)/.installed
+	FAKE_CUDA_ENGINE="$(CURDIR)/$(ENGINE)" $(PYTEST) -n 0 -rs tests/fake_cuda tests/unit/kernels
 
 # Without a network: WHEELS=directory, or - where everything is installed (docs/gpu.md).
 gpu-check:

@@ -59,15 +59,19 @@ def check_call(name: str, args: tuple, kwargs: dict) -> None:
     assert q.size(1) % k.size(1) == 0, "query heads are no multiple of key heads: order?"
     assert call["dropout_p"] == 0.0 and isinstance(call["is_causal"], bool)
     for side, tensor in (("q", q), ("k", k)):
-        boundaries, longest = call[f"cum_seq_{side}"], call[f"max_{side}"]
-        assert boundaries.dtype == torch.int32, f"cum_seq_{side} is {boundaries.dtype}"
-        known = getattr(boundaries, KNOWN, None)
-        assert known is not None, f"cum_seq_{side} is not the plan's"
-        assert known[-1] == tensor.size(0), (
-            f"cum_seq_{side} ends at {known[-1]}, and there are {tensor.size(0)} tokens: order?"
-        )
-        least = max(int(np.diff(known).max(initial=0)), 2 if side == "q" else 1)
-        assert longest == least, f"max_{side} is {longest}, and the longest piece has {least}"
+        check_boundaries(side, call[f"cum_seq_{side}"], call[f"max_{side}"], tensor.size(0))
+
+
+def check_boundaries(side: str, boundaries: torch.Tensor, longest: int, num_tokens: int) -> None:
+    """Raise AssertionError unless boundaries of the plan fit the tokens of queries or keys."""
+    assert boundaries.dtype == torch.int32, f"boundaries of {side} are {boundaries.dtype}"
+    known = getattr(boundaries, KNOWN, None)
+    assert known is not None, f"boundaries of {side} are not the plan's"
+    assert known[-1] == num_tokens, (
+        f"boundaries of {side} end at {known[-1]}, and there are {num_tokens} tokens: order?"
+    )
+    least = max(int(np.diff(known).max(initial=0)), 2 if side == "q" else 1)
+    assert longest == least, f"the bound of {side} is {longest}, and the longest piece {least}"
 
 
 def check_launch(kernel: Any, args: tuple, constants: dict) -> None:

@@ -22,6 +22,10 @@ from typing import Any
 from unittest import mock
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+if "FAKE_ENGINE" in os.environ:  # before Megatron-Core looks for it
+    from engine import import_engine
+
+    import_engine(Path(os.environ["FAKE_ENGINE"]))
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # noqa: F401  meta kernels of collectives

@@ -9,24 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_prefix.testing import write_random_set
-
-HERE = Path(__file__).parent
 HAS_CUDA_BUILD = torch.version.cuda is not None
-COMPILER = shutil.which("g++") or (shutil.which("cc") if HAS_CUDA_BUILD else None)
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or sys.platform != "linux" or torch.cuda.is_available(),
-    reason="needs a C++ compiler, Linux, and no GPU",
-)
 TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 ZERO = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
@@ -66,53 +53,6 @@ KERNELS |= {"statistics_kernel", "gradient_kernel"}
 QUICK = "lm"
 STOCK = "megatron/core/tensor_parallel/layers.py", "megatron/core/pipeline_parallel/schedules.py"
 """Where Megatron-Core masks the embedding of a part of the vocabulary, forward and in backward."""
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Path:
-    """A library that stands in for CUDA's driver, or for the guard of its devices."""
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    command = [COMPILER, "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
-    if HAS_CUDA_BUILD:
-        command += ["-x", "c", str(HERE / "driver.c")]
-    else:
-        root = Path(torch.__file__).parent
-        command += ["-std=c++20", f"-I{root / 'include'}", str(HERE / "guard.cpp")]
-        command += [f"-L{root / 'lib'}", "-Wl,--no-as-needed", "-lc10"]
-    subprocess.run(command, check=True)
-    return library
-
-
-@pytest.fixture
-def steps(driver, tmp_path):
-    """`steps(processes, sections, *plant)`: the finished process."""
-
-    def steps(size: int, sections: dict, *plant: str) -> subprocess.CompletedProcess:
-        data = write_random_set(tmp_path / "set", 5, 16)
-        settings = {
-            "data": {"train": data, "row_capacity": 256, "global_batch_size": 8},
-            "model": {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512}
-            | {"num_attention_heads": 4, "num_query_groups": 2, "dtype": "bfloat16"}
-            | {"attention_backend": "flash"}
-            | sections.get("model", {}),
-            "optimizer": {"lr": 1e-3},
-            "train": {"steps": 2},
-            "logging": {"output": str(tmp_path / "run")},
-        }
-        settings |= {key: value for key, value in sections.items() if key != "model"}
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps(settings))
-        command = [sys.executable, str(HERE / "fake_run.py"), str(path), str(size), *plant]
-        preload = {"LD_PRELOAD": str(driver)} if HAS_CUDA_BUILD else {}
-        return subprocess.run(
-            command,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "FAKE_CUDA_LIBRARY": str(driver)} | preload,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return steps
 
 
 def params() -> list:

@@ -1,0 +1,36 @@
+"""Whole steps with Transformer Engine's layers, on fake tensors: its own Python, no C++.
+
+Its Python chooses kernels and passes arguments; engine_shapes.py checks them and gives shapes.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+CASES = {  # name: processes, sections
+    "flash": (1, {}),
+    "te": (1, {"model": {"attention_backend": "te"}}),
+    "te, window": (1, {"model": {"attention_backend": "te", "window_size": [7, 0]}}),
+    "lora": (1, {"lora": {"r": 4, "target_modules": "all-linear"}}),
+    "tp2sp": (2, {"parallel": TP2SP, "model": {"attention_backend": "te"}}),
+    "reward": (1, {"model": {"kind": "reward"}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_steps_with_its_layers(steps, name):
+    size, sections = CASES[name]
+    result = steps(size, sections, has_engine=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["launched"]["passes"] > 100 and report["launched"]["update"] > 10
+    assert report["waits"].get("feed", {}) == {}
+    waits = report["waits"].get("passes", {})
+    own = {place for place in waits if "megatron_prefix/" in place}
+    assert own == set(), waits
+    if name != "tp2sp":  # the mask of the divided embedding; else what is made at first use
+        assert all(count == 1 for count in waits.values()), waits
