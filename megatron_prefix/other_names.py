@@ -20,7 +20,6 @@ _MOMENTS = (
     "nothing: not offered; Adam's state is float32 on the device, and "
     "parallel.use_distributed_optimizer divides it over ranks"
 )
-_FP8 = "nothing: not offered; model.dtype: bfloat16 is the lowest precision"
 _HUB = "nothing: convert export writes a directory, which any tool uploads"
 
 TRL = {
@@ -126,10 +125,8 @@ MEGATRON = {
     "main_params_dtype": _MOMENTS,
     "exp_avg_dtype": _MOMENTS,
     "exp_avg_sq_dtype": _MOMENTS,
-    "fp8_format": _FP8,
-    "fp8_recipe": _FP8,
-    "fp8_param_gather": _FP8,
-    "first_last_layers_bf16": _FP8,
+    "fp8_format": "model.fp8",
+    "fp8_param_gather": "nothing: not offered; weights stay bfloat16, copied to FP8 in every step",
     "tp_comm_overlap": _UNEQUAL_ROWS,
     "enable_cuda_graph": _UNEQUAL_ROWS,
     "cuda_graph_impl": _UNEQUAL_ROWS,

@@ -33,6 +33,7 @@ from megatron_prefix.config.bounds import (
     Width,
     WindowSize,
 )
+from megatron_prefix.config.fp8 import DEFAULT_RECIPE, ROWS
 from megatron_prefix.config.parts import Architecture, RopeScaling
 from megatron_prefix.config.vision import VisionConfig
 from megatron_prefix.errors import InputError
@@ -208,6 +209,15 @@ class ModelConfig:
     make_vocab_size_divisible_by: Width = 64
     """The embedding is padded with zero rows, never predicted, to a multiple of this."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Multiply the matrices of layers in FP8, by Transformer Engine: `e4m3`, or `hybrid` with e5m2
+    for gradients. Attention, the embedding and the head stay bfloat16."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """Scales of FP8: one per tensor from earlier steps (`delayed`) or from the tensor itself
+    (`tensorwise`, the default with `fp8`), or one per block of 128 (`blockwise`) or 32 (`mxfp8`)
+    values; see docs/gpu.md."""
+    first_last_layers_bf16: Switch = False
+    """The first and the last layer stay bfloat16; not with `delayed`."""
     attention_backend: Literal["auto", "dense", "path", "flash", "te", "flex"] = "auto"
     """`dense` and `path` run anywhere; `flash`, `te` (Transformer Engine) and `flex`
     (FlexAttention) need CUDA; `auto` chooses by attention/auto_table.json."""
@@ -231,6 +241,16 @@ class ModelConfig:
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: Layers | None = None
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe of FP8, if there is one."""
+        return None if self.fp8 is None else self.fp8_recipe or DEFAULT_RECIPE
+
+    @property
+    def token_multiple(self) -> int:
+        """A rank's tokens of a row are a multiple of this: 1, except in FP8."""
+        return 1 if self.recipe is None else ROWS[self.recipe]
 
     @property
     def kernels(self) -> dict[str, str]:

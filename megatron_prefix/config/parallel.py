@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from megatron_prefix.config.bounds import KNOWN_KEYS, Layers, Minutes, Processes, Switch
+from megatron_prefix.config.fp8 import fp8_size_faults
 from megatron_prefix.config.model import ModelConfig, ModelSizes
 from megatron_prefix.errors import InputError
 
@@ -80,6 +81,8 @@ def layout_faults(model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfi
                 f"model.{key} = {value} is not a multiple of "
                 f"parallel.tensor_model_parallel_size = {tensor}"
             )
+    if model.fp8 is not None:
+        yield from fp8_size_faults(sizes, tensor)
     heads = tensor * parallel.context_parallel_size
     if parallel.cp_comm == "all_to_all":
         for key in ("num_attention_heads", "num_query_groups"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_prefix.config.bounds import MOST_PROFILED
+from megatron_prefix.config.fp8 import fp8_faults
 from megatron_prefix.config.fusions import fusion_faults
 from megatron_prefix.config.kinds import kind_faults
 from megatron_prefix.config.lora import lora_faults, lora_size_faults
@@ -26,6 +27,7 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
             *_set_faults(config),
             *_model_faults(config.model),
             *fusion_faults(config.model),
+            *fp8_faults(config.model),
             *_run_faults(config),
             *kind_faults(config.model.kind, raw),
             *(lora_faults(config.lora, config.model.kind) if config.lora else ()),

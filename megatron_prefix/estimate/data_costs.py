@@ -47,7 +47,7 @@ def planned_sampler(
     return replace(
         training_sampler(config, objective, dataset, sizes=sizes),
         num_ranks=ranks,
-        row_multiple=parallel.row_multiple,
+        row_multiple=parallel.row_multiple * config.model.token_multiple,
         count_multiple=parallel.count_multiple,
     )
 

@@ -58,6 +58,11 @@ def check_dtype(machine: Hardware | None, model: ModelConfig) -> None:
             f"model.dtype = {model.dtype} with --gpu {machine.gpu.name}: times are known for "
             "bfloat16; add model.dtype=bfloat16"
         )
+    if machine is not None and machine.gpu is not None and model.fp8 is not None:
+        raise InputError(
+            f"model.fp8 = {model.fp8} with --gpu {machine.gpu.name}: times are known for bfloat16; "
+            "remove model.fp8, or leave out --gpu"
+        )
 
 
 def fit(machine: Hardware, memory: dict[str, Any]) -> dict[str, Any]:

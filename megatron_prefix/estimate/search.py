@@ -313,7 +313,8 @@ class LayoutSearch:
         job = self._run(config, rows).job(self.machine)
         assert job is not None, "a GPU is named"
         flops, own_tokens = self._forward
-        tokens = rows.tokens(config.data.length_multiple(config.parallel.row_multiple))
+        multiple = config.parallel.row_multiple * config.model.token_multiple
+        tokens = rows.tokens(config.data.length_multiple(multiple))
         padding = tokens / own_tokens
         work = StepWork(
             flops=replace(flops, linear=flops.linear * padding, adapters=flops.adapters * padding),

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from megatron_prefix.attention import Rotation, TreePackedSeqParams, rotation_of
 from megatron_prefix.config import RopeScaling
+from megatron_prefix.config.fp8 import ROWS
 from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.config.parts import Architecture
 from megatron_prefix.model.layers import rotary_angles
@@ -106,6 +107,11 @@ class TreeTransformerConfig(TransformerConfig):
             self.add_bias_linear = False
         super().__post_init__()
         self.add_bias_linear = has_biases
+
+    @property
+    def token_multiple(self) -> int:
+        """A rank's tokens of a row are a multiple of this: 1, except in FP8."""
+        return ROWS[self.fp8_recipe] if self.fp8 else 1
 
     @property
     def padded_vocab_size(self) -> int:

@@ -25,6 +25,7 @@ from megatron_prefix.model.hf import HFModel, WeightMap
 from megatron_prefix.model.init import initialize_adapters, initialize_weights
 from megatron_prefix.model.names import EMBEDDING, OUTPUT_LAYER, REWARD_HEAD
 from megatron_prefix.model.parameters import base_parameters, tensor_group
+from megatron_prefix.model.precision import fp8_settings
 from megatron_prefix.model.spec import uses_transformer_engine
 from megatron_prefix.model.vision import VisionSettings
 
@@ -95,6 +96,7 @@ def transformer_config(
         use_te_activation_func=own_gate,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
+        **fp8_settings(model, parts),
         **_layout_settings(parallel),
         moe_token_dispatcher_type="alltoall",  # needed for variable lengths, also without experts
         **_expert_settings(model, sizes, parallel, lora),

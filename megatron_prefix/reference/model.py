@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,7 +37,7 @@ from megatron_prefix.reference.scoring import score_dataset, with_reference
 from megatron_prefix.reference.several import read_references
 from megatron_prefix.reference.sidecars import read_heads, read_sidecar
 
-ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
+ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8, "fp8": 2.0**-4}
 """Relative rounding of a log-probability between two ways to compute it, in units of what is
 rounded (see `engine.step.response_noise`)."""
 
@@ -303,7 +304,7 @@ def open_reference(
     """
     if objective.reference == "none":
         return NoReference()
-    rounding = ROUNDING[config.model.dtype]
+    rounding = ROUNDING["fp8" if config.model.fp8 else config.model.dtype]
     if objective.mixture is not None:
         assert fingerprint is not None
         return read_references(
@@ -335,10 +336,16 @@ def open_reference(
 def reference_fingerprint(chunks: list[torch.nn.Module], adapter: SavedAdapter | None) -> str:
     """Fingerprint of the reference of `chunks`, which hold the policy of the start, with what
     `StartingModel.load` returned: the base's, unless the reference has the adapter. Collective."""
-    lora = unwrap(chunks[0]).config.lora
+    config = unwrap(chunks[0]).config
+    lora = config.lora
+    fingerprint = adapter.base_fingerprint if adapter is not None else ""
     if adapter is None or lora is None or lora.reference == "start":
-        return model_fingerprint(chunks, with_adapters=lora is not None)
-    return adapter.base_fingerprint
+        fingerprint = model_fingerprint(chunks, with_adapters=lora is not None)
+    if not config.fp8:
+        return fingerprint
+    # the same weights have other log-probabilities in another recipe
+    recipe = f"{config.fp8} {config.fp8_recipe} {config.first_last_layers_bf16}"
+    return sha256(f"{fingerprint} {recipe}".encode()).hexdigest()
 
 
 def frozen_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:

@@ -35,6 +35,12 @@ def machine_notes(
             "tested: a layer may take a slower path without a message. Install "
             f"'transformer-engine[pytorch]>={least},<{below}'"
         )
+    if config.fp8 and config.fp8_recipe == "delayed":
+        yield (
+            "model.fp8_recipe: delayed: checkpoints have no scales, so the first step after a "
+            "start or a resume runs with scales of 1, in which small gradients vanish; tensorwise "
+            "and blockwise have no such step"
+        )
     if config.num_moe_experts and not config.moe_grouped_gemm:
         yield f"experts are computed one after another: {_why_not_grouped(config, engine)}"
 

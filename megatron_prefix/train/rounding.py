@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from megatron_prefix.model import TreeTransformerConfig
 
-ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
-"""Relative rounding of one operation and of what it is summed with, by `model.dtype`."""
+ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8, "fp8": 2.0**-4}
+"""Relative rounding of one operation and of what it is summed with, by `model.dtype`, or of FP8
+(e4m3)."""
 EXPERTS = 4.0
 """In bfloat16, what rounding is multiplied by for a model with experts: two that a router finds
 almost equal may change places, which moves a token by more than rounding."""
@@ -22,4 +23,5 @@ def rounding_of(config: TreeTransformerConfig) -> float:
     """Relative rounding of a model."""
     if not config.bf16:
         return ROUNDING["float32"]
-    return ROUNDING["bfloat16"] * (EXPERTS if config.num_moe_experts else 1.0)
+    rounding = ROUNDING["fp8" if config.fp8 else "bfloat16"]
+    return rounding * (EXPERTS if config.num_moe_experts else 1.0)

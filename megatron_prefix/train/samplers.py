@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -304,6 +304,8 @@ def _sampler(
         cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
         **(world.sampler_layout if world is not None else {}),
     )
+    row_multiple = sampler.row_multiple * config.model.token_multiple
+    sampler = replace(sampler, row_multiple=row_multiple)
     if objective.parts.heads and (group := sampler.first_divided()) is not None:
         setting = "data.row_capacity" if data.row_capacity else "data.micro_batch_size"
         raise InputError(

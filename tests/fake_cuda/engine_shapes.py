@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ Tensor = torch.Tensor
 def rmsnorm_fwd(x: Tensor, weight: Tensor, eps: float, out: Any, *rest: Any) -> tuple:
     """Normed rows, no mean, and 1 / root mean square of each row."""
     assert x.dim() == 2 and weight.shape == x.shape[1:] and x.is_contiguous(), "norm's input"
-    return _result(x, out), None, x.new_empty(len(x), dtype=torch.float32)
+    quantizer = rest[0] if rest else None
+    return _result(x, out, quantizer), None, x.new_empty(len(x), dtype=torch.float32)
 
 
 def layernorm_fwd(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple:
@@ -50,20 +52,26 @@ def generic_gemm(
     **options: Any,
 ) -> tuple:
     """op(b) op(a) of matrices in torch's order: [M, K] times [N, K] transposed is [M, N]."""
-    a2, b2 = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
-    rows, inner = b2.shape[::-1] if transposes_b else b2.shape
-    columns, other = a2.shape if transposes_a else a2.shape[::-1]
+    a2, b2 = ((math.prod(x.shape[:-1]), x.shape[-1]) for x in (a, b))
+    rows, inner = b2[::-1] if transposes_b else b2
+    columns, other = a2 if transposes_a else a2[::-1]
     assert inner == other, f"a product of {tuple(b.shape)} and {tuple(a.shape)}: order?"
-    assert a.is_cuda and b.is_cuda and a.dtype == b.dtype, f"{a.dtype} and {b.dtype}"
-    leading = () if transposes_b else b.shape[:-1]
-    shape = (rows, columns) if transposes_b else (*leading, columns)
+    assert a.device.type == b.device.type == "cuda"
+    is_fp8 = [hasattr(x, "_quantizer") for x in (a, b)]
+    assert is_fp8[0] == is_fp8[1], "one operand is in FP8"
+    if is_fp8[0]:
+        assert inner % 16 == rows % 8 == columns % 16 == 0, f"{rows} x {inner} x {columns} in FP8"
+    else:
+        assert a.dtype == b.dtype, f"{a.dtype} and {b.dtype}"
+    shape = (rows, columns) if transposes_b else (*b.shape[:-1], columns)
     if out is not None:
         assert out.shape == shape, f"{tuple(out.shape)}, not {tuple(shape)}"
         result = out
     else:
-        result = a.new_empty(shape, dtype=_torch_dtype(out_dtype, a.dtype))
+        dtype = _torch_dtype(out_dtype, getattr(a, "dtype", torch.bfloat16))
+        result = torch.empty(shape, dtype=dtype, device="cuda")
     is_gradient = rest[3] if len(rest) > 3 else False
-    bias_gradient = a.new_empty(columns) if bias is not None and is_gradient else None
+    bias_gradient = result.new_empty(columns) if bias is not None and is_gradient else None
     return result, bias_gradient, None, None
 
 
@@ -123,8 +131,41 @@ def get_num_cublas_streams() -> int:
     return 4
 
 
-def _result(x: Tensor, out: Any) -> Tensor:
-    return out if out is not None else torch.empty_like(x)
+def quantize(x: Tensor, quantizer: Any, out: Any = None, *rest: Any) -> Any:
+    """`x` in FP8: no values, the quantizer's kind of tensor."""
+    assert x.is_cuda and x.shape[-1] % 16 == 0, f"{tuple(x.shape)} in FP8"
+    return _result(x, out, quantizer)
+
+
+def dequantize(x: Any, dtype: Any) -> Tensor:
+    return torch.empty(x.size(), dtype=_torch_dtype(dtype, torch.bfloat16), device="cuda")
+
+
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.device, *rest: Any
+) -> Any:
+    """A tensor of the quantizer's kind."""
+    from transformer_engine.pytorch.tensor import float8_tensor as module
+
+    kind = type(quantizer)
+    if kind is module.Float8Quantizer:  # the same tensors; its own description is in the C++
+        kind = module.Float8CurrentScalingQuantizer
+    meta = kind.storage_metadata(quantizer, dtype)
+    described = {"is_tensor": not quantizer.internal, "requires_grad": False, **meta}
+    parts = {
+        name: torch.empty(size, dtype=own, device=device)
+        for name, (size, own) in kind.inner_tensor_specs(quantizer, tuple(shape)).items()
+    }
+    strides = torch.empty(shape, device="meta").stride()
+    return described["cls"].__tensor_unflatten__(parts, described, torch.Size(shape), strides)
+
+
+def _result(x: Tensor, out: Any, quantizer: Any = None) -> Any:
+    if out is not None:
+        return out
+    if quantizer is None:
+        return torch.empty_like(x)
+    return quantizer.make_empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _torch_dtype(kind: Any, default: torch.dtype) -> torch.dtype:
@@ -135,6 +176,9 @@ def _torch_dtype(kind: Any, default: torch.dtype) -> torch.dtype:
 FUNCTIONS = (
     rmsnorm_fwd,
     layernorm_fwd,
+    quantize,
+    dequantize,
+    create_empty_quantized_tensor,
     rmsnorm_bwd,
     layernorm_bwd,
     rmsnorm_bwd_add,

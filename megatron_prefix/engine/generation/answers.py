@@ -119,7 +119,8 @@ def _batches(
     config = unwrap(chunks[0]).config
     context, layout = world.context(config), world.sampler_layout
     batches = []
-    for row in open_rows(sequences, capacity, layout["row_multiple"], layout["count_multiple"]):
+    multiple = layout["row_multiple"] * config.token_multiple
+    for row in open_rows(sequences, capacity, multiple, layout["count_multiple"]):
         share = None if context is None else context.share(row.layout, world.device)
         batch = to_device(row, world.device, share=share).without_auxiliary()
         prepare_attention(batch.params, config)
