@@ -43,7 +43,6 @@ import numpy as np
 import torch
 
 from megatron_prefix.attention.pieces import cut_into_pieces, seen_paths
-from megatron_prefix.kernels import segment_sums
 from megatron_prefix.layout import TreeLayout
 from megatron_prefix.platform import on_device
 
@@ -98,6 +97,8 @@ class PathPlan:
         if self.is_identity:
             return copies
         if is_fused:
+            from megatron_prefix.kernels import segment_sums  # needs Triton
+
             return segment_sums(copies, self.copy_order, self.copy_offsets)
         exact = torch.promote_types(copies.dtype, torch.float32)
         ordered = copies.index_select(0, self.copy_order).to(exact).flatten(1)

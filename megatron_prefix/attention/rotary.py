@@ -18,8 +18,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_prefix.kernels import rotated
-
 
 class Rotation(NamedTuple):
     """Cosine and sine of each token's angles, both [T, 1, D/2], and which channels form a pair."""
@@ -69,7 +67,11 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved, is_fused):
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved, ctx.turn = interleaved, rotated if is_fused else _rotated
+        ctx.interleaved, ctx.turn = interleaved, _rotated
+        if is_fused:
+            from megatron_prefix.kernels import rotated  # needs Triton
+
+            ctx.turn = rotated
         return ctx.turn(x, cos, sin, 1, interleaved)
 
     @staticmethod

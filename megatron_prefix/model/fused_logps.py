@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from megatron_prefix.kernels import row_statistics, softmax_gradient
-
 
 class FusedLogps(torch.autograd.Function):
     """log softmax(logits)[logit, target] with the vocabulary split over a process group; `logit_N`
@@ -20,6 +18,8 @@ class FusedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_UV, logit_N, target_N, vocab_size, group):
+        from megatron_prefix.kernels import row_statistics  # needs Triton
+
         rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
         start = rank * logits_UV.size(1)
         columns = min(max(vocab_size - start, 0), logits_UV.size(1))
@@ -45,6 +45,8 @@ class FusedLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_N):
+        from megatron_prefix.kernels import softmax_gradient
+
         logits_UV, logit_N, local_N, top_U, sum_U = ctx.saved_tensors
         grad_N = grad_N.contiguous()
         weight_U = top_U.new_zeros(len(top_U)).index_put_((logit_N,), grad_N, accumulate=True)

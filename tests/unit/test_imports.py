@@ -238,3 +238,13 @@ def test_a_wrong_import_is_found(tmp_path, importer, text, check):
 def test_a_circle_is_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+def test_a_model_needs_no_triton():
+    """torch for CPUs comes without it, so kernels are imported when they are used."""
+    early = set()
+    for path in (ROOT / "megatron_prefix").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and node.module == "megatron_prefix.kernels":
+                early |= {alias.name for alias in node.names}
+    assert early == {"why_no_kernels"}

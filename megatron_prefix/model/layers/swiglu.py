@@ -14,8 +14,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_prefix.kernels import gated, gated_gradient
-
 
 class SwiGLU(MegatronModule):
     """[T, 1, 2 F], gate before up-projection, -> [T, 1, F]."""
@@ -58,9 +56,13 @@ class _FusedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up):
+        from megatron_prefix.kernels import gated  # needs Triton
+
         ctx.save_for_backward(gate_up)
         return gated(gate_up)
 
     @staticmethod
     def backward(ctx, grad):
+        from megatron_prefix.kernels import gated_gradient
+
         return gated_gradient(grad, *ctx.saved_tensors)
