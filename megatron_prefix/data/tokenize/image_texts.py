@@ -98,8 +98,8 @@ class ImageTexts:
 
 
 def _is_written(text: str) -> bool:
-    """Whether the probe's text was written, and not the list of parts as text."""
-    return PROBE in text and "type" not in text
+    """Whether the probe's text was written, and not the list of parts as Python or JSON."""
+    return PROBE in text and not any(f"{q}type{q}: {q}text{q}" in text for q in "'\"")
 
 
 def _parts(content: str) -> list[dict[str, str]]:

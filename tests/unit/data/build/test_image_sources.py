@@ -173,3 +173,20 @@ def test_a_processor_in_memory_is_that_of_its_directory(model, folder, expected)
     built = from_hf_dataset(data, processor)
     assert same(built, expected)
     assert built.images.processor == expected.images.processor
+
+
+def test_bytes_of_images_end_a_chunk(model, folder, tmp_path, monkeypatch):
+    """A chunk must not hold thousands of images: their bytes count as those of texts do."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from megatron_prefix.data.build.chunks import read_chunks
+    from megatron_prefix.data.read import ExampleReader, Inputs
+
+    parquet.write_table(pyarrow.Table.from_pylist([*rows(folder, "trl")]), tmp_path / "a.parquet")
+    reader, inputs = ExampleReader(), Inputs([tmp_path / "a.parquet"])
+    assert [len(records) for records, _ in read_chunks(inputs, reader)] == [3]
+    monkeypatch.setattr("megatron_prefix.data.build.chunks.CHUNK_BYTES", 5000)
+    sizes = [(folder / f"{i}.png").stat().st_size for i in range(3)]
+    assert min(sizes) > 5000
+    assert [len(records) for records, _ in read_chunks(inputs, reader)] == [1, 1, 1]
