@@ -55,7 +55,7 @@ def turn(role, *parts):
 
 RECORDS = [
     {"images": ["0.png"], "prompt": [turn("user", IMAGE, text("What is it?"))]},
-    {"images": ["1.png", "0.png"], "prompt": [turn("user", text("Now"), IMAGE, text("or"), IMAGE)]},
+    {"images": ["1.png", "0.png"], "prompt": [turn("user", text("Now"), IMAGE, IMAGE)]},
     {
         "images": ["2.png", "2.png", "3.png"],
         "prompt": [

@@ -186,7 +186,7 @@ def test_bytes_of_images_end_a_chunk(model, folder, tmp_path, monkeypatch):
     parquet.write_table(pyarrow.Table.from_pylist([*rows(folder, "trl")]), tmp_path / "a.parquet")
     reader, inputs = ExampleReader(), Inputs([tmp_path / "a.parquet"])
     assert [len(records) for records, _ in read_chunks(inputs, reader)] == [3]
-    monkeypatch.setattr("megatron_prefix.data.build.chunks.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("megatron_prefix.data.build.chunks.CHUNK_BYTES", 3000)
     sizes = [(folder / f"{i}.png").stat().st_size for i in range(3)]
-    assert min(sizes) > 5000
+    assert min(sizes) > 3000
     assert [len(records) for records, _ in read_chunks(inputs, reader)] == [1, 1, 1]
