@@ -63,11 +63,8 @@ def test_prompts_that_begin_with_other_images_are_two_roots(tmp_path):
     tree = data[0]
     assert tree.parents.tolist() == [-1, 0, 1, 1, -1, 4, 5, 5]
     assert tree.images.ids.tolist() == [0, 1] and tree.images.lengths.tolist() == [3, 2]
-    assert tree.node_tokens(0).tolist() == [9, 9, 9, 5] and tree.node_tokens(4).tolist() == [
-        9,
-        9,
-        5,
-    ]
+    assert tree.node_tokens(0).tolist() == [9, 9, 9, 5]
+    assert tree.node_tokens(4).tolist() == [9, 9, 5]
 
 
 def test_a_prompt_that_goes_on_with_another_image_shares_what_is_before(tmp_path):
