@@ -76,7 +76,9 @@ def test_log_probabilities_of_records_are_those_of_transformers(sources, tmp_pat
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param("llava", marks=pytest.mark.slow), "llava_onevision", "qwen2_5_vl"]
+)
 def test_sharing_recomputation_and_rows_change_nothing(sources, tmp_path, family):
     source = sources[family]
     vision = {"vision": {"freeze_tower": False}}
@@ -93,7 +95,6 @@ def test_sharing_recomputation_and_rows_change_nothing(sources, tmp_path, family
         model = {"model": {**vision, **sections.get("model", {})}}
         rows = run(source, tmp_path / name, **{**sections, **model})
         assert values(rows) == pytest.approx(values(expected), rel=2e-4, abs=1e-6), name
-    assert (tmp_path / "tree").is_dir()
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_is_exported(sources, tmp_path):
