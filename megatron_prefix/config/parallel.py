@@ -82,7 +82,7 @@ def layout_faults(model: ModelConfig, sizes: ModelSizes, parallel: ParallelConfi
                 f"parallel.tensor_model_parallel_size = {tensor}"
             )
     if model.fp8 is not None:
-        yield from fp8_size_faults(sizes, tensor)
+        yield from fp8_size_faults(model, sizes, tensor)
     heads = tensor * parallel.context_parallel_size
     if parallel.cp_comm == "all_to_all":
         for key in ("num_attention_heads", "num_query_groups"):

@@ -17,7 +17,10 @@ CASES = {  # name: processes, sections
     "lora": (1, {"lora": {"r": 4, "target_modules": "all-linear"}}),
     "tp2sp": (2, {"parallel": TP2SP, "model": {"attention_backend": "te"}}),
     "reward": (1, {"model": {"kind": "reward"}}),
-    "fp8 tensorwise": (1, {"model": {"fp8": "hybrid", "first_last_layers_bf16": True}}),
+    "fp8 tensorwise": (
+        1,
+        {"model": {"fp8": "hybrid", "first_last_layers_bf16": True, "num_layers": 3}},
+    ),
     "fp8 delayed": (1, {"model": {"fp8": "hybrid", "fp8_recipe": "delayed"}}),
     "fp8 blockwise": (1, {"model": {"fp8": "e4m3", "fp8_recipe": "blockwise"}}),
     "fp8 lora tp2sp": (

@@ -35,8 +35,13 @@ def fp8_faults(model: Any) -> Iterator[str]:
         )
 
 
-def fp8_size_faults(sizes: Any, tensor: int) -> Iterator[str]:
+def fp8_size_faults(model: Any, sizes: Any, tensor: int) -> Iterator[str]:
     """Widths of a model, each rank's share of them, that FP8 does not multiply."""
+    if model.first_last_layers_bf16 and sizes.num_layers <= 2:
+        yield (
+            f"model.first_last_layers_bf16 = True with model.num_layers = {sizes.num_layers} "
+            "leaves no layer in FP8: remove it, or model.fp8"
+        )
     heads = sizes.num_attention_heads * sizes.kv_channels // tensor
     keys = sizes.num_query_groups * sizes.kv_channels // tensor
     widths = {

@@ -48,6 +48,7 @@ def test_the_recipe_decides_the_multiple_of_tokens():
             FP8 | {"fp8_recipe": "delayed", "first_last_layers_bf16": True},
             "first_last_layers_bf16 = True with model.fp8_recipe: delayed",
         ),
+        (FP8 | {"first_last_layers_bf16": True}, "num_layers = 2 leaves no layer in FP8"),
         (FP8 | {"ffn_hidden_size": 100}, "ffn_hidden_size = 100 is not a multiple of 16"),
         (FP8 | {"fp8_param_gather": True}, "unknown key model.fp8_param_gather"),
     ],
