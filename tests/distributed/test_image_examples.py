@@ -1,12 +1,17 @@
-"""The examples of models that read images fit their GPUs."""
+"""The examples of models that read images fit their GPUs, and run scaled down in their layout."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 import transformers
+import yaml
+from image_runs import build, make_model, records
 from launch_recipes import GPUS, ROOT
+from runs import TIMEOUT_S, on_processes
 
 from megatron_prefix.config import load_config
 from megatron_prefix.estimate.planning import plan_run
@@ -62,3 +67,34 @@ def test_the_real_model_fits_its_gpus(name, num_gpus, row_tokens, tmp_path):
 
 def test_there_are_no_others():
     assert {Path(path).stem for path in EXAMPLES.glob("*.yaml")} == SIZES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "family", "count"), [("llava-7b", "llava", 1), ("qwen-7b", "qwen2_5_vl", 2)]
+)
+def test_it_runs_scaled_down(name, family, count, tmp_path):
+    """All settings but sizes, paths and precision are the example's."""
+    raw = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
+    model = make_model(tmp_path / "model", family)
+    data = build(model, records(tmp_path / "records"), tmp_path / "data")
+    raw["data"] |= {"train": data, "valid": data, "row_capacity": 600, "global_batch_size": 3}
+    raw["model"] |= {"hf": str(model), "dtype": "float32"}
+    raw["train"] |= {"save": str(tmp_path / "saved"), "load": str(tmp_path / "saved")}
+    raw["train"] |= {"eval_interval": 1, "save_interval": 2}
+    raw["optimizer"] |= {"lr": 1e-3, "lr_warmup_steps": 0}
+    raw["logging"]["output"] = str(tmp_path / "run")
+    commands = []
+    if raw["loss"].get("reference") == "precomputed":
+        raw["loss"]["ref_logps"] = str(tmp_path / "reference")
+        commands.append(["score", "--config", "CONFIG", "--output", str(tmp_path / "reference")])
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(raw))
+    commands.append(["train", "--config", "CONFIG"])
+    commands = [[str(config) if x == "CONFIG" else x for x in command] for command in commands]
+    on_processes(count, tmp_path, commands, TIMEOUT_S)
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    losses = [row["loss"] for row in map(json.loads, text.splitlines()) if "loss" in row]
+    assert len(losses) == 2 and losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[1] != losses[0] and math.isfinite(losses[1])
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
