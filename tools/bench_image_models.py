@@ -126,6 +126,12 @@ def write_model(directory: Path, name: str) -> None:
         )
         # its processor's video half needs torchvision, which the CPU build of torch lacks
         LlavaOnevisionImageProcessorPil().save_pretrained(directory)
+        counted = {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": (tower["image_size"] // tower["patch_size"]) ** 2,
+            "vision_feature_select_strategy": "full",
+        }
+        (directory / "processor_config.json").write_text(json.dumps(counted))
         tokenizer.chat_template = TEMPLATE
         processor = tokenizer
         model = transformers.LlavaOnevisionForConditionalGeneration(settings)
