@@ -24,9 +24,12 @@ def test_the_trackers_get_the_status(tmp_path, monkeypatch, end, status):
 
         step = 2
         held_out = SimpleNamespace(worst_pairs=list)
-        close = staticmethod(statuses.append)
         config = tiny_config("set", tmp_path)
         initial = SimpleNamespace(sizes=SimpleNamespace(num_moe_experts=0))
+
+        def close(self, status, ends_at_once) -> None:
+            assert not ends_at_once
+            statuses.append(status)
 
         def run(self, stop) -> None:
             assert not stop.is_asked()
