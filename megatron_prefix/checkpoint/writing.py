@@ -37,6 +37,9 @@ from megatron_prefix.checkpoint.collective import Group, gathered, on_main, own_
 from megatron_prefix.checkpoint.torch_dist import CHECKSUMS, FORMAT, checkpoint_files
 from megatron_prefix.data.files import sha256
 
+COPIED_AHEAD = 10_000_000
+"""Bytes that are copied from the device while others are written, as torch has it."""
+
 
 class Writer(dcp.FileSystemWriter):
     """torch's writer, whose `.metadata` every Python reads: a path is pickled under another module
@@ -55,6 +58,8 @@ class Snapshot:
     """Name -> the parts of a tensor that this process writes, in torch's form."""
     common: dict
     """Everything else; the main process writes it."""
+    is_copied: bool = False
+    """Whether all tensors are in host memory."""
 
     @classmethod
     def of(cls, state: dict, is_copied: bool = False) -> Snapshot:
@@ -71,15 +76,20 @@ class Snapshot:
                 by_key[tensor.key].append(tensor)
         if is_copied:
             common = dict_list_map_outplace(_copied, common)
-        return cls(tensors=mcore_to_pyt_state_dict(by_key, False), common=common)
+        return cls(
+            tensors=mcore_to_pyt_state_dict(by_key, False), common=common, is_copied=is_copied
+        )
 
     def write(self, path: Path, group: Group = None) -> None:
         """Write the files into the empty directory `path`. Collective. Raises OSError."""
+        # To copy ahead, torch's writer waits for the current CUDA stream again and again. On a
+        # thread that is a stream of device 0, or the one that training uses.
+        ahead = 0 if self.is_copied else COPIED_AHEAD
         try:
             on_main(lambda: torch.save(self.common, path / "common.pt"), group)
             dcp.save(
                 self.tensors,
-                storage_writer=Writer(path, thread_count=1),
+                storage_writer=Writer(path, thread_count=1, per_thread_copy_ahead=ahead),
                 planner=MCoreSavePlanner(flatten_state_dict=False),
                 process_group=group,
             )

@@ -9,6 +9,7 @@ from megatron_prefix.config import Config, ModelConfig
 from megatron_prefix.data.store import PreferenceDataset, join_datasets
 from megatron_prefix.data.store.roles import own_responses
 from megatron_prefix.data.store.verify import verify_tokens
+from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.data_costs import KnownModel
 from megatron_prefix.estimate.vision import KnownVision
 from megatron_prefix.model.hf import HFModel
@@ -84,12 +85,21 @@ def with_adapters(config: Config, model: KnownModel, missing: list[str]) -> Know
 
 def with_images(config: Config, model: KnownModel, dataset: PreferenceDataset | None) -> KnownModel:
     """The model with the part that reads images, if its directory describes one, and the work of
-    the pictures of the data set."""
+    the pictures of the data set. Raises InputError if the data set has images and the model cannot
+    read them."""
     folder = _config_folder(config.model)
     source = None if folder is None else HFModel.read(folder)
-    if source is None or (vision := KnownVision.of(source, config)) is None:
+    vision = None if source is None else KnownVision.of(source, config)
+    store = None if dataset is None else dataset.images
+    if store is not None and vision is None:
+        raise InputError(
+            f"data set {store.prefix} has images, and the model section describes a model that "
+            f"reads none: give the {store.processor['family']} model that it was built for as "
+            "model.hf"
+        )
+    if source is None or vision is None:
         return model
-    if dataset is not None and (store := dataset.images) is not None:
+    if store is not None:
         pictures = source.pictures_work(store.sizes, store.grids, store.several)
         vision = replace(vision, pictures=pictures)
     return replace(model, vision=vision)

@@ -25,6 +25,7 @@ from megatron_prefix.data.steps import MicroBatch
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.distributed import World
 from megatron_prefix.engine import StepRows, TrainBatch
+from megatron_prefix.platform import on_device
 from megatron_prefix.reference import Reference
 
 
@@ -64,5 +65,5 @@ class JointScores:
         ]
 
     def _of(self, numbers: np.ndarray) -> Tensor:
-        places = torch.from_numpy(np.searchsorted(self.numbers, numbers))
-        return self.logps[places.to(self.logps.device)]
+        places = np.searchsorted(self.numbers, numbers)
+        return self.logps[on_device(places, self.logps.device)]

@@ -36,8 +36,10 @@ def image_part(directory: Path, source: str, device: torch.device | str) -> Any:
         text.layer_types = []
     config = copy.deepcopy(config)
     config.text_config = text
+    device = torch.device(device)
     try:
-        with torch.random.fork_rng(), torch.device(device):
+        # by default, it would start every CUDA device of the machine
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
             model = transformers.AutoModel.from_config(
                 config, attn_implementation=ATTENTION, dtype=torch.float32
             )

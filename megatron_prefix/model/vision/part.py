@@ -2,7 +2,9 @@
 
 It is on the first pipeline stage, whole on every tensor-parallel rank. All of these ranks have the
 same images and the same gradient at the embeddings, so the gradients of its weights are equal and
-are not summed over them; over data- and context-parallel ranks they are.
+are not summed over them; over data- and context-parallel ranks they are. On CUDA some of
+transformers' operations round differently each time (atomic additions), so there the gradients are
+averaged over tensor-parallel ranks: their weights stay the same.
 
 It runs in evaluation mode always: there is no dropout. Shapes: F features of a row, C channels.
 """
@@ -21,6 +23,9 @@ from torch import Tensor
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf import HFModel
 from megatron_prefix.model.vision.pixels import RowPixels
+
+AVERAGED = "average_gradients_across_tp_domain"
+"""What a parameter has if Megatron-Core averages its gradient over tensor-parallel ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,8 @@ class VisionPart(torch.nn.Module):
             is_projector = family.is_projector(name)
             is_trained = settings.trains_projector if is_projector else settings.trains_tower
             parameter.requires_grad_(is_trained and name not in unused)
+            # not on CPU: gloo has no averages, and the gradients are equal there
+            setattr(parameter, AVERAGED, device.type != "cpu")
         self.eval()
 
     def train(self, mode: bool = True) -> VisionPart:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch.distributed.checkpoint import filesystem
 
 from megatron_prefix.checkpoint import RunCheckpoints, save_load
 from megatron_prefix.checkpoint import background as module
@@ -171,3 +172,15 @@ def test_a_snapshot_is_a_copy(tmp_path):
         assert common["groups"] == [{"lr": 1.0, "at": (1, 2)}] and common["count"] == first
         tensors = dist_checkpointing.load_plain_tensors(str(path))
         assert tensors["weight"].tolist() == [[first - 1] * 3] * 2
+
+
+def test_writing_a_copy_waits_for_no_device(tmp_path, monkeypatch):
+    """torch's writer copies ahead on the current CUDA stream, and waits for it."""
+    sharded = ShardedTensor.from_rank_offsets("weight", torch.ones(2, 3))
+    snapshot = Snapshot.of({"model": sharded}, is_copied=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", lambda *args, **_: pytest.fail("CUDA"))
+    snapshot.write(tmp_path)
+    monkeypatch.undo()
+    tensors = dist_checkpointing.load_plain_tensors(str(tmp_path))
+    assert tensors["weight"].tolist() == [[1.0] * 3] * 2

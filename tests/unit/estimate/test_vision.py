@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from test_step_time import SLOW, TINY, WORK, job
 
 from megatron_prefix.config import ParallelConfig, parse_config
 from megatron_prefix.config.parts import PictureWork, VisionTower
+from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.adapters import training_flops
 from megatron_prefix.estimate.flops import ForwardFlops
+from megatron_prefix.estimate.known import with_images
 from megatron_prefix.estimate.memory import rank_memory
 from megatron_prefix.estimate.planning import plan_run
 from megatron_prefix.estimate.step_time import step_time
@@ -132,3 +135,13 @@ def test_a_directory_without_images_has_none(tmp_path):
     text["architectures"] = ["LlamaForCausalLM"]
     (folder / "config.json").write_text(json.dumps(text))
     assert "projector" not in plan_run(config(folder))["parameters"]
+
+
+def test_sizes_without_a_vision_part_do_not_go_with_images():
+    """As the run itself refuses it: nobody knows what its pictures cost."""
+    sizes = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 16}
+    settings = config("", model={"hf": None, **sizes})
+    store = SimpleNamespace(prefix="pairs", processor={"family": "llava"})
+    with pytest.raises(InputError, match="data set pairs has images, .* give the llava model"):
+        with_images(settings, None, SimpleNamespace(images=store))
+    assert with_images(settings, None, SimpleNamespace(images=None)) is None

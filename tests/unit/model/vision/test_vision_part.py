@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from image_models import FAMILIES, RandomPictures, hf_model, save
+from megatron.core.distributed import finalize_model_grads as module
 from safetensors.torch import load_file
 
 from megatron_prefix.errors import InputError
@@ -79,3 +82,20 @@ def test_another_number_of_features_is_refused(tmp_path):
     part, pictures = part_of(save(model, tmp_path)), RandomPictures.make("llava", 2)
     with pytest.raises(InputError, match="image 1: the model makes 4 features of it, .* 5"):
         part(row_of(pictures, [4, 5]))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gradients_are_averaged_over_tensor_parallel_ranks_if_they_may_differ(tmp_path, device):
+    """By the name that Megatron-Core reads; without a GPU all of them are equal."""
+    settings = VisionSettings(directory=save(hf_model("llava"), tmp_path), trains_projector=True)
+    part = VisionPart(settings, torch.float32, torch.device(device))
+    averaged = {x.average_gradients_across_tp_domain for x in part.parameters()}
+    assert averaged == {device != "cpu"}
+    source = inspect.getsource(inspect.getmodule(module))
+    assert '"average_gradients_across_tp_domain"' in source
+
+
+def test_only_the_own_device_is_started(tmp_path, monkeypatch):
+    """torch starts every GPU of the machine if it is not told whose random numbers to keep."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("all devices"))
+    HFModel.read(save(hf_model("llava"), tmp_path)).image_part("cpu")
