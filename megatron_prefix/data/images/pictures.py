@@ -32,7 +32,10 @@ class Picture:
         if self.content is not None:
             return self.content
         try:
-            return self.file(folder).read_bytes()
+            path = self.file(folder)
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ValueError("it is no file")  # reading a pipe or a device may never end
+            return path.read_bytes()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(

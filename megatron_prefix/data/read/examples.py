@@ -163,7 +163,7 @@ class ExampleReader:
                 pass
         if self.no_images:
             raise InputError(f"the record has images, and {self.no_images}")
-        marked = Marked(record)
+        marked = Marked(record, self._ignored_fields)
         example = self._read_texts(marked.record, name, taken, has_images=True)
         return marked.attached(example)
 

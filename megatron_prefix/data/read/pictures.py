@@ -15,7 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron_prefix.data.images import IMAGE, Picture
 from megatron_prefix.data.read.fields import json_type
 from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.read.texts import Text
-from megatron_prefix.data.read.turns import IMAGE_PARTS
+from megatron_prefix.data.read.turns import IMAGE_PARTS, is_message
 from megatron_prefix.data.read.unread import is_empty
 from megatron_prefix.errors import InputError
 
@@ -33,6 +33,8 @@ PLACE = "<image>"
 """The place of an image in a text, as LLaMA-Factory and RLHF-V write it."""
 PART_FIELDS = ("image", "image_url", "url", "path", "bytes", "base64", "data")
 """Fields of such a part that may hold the picture."""
+_NO_PIXELS = ("type", "detail", "mime_type", "media_type")
+"""Fields that change neither the text nor the pixels."""
 FIRST = 0xF0000
 UNNUMBERED = chr(0xFFFFD)
 MOST = 0xFFFD
@@ -51,10 +53,12 @@ def lists_images(record: dict[str, Any]) -> bool:
 class Marked:
     """A record whose images are marks; `record` has no column of images any more.
 
-    Raises InputError if an image is not one of the forms above.
+    `harmless` are fields of parts that may be left unread. Raises InputError if an image is not one
+    of the forms above.
     """
 
-    def __init__(self, record: dict[str, Any]) -> None:
+    def __init__(self, record: dict[str, Any], harmless: Collection[str] = ()) -> None:
+        self._harmless = frozenset(harmless)
         given = [(n, record[n]) for n in COLUMNS if n in record and not is_empty(record[n])]
         self._listed = [picture for name, value in given for picture in _pictures(value, name)]
         if len(given) > 1:
@@ -63,13 +67,19 @@ class Marked:
             )
         self._own: dict[Picture, int] = {}
         rest = {name: value for name, value in record.items() if name not in COLUMNS}
-        self.record = self._without_parts(rest)
+        self._num_places = 0
+        self.record = {}
+        for name, value in rest.items():
+            self._num_places = 0
+            self.record[name] = self._without_parts(value)
         if self._listed and self.record == rest:  # no parts, so texts have the places
             self.record = _map_texts(rest, lambda text: text.replace(PLACE, IMAGE + UNNUMBERED))
 
     def _without_parts(self, value: Any) -> Any:
         """The same value with texts in place of the parts that are images."""
         if isinstance(value, list):
+            if any(map(is_message, value)):
+                self._num_places = 0
             return [self._without_parts(item) for item in value]
         if not isinstance(value, dict):
             return value
@@ -80,11 +90,32 @@ class Marked:
     def _number(self, part: dict[str, Any]) -> str:
         """Of the picture in a part; UNNUMBERED if it has none."""
         given = {name: part[name] for name in PART_FIELDS if part.get(name) is not None}
+        self._refuse_unread(part, has_picture=bool(given))
         if not given:
+            self._num_places += 1
             return UNNUMBERED
         inner = given.get("image", given.get("image_url", given))
         picture = _picture(inner, "a part of type 'image'")
         return chr(FIRST + self._own.setdefault(picture, len(self._own)))
+
+    def _refuse_unread(self, part: dict[str, Any], has_picture: bool) -> None:
+        """Raise InputError if a part has more than its picture, or an index of another one."""
+        index = part.get("index")
+        known = {*PART_FIELDS, *_NO_PIXELS, *self._harmless}
+        known |= {"index"} if type(index) is int else set()
+        for name in sorted(part.keys() - known):
+            if not is_empty(part[name]):
+                raise InputError(
+                    f"a part of type 'image' has the field {name!r}, which is not read: remove it, "
+                    f"or leave it out with --ignore-columns message.{name}"
+                )
+        is_checked = type(index) is int and not has_picture and "index" not in self._harmless
+        if is_checked and index != self._num_places:
+            raise InputError(
+                f"a part of type 'image' has index {index}, and pictures are taken in their order, "
+                f"so it would be number {self._num_places}: put the pictures in the order of their "
+                "places, or leave it out with --ignore-columns message.index"
+            )
 
     def attached(self, example: Example) -> Example:
         """The Example of the marked record with its images: every mark is IMAGE alone, and

@@ -262,6 +262,7 @@ def test_a_prompt_with_images_is_never_truncated(llava, folder, tmp_path, overfl
         (["missing.png"], "missing.png cannot be read"),
         (["."], "cannot be read"),
         (["records.jsonl"], "records.jsonl is no picture"),
+        (["/dev/zero"], "cannot be read .it is no file"),
         ([{"bytes": base64.b64encode(b"GIF89a").decode()}], "an image of the record is"),
         (["0.png", "1.png"], "1 place for images, and the record has 2 images"),
     ],

@@ -140,6 +140,20 @@ def prompts(example):
             ["a"],
         ),
         (sides(images=[], prompt=[turn("user", "<image>x")]), [("user", "<image>x")], []),
+        (  # places with the number of their picture, in each dialogue; empty fields
+            {
+                "images": ["a", "b"],
+                **{
+                    side: [
+                        turn("user", [{**OPEN, "index": 0, "text": None}, {**OPEN, "index": 1}]),
+                        turn("assistant", side),
+                    ]
+                    for side in ("chosen", "rejected")
+                },
+            },
+            [("user", "<><>")],
+            ["a", "b"],
+        ),
     ],
 )
 def test_places_and_pictures(record, prompt, paths):
@@ -205,6 +219,28 @@ PROMPT = [turn("user", [OPEN])]
         ),
         (sides(images=["a"], prompt=[turn("user", [OPEN, text(IMAGE)])]), "which stands for"),
         (sides(prompt=[turn("user", [{"type": "video", "video": "v.mp4"}])]), "but 'video'"),
+        (  # what would be lost in silence
+            sides(images=["a"], prompt=[turn("user", [{**OPEN, "text": "x"}])]),
+            "field 'text', which is not read",
+        ),
+        (
+            sides(prompt=[turn("user", [{**OPEN, "image": "a", "max_pixels": 784}])]),
+            "field 'max_pixels', which is not read: .* --ignore-columns message.max_pixels",
+        ),
+        (
+            sides(
+                images=["a", "b"],
+                prompt=[turn("user", [{**OPEN, "index": 1}, {**OPEN, "index": 0}])],
+            ),
+            "index 1, and pictures are taken in their order, so it would be number 0",
+        ),
+        (
+            sides(
+                images=["a", "b"],
+                prompt=[turn("user", [{**OPEN, "index": 0}]), turn("user", [{**OPEN, "index": 0}])],
+            ),
+            "index 0, .* it would be number 1",
+        ),
     ],
 )
 def test_wrong_images(record, message):
@@ -218,5 +254,8 @@ def test_columns_of_images_can_be_mapped_and_left_out():
     nested = sides(m={"i": "a"}, prompt=[turn("user", "x")])
     assert prompts(read(nested, columns={"image": "m.i"})) == ([("user", "<>x")], ["a"])
     assert prompts(read(record, ignored=["img"])) == ([("user", "x")], [])
+    part = {**OPEN, "image": "a", "max_pixels": 784}
+    ignored = ["message.max_pixels"]
+    assert prompts(read(sides(prompt=[turn("user", [part])]), ignored=ignored))[1] == ["a"]
     with pytest.raises(InputError, match="the record has images, and there are none"):
         read(sides(images=["a"], prompt=PROMPT), ignored=["images"], no_images="there are none")
