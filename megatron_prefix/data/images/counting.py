@@ -29,7 +29,7 @@ class Count(NamedTuple):
 
 def count_llava(images: Any, settings: Mapping[str, Any], width: int, height: int) -> Count:
     """`settings` are those of LlavaProcessor."""
-    scaled_height, scaled_width = _scaled(images)
+    scaled_height, scaled_width = scaled(images)
     patch = settings["patch_size"]
     patches = (scaled_height // patch) * (scaled_width // patch)
     return Count(patches + settings["num_additional_image_tokens"] - _dropped(settings))
@@ -44,7 +44,7 @@ def count_onevision(
         return Count(whole + 1 - _dropped(settings))
     from transformers.image_processing_utils import select_best_resolution
 
-    tile_height, tile_width = _scaled(images)
+    tile_height, tile_width = scaled(images)
     best = select_best_resolution((height, width), images.image_grid_pinpoints)
     side = math.isqrt(whole)
     lines, columns = side * (best[0] // tile_height), side * (best[1] // tile_width)
@@ -77,7 +77,7 @@ def _dropped(settings: Mapping[str, Any]) -> int:
     return int(settings["vision_feature_select_strategy"] == "default")
 
 
-def _scaled(images: Any) -> tuple[int, int]:
+def scaled(images: Any) -> tuple[int, int]:
     """Height and width of every picture after it was scaled."""
     size = dict(images.size or {})
     if getattr(images, "do_center_crop", False) and images.crop_size:

@@ -20,6 +20,7 @@ from megatron_prefix.data.images.counting import (
     count_llava,
     count_onevision,
     count_qwen,
+    scaled,
 )
 from megatron_prefix.errors import InputError, Stopped
 
@@ -147,6 +148,7 @@ class ImageProcessor:
         number = _token_id(path, text, config)
         processor = cls(path, family, images, settings, (text, number))
         _check_features(processor, config)
+        _check_patches(processor, config)
         return processor
 
     @property
@@ -289,6 +291,39 @@ def _check_features(processor: ImageProcessor, config: Mapping[str, Any]) -> Non
             f"vision_feature_select_strategy or num_additional_image_tokens in "
             f"{PROCESSOR_SETTINGS}, or the size in the image processor's settings"
         )
+
+
+def _check_patches(processor: ImageProcessor, config: Mapping[str, Any]) -> None:
+    """Compare the patches and tiles of the image processor with those of the model, as far as
+    config.json has them; with others the model fails, or reads pixels in another order."""
+    images, tower = processor._images, config.get("vision_config") or {}
+    pairs: dict[str, tuple[Any, Any]] = {}
+    if processor.family == "qwen2_5_vl":
+        pairs = {
+            "patch_size": (images.patch_size, tower.get("patch_size")),
+            "merge_size": (images.merge_size, tower.get("spatial_merge_size")),
+            "temporal_patch_size": (images.temporal_patch_size, tower.get("temporal_patch_size")),
+        }
+    elif processor.family == "llava_onevision":
+        tile, edge = list(scaled(images)), tower.get("image_size")
+        pairs = {
+            "size": (tile, None if edge is None else [edge, edge]),
+            "image_grid_pinpoints": (
+                _lists(images.image_grid_pinpoints),
+                _lists(config.get("image_grid_pinpoints")),
+            ),
+        }
+    for name, (ours, theirs) in pairs.items():
+        if theirs is not None and ours != theirs:
+            raise InputError(
+                f"{processor.directory}: {name} of the image processor is {ours}, and the model in "
+                f"config.json has {theirs}: copy the files of one model"
+            )
+
+
+def _lists(values: Any) -> Any:
+    """Pairs as JSON has them, in order."""
+    return None if values is None else sorted(list(pair) for pair in values)
 
 
 def _read(path: Path) -> dict[str, Any]:

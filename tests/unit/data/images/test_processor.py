@@ -93,6 +93,37 @@ def test_a_directory_that_does_not_fit_is_refused(tmp_path, change, message):
         ImageProcessor.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen2_5_vl", {"vision_config": {"patch_size": 7}}, "patch_size .* is 14, .* has 7"),
+        (
+            "qwen2_5_vl",
+            {"vision_config": {"spatial_merge_size": 1}},
+            "merge_size .* is 2, .* has 1",
+        ),
+        (
+            "qwen2_5_vl",
+            {"vision_config": {"temporal_patch_size": 1}},
+            "temporal_patch_size .* is 2, .* has 1",
+        ),
+        (
+            "llava_onevision",
+            {"vision_config": {"image_size": 56}},
+            r"size of the image processor is \[28, 28\], .* has \[56, 56\]",
+        ),
+        ("llava_onevision", {"image_grid_pinpoints": [[28, 28]]}, "image_grid_pinpoints of"),
+    ],
+)
+def test_patches_that_are_not_those_of_the_model_are_refused(tmp_path, family, change, message):
+    vision.make(tmp_path, family)
+    ImageProcessor.open(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match=message):
+        ImageProcessor.open(tmp_path)
+
+
 def test_a_directory_without_an_image_processor_is_refused(tmp_path):
     vision.make(tmp_path, "llava")
     (tmp_path / "preprocessor_config.json").unlink()
