@@ -24,6 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)
 
 install: $(VENV)/.installed
 	@$(BIN)/python tools/versions.py $(VENV)
+	@echo 'to use megatron-prefix: source $(abspath $(BIN))/activate'
 
 $(VENV)/.installed: setup.py pyproject.toml
 	python="$(PYTHON)" && "$${python:-$$(sh tools/find_python.sh)}" -m venv $(VENV)

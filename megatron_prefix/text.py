@@ -22,6 +22,13 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds; 3725.4: 1:02:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
 def own_counts(counts: Mapping[str, int]) -> dict[str, int]:
     """The counts of a data set without its mismatches."""
     taken = {

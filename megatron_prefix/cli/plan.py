@@ -198,6 +198,7 @@ def _data_lines(estimate: dict[str, Any]) -> list[str]:
 
     data, pipeline = estimate["data"], estimate["pipeline"]
     lines = [
+        f"steps: {data['num_steps']:,}",
         f"per step, over the first {data['steps_read']}: {data['groups_per_step']:,.1f} groups, "
         f"{data['pairs_per_step']:,.1f} pairs; at most {data['rows_per_rank']} rows per rank, "
         f"{data['tokens_per_row']:,.0f} tokens per row, the longest has {data['longest_row']:,}",

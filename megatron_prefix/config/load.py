@@ -132,8 +132,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     section, dot, key = path.partition(".")
     if not (equals and dot and section and key):
+        answer = None if section == "" or dot else _elsewhere((section,))
         raise InputError(
             f"override {_shown(override)}: expected section.key=value, e.g. optimizer.lr=1e-6"
+            + (f"; for {section} write {answer}" if answer else "")
         )
     try:
         value = yaml.load(text, _yaml_loader())

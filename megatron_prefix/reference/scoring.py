@@ -5,6 +5,7 @@ Shapes: R responses of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ def score_dataset(
     world: World,
     saved: PartialScores | None = None,
     parts: ScoreParts | None = None,
+    tell: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Log-probability of every response of the sampler's data set, or a reward model's score of
     it, float64 [responses], and what `parts` adds, for the pairs and responses of the data set.
@@ -49,6 +51,7 @@ def score_dataset(
     times (several pairs with sharing `none`) gets the mean. A response that never runs (one without
     a pair, with sharing `none` or `pair`) is NaN. Every rank runs its own rows and returns the
     scores of all. With `saved`, scoring continues from the scores saved there, and saves to it.
+    `tell` is called after each step with the steps done and the steps of all.
     """
     dataset = sampler.dataset
     first, sums = world.once(lambda: (saved.step, saved.sums) if saved else (0, None))
@@ -69,6 +72,8 @@ def score_dataset(
             for step in range(start, stop):
                 world.beat(f"scoring, step {step + 1} of {num_steps}")
                 _add_scores(chunks, places, feed.step(step), local_sums)
+                if tell is not None:
+                    tell(step + 1, num_steps)
             sums += world.sum(torch.from_numpy(local_sums).to(world.device)).cpu().numpy()
             if saved is not None:
                 saved.sums = sums

@@ -115,14 +115,16 @@ def _evaluation_plots(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _last_evaluation(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Rows of a table: every metric of the first and the last evaluation, by run."""
+    """Rows of a table: every metric of the first and the last evaluation, by run; "-" for one that
+    an evaluation lacks."""
     keys = sorted({key for run in runs for line in run.evaluations for key in line} - {"step"})
     rows = []
     for key in keys:
         cells = []
         for run in runs:
-            _, values = run.evaluated(key)
-            cells.append(f"{_number(values[0])} → {_number(values[-1])}" if values else "")
+            ends = [line.get(key) for line in (run.evaluations[:1] + run.evaluations[-1:])]
+            texts = ["-" if value is None else _number(value) for value in ends]
+            cells.append(" → ".join(texts) if {*texts} - {"-"} else "")
         rows.append((key, cells))
     return rows
 

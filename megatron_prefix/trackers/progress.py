@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_prefix.config import Config
+from megatron_prefix.text import duration
 from megatron_prefix.trackers.tracker import Status
 
 PLAIN_INTERVAL_S = 10.0
@@ -60,7 +61,7 @@ class ProgressTracker:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             if (timed := step - self._first - 1) > 0:
                 left = self._seconds / timed * (self._num_steps - step)
-                text += f"  left {_duration(left)}"
+                text += f"  left {duration(left)}"
             self._print(f"step {step}/{self._num_steps}  {text}")
 
     def figure(self, name: str, path: str | Path) -> None:
@@ -91,9 +92,3 @@ def _evaluation_line(step: int, values: Mapping[str, float]) -> str:
     num_pairs = values.get(f"{EVALUATION}num_pairs")
     over = "" if num_pairs is None else f" over {num_pairs} pairs"
     return f"evaluation at step {step}: {text}{over}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

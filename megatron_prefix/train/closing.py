@@ -1,4 +1,4 @@
-"""The lines at the end of a run: where everything is, and the next command."""
+"""The lines at the end of a run, finished or stopped: where everything is, and the next command."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_prefix.checkpoint import RunCheckpoints
 from megatron_prefix.config import Config
 from megatron_prefix.config.lora import FEED_FORWARD_TARGETS
+from megatron_prefix.distributed import World
 
 
 def closing_lines(config: Config, step: int, report: Path, has_experts: bool = False) -> list[str]:
@@ -37,6 +38,22 @@ def closing_lines(config: Config, step: int, report: Path, has_experts: bool = F
             return [*lines, "adapters of experts on drawn weights have no other form: no export"]
     lines.append(_command("convert", "export", "--load", save, "--hf", *target))
     return lines
+
+
+def stopped_message(config: Config, step: int, world: World) -> str:
+    """What a run that a signal stopped after `step` ends with: how to go on. Several processes were
+    started by a launcher, whose command is not known here."""
+    save, load = config.train.save, config.train.load
+    if save is None:
+        return f"stopped by a signal after step {step} (train.save is not set)"
+    message = f"stopped by a signal after step {step} (saved in {save})"
+    override = [] if load is not None and Path(load) == Path(save) else [f"train.load={save}"]
+    if world.failure_detection is None:
+        next_line = _command("train", "--config", f"{config.logging.output}/config.yaml", *override)
+    else:
+        given = f" with {shlex.join(override)}" if override else ""
+        next_line = f"next: the same command{given}"
+    return f"{message}\n{next_line}"
 
 
 def _command(*words: str) -> str:

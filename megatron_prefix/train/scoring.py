@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from megatron_prefix.reference import (
     score_dataset,
     write_sidecar,
 )
+from megatron_prefix.text import duration
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
     open_plan,
@@ -29,6 +32,9 @@ from megatron_prefix.train.samplers import (
     training_sampler,
 )
 from megatron_prefix.train.setup import checked_objective, run_steps
+
+PROGRESS_S = 10.0
+"""Seconds between two lines of progress."""
 
 
 def score_reference(config: Config, output: str) -> None:
@@ -77,7 +83,9 @@ def score_reference(config: Config, output: str) -> None:
                 if world.is_main and partial.step:
                     print(f"{dataset.prefix}: continuing after step {partial.step}", flush=True)
                 with as_reference(model, initial.lora):
-                    vector = score_dataset(model, sampler, world, partial, parts=own_parts)
+                    vector = score_dataset(
+                        model, sampler, world, partial, own_parts, _progress(dataset.prefix, world)
+                    )
                 numbers = view.response_numbers
                 own, own_heads, _ = own_parts.split(vector, num_responses)
                 logps[slice(None) if numbers is None else numbers] = own
@@ -89,6 +97,29 @@ def score_reference(config: Config, output: str) -> None:
         if world.is_main:
             partial.discard()
             print(f"wrote {output} (reference model {fingerprint[:16]}…)")
+
+
+def _progress(name: str, world: World) -> Callable[[int, int], None] | None:
+    """Prints on the main process how far scoring of the data set `name` is: a line for the first
+    step, and one every PROGRESS_S seconds."""
+    if not world.is_main:
+        return None
+    start = last = time.monotonic()
+    first: int | None = None
+
+    def tell(done: int, num_steps: int) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        if first is None or now - last >= PROGRESS_S:
+            last = now
+            text = f"{name}: step {done}/{num_steps}"
+            if first is not None:
+                left = (now - start) / (done - first + 1) * (num_steps - done)
+                text += f"  left {duration(left)}"
+            print(text, flush=True)
+        first = done if first is None else first
+
+    return tell
 
 
 def _views(dataset: PreferenceDataset) -> list[tuple[PreferenceDataset, str, str | None]]:

@@ -27,6 +27,7 @@ from megatron_prefix.model.layers import step_auxiliary
 from megatron_prefix.objectives import Objective
 from megatron_prefix.reference import Reference
 from megatron_prefix.trackers import Status, Trackers
+from megatron_prefix.train.closing import stopped_message
 from megatron_prefix.train.falling import FallingWatch
 from megatron_prefix.train.first_group import FirstGroup
 from megatron_prefix.train.first_step import (
@@ -195,8 +196,7 @@ class Trainer:
             if (is_asked or is_last) and self.checkpoints is not None:
                 self.checkpoints.wait()
             if is_asked and not is_last:
-                state = f"saved in {settings.save}" if settings.save else "train.save is not set"
-                raise Stopped(f"stopped by a signal after step {self.step} ({state})")
+                raise Stopped(stopped_message(self.config, self.step, self.world))
 
     def train_step(self) -> dict:
         """One optimizer step. Returns its metrics."""

@@ -24,7 +24,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from megatron_prefix.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
-STAND_INS = ("hf download", "from importlib.util import find_spec")
+STAND_INS = (
+    "hf download HuggingFaceTB",
+    "hf download Anthropic",
+    "from importlib.util import find_spec",
+)
 """Beginnings of blocks that need a download."""
 WORDS = "the cat sat on a warm mat and it was very happy there today".split()
 

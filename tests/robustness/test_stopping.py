@@ -7,6 +7,7 @@ metrics is written: that is within step 3. On two processes it comes from outsid
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from functools import partial
@@ -65,9 +66,11 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_can_be_resumed(
     assert f"stopped by a signal after step 3 (saved in {tmp_path / 'run' / 'saved'})" in message
     assert "Traceback" not in message
     assert lines(tmp_path / "run") == expected[:3]
+    next_line = message.strip().splitlines()[-1]
+    assert next_line == f"next: megatron-prefix train --config {tmp_path / 'run'}/config.yaml"
     assert (tmp_path / "run" / "saved" / TRACKER).read_text() == "3"
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-    assert command(argv, capsys)[0] == 0
+    assert command(shlex.split(next_line)[2:], capsys)[0] == 0
     assert lines(tmp_path / "run") == expected
 
 

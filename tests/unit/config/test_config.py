@@ -230,7 +230,8 @@ class TestFiles:
         ("override", "message"),
         [
             ("train.steps", "expected section.key=value"),
-            ("steps=3", "expected section.key=value"),
+            ("steps=3", "expected section.key=value, .*; for steps write train.steps"),
+            ("per_device_train_batch_size=4", "write data.global_batch_size"),
             (".steps=3", "expected section.key=value"),
             ("train.=3", "expected section.key=value"),
             ("train.stepz=3", r"unknown key train.stepz \(did you mean steps\?\)"),

@@ -65,6 +65,7 @@ def test_everything_is_known(data, tmp_path, capsys):
     assert report["verdict"].startswith("sharing pays on this data: data.sharing: tree takes 0.")
     code, out, _ = plan(capsys, path, "--world-size", 4)
     assert code == 0 and "stage 0" in out and "pipeline bubble" in out and report["verdict"] in out
+    assert f"steps: {report['data']['num_steps']:,}\n" in out
 
 
 def test_repeated_tokens_of_trees_in_parts(data, tmp_path, capsys):

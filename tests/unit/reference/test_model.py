@@ -86,3 +86,11 @@ def test_scoring_continues_from_saved_sums(world, dataset, tmp_path):
     saved = SimpleNamespace(step=sampler.composition.num_steps(1), sums=sums, save=None)
     scores = score_dataset([tiny_model(world)], sampler, world, saved)
     assert np.array_equal(scores, -numbers)
+
+
+def test_scoring_tells_its_steps(world, dataset, tmp_path):
+    told = []
+    sampler = sampler_of(dataset, tmp_path)
+    score_dataset([tiny_model(world)], sampler, world, tell=lambda *steps: told.append(steps))
+    num_steps = sampler.composition.num_steps(1)
+    assert told == [(step, num_steps) for step in range(1, num_steps + 1)]

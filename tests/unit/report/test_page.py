@@ -46,6 +46,7 @@ def write_run(folder: Path, steps: int = 4, **settings) -> Path:
             | {"tokens/executed": 100, "tokens/logical": 250, "num_pairs": 4, "step_time_s": 0.5}
         )
     lines.append({"step": steps, "eval_loss": 0.2, "eval_rewards/accuracies": 0.875})
+    lines[-1]["eval_rewards/length_correlation"] = -0.25  # the first evaluation has none
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     pair = {"margin": -1.5, "group": 3, "record": 3, "set": HOSTILE}
     pair |= {"prompt": HOSTILE, "chosen": "yes", "rejected": HOSTILE}
@@ -74,10 +75,23 @@ def test_what_data_say_is_escaped_and_nothing_is_fetched(tmp_path):
 def test_the_page_has_the_run(tmp_path):
     text, elements = parsed(report_run(write_run(tmp_path / "first")))
     assert elements.tags.count("svg") == 7, "three metrics, two costs, and two of the evaluation"
-    for content in ("optimizer.lr", "0.001", "0.7 → 0.2", "0.5 → 0.875", "loss over tokens"):
+    for content in (
+        "optimizer.lr",
+        "0.001",
+        "0.7 → 0.2",
+        "0.5 → 0.875",
+        "loss over tokens",
+        "- → -0.25",
+    ):
         assert content in text
     assert "currentColor" in text and "prefers-color-scheme: dark" in text
     assert "unlike" not in text
+    assert "margin without beta -1.5" in text
+
+
+def test_the_margins_of_a_reward_model_have_no_beta(tmp_path):
+    text, _ = parsed(report_run(write_run(tmp_path / "first", model__kind="reward")))
+    assert "margin -1.5" in text and "without beta" not in text
 
 
 def test_runs_that_differ_in_how_they_are_computed_are_like(tmp_path):

@@ -9,9 +9,10 @@ from PIL import Image
 
 from megatron_prefix.config import Config, parse_config
 from megatron_prefix.errors import InputError, RunError
+from megatron_prefix.text import duration
 from megatron_prefix.trackers import Trackers, configured_trackers, read_metrics
 from megatron_prefix.trackers.jsonl import JsonlTracker
-from megatron_prefix.trackers.progress import ProgressTracker, _duration
+from megatron_prefix.trackers.progress import ProgressTracker
 from megatron_prefix.trackers.run_folder import open_run_folder
 from megatron_prefix.trackers.tensorboard import TensorBoardTracker
 
@@ -196,7 +197,7 @@ class TestProgress:
         ]
 
     def test_durations(self):
-        assert [_duration(s) for s in (0.4, 59.6, 3600, 366061)] == [
+        assert [duration(s) for s in (0.4, 59.6, 3600, 366061)] == [
             "0:00:00",
             "0:01:00",
             "1:00:00",

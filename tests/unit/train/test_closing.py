@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from tiny_models import tiny_config
 
 from megatron_prefix.__main__ import make_parser
 from megatron_prefix.checkpoint.keeping import Keeping, note_best
-from megatron_prefix.train.closing import closing_lines
+from megatron_prefix.train.closing import closing_lines, stopped_message
 
 
 def test_without_checkpoints(tmp_path):
@@ -39,6 +41,20 @@ def test_the_next_commands_are_ones(tmp_path):
     assert (args.command, args.load) == ("evaluate", str(saved))
     args = make_parser().parse_args(export[1:])
     assert (args.direction, args.load) == ("export", str(saved))
+
+
+@pytest.mark.parametrize("load", [None, "saved", "elsewhere"])
+def test_a_stopped_run_says_what_goes_on(tmp_path, load):
+    config = tiny_config("set", tmp_path / "run", train={"save": "saved", "load": load})
+    override = [] if load == "saved" else ["train.load=saved"]
+    first, second = stopped_message(config, 3, SimpleNamespace(failure_detection=None)).splitlines()
+    assert first == "stopped by a signal after step 3 (saved in saved)"
+    args = make_parser().parse_args(shlex.split(second.removeprefix("next: "))[1:])
+    assert (args.config, args.overrides) == (f"{tmp_path / 'run'}/config.yaml", override)
+    of_several = stopped_message(config, 3, SimpleNamespace(failure_detection="on")).splitlines()[1]
+    assert of_several == " ".join(
+        ["next: the same command", *(["with"] * bool(override)), *override]
+    )
 
 
 def test_adapters_are_exported_as_such(tmp_path):
