@@ -175,17 +175,24 @@ def _time_lines(time: dict[str, Any]) -> list[str]:
     run = [
         f"{time['steps']:,} steps on {time['gpu']}, at {time['mfu']:.2f} of its peak while it "
         f"computes ({time['step_mfu']:.2f} over the whole step; an estimate, not a measurement):",
-        f"{_number(time['hours'])} hours, {_number(time['gpu_hours'])} GPU-hours; "
+        f"{_length(time['hours'])}, {_number(time['gpu_hours'])} GPU-hours; "
         f"{time['tokens_per_second']:,.0f} executed tokens per second, which do the work of "
         f"{time['logical_tokens_per_second']:,.0f} without sharing",
     ]
     word = "saves" if sharing["is_on"] else "would save"
     run.append(
-        f"data.sharing: {sharing['mode']} {word} {_number(sharing['saved_hours'])} of "
-        f"{_number(sharing['hours_without'])} hours and {_number(sharing['saved_gpu_hours'])} "
+        f"data.sharing: {sharing['mode']} {word} {_length(sharing['saved_hours'])} of "
+        f"{_length(sharing['hours_without'])} and {_number(sharing['saved_gpu_hours'])} "
         f"GPU-hours ({100 * sharing['saved_share']:.0f} %)"
     )
     return [*align(table), *run]
+
+
+def _length(hours: float) -> str:
+    """A time in hours, or in seconds if it is short; 0.0003: 1.08 seconds."""
+    if abs(hours) < 0.1:
+        return f"{_number(3600 * hours)} seconds"
+    return f"{_number(hours)} hours"
 
 
 def _number(hours: float) -> str:

@@ -46,7 +46,7 @@ def describe_steps(sampler: Sampler, num_steps: int) -> str:
             f"{np.mean(unevenness):.3f}"
         )
     if len(chosen) < num_steps:
-        text += f" (from {len(chosen)} of the steps)"
+        text += f" (measured on {len(chosen)} of the steps)"
     return "\n".join([*lines, text])
 
 

@@ -25,11 +25,12 @@ from megatron_prefix.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_INS = (
+    "make install",
     "hf download HuggingFaceTB",
     "hf download Anthropic",
     "from importlib.util import find_spec",
 )
-"""Beginnings of blocks that need a download."""
+"""Beginnings of blocks that need a download, or install what runs this test."""
 WORDS = "the cat sat on a warm mat and it was very happy there today".split()
 
 

@@ -163,7 +163,8 @@ class BuildReport:
             if mode is not None:
                 token = "the tokenizer defines none" if id is None else f"token {id}"
                 title, count = name.replace("_", "-"), self.added.get(name, 0)
-                parts.append(f"{title} added to {count:,} responses ({flag} {mode}; {token})")
+                also = ", dropped ones too" if self.dropped else ""
+                parts.append(f"{title} added to {count:,} responses{also} ({flag} {mode}; {token})")
         return ["", *parts] if parts else []
 
     def _dropped_lines(self) -> list[str]:

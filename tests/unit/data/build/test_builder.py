@@ -54,6 +54,7 @@ def test_a_record_becomes_a_group(tmp_path):
     assert (tree.pair_margins.tolist(), tree.pair_weights.tolist()) == ([2.0], [0.5])
     assert dataset.manifest["tokens"] == {"none": 16, "response": 16, "pair": 13, "tree": 11}
     assert dataset.manifest["report"] == report.as_dict()
+    assert "end-of-text added to 2 responses (--eos" in report.summary()
 
 
 def test_degenerate_records_are_dropped_counted_and_listed(tmp_path):
@@ -65,6 +66,7 @@ def test_degenerate_records_are_dropped_counted_and_listed(tmp_path):
     assert dropped["records"] == ["in.jsonl:1", "in.jsonl:4"]
     summary = report.summary()
     assert "chosen equals rejected  2 groups" in summary and "1 responses of white" in summary
+    assert "responses, dropped ones too (--eos" in summary
 
 
 def test_listed_records_are_capped_and_all_counted(tmp_path, monkeypatch):
