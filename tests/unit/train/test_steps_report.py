@@ -62,4 +62,6 @@ def test_steps_are_read_evenly_over_the_run(num_steps):
     text = describe_steps(sampler, num_steps)
     assert len(sampler.asked) == MOST_STEPS
     assert (sampler.asked[0], sampler.asked[-1]) == (0, num_steps - 1)
-    assert bool(re.search(rf"\(from {MOST_STEPS} of the steps\)", text)) == (num_steps > MOST_STEPS)
+    assert bool(re.search(rf"\(measured on {MOST_STEPS} of the steps\)", text)) == (
+        num_steps > MOST_STEPS
+    )
