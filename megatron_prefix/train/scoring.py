@@ -99,7 +99,7 @@ def score_reference(config: Config, output: str) -> None:
             print(f"wrote {output} (reference model {fingerprint[:16]}…)")
 
 
-def _progress(name: str, world: World) -> Callable[[int, int], None] | None:
+def _progress(name: Path | str, world: World) -> Callable[[int, int], None] | None:
     """Prints on the main process how far scoring of the data set `name` is: a line for the first
     step, and one every PROGRESS_S seconds."""
     if not world.is_main:
