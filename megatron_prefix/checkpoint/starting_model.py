@@ -170,9 +170,10 @@ class StartingModel:
     def _images_note(self) -> str | None:
         if self.source is None or self.source.images is None or self.reads_images:
             return None
+        unused = "" if self.config.vision is None else ": model.vision has no effect"
         return (
             f"the model in {self.source.directory} reads images, and no data set has any: it is "
-            "trained as a text model, and what reads images stays as it is"
+            f"trained as a text model, and what reads images stays as it is{unused}"
         )
 
     def _head_note(self, seed: int) -> str | None:
