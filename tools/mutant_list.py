@@ -61,9 +61,9 @@ MUTANTS = (
     Mutant(
         "reference not frozen: it is the policy",
         "train/trainer.py",
-        "batches = self.reference.attach(rows, batches, self.step)",
-        "from megatron_prefix.reference.model import with_reference\n"
-        "        batches = with_reference(self.policy.chunks, batches)",
+        "            return self.reference.attach(rows, batches, self.step), None",
+        "            from megatron_prefix.reference.model import with_reference\n"
+        "            return with_reference(self.policy.chunks, batches), None",
         "numerics/test_plain_torch.py",
     ),
     Mutant(

@@ -38,8 +38,8 @@ REFERENCE_MUTANTS = (
     Mutant(
         "weights of the first step in every step",
         "train/trainer.py",
-        "batches = self.reference.attach(rows, batches, self.step)",
-        "batches = self.reference.attach(rows, batches)",
+        "return self.reference.attach(rows, batches, self.step), None",
+        "return self.reference.attach(rows, batches), None",
         "numerics/test_reference_runs.py",
     ),
     Mutant(
