@@ -102,6 +102,8 @@ def with_images(config: Config, model: KnownModel, dataset: PreferenceDataset | 
     if store is not None:
         pictures = source.pictures_work(store.sizes, store.grids, store.several)
         vision = replace(vision, pictures=pictures)
+    elif dataset is not None:  # a run on texts trains none of it
+        vision = replace(vision, trains_tower=False, trains_projector=False)
     return replace(model, vision=vision)
 
 

@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from megatron_prefix.config import Config
+from megatron_prefix.config import Config, ModelConfig
 from megatron_prefix.distributed import world_faults
 from megatron_prefix.errors import InputError
 from megatron_prefix.estimate.adapters import adapter_counts
@@ -27,7 +27,12 @@ from megatron_prefix.estimate.advice import (
     reference_advice,
 )
 from megatron_prefix.estimate.attention import PathShare
-from megatron_prefix.estimate.data_costs import data_plan, planned_sampler, sharing_advice
+from megatron_prefix.estimate.data_costs import (
+    KnownModel,
+    data_plan,
+    planned_sampler,
+    sharing_advice,
+)
 from megatron_prefix.estimate.hardware import (
     GIB,
     Hardware,
@@ -100,22 +105,7 @@ def plan_run(
     if row_tokens is None:
         missing.append("data.row_capacity is not set: only the data tells the longest row")
     if model is not None and model.vocab_size is not None:
-        plan["parameters"] = parameter_counts(
-            model.sizes, model.vocab_size, config.model.kind, config.model.num_labels
-        )
-        plan["trained_parameters"] = sum(plan["parameters"].values())
-        if model.lora is not None:
-            plan["parameters"] |= adapter_counts(
-                model.lora,
-                model.sizes,
-                model.vocab_size,
-                config.model.kind,
-                config.model.num_labels,
-            )
-            plan["trained_parameters"] = plan["parameters"].pop("trained")
-        if model.vision is not None:
-            plan["parameters"] |= model.vision.counts
-            plan["trained_parameters"] += model.vision.trained
+        plan["parameters"], plan["trained_parameters"] = _parameters(config.model, model)
         if row_tokens is not None:
             costs = plan["data"] and plan["data"]["sharing"].get(config.data.sharing)
             run = PlannedRun(
@@ -137,6 +127,21 @@ def plan_run(
         plan["advice"] += [*batch_advice(config, plan["data"], bubble, ranks)]
         plan["advice"] += fill_advice(config, plan["data"])
     return plan
+
+
+def _parameters(config: ModelConfig, model: KnownModel) -> tuple[dict[str, int], int]:
+    """Parameters by component, and how many are trained; the vocabulary is known."""
+    assert model.vocab_size is not None, "known before parameters are"
+    kind = config.kind, config.num_labels
+    counts = parameter_counts(model.sizes, model.vocab_size, *kind)
+    trained = sum(counts.values())
+    if model.lora is not None:
+        counts |= adapter_counts(model.lora, model.sizes, model.vocab_size, *kind)
+        trained = counts.pop("trained")
+    if model.vision is not None:
+        counts |= model.vision.counts
+        trained += model.vision.trained
+    return counts, trained
 
 
 def _judge(plan: dict[str, Any], run: PlannedRun, machine: Hardware | None) -> None:

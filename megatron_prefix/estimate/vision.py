@@ -12,6 +12,7 @@ parallelism the images of a row are on all of its ranks, at most; that is what i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,10 +50,7 @@ class KnownVision:
             return None
         counts = {True: 0, False: 0}
         for name, shape in model.image_shapes.items():
-            size = 1
-            for length in shape:
-                size *= length
-            counts[model.images.is_projector(name)] += size
+            counts[model.images.is_projector(name)] += math.prod(shape)
         section, has_adapters = config.model.vision, config.lora is not None
         return cls(
             sizes=model.vision_tower,

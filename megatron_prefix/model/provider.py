@@ -37,6 +37,19 @@ ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": quick_gelu,
     "relu": F.relu,
 }
+_FIXED: dict[str, Any] = dict(
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    perform_initialization=False,
+    # Sums over pairs are divided by the plan's normaliser, never by micro batches or ranks.
+    calculate_per_token_loss=True,
+    masked_softmax_fusion=False,
+    persist_layer_norm=False,
+    bias_dropout_fusion=False,
+    apply_rope_fusion=False,
+    moe_token_dispatcher_type="alltoall",  # needed for variable lengths, also without experts
+)
+"""Settings of Megatron-Core that are the same for every model."""
 
 
 def transformer_config(
@@ -79,26 +92,17 @@ def transformer_config(
     dtype = DTYPES[model.dtype]
     config = TreeTransformerConfig(
         **_size_settings(sizes),
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
+        **_FIXED,
         init_method_std=model.init_method_std,
-        perform_initialization=False,
         use_cpu_initialization=not on_cuda,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # Sums over pairs are divided by the plan's normaliser, never by micro batches or ranks.
-        calculate_per_token_loss=True,
         gradient_accumulation_fusion=_fuses_accumulation(parallel),
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
         bias_activation_fusion=on_cuda and is_swiglu and not own_gate,
         use_te_activation_func=own_gate,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
         **fp8_settings(model, parts),
         **_layout_settings(parallel),
-        moe_token_dispatcher_type="alltoall",  # needed for variable lengths, also without experts
         **_expert_settings(model, sizes, parallel, lora),
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,

@@ -66,15 +66,15 @@ def prepare_trainer(
     objective = checked_objective(config, dataset, valid)
     parts = [part for data in datasets for part in data.parts]
     initial = resolve_starting_model(config.model, parts, config.lora)
+    model_config = initial.transformer_config(config.train.seed, config.parallel)
     sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
-    sampler = with_pictures(sampler, initial)
+    sampler = with_pictures(sampler, initial.source, model_config.vision)
     mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
     joint = joint_sampler(config, objective, sampler, world, initial.sizes)
     valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, initial)
     num_steps = run_steps(config, sampler)
     _print_steps(config, sampler, num_steps, dataset, world)
     samples = Samples.of_run(config, dataset, world)
-    model_config = initial.transformer_config(config.train.seed, config.parallel)
     chunks = build_model(model_config, world)
     world.beat("the initial weights")
     adapter = initial.load(chunks)
@@ -104,9 +104,8 @@ def prepare_trainer(
     if world.is_main:
         _print_machine(model_config, world)
         _print_start(config, initial, step, changes)
-    trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
     resolved = replace(_resolved(config, objective), lora=initial.lora)
-    world.once(lambda: trackers.start(resolved, step))
+    trackers = _started_trackers(resolved, num_steps, step, world)
     if samples is not None:
         samples.open(step)
     return Trainer(
@@ -130,6 +129,13 @@ def prepare_trainer(
         trackers=trackers,
         samples=samples,
     )
+
+
+def _started_trackers(config: Config, num_steps: int, step: int, world: World) -> Trackers:
+    """The trackers of a run at `step`; collective. Only the main process has any."""
+    trackers = configured_trackers(config, num_steps) if world.is_main else Trackers()
+    world.once(lambda: trackers.start(config, step))
+    return trackers
 
 
 def run_steps(config: Config, sampler: Sampler) -> int:

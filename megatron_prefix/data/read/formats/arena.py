@@ -19,12 +19,12 @@ from megatron_prefix.data.read.formats.base import (
     Format,
     Reason,
     assistant,
-    has,
     read_turns,
     user,
     with_system,
 )
 from megatron_prefix.data.read.formats.choice import LABELS, SIGNED, better_side, has_label
+from megatron_prefix.data.read.formats.presence import has
 from megatron_prefix.data.read.formats.trl import cut_pair, split_messages
 from megatron_prefix.data.read.texts import Message
 from megatron_prefix.errors import InputError

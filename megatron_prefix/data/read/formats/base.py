@@ -21,8 +21,9 @@ from megatron_prefix.data.read.fields import (
     template_kwargs,
     tools,
 )
-from megatron_prefix.data.read.texts import Message, Text, are_dialogues
-from megatron_prefix.data.read.turns import FIELDS, begins_with, text_or_turns, turns
+from megatron_prefix.data.read.formats.presence import has, has_any
+from megatron_prefix.data.read.texts import Message, Text
+from megatron_prefix.data.read.turns import FIELDS, text_or_turns, turns
 from megatron_prefix.data.tree import MAX_WEIGHT, UNRANKED, Pair
 from megatron_prefix.errors import InputError
 
@@ -161,45 +162,6 @@ RANKED_COLUMNS = ("weight", "beta", "tools", "chat_template_kwargs")
 """Optional columns that `ranked_example` reads."""
 PAIR_COLUMNS = ("margin", *SCORES[0], *RANKED_COLUMNS)
 """Optional columns that `pair_example` reads."""
-
-
-def has(record: dict[str, Any], *names: str) -> bool:
-    """Whether a record has all these columns, and none of them is null."""
-    for name in names:
-        if dict.get(record, name) is None:
-            return False
-    return True
-
-
-def has_any(record: dict[str, Any], *names: str) -> bool:
-    """Whether a record has one of these columns, and it is not null."""
-    for name in names:
-        if dict.get(record, name) is not None:
-            return True
-    return False
-
-
-def has_sides(record: dict[str, Any]) -> bool:
-    """Whether a record has a column `chosen` or `rejected`, which may be null."""
-    return "chosen" in record or "rejected" in record
-
-
-def first_of(record: dict[str, Any], *names: str) -> str:
-    """The first of these columns that is not empty; else the first that a record has, or none."""
-    return next((name for name in names if dict.get(record, name)), None) or next(
-        (name for name in names if has(record, name)), names[0]
-    )
-
-
-def holds_dialogues(record: dict[str, Any]) -> bool:
-    """Whether `chosen` or `rejected` is a whole dialogue: messages that the assistant does not
-    begin, or a text with turns."""
-    for side in (dict.get(record, "chosen"), dict.get(record, "rejected")):
-        if isinstance(side, str) and are_dialogues(side):
-            return True
-        if isinstance(side, list | dict) and side and not begins_with(side, "assistant"):
-            return True
-    return False
 
 
 def assistant(text: str) -> tuple[Message, ...]:

@@ -24,14 +24,12 @@ from megatron_prefix.data.read.formats.base import (
     Format,
     Reason,
     as_messages,
-    first_of,
-    has,
-    has_any,
     pair_example,
     read_side,
     read_turns,
     with_system_text,
 )
+from megatron_prefix.data.read.formats.presence import first_of, has, has_any
 from megatron_prefix.data.read.formats.questions import asked
 from megatron_prefix.data.read.texts import Text
 from megatron_prefix.errors import InputError

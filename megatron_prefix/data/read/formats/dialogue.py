@@ -19,15 +19,17 @@ from megatron_prefix.data.read.formats.base import (
     Format,
     as_messages,
     checked_prompt,
+    pair_example,
+    read_side,
+    read_turns,
+    with_system,
+)
+from megatron_prefix.data.read.formats.presence import (
     first_of,
     has,
     has_any,
     has_sides,
     holds_dialogues,
-    pair_example,
-    read_side,
-    read_turns,
-    with_system,
 )
 
 

@@ -10,11 +10,14 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_prefix.data.read.formats.arena import ARENA, ARENA_VOTES
-from megatron_prefix.data.read.formats.base import Format, has
+from megatron_prefix.data.read.formats.base import (
+    Format,
+)
 from megatron_prefix.data.read.formats.choice import CHOICE
 from megatron_prefix.data.read.formats.dialogue import MESSAGES, SHAREGPT, ULTRAINTERACT
 from megatron_prefix.data.read.formats.nemo import NEMO_ALIGNER, NEMO_RL
 from megatron_prefix.data.read.formats.oasst import OASST
+from megatron_prefix.data.read.formats.presence import has
 from megatron_prefix.data.read.formats.question import ALPACA, QUESTION
 from megatron_prefix.data.read.formats.ranked import RANKED
 from megatron_prefix.data.read.formats.rlhf_v import RLHF_V

@@ -10,11 +10,11 @@ from megatron_prefix.data.read.formats.base import (
     Example,
     Format,
     as_messages,
-    has,
     pair_example,
     ranked_example,
 )
 from megatron_prefix.data.read.formats.entries import read_entries
+from megatron_prefix.data.read.formats.presence import has
 from megatron_prefix.data.read.texts import Text
 from megatron_prefix.data.read.turns import FIELDS, text_or_turns
 

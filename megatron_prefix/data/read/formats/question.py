@@ -19,15 +19,12 @@ from megatron_prefix.data.read.formats.base import (
     as_messages,
     assistant,
     checked_prompt,
-    first_of,
-    has,
-    has_sides,
-    holds_dialogues,
     pair_example,
     read_side,
     user,
     with_system,
 )
+from megatron_prefix.data.read.formats.presence import first_of, has, has_sides, holds_dialogues
 from megatron_prefix.data.read.texts import Message
 from megatron_prefix.errors import InputError
 

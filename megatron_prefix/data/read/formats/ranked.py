@@ -18,14 +18,12 @@ from megatron_prefix.data.read.formats.base import (
     Example,
     Format,
     as_messages,
-    first_of,
-    has_any,
-    has_sides,
     ranked_example,
     read_turns,
     with_system_text,
 )
 from megatron_prefix.data.read.formats.entries import read_entries
+from megatron_prefix.data.read.formats.presence import first_of, has_any, has_sides
 from megatron_prefix.data.read.formats.questions import asked
 from megatron_prefix.data.read.turns import FIELDS
 from megatron_prefix.errors import InputError

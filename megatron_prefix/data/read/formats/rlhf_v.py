@@ -10,10 +10,10 @@ from megatron_prefix.data.read.formats.base import (
     Example,
     Format,
     assistant,
-    has_sides,
     pair_example,
     user,
 )
+from megatron_prefix.data.read.formats.presence import has_sides
 from megatron_prefix.errors import InputError
 
 TEXTS = ("question", "chosen", "rejected")

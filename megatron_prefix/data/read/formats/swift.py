@@ -14,11 +14,11 @@ from megatron_prefix.data.read.formats.base import (
     best_and_others,
     checked_prompt,
     checked_response,
-    has,
     pair_example,
     read_turns,
     with_system,
 )
+from megatron_prefix.data.read.formats.presence import has
 from megatron_prefix.data.read.formats.trl import cut_pair, split_messages
 from megatron_prefix.data.read.texts import Message, Text
 from megatron_prefix.data.read.turns import turns

@@ -20,11 +20,10 @@ from megatron_prefix.data.read.formats.base import (
     as_messages,
     checked_prompt,
     checked_response,
-    has_sides,
-    holds_dialogues,
     pair_example,
     read_side,
 )
+from megatron_prefix.data.read.formats.presence import has_sides, holds_dialogues
 from megatron_prefix.data.read.texts import (
     ASSISTANT,
     Message,

@@ -29,13 +29,11 @@ from megatron_prefix.data.read.formats.base import (
     attributes_of,
     blank_notes,
     checked_prompt,
-    first_of,
-    has,
-    has_sides,
     read_side,
     read_turns,
     with_system,
 )
+from megatron_prefix.data.read.formats.presence import first_of, has, has_sides
 from megatron_prefix.data.read.formats.question import conversation
 from megatron_prefix.data.read.texts import Text
 from megatron_prefix.data.read.turns import text_or_turns
