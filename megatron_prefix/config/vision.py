@@ -9,7 +9,7 @@ from megatron_prefix.config.bounds import KNOWN_KEYS, Switch
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
 class VisionConfig:
-    """Which weights in front of the language model are trained."""
+    """Which weights before the language model are trained."""
 
     freeze_tower: Switch = True
     """Keep the vision tower, which makes features of an image's patches, as it is."""

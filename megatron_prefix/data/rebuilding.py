@@ -1,4 +1,4 @@
-"""PrefixTree -> its token paths, and back: for trees that are merged, extended or cut anew.
+"""PrefixTree -> its token paths, and back: for trees that are merged, extended or cut again.
 
 While this lasts, the placeholder tokens of images are -1 - image (tree_images.py), so that other
 images are other tokens.

@@ -56,7 +56,7 @@ NO_IMAGES = TreeImages(
 
 
 class Placed(NamedTuple):
-    """How an image stands in tokens."""
+    """How an image is written as tokens."""
 
     image: int
     num_tokens: int
@@ -112,7 +112,7 @@ def place(
 
 
 def known_images(trees: Iterable[TreeImages | None]) -> dict[int, Placed]:
-    """How each image of some trees stands in tokens."""
+    """How each image of some trees is written as tokens."""
     return {
         int(image): Placed(int(image), int(length), tuple(grid))
         for images in trees

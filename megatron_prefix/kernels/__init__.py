@@ -1,4 +1,4 @@
-"""Triton kernels: one launch in place of several, for CUDA, behind switches of the model section.
+"""Triton kernels: one launch in place of several, for CUDA, with switches in the model section.
 
 What a kernel computes is defined by elementary operations of torch beside its caller. The tests
 compare both in Triton's interpreter, on CPU, and compile every kernel for compute capability 9.0.

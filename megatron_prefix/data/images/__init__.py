@@ -1,7 +1,7 @@
 """Images of prompts: as records have them, as a processor counts and scales them, and on disk.
 
 A record refers to a `Picture`. An `ImageProcessor`, the image half of a vision model's processor,
-says how many placeholder tokens stand for it. A data set keeps the encoded bytes, each picture
+says how many placeholder tokens it has. A data set keeps the encoded bytes, each picture
 once, in an `ImageStore`. transformers and Pillow are imported when the first picture is read.
 """
 

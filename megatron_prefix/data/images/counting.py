@@ -1,4 +1,4 @@
-"""How many placeholder tokens stand for an image: each family's own rule.
+"""How many placeholder tokens an image has: each family's own rule.
 
 llava            the patches of the scaled picture, the same for all pictures
 llava_onevision  the patches of the whole picture, those of its tiles without their padding, and one

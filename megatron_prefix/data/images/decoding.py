@@ -63,7 +63,7 @@ def _check(opened: Any, most: int | None, name: str) -> None:
             f"{name} has {width * height:,} pixels ({width} x {height}), and Pillow's limit for "
             f"one picture is {most:,}: scale it down"
         )
-    # A camera's MPO file is a photograph with a preview behind it.
+    # A camera's MPO file is a photograph with a preview after it.
     if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
         raise InputError(
             f"{name} has {opened.n_frames} frames, and an image is one picture: extract the frame "

@@ -26,7 +26,7 @@ from megatron_prefix.errors import InputError, Stopped
 
 IMAGE_SETTINGS, PROCESSOR_SETTINGS = "preprocessor_config.json", "processor_config.json"
 PLACEHOLDERS = {"llava": "<image>", "llava_onevision": "<image>", "qwen2_5_vl": "<|image_pad|>"}
-"""The families, with the text of the token that stands for an image if the files name none."""
+"""The families, with the text of the token that means an image if the files name none."""
 FILMS = {"llava_onevision": "<video>", "qwen2_5_vl": "<|video_pad|>"}
 WRITTEN = {"qwen2_5_vl": "<|vision_start|>{}<|vision_end|>"}
 """What the family's chat templates write around an image."""
@@ -120,7 +120,7 @@ class ImageProcessor:
 
     @staticmethod
     def tokens(directory: str | Path) -> tuple[str, str]:
-        """The texts that stand for an image and for a film, of a supported directory."""
+        """The texts that mean an image and a film, of a supported directory."""
         path = Path(directory)
         family = family_of(path)
         return image_token_of(path, family), FILMS.get(family, "")

@@ -1,4 +1,4 @@
-"""Images of a record: where they stand in its texts, and which they are.
+"""Images of a record: where they are in its texts, and which they are.
 
     {"images": ["a.png"], "prompt": [{"role": "user", "content": [{"type": "image"}, …]}]}
     {"image": {"bytes": …}, "question": "What is it?", "chosen": …}    before the question

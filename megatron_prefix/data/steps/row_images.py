@@ -1,6 +1,6 @@
 """The images of a row: where their placeholder tokens are, and which pictures are encoded.
 
-A picture that occurs twice in a group, behind different texts, is encoded once. A row of two groups
+A picture that occurs twice in a group, after different texts, is encoded once. A row of two groups
 with the pictures 7 and 9, and 7 again; 7 takes 4 tokens, 9 takes 2:
 
     row      t 7 7 7 7 t 9 9 t 7 7 7 7 | 7 7 7 7 t

@@ -84,7 +84,7 @@ class Tokenizer(ABC):
     has_chat_template = False
     bos_text = eos_text = ""
     image_token = film_token = ""
-    """Texts that stand for an image or a film where a tokenizer has an image processor."""
+    """Texts that mean an image or a film where a tokenizer has an image processor."""
 
     @property
     def text_begin(self) -> tuple[int, ...]:

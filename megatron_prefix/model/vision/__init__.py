@@ -1,4 +1,4 @@
-"""The part of a model that reads images: transformers' own module, in front of the first layer."""
+"""The part of a model that reads images: transformers' own module, before the first layer."""
 
 from megatron_prefix.model.vision.part import VisionPart, VisionSettings
 from megatron_prefix.model.vision.pixels import PixelBatch, RowPixels

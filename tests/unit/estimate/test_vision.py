@@ -21,6 +21,7 @@ from megatron_prefix.estimate.memory import rank_memory
 from megatron_prefix.estimate.planning import plan_run
 from megatron_prefix.estimate.step_time import step_time
 from megatron_prefix.estimate.vision import KnownVision, with_vision
+from megatron_prefix.testing import write_random_set
 
 TOWER = VisionTower(
     num_layers=2,
@@ -79,6 +80,15 @@ def test_the_whole_of_it_can_be_trained(tmp_path):
     vision = {"freeze_tower": False}
     plan = plan_run(config(llava_7b(tmp_path), model={"vision": vision}))
     assert plan["trained_parameters"] == sum(plan["parameters"].values())
+
+
+def test_a_run_on_texts_trains_none_of_it(tmp_path):
+    data = write_random_set(tmp_path / "set", 0, 8)
+    given = config(llava_7b(tmp_path / "model"), model={"vision": {"freeze_tower": False}})
+    given = replace(given, data=replace(given.data, train=data))
+    plan = plan_run(given)
+    frozen = plan["parameters"]["vision tower"] + plan["parameters"]["projector"]
+    assert plan["trained_parameters"] == sum(plan["parameters"].values()) - frozen
 
 
 def test_operations_of_training():

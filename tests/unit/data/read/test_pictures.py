@@ -1,4 +1,4 @@
-"""Where images stand in a record's texts, and which they are."""
+"""Where images are in a record's texts, and which they are."""
 
 from __future__ import annotations
 
