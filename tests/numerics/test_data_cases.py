@@ -100,7 +100,7 @@ CASES = {
     "F11_B3_swift_system_column.jsonl": in_chatml(
         chatml(("system", "Answer in French."), ("user", "Name a colour.")), "Rouge.", "Red."
     ),
-    "F13_JJ_image_column.jsonl": Right(refused=("'image'", "not supported")),
+    "F13_JJ_image_column.jsonl": Right(refused=("has images", "--ignore-columns")),
     "F19_T3_r_qwen25_arguments_text.jsonl": Right(
         groups=((None, ('<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>', "no")),),
         tokenizer="r_qwen25",

@@ -79,7 +79,8 @@ def test_packed_trees_follow_the_unpacked_run(objective, ranked_set, random_set,
                 loss=loss,
                 model=model,
                 data=data,
-                optimizer={"lr": 5e-3},
+                # Adam would make a whole step of the rounding of a gradient near 0.
+                optimizer={"lr": 5e-3, "adam_eps": 1e-4},
                 lora={"modules_to_save": None},
             )  # fmt: skip
         )
