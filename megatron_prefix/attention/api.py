@@ -10,7 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from megatron_prefix.attention.auto import candidates, read_table
+from megatron_prefix.attention.auto import candidates, gather_factors, read_table
 from megatron_prefix.attention.backends import BACKENDS, Scoring, load_backend
 from megatron_prefix.attention.plan import TreePlan
 from megatron_prefix.layout import TreeLayout
@@ -50,6 +50,27 @@ def resolve_backend(
     if obstacle := load_backend(name).obstacle(device, dtype, head_dim, features):
         raise ValueError(f"attention_backend {name} cannot be used: {obstacle}")
     return name
+
+
+def check_fused_sums(
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    features: Collection[str] = (),
+) -> None:
+    """Raise ValueError, with the remedy, if a row may get a backend that copies no keys, so that
+    nothing of it is summed by `fuses_sums`. Arguments are those of `resolve_backend`."""
+    factors = gather_factors(read_table()) if name == "auto" else [None]
+    for factor in factors:
+        backend = resolve_backend(name, device, dtype, head_dim, factor, features)
+        if not load_backend(backend).copies_keys:
+            chosen = f", which chooses {backend} here" if name == "auto" else ""
+            rows = " for some rows" if factor else ""
+            raise ValueError(
+                f"key_sum_fusion = True has no effect with attention_backend: {name}{chosen}{rows}"
+                ", and that copies no keys: remove it, or choose flash or te"
+            )
 
 
 def prepare_plan(
@@ -94,14 +115,19 @@ def tree_attention(
     With `window` a token sees only the last `window` tokens of its root path, itself included.
     `softcap` c turns each scaled score s into c tanh(s / c). `sinks` [N] are further scores in the
     softmax of each query head, without a value. With `fuses_sums` a Triton kernel sums the
-    gradients of keys that `flash` and `te` copy. Raises ValueError if shapes, dtypes, devices,
-    token counts, these settings or the backend do not fit.
+    gradients of keys that `flash` and `te` copy; the others refuse it. Raises ValueError if shapes,
+    dtypes, devices, token counts, these settings or the backend do not fit.
     """
     plan = _checked_plan(q, k, v, layout)
     _check_settings(q, plan, window, softcap, sinks)
     plan = plan.windowed(window)
     features = [x for x, given in (("softcap", softcap), ("sinks", sinks)) if given is not None]
     backend = prepare_plan(plan, backend, q.dtype, q.size(-1), features)
+    if fuses_sums and not load_backend(backend).copies_keys:
+        raise ValueError(
+            f"fuses_sums has no effect with the backend {backend}, which copies no keys: leave it "
+            "out, or choose flash or te"
+        )
     scale = q.size(-1) ** -0.5 if scale is None else scale
     scoring = Scoring(scale, softcap, sinks, fuses_sums)
     return load_backend(backend).attend(q, k, v, plan, scoring)

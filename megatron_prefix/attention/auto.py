@@ -52,6 +52,13 @@ def candidates(
     ]
 
 
+def gather_factors(entries: tuple[dict, ...]) -> list[float]:
+    """Gather factors of which each row's has the same candidates as one of them."""
+    # [null, 2.0], [2.0, 4.0] and null -> 0.0, 2.0, 4.0: between two bounds nothing changes
+    bounds = [bound for entry in entries for bound in entry["gather_factor"] or ()]
+    return sorted({0.0, *(bound for bound in bounds if bound is not None)})
+
+
 @functools.lru_cache(maxsize=16)
 def _device_name(device: torch.device) -> str | None:
     """torch's name of a CUDA device; None for CPUs, which the table does not tell apart."""

@@ -26,7 +26,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_prefix.attention.api import prepare_plan, resolve_backend, tree_attention
+from megatron_prefix.attention.api import (
+    check_fused_sums,
+    prepare_plan,
+    resolve_backend,
+    tree_attention,
+)
 from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.attention.layer_settings import (
     attention_channels,
@@ -107,9 +112,13 @@ class TreePackedSeqParams(PackedSeqParams):
 
 def check_backend(config: Any, device: torch.device) -> None:
     """Raise ValueError, with the remedy, if the backend of a model's configuration,
-    `tree_attention_backend`, cannot run on `device`, or does not compute this attention."""
+    `tree_attention_backend`, cannot run on `device`, does not compute this attention, or has no use
+    for a kernel that `config` asks for."""
     name, dtype, features = config.tree_attention_backend, config.params_dtype, features_of(config)
-    resolve_backend(name, device, dtype, attention_channels(config), features=features)
+    channels = attention_channels(config)
+    resolve_backend(name, device, dtype, channels, features=features)
+    if "key_sums" in getattr(config, "kernels", ()):
+        check_fused_sums(name, device, dtype, channels, features)
 
 
 def prepare_attention(params: TreePackedSeqParams, config: Any) -> None:

@@ -76,6 +76,14 @@ def test_the_gates_kernel_is_refused_with_experts(monkeypatch):
         transformer_config(model, vocab_size=64, seed=1)
 
 
+def test_the_kernel_of_sums_is_refused_if_auto_chooses_a_backend_without_copies(monkeypatch):
+    monkeypatch.setattr("megatron_prefix.model.provider.why_no_kernels", lambda device: None)
+    model = ModelConfig(**SIZES, key_sum_fusion=True)
+    message = "model.key_sum_fusion = True has no effect with attention_backend: auto, which.*path"
+    with pytest.raises(InputError, match=message):
+        transformer_config(model, vocab_size=64, seed=1)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -46,6 +46,8 @@ class Backend:
     """Builds what `attend` reads of a plan. Further calls do nothing."""
     attend: Callable[[Tensor, Tensor, Tensor, TreePlan, Scoring], Tensor]
     """`attend(q, k, v, plan, scoring)`, with arguments as `tree_attention` checks them."""
+    copies_keys: bool = False
+    """Whether it copies keys of shared tokens, so that it sums gradients of copies."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """The FEATURES that it does not compute, each with the remedy."""
     refuses: Mapping[str, Callable[[], str | None]] = field(default_factory=dict)

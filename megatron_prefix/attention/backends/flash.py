@@ -164,6 +164,7 @@ BACKEND = Backend(
     why_not=why_not_flash,
     prepare=lambda plan: plan.path,
     attend=lambda q, k, v, plan, scoring: flash_attention(q, k, v, plan.path, scoring),
+    copies_keys=True,
     lacks={
         "softcap": "torch's flash kernels have no soft cap (attn_logit_softcapping); use "
         "attention_backend flex, path or auto"

@@ -231,6 +231,7 @@ BACKEND = Backend(
     why_not=why_not_te,
     prepare=lambda plan: plan.path,
     attend=lambda q, k, v, plan, scoring: te_attention(q, k, v, plan.path, scoring),
+    copies_keys=True,
     lacks={
         "softcap": "Transformer Engine has no soft cap (attn_logit_softcapping); use "
         "attention_backend flex, path or auto",
