@@ -3,10 +3,11 @@
 Calibrated once for each number of processes: operations per second, so that the first run of one
 process and the first of two have their measured time. The rate at which two processes send is
 measured by an all-reduce. Everything else is formula: each further run is predicted, and the ratio
-to the first run of as many processes is compared with the measured one. A time is the least of a
-run's steps but the first, which makes other loads of the machine matter less.
+to the first run of as many processes is compared with the measured one. A time is the mean of a
+run's steps but the first. The runs take turns, and the least of a run's times counts, which makes
+other loads of the machine matter less.
 
-    python tools/bench_plan.py --data build/hh --steps 4
+    python tools/bench_plan.py --data build/hh --steps 6
     python tools/bench_plan.py --data build/hh --processes 1    # a part, as table plan_1
 """
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.utils.benchmark
@@ -35,7 +37,10 @@ from megatron_prefix.estimate.traffic import LINK_EFFICIENCY
 from megatron_prefix.objectives import check
 from megatron_prefix.platform.gpus import Gpu
 
-SIZES = {"num_layers": 4, "hidden_size": 512, "ffn_hidden_size": 2048, "num_attention_heads": 8}
+SIZES = {  # by the number of processes: larger products for two, which each compute half of them
+    1: {"num_layers": 4, "hidden_size": 512, "ffn_hidden_size": 2048, "num_attention_heads": 8},
+    2: {"num_layers": 2, "hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": 8},
+}
 CASES = {  # processes, name: sections on top of the base
     (1, "sharing tree, no reference"): {"loss": {"loss_type": "simpo"}},
     (1, "sharing none"): {"loss": {"loss_type": "simpo"}, "data": {"sharing": "none"}},
@@ -70,30 +75,31 @@ for _ in range(12):
     times.append(time.perf_counter() - start)
 if dist.get_rank() == 0:
     print(x.numel() * 4 / min(times))  # each of two ranks sends as many bytes as it has
+dist.destroy_process_group()
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a data set that build wrote")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--groups", type=int, default=4, help="groups per step")
-    parser.add_argument("--capacity", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2, help="times that each run is repeated")
+    parser.add_argument("--groups", type=int, default=8, help="groups per step")
+    parser.add_argument("--capacity", type=int, default=1024, help="tokens per row")
     parser.add_argument("--processes", type=int, choices=(1, 2), help="only runs of so many")
     args = parser.parse_args()
+    cases = [case for case in CASES if case[0] == (args.processes or case[0])]
+    times: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
     rows: list[dict[str, object]] = []
     first: dict[int, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         cpu = this_cpu(float(called(2, ["-c", SEND], Path(scratch)).split()[-1]))
-        for (processes, name), sections in CASES.items():
-            if processes != (args.processes or processes):
-                continue
-            path = Path(scratch) / f"{len(rows)}.json"
-            output = Path(scratch) / f"run-{len(rows)}"
-            path.write_text(json.dumps(settings(args, output, sections)))
-            called(processes, ["-m", "megatron_prefix", "train", "--config", str(path)], output)
-            lines = [json.loads(x) for x in (output / "metrics.jsonl").open()]
-            measured = min(x["step_time_s"] for x in lines[1:])
+        paths = {case: Path(scratch) / f"{index}.json" for index, case in enumerate(cases)}
+        for _ in range(args.rounds):
+            for case, path in paths.items():
+                times[case].append(step_seconds(args, case, path))
+        for (processes, name), path in paths.items():
+            measured = min(times[processes, name])
             run, work = planned(load_config(path), processes)
             if processes not in first:
                 rate = calibrated(run, work, cpu, measured)
@@ -117,12 +123,22 @@ def main() -> None:
     publish(table, rows, __doc__.split("\n\n")[1].replace("\n", " "))
 
 
-def settings(args: argparse.Namespace, output: Path, sections: dict) -> dict:
+def step_seconds(args: argparse.Namespace, case: tuple[int, str], path: Path) -> float:
+    """Mean seconds of a run's steps but the first; its configuration is written to `path`."""
+    processes, _ = case
+    with tempfile.TemporaryDirectory() as output:
+        path.write_text(json.dumps(settings(args, processes, Path(output), CASES[case])))
+        called(processes, ["-m", "megatron_prefix", "train", "--config", str(path)], Path(output))
+        lines = [json.loads(x) for x in (Path(output) / "metrics.jsonl").open()]
+    return fmean(line["step_time_s"] for line in lines[1:])
+
+
+def settings(args: argparse.Namespace, processes: int, output: Path, sections: dict) -> dict:
     """The configuration of a run."""
     base: dict[str, dict] = {
-        "data": {"train": args.data, "row_capacity": args.capacity}
+        "data": {"train": str(Path(args.data).resolve()), "row_capacity": args.capacity}
         | {"global_batch_size": args.groups},
-        "model": SIZES,
+        "model": SIZES[processes],
         "optimizer": {"lr": 1e-5},
         "train": {"steps": args.steps},
         "logging": {"output": str(output)},

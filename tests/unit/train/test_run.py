@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +35,7 @@ def test_the_trackers_get_the_status(tmp_path, monkeypatch, end, status):
         def run(self, stop) -> None:
             assert not stop.is_asked()
             if end is not None:
-                raise end
+                raise copy(end)  # one that is raised keeps the run's frames
 
     valid = write_random_set(tmp_path / "valid", 1, 2)
     config = tiny_config(write_random_set(tmp_path / "set", 0, 4), tmp_path, data={"valid": valid})
