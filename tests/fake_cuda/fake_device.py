@@ -226,6 +226,16 @@ def _put_guard() -> None:
 
 
 @contextlib.contextmanager
+def claimed_device() -> Iterator[None]:
+    """Inside the context torch says that there are devices."""
+    with contextlib.ExitStack() as stack:
+        for (owner, name), value in _patches().items():
+            stack.enter_context(mock.patch.object(owner, name, value))
+        _put_guard()
+        yield
+
+
+@contextlib.contextmanager
 def fake_device() -> Iterator[HostWaits]:
     """Inside the context all tensors are fake, and `cuda` is a device."""
     waits = HostWaits()
@@ -236,10 +246,8 @@ def fake_device() -> Iterator[HostWaits]:
             return engine(*args, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        for (owner, name), value in _patches().items():
-            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(claimed_device())
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
-        _put_guard()
         stack.enter_context(DeviceNumbers())
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -1,4 +1,4 @@
-"""FlexAttention's masks against a walk up the parents, and its forward pass against dense."""
+"""FlexAttention's masks against a walk up the parents, its outputs and gradients against dense."""
 
 import numpy as np
 import pytest
@@ -180,6 +180,46 @@ def test_windows_soft_caps_and_sinks(once, monkeypatch, kind, window, softcap, h
         out = flex_tree_attention(q, k, v, plan_block_mask(plan), scoring)
         expected = tree_attention(q, k, v, plan, "dense", 0.25, softcap=softcap, sinks=sinks)
     assert (out - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "has_sinks"),
+    [
+        pytest.param(None, None, False, marks=pytest.mark.slow),
+        pytest.param(None, 1.5, False, marks=pytest.mark.slow),
+        (20, 1.5, True),
+    ],
+)
+def test_gradients(once, monkeypatch, window, softcap, has_sinks):
+    """In float64, by the operations that define torch's backward pass, which CPU has no kernel for.
+    torch refuses gradients on CPU, and does not look where this test runs."""
+    from torch.nn.attention import flex_attention as module
+
+    if not hasattr(module, "_validate_device"):
+        pytest.skip("this torch refuses gradients on CPU elsewhere")
+    monkeypatch.setattr(module, "_validate_device", lambda *_: None)
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, **how, backend="aot_eager"))
+    plan = TreePlan(long_forest(3), "cpu").windowed(window)
+    *inputs, grad = random_heads(plan.num_queries, 4, 2, 16)
+    if has_sinks:
+        inputs.append(torch.linspace(-1, 2, 4, dtype=torch.float64).requires_grad_())
+
+    def gradients(attend) -> tuple[torch.Tensor, ...]:
+        out = attend(*inputs[:3], *(inputs[3:] or [None]))
+        return out, *torch.autograd.grad(out, inputs, grad)
+
+    mask = plan_block_mask(plan)
+    actual = gradients(
+        lambda q, k, v, sinks: flex_tree_attention(q, k, v, mask, Scoring(0.25, softcap, sinks))
+    )
+    expected = gradients(
+        lambda q, k, v, sinks: tree_attention(
+            q, k, v, plan, "dense", 0.25, softcap=softcap, sinks=sinks
+        )
+    )
+    for own, dense in zip(actual, expected, strict=True):
+        assert (own - dense).abs().max() <= 1e-12
 
 
 def test_empty_row_and_training_on_cpu():

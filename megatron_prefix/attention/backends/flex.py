@@ -244,7 +244,9 @@ def _graphs_up_to(most: int) -> Iterator[None]:
 
     most = max(most, config.recompile_limit)
     try:
-        with config.patch(recompile_limit=most):
+        # A soft cap is a constant of its graph: torch cannot differentiate a function of scores
+        # that takes a number from outside of the graph (2.13: PendingUnbackedSymbolNotFound).
+        with config.patch(recompile_limit=most, specialize_float=True):
             yield
     except FailOnRecompileLimitHit as error:
         raise RunError(
