@@ -15,7 +15,7 @@ _LENGTH = "build --max-length and --overflow, when the data set is built"
 _BFLOAT16 = "model.dtype: bfloat16"
 _EVALUATION = "data.valid and train.eval_interval; the whole data set is evaluated"
 _TOKENIZER = "build --tokenizer, when the data set is built"
-_UNEQUAL_ROWS = "nothing: not offered, because rows differ in length"
+_UNEQUAL_ROWS = "nothing: not offered, because rows differ in pieces and gathered keys"
 _MOMENTS = (
     "nothing: not offered; Adam's state is float32 on the device, and "
     "parallel.use_distributed_optimizer divides it over ranks"
@@ -127,7 +127,6 @@ MEGATRON = {
     "exp_avg_sq_dtype": _MOMENTS,
     "fp8_format": "model.fp8",
     "fp8_param_gather": "nothing: not offered; weights stay bfloat16, copied to FP8 in every step",
-    "tp_comm_overlap": _UNEQUAL_ROWS,
     "enable_cuda_graph": _UNEQUAL_ROWS,
     "cuda_graph_impl": _UNEQUAL_ROWS,
     "ref_policy_kl_penalty": "loss.beta",

@@ -6,6 +6,27 @@ from mutant_list import Mutant
 
 CUDA_MUTANTS = (
     Mutant(
+        "a switch that a row's backend ignores accepted",
+        "attention/api.py",
+        "if not load_backend(backend).copies_keys:",
+        "if False:",
+        "unit/attention/test_auto.py",
+    ),
+    Mutant(
+        "buffers made after the model",
+        "engine/optimizer.py",
+        "    world.open_buffers(config)\n",
+        "",
+        "unit/distributed/test_user_buffers.py",
+    ),
+    Mutant(
+        "rows of another length than the buffers accepted",
+        "distributed/user_buffers.py",
+        "if length and num_tokens != length:",
+        "if False:",
+        "unit/distributed/test_user_buffers.py",
+    ),
+    Mutant(
         "more values than torch unpacks accepted",
         "attention/backends/flash_versions.py",
         "unpacked is None or returned == unpacked",

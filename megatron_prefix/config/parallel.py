@@ -43,6 +43,9 @@ class ParallelConfig:
     """Add gradients up over data-parallel ranks while backward still runs."""
     overlap_param_gather: Switch = False
     """With the distributed optimizer, gather updated weights while the next forward pass runs."""
+    tp_comm_overlap: Switch = False
+    """Overlap products of layers with the communication of tensor-parallel ranks, by Transformer
+    Engine. Needs `sequence_parallel` and `data.pad_rows: capacity`; see docs/gpu.md."""
     gradient_accumulation_fusion: Switch = False
     """Add the gradients of weights to the float32 sums inside of their matrix products. Needs
     APEX's `fused_weight_gradient_mlp_cuda`."""
@@ -179,6 +182,11 @@ def _mixture_faults(
             "model.moe_router_topk = 1 without model.moe_router_pre_softmax gives the one chosen "
             "expert the weight 1, so its router would never learn: set moe_router_pre_softmax: true"
         )
+    if parallel.tp_comm_overlap:
+        yield (
+            f"parallel.tp_comm_overlap = True with model.num_moe_experts = {experts}: each rank's "
+            "experts get another number of tokens in every row: remove it"
+        )
     if tensor > 1 and not parallel.sequence_parallel:
         yield (
             f"parallel.tensor_model_parallel_size = {tensor} with model.num_moe_experts = "
@@ -193,6 +201,12 @@ def parallel_faults(parallel: ParallelConfig) -> Iterator[str]:
         yield (
             "parallel.sequence_parallel: true shares tokens among tensor-parallel ranks, and "
             "parallel.tensor_model_parallel_size = 1: raise it, or leave sequence_parallel out"
+        )
+    if parallel.tp_comm_overlap and not parallel.sequence_parallel:
+        yield (
+            "parallel.tp_comm_overlap = True overlaps the communication of sequence parallelism: "
+            "set parallel.sequence_parallel: true and a parallel.tensor_model_parallel_size above "
+            "1, or remove it"
         )
     if parallel.cp_comm is not None and parallel.context_parallel_size == 1:
         yield (

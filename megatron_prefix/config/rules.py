@@ -11,6 +11,7 @@ from megatron_prefix.config.fusions import fusion_faults
 from megatron_prefix.config.kinds import kind_faults
 from megatron_prefix.config.lora import lora_faults, lora_size_faults
 from megatron_prefix.config.model import REQUIRED_SIZES, SIZES, ModelConfig
+from megatron_prefix.config.overlap import overlap_faults
 from megatron_prefix.config.parallel import layout_faults, parallel_faults
 from megatron_prefix.config.schema import Config, DataConfig
 from megatron_prefix.errors import InputError
@@ -32,6 +33,7 @@ def check_rules(config: Config, raw: dict[str, Any]) -> None:
             *kind_faults(config.model.kind, raw),
             *(lora_faults(config.lora, config.model.kind) if config.lora else ()),
             *_vision_faults(config),
+            *overlap_faults(config),
         ]
         faults += parallel_faults(config.parallel)
     if not faults and (sizes := config.model.sizes()) is not None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_prefix.distributed.ownership import owned
     from megatron_prefix.distributed.session import open_session
     from megatron_prefix.distributed.signals import StopRequest
+    from megatron_prefix.distributed.user_buffers import check_row
     from megatron_prefix.distributed.world import World, join_world
     from megatron_prefix.distributed.world_size import world_faults
 else:
@@ -21,6 +22,7 @@ else:
         ownership=["owned"],
         session=["open_session"],
         signals=["StopRequest"],
+        user_buffers=["check_row"],
         world=["World", "join_world"],
         world_size=["world_faults"],
     )
@@ -28,6 +30,7 @@ else:
 __all__ = [
     "StopRequest",
     "World",
+    "check_row",
     "ends_at_once",
     "join_world",
     "open_session",

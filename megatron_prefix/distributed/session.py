@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_prefix.attention.backends import flash_version, resolve_flash_version
 from megatron_prefix.config import Config
+from megatron_prefix.distributed.user_buffers import UserBuffers
 from megatron_prefix.distributed.world import World, join_world
 from megatron_prefix.errors import InputError
 
@@ -25,5 +27,8 @@ def open_session(config: Config) -> Iterator[World]:
                 version = resolve_flash_version(model.flash_version, world.device)
             except ValueError as error:
                 raise InputError(f"model.{error}") from None
-        with flash_version(version):
-            yield world
+        buffers = UserBuffers.of_run(config)
+        with flash_version(version), contextlib.ExitStack() as stack:
+            if buffers is not None:
+                stack.callback(buffers.close)
+            yield replace(world, buffers=buffers)

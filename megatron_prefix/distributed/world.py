@@ -22,6 +22,7 @@ from megatron_prefix.attention.context_parallel import ContextCost, ContextParal
 from megatron_prefix.config import ParallelConfig
 from megatron_prefix.distributed.attempt import store_of_attempt
 from megatron_prefix.distributed.liveness import MARGIN_S, FailureDetection
+from megatron_prefix.distributed.user_buffers import UserBuffers
 from megatron_prefix.distributed.world_size import world_faults
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.model import TreeTransformerConfig
@@ -44,11 +45,25 @@ class World:
     """None if there is one process only."""
     host: dist.ProcessGroup | None = None
     """All processes, for objects that never leave the host; None is the default group."""
+    buffers: UserBuffers | None = None
+    """Those of parallel.tp_comm_overlap; None without it."""
 
     def beat(self, doing: str) -> None:
         """Heartbeat: tell the other ranks the activity that begins, such as "step 12"."""
         if self.failure_detection is not None:
             self.failure_detection.beat(doing)
+
+    def open_buffers(self, config: TreeTransformerConfig) -> None:
+        """Make what the layers of a model with tp_comm_overlap need before they are built; nothing
+        without it. Collective. Raises InputError."""
+        if not config.tp_comm_overlap:
+            return
+        if self.buffers is None:
+            raise InputError(
+                "parallel.tp_comm_overlap = True needs buffers, and this World has none: join the "
+                "processes by open_session(config), or remove it"
+            )
+        self.buffers.open(config)
 
     @property
     def is_main(self) -> bool:

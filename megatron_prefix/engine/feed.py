@@ -17,7 +17,7 @@ from megatron_prefix.attention.context_parallel import ContextShare
 from megatron_prefix.data.steps import MicroBatch, Sampler, Step
 from megatron_prefix.data.steps.alone import AloneSteps
 from megatron_prefix.data.store import PreferenceDataset
-from megatron_prefix.distributed import World
+from megatron_prefix.distributed import World, check_row
 from megatron_prefix.engine.batch import TrainBatch, to_device
 from megatron_prefix.engine.pictures import Pictures
 from megatron_prefix.engine.table import StepTable
@@ -101,6 +101,7 @@ class Feed:
             for row in rows
         ]
         for batch in batches:
+            check_row(self._config, batch.tokens.size(1))
             prepare_attention(batch.params, self._config)
         table = None
         if self._with_table or plan.is_divided:

@@ -27,6 +27,7 @@ from megatron_prefix.objectives import Objective
 def build_model(config: TreeTransformerConfig, world: World) -> list[torch.nn.Module]:
     """This rank's model chunks on the device, ready for forward passes, with the weights that
     `config` draws."""
+    world.open_buffers(config)
     stages = config.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(stages) if stages else [None]:

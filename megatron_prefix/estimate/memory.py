@@ -42,6 +42,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
 ADAM_BYTES = {"float32": 8, "bfloat16": 12}
 """Both moments in float32, and float32 weights if the model's own are bfloat16."""
+USER_BUFFERS = 12
+"""Products of a layer that Transformer Engine overlaps; each has a buffer of tokens x channels."""
 
 
 def parameter_counts(
@@ -251,6 +253,8 @@ class RankMemory:
     """What one call of attention holds for a moment in backward; see attention.py."""
     adapters: int = 0
     """Weights that a lora section adds, whole copies included."""
+    user_buffers: int = 0
+    """Transformer Engine's, with parallel.tp_comm_overlap."""
 
     @property
     def total(self) -> int:
@@ -291,6 +295,9 @@ def rank_memory(
         recomputed=recomputed,
         head=_head(model, sizes, parallel, vocab_size, num_tokens) if is_last else 0,
         attention=attention_buffers(model, sizes, parallel, row_tokens, paths),
+        user_buffers=USER_BUFFERS * size * num_tokens * sizes.hidden_size
+        if parallel.tp_comm_overlap
+        else 0,
     )
 
 

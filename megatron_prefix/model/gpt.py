@@ -85,6 +85,8 @@ class TreeTransformerConfig(TransformerConfig):
     kernels: tuple[str, ...] = ()
     """What Triton kernels compute in place of elementary operations: `rotary`, `gate` (of
     feed-forward layers), `head` (log-softmax) and `key_sums` (gradients of copied keys)."""
+    row_tokens: int = 0
+    """Tokens of every row on this rank, before sequence parallelism; 0: rows differ."""
     moe_count: str = "tokens"
     """How often the router's auxiliary loss counts a token: once (`tokens`), or once per response
     that it belongs to (`responses`)."""

@@ -24,6 +24,7 @@ from megatron_prefix.model.heads import TreeRewardModel
 from megatron_prefix.model.hf import HFModel, WeightMap
 from megatron_prefix.model.init import initialize_adapters, initialize_weights
 from megatron_prefix.model.names import EMBEDDING, OUTPUT_LAYER, REWARD_HEAD
+from megatron_prefix.model.overlap import overlap_settings
 from megatron_prefix.model.parameters import base_parameters, tensor_group
 from megatron_prefix.model.precision import fp8_settings
 from megatron_prefix.model.spec import uses_transformer_engine
@@ -103,6 +104,7 @@ def transformer_config(
         use_te_activation_func=own_gate,
         **fp8_settings(model, parts),
         **_layout_settings(parallel),
+        **overlap_settings(parallel, parts),
         **_expert_settings(model, sizes, parallel, lora),
         recompute_granularity=model.recompute_granularity,
         recompute_method=model.recompute_method,

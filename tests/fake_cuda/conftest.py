@@ -59,7 +59,8 @@ def steps(driver, tmp_path):
             "train": {"steps": 2},
             "logging": {"output": str(tmp_path / "run")},
         }
-        settings |= {key: value for key, value in sections.items() if key != "model"}
+        settings["data"] |= sections.get("data", {})
+        settings |= {key: x for key, x in sections.items() if key not in ("model", "data")}
         path = tmp_path / "config.json"
         path.write_text(json.dumps(settings))
         command = [sys.executable, str(HERE / "fake_run.py"), str(path), str(size), *plant]

@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from engine_overlap import OVERLAP
 from engine_shapes import FUNCTIONS
 
 
@@ -44,7 +45,7 @@ def import_engine(folder: Path) -> Extension:
     export = "transformer_engine.pytorch.onnx_extensions"
     spec = importlib.machinery.ModuleSpec(export, None)
     sys.modules[export] = mock.MagicMock(name=export, __spec__=spec)
-    for function in FUNCTIONS:
+    for function in (*FUNCTIONS, *OVERLAP):
         setattr(extension, function.__name__, function)
     _enumerations(extension, folder / "transformer_engine" / "pytorch")
     import transformer_engine.common as common

@@ -72,7 +72,10 @@ def generic_gemm(
         result = torch.empty(shape, dtype=dtype, device="cuda")
     is_gradient = rest[3] if len(rest) > 3 else False
     bias_gradient = result.new_empty(columns) if bias is not None and is_gradient else None
-    return result, bias_gradient, None, None
+    scattered = options.get("extra_output")  # each rank's part of a sum over ranks
+    if scattered is not None and scattered.numel():
+        assert scattered.shape[-1] == columns and rows % scattered.shape[0] == 0, "scattered sums"
+    return result, bias_gradient, None, scattered
 
 
 def multi_tensor_l2norm(

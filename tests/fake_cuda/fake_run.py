@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -177,7 +178,12 @@ def main(config: str, size: str, fault: str | None = None) -> None:
         plant(fault)
     with fake_device() as waits, replaced(waits, int(size)), contextlib.suppress(Ended):
         run.train(settings)
-    print(json.dumps({"waits": waits.counts, "launched": waits.launched, "kernels": waits.kernels}))
+    report = {"waits": waits.counts, "launched": waits.launched, "kernels": waits.kernels}
+    if "engine_overlap" in sys.modules:
+        overlap = sys.modules["engine_overlap"]
+        report["buffers"] = [(x.shape, str(x.dtype)) for x in overlap.MADE]
+        report["buffers_used"] = Counter(overlap.USED)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

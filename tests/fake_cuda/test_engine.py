@@ -6,10 +6,15 @@ Its Python chooses kernels and passes arguments; engine_shapes.py checks them an
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
 TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+OVERLAP = {
+    "parallel": TP2SP | {"tp_comm_overlap": True},
+    "data": {"pad_rows": "capacity", "row_capacity": 250, "global_batch_size": 8},
+}
 CASES = {  # name: processes, sections
     "flash": (1, {}),
     "te": (1, {"model": {"attention_backend": "te"}}),
@@ -32,6 +37,31 @@ CASES = {  # name: processes, sections
         },
     ),
 }
+BUFFERS = {  # name: sections besides, and the dtypes of buffers
+    "bfloat16": ({}, {"torch.bfloat16": 12}),
+    "bfloat16, recomputed": (
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        {"torch.bfloat16": 12},
+    ),
+    "fp8": ({"fp8": "hybrid"}, {"torch.bfloat16": 4, "torch.uint8": 8}),
+    "fp8 but ends": (
+        {"fp8": "hybrid", "first_last_layers_bf16": True, "num_layers": 3},
+        {"torch.bfloat16": 16, "torch.uint8": 8},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUFFERS)
+def test_communication_that_is_overlapped_has_buffers_of_every_row(steps, name):
+    model, dtypes = BUFFERS[name]
+    result = steps(2, OVERLAP | {"model": {"attention_backend": "te"} | model}, has_engine=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    length = 256 if "fp8" in model else 250
+    assert {tuple(shape) for shape, _ in report["buffers"]} == {(length, 256)}
+    assert Counter(dtype for _, dtype in report["buffers"]) == dtypes
+    assert report["buffers_used"]["fill"] > 8 and report["buffers_used"]["read"] > 8
 
 
 @pytest.mark.slow

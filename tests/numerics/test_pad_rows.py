@@ -10,6 +10,7 @@ import pytest
 from small_runs import assert_same_runs, configure, prepare, saved_weights, trained
 
 from megatron_prefix.config import parse_config
+from megatron_prefix.data.steps.alone import AloneSteps
 from megatron_prefix.data.steps.collate import collate_packed
 from megatron_prefix.distributed.world import join_world
 from megatron_prefix.errors import InputError
@@ -60,6 +61,8 @@ def test_every_row_has_the_capacity_rounded_up(tmp_path, data):
     sampler = replace(sampler, row_multiple=4)
     rows = sampler.micro_batches(sampler.step(0))
     assert {len(row.tokens) for row in rows} == {204}
+    alone = AloneSteps(sampler=sampler)
+    assert {len(row.tokens) for row in alone.micro_batches(alone.step(0))} == {204}
 
 
 def test_padding_is_cut_into_short_trees():

@@ -63,7 +63,7 @@ class AloneSteps:
                     )
                     for bundle in row
                 ],
-                sampler.row_multiple,
+                sampler.length_multiple,
                 sampler.targets,
             )
             for row in step.rows[rank]
