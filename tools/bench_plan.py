@@ -195,7 +195,7 @@ def planned(config: Config, processes: int) -> tuple[PlannedRun, StepWork]:
         * parallel.pipeline_model_parallel_size
         * parallel.context_parallel_size
     )
-    data = data_plan(config, planned_sampler(config, objective, dataset, ranks, sizes), known)
+    data = data_plan(config, planned_sampler(config, objective, dataset, ranks, known), known)
     mode = config.data.sharing
     run = PlannedRun(config, objective, known, processes, 0, data["rows_per_rank"])
     return run, step_work(data, mode, mode, parallel)

@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from megatron_prefix.checkpoint.collective import Group, is_main
 from megatron_prefix.errors import RunError
+from megatron_prefix.platform import SideWork
 
-THREAD = "save in the background"
 WRITING = timedelta(days=1)
 """How long a process's thread may write before the other ones see an error."""
 OTHERS_S = 10.0
@@ -50,7 +50,7 @@ class BackgroundSave:
     def __init__(self, host: Group = None) -> None:
         self._host = host
         self._group: Group = None
-        self._thread: threading.Thread | None = None
+        self._thread: SideWork | None = None
         self._error: BaseException | None = None
         self._step = 0
         self._publishing = threading.Lock()
@@ -63,12 +63,14 @@ class BackgroundSave:
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=WRITING)
         self._step, self._error = step, None
-        self._thread = threading.Thread(target=self._run, args=(write,), name=THREAD, daemon=True)
+        work = f"the background write of the checkpoint of step {step}"
+        self._thread = SideWork(work, lambda: self._run(write))
         self._thread.start()
 
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:
-        """Context of what changes the run's checkpoints. Raises GivenUp if it must not any more."""
+        """Context of what changes the run's checkpoints, which must be quick: `give_up` waits for
+        it. Raises GivenUp if it must not any more."""
         with self._publishing:
             if self._is_given_up:
                 raise GivenUp
@@ -98,9 +100,13 @@ class BackgroundSave:
 
     def wait(self) -> None:
         """Wait for the save in flight. Collective. Raises its error, on all processes."""
-        while self._thread is not None:
-            self._thread.join(ROUND_S)
-            self.check()
+        thread = self._thread
+        if thread is None:
+            return
+        with thread.awaited():
+            while self._thread is not None:
+                thread.join(ROUND_S)
+                self.check()
 
     def wait_before(self, step: int) -> None:
         """`wait` before the save of `step`, and say once that this made training wait."""
@@ -121,13 +127,14 @@ class BackgroundSave:
         """Let the save in flight end, and print its failure: the run fails for another reason."""
         if self._thread is None:
             return
-        self._thread.join()
+        with self._thread.awaited():
+            self._thread.join()
         error, self._thread = self._error, None
         if error is not None and is_main():
             print(error, file=sys.stderr, flush=True)
 
     def give_up(self) -> None:
-        """Publish nothing from now on, and do not wait."""
+        """Publish nothing from now on. Waits only for what is being published."""
         with self._publishing:
             self._is_given_up = True
 

@@ -1,6 +1,6 @@
 """The folder of a run's checkpoints on disk: which one is the newest, and how a new one gets there.
 
-ROOT/.iter_0000100.partial-0f3a…          while it is written
+ROOT/.iter_0000100.partial-0f3a…          while it is written, or after it was taken away
 ROOT/iter_0000100/
 ROOT/latest_checkpointed_iteration.txt    "100", replaced after the folder is in place
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,13 +47,20 @@ def make_room(partial: Path) -> None:
     trial.unlink()
 
 
-def publish(root: Path, partial: Path, step: int) -> None:
-    """Move a complete checkpoint to its place, then the tracker file that names it."""
-    target, replaced = iteration_dir(root, step), None
-    if target.exists():  # the tracker file did not name it, or it was damaged
-        replaced = target.with_name(f".{target.name}.partial-replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(target, replaced)
+def take_away(folder: Path) -> Path:
+    """Give a checkpoint a name under which it is none, and return it. The next start of the run
+    removes what is left of such a folder."""
+    gone = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:12]}")
+    os.replace(folder, gone)
+    return gone
+
+
+def publish(root: Path, partial: Path, step: int) -> list[Path]:
+    """Move a complete checkpoint to its place, then the tracker file that names it. Returns what
+    is to be removed: it may take long, and the run's checkpoints do not depend on it."""
+    target = iteration_dir(root, step)
+    # the tracker file did not name it, or it was damaged
+    replaced = [take_away(target)] if target.exists() else []
     os.replace(partial, target)
     flush(root)
     # A kill before the last line leaves the old tracker file, which names the checkpoint before.
@@ -63,8 +71,7 @@ def publish(root: Path, partial: Path, step: int) -> None:
         os.fsync(file.fileno())
     os.replace(pointer, root / TRACKER)
     flush(root)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    return replaced
 
 
 class RunFolder:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +79,3 @@ def surplus(steps: list[int], newest: int, best: int | None, last: int | None) -
         return []
     up_to_newest = sorted(step for step in steps if step <= newest)
     return [step for step in up_to_newest[:-last] if step != best]
-
-
-def remove(folder: Path) -> None:
-    """Remove a checkpoint; a kill in between leaves a folder that the next start removes."""
-    gone = folder.with_name(f".{folder.name}.partial-removed")
-    shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)

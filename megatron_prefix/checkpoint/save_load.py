@@ -46,13 +46,13 @@ from megatron_prefix.checkpoint.folder import (
     iteration_dir,
     make_room,
     publish,
+    take_away,
 )
 from megatron_prefix.checkpoint.keeping import (
     BEST,
     Keeping,
     note_best,
     read_best,
-    remove,
     surplus,
 )
 from megatron_prefix.checkpoint.model_weights import (
@@ -222,10 +222,13 @@ class RunCheckpoints(RunFolder):
             ) from error
         on_main(lambda: self._alone(lambda: self._keep(step, value)), group)
 
-    def _alone(self, action: Callable[[], None]) -> None:
-        """Run what changes the checkpoints of the run, unless the run has given them up."""
+    def _alone(self, action: Callable[[], list[Path]]) -> None:
+        """Run what changes the checkpoints of the run, unless the run has given them up; then
+        remove the folders that it returns, for which the end of the process does not wait."""
         with self.background.publishing() if self.background else contextlib.nullcontext():
-            action()
+            leftovers = action()
+        for folder in leftovers:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def check(self) -> None:
         """Between two steps: raise the error of a save in the background. Collective."""
@@ -245,8 +248,9 @@ class RunCheckpoints(RunFolder):
         elif self.background is not None:
             self.background.leave()
 
-    def _keep(self, step: int, value: float | None) -> None:
-        """Note whether the newest checkpoint is the best, and remove those that are not kept.
+    def _keep(self, step: int, value: float | None) -> list[Path]:
+        """Note whether the newest checkpoint is the best, and take away those that are not kept;
+        returns their folders.
 
         Raises RunError.
         """
@@ -257,8 +261,8 @@ class RunCheckpoints(RunFolder):
             best = read_best(root)
             steps = complete_steps(root)
             kept = best["step"] if best is not None and self.keeping.metric is not None else None
-            for old in surplus(steps, step, kept, self.keeping.last):
-                remove(iteration_dir(root, old))
+            old = surplus(steps, step, kept, self.keeping.last)
+            return [take_away(iteration_dir(root, number)) for number in old]
         except OSError as error:
             raise RunError(
                 f"train.save = {self.root}: an old checkpoint could not be removed, or "

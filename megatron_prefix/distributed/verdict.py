@@ -5,11 +5,14 @@ from __future__ import annotations
 import linecache
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 from torch.distributed import DistError
+
+from megatron_prefix.platform import side_works
 
 MOST_LISTED = 8
 """Ranks that a message names at most."""
@@ -19,8 +22,6 @@ CONNECTION_LOSS = re.compile(
 WAITING_CALL = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(")
 """A source line on which a rank waits for other ranks, or for a device that waits for them."""
 COMMUNICATION = {"distributed_c10d.py", "rendezvous.py"}
-SAVING = {"background.py"}
-"""Files whose functions a thread runs for `train.async_save`."""
 
 State = dict[str, Any]
 """What one rank reported: `kind` is failed, answers, signalled or done; `doing` is its activity.
@@ -42,21 +43,31 @@ def is_connection_loss(error: BaseException | None) -> bool:
 
 
 def position_of(thread: int) -> str | None:
-    """Position of a thread as file:line; None if this process waits for other ranks.
+    """Position of the main thread `thread` as file:line; None if this process waits for other
+    ranks.
 
     Backward passes on CUDA communicate in a thread of their own, so all threads are looked at, but
-    not the one that saves in the background.
+    not those of work beside the main thread. If the main thread waits for such work, it is the
+    position of that work, with its name and age.
     """
-    frames = sys._current_frames()
+    frames, works = sys._current_frames(), side_works()
+    for work in works:
+        if work.is_awaited and work.ident in frames:
+            top = frames[work.ident]
+            return None if _waits(top, [top]) else f"{_place(top)} ({work.described})"
     frame = frames.get(thread)
-    if frame is None:
-        return None
-    if WAITING_CALL.search(linecache.getline(frame.f_code.co_filename, frame.f_lineno)):
-        return None
-    for number, top in frames.items():
-        files = _files(top)
-        if files & COMMUNICATION and (number == thread or not files & SAVING):
-            return None
+    others = [top for number, top in frames.items() if number not in {w.ident for w in works}]
+    return None if frame is None or _waits(frame, others) else _place(frame)
+
+
+def _waits(frame: FrameType, tops: Iterable[FrameType]) -> bool:
+    """Whether a thread at `frame` waits for other ranks; `tops` are the threads that communicate
+    for it."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    return bool(WAITING_CALL.search(line)) or any(_files(top) & COMMUNICATION for top in tops)
+
+
+def _place(frame: FrameType) -> str:
     return f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno}"
 
 

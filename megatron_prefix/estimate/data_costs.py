@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_prefix.config import Config, ModelSizes
 from megatron_prefix.config.lora import LoraConfig
-from megatron_prefix.data.steps import SHARING_MODES, Sampler, Step
+from megatron_prefix.data.steps import SHARING_MODES, CostModel, Sampler, Step
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.estimate.adapters import adapter_flops, training_flops
 from megatron_prefix.estimate.flops import ForwardFlops, forward_flops
@@ -34,18 +34,30 @@ class KnownModel:
     """The lora section, resolved."""
     vision: KnownVision | None = None
 
+    def cost_model(self, dataset: PreferenceDataset, kind: str, is_trained: bool) -> CostModel:
+        """The costs of rows of the data set whose pictures `vision` knows."""
+        costs, vision = CostModel.of_model(self.sizes, dataset.vocab_size, kind), self.vision
+        if vision is None:
+            return costs
+        return costs.with_pictures(
+            vision.pictures,
+            freezes_tower=is_trained and not vision.trains_tower,
+            freezes_projector=is_trained and not vision.trains_projector,
+        )
+
 
 def planned_sampler(
     config: Config,
     objective: Objective,
     dataset: PreferenceDataset,
     ranks: int,
-    sizes: ModelSizes | None = None,
+    model: KnownModel | None = None,
 ) -> Sampler:
-    """The run's sampler, for `ranks` data-parallel ranks; `sizes` are the model's if known."""
+    """The run's sampler, for `ranks` data-parallel ranks; without a `model` rows cost what the
+    sizes in `config` say."""
     parallel = config.parallel
     return replace(
-        training_sampler(config, objective, dataset, sizes=sizes),
+        training_sampler(config, objective, dataset, costs=model),
         num_ranks=ranks,
         row_multiple=parallel.row_multiple * config.model.token_multiple,
         count_multiple=parallel.count_multiple,

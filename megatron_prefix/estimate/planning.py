@@ -95,8 +95,7 @@ def plan_run(
     }
     rows, row_tokens = None, row_bound(config)
     if dataset is not None:
-        sizes = None if model is None else model.sizes
-        sampler = planned_sampler(config, objective, dataset, ranks, sizes)
+        sampler = planned_sampler(config, objective, dataset, ranks, model)
         plan["data"] = data_plan(config, sampler, model)
         rows = plan["data"]["rows_per_rank"]
         row_tokens = row_tokens or plan["data"]["longest_row"]

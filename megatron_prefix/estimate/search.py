@@ -32,7 +32,13 @@ from megatron_prefix.estimate.data_costs import (
 )
 from megatron_prefix.estimate.flops import ForwardFlops
 from megatron_prefix.estimate.hardware import GIB, Hardware, check_dtype
-from megatron_prefix.estimate.known import known_dataset, known_model, row_bound, with_adapters
+from megatron_prefix.estimate.known import (
+    known_dataset,
+    known_model,
+    row_bound,
+    with_adapters,
+    with_images,
+)
 from megatron_prefix.estimate.layouts import (
     chosen_settings,
     chunk_layers,
@@ -204,6 +210,7 @@ class LayoutSearch:
             known = with_adapters(config, known, missing)
         if dataset is None or known is None or known.vocab_size is None:
             raise InputError(f"--search needs the model's sizes and the data: {'; '.join(missing)}")
+        known = with_images(config, known, dataset)
         return cls(config, objective, dataset, known, world_size, machine)
 
     def candidates(self) -> Iterator[Config]:
@@ -256,9 +263,7 @@ class LayoutSearch:
         key = ranks, config.parallel.count_multiple, data.row_capacity, data.micro_batch_size
         if key not in self._rows:
             try:
-                sampler = planned_sampler(
-                    config, self.objective, self.dataset, ranks, self.known.sizes
-                )
+                sampler = planned_sampler(config, self.objective, self.dataset, ranks, self.known)
             except InputError:
                 self._rows[key] = None
             else:
@@ -268,7 +273,7 @@ class LayoutSearch:
     @cached_property
     def _data(self) -> dict[str, Any]:
         """The first steps of the configuration as it is, on one rank."""
-        sampler = planned_sampler(self.config, self.objective, self.dataset, 1, self.known.sizes)
+        sampler = planned_sampler(self.config, self.objective, self.dataset, 1, self.known)
         return data_plan(self.config, sampler, self.known)
 
     @property

@@ -47,6 +47,7 @@ from megatron_prefix.train.accuracies import (
     subset_of_pairs,
 )
 from megatron_prefix.train.data_checks import check_columns, refuse_unused_reference
+from megatron_prefix.train.row_costs import ModelCosts
 from megatron_prefix.train.samplers import (
     EVALUATION_GROUPS,
     evaluation_block,
@@ -85,8 +86,9 @@ def evaluate(
         check_one_vocabulary([*datasets.values()])
         initial = resolve_starting_model(config.model, [*datasets.values()], config.lora)
         refuse_unused_reference(config, objective)
+        costs = ModelCosts(initial)
         samplers = [
-            evaluation_sampler(config, objective, dataset, world, initial.sizes)
+            evaluation_sampler(config, objective, dataset, world, costs)
             for dataset in datasets.values()
         ]
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
@@ -96,9 +98,7 @@ def evaluate(
             name: other
             for name, own in zip(datasets, samplers, strict=True)
             if (
-                other := mismatch_sampler(
-                    config, objective, own, valid_setting(name), world, initial.sizes
-                )
+                other := mismatch_sampler(config, objective, own, valid_setting(name), world, costs)
             )
         }
         every = [*samplers, *others.values()]

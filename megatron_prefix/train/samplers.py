@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from megatron_prefix.config import Config, ModelSizes
+from megatron_prefix.config import Config
 from megatron_prefix.data.steps import TARGETS, CostModel, Sampler
 from megatron_prefix.data.steps.compositions import (
     Composition,
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 
 EVALUATION_GROUPS = 64
 """Groups evaluated at a time if the configuration counts steps in rows."""
+
+
+class RowCosts(Protocol):
+    """What is known of a model's work, of which ranks get similar shares."""
+
+    def cost_model(self, dataset: PreferenceDataset, kind: str, is_trained: bool) -> CostModel:
+        """The costs of rows of a data set, its pictures too, under `model.kind`; `is_trained` says
+        whether the rows are trained on, or only scored."""
 
 
 def open_on_nodes(
@@ -163,13 +171,13 @@ def training_sampler(
     dataset: PreferenceDataset,
     world: World | None = None,
     plan: PackedSteps | None = None,
-    sizes: ModelSizes | None = None,
+    costs: RowCosts | None = None,
 ) -> Sampler:
     """The training sampler of the data section; it follows `plan` if there is one.
 
-    `objective` is that of `config.loss`. `sizes` are the model's if `config` only names it; they
-    give the work per row, which is balanced over the ranks. Raises InputError if the plan is for
-    other data or settings.
+    `objective` is that of `config.loss`. `costs` give the work per row, which is balanced over the
+    ranks; without them it follows from the sizes in `config`, if they are given there. Raises
+    InputError if the plan is for other data or settings.
     """
     settings = plan_settings(config, objective)
     selected = _selected(objective, dataset, "data.train")
@@ -182,15 +190,15 @@ def training_sampler(
                 "data.sharing: tree"
             )
     composition = settings.composition(selected) if plan is None else plan
-    return _sampler(config, objective, selected, composition, world, sizes)
+    return _sampler(config, objective, selected, composition, world, costs, is_trained=True)
 
 
 def evaluation_sampler(
     config: Config,
     objective: Objective,
     dataset: PreferenceDataset,
-    world: World | None = None,
-    sizes: ModelSizes | None = None,
+    world: World | None,
+    costs: RowCosts | None,
     *,
     is_scoring: bool = False,
     sharing: str | None = None,
@@ -201,7 +209,7 @@ def evaluation_sampler(
     if not is_scoring:
         dataset = _selected(objective, dataset, "data.valid")
     composition = InOrder(len(dataset), evaluation_block(config))
-    return _sampler(config, objective, dataset, composition, world, sizes, sharing)
+    return _sampler(config, objective, dataset, composition, world, costs, sharing)
 
 
 def mismatch_sampler(
@@ -209,8 +217,8 @@ def mismatch_sampler(
     objective: Objective,
     sampler: Sampler,
     setting: str,
-    world: World | None = None,
-    sizes: ModelSizes | None = None,
+    world: World | None,
+    costs: RowCosts | None,
 ) -> Sampler | None:
     """The mismatches of the groups of `sampler`'s steps, each after its prompt in a sequence of
     its own; None if the objective does not need them.
@@ -227,15 +235,15 @@ def mismatch_sampler(
             "it again with megatron-prefix build --kto, or take apo_zero_unpaired or bco"
         )
     groups = _Groups(sampler.composition)
-    return _sampler(config, objective, view, groups, world, sizes, sharing="response")
+    return _sampler(config, objective, view, groups, world, costs, sharing="response")
 
 
 def joint_sampler(
     config: Config,
     objective: Objective,
     sampler: Sampler,
-    world: World | None = None,
-    sizes: ModelSizes | None = None,
+    world: World | None,
+    costs: RowCosts | None,
 ) -> Sampler | None:
     """The groups of `sampler`'s steps with own responses and mismatches in one tree, for the
     reference (joint_reference.py). None if the objective needs no mismatches, no model is the
@@ -247,7 +255,7 @@ def joint_sampler(
     if not objective.needs_mismatches or not is_model or sampler.sharing != "tree":
         return None
     groups, stored = _Groups(sampler.composition), sampler.dataset.stored
-    return _sampler(config, objective, stored, groups, world, sizes, "tree", oversized="split")
+    return _sampler(config, objective, stored, groups, world, costs, "tree", oversized="split")
 
 
 @dataclass(frozen=True)
@@ -282,13 +290,18 @@ def _sampler(
     dataset: PreferenceDataset,
     composition: Composition,
     world: World | None,
-    sizes: ModelSizes | None,
+    costs: RowCosts | None,
     sharing: str | None = None,
     *,
     oversized: str | None = None,
+    is_trained: bool = False,
 ) -> Sampler:
     data, kind = config.data, config.model.kind
-    sizes = sizes or config.model.sizes()
+    cost = None
+    if costs is not None:
+        cost = costs.cost_model(dataset, kind, is_trained)
+    elif (sizes := config.model.sizes()) is not None:
+        cost = CostModel.of_model(sizes, dataset.vocab_size, kind)
     sampler = Sampler(
         dataset=dataset,
         composition=composition,
@@ -301,7 +314,7 @@ def _sampler(
         oversized=oversized or data.oversized,
         pads_to_capacity=data.pad_rows == "capacity",
         with_attributes=objective.num_labels > 1,
-        cost=CostModel.of_model(sizes, dataset.vocab_size, kind) if sizes else None,
+        cost=cost,
         **(world.sampler_layout if world is not None else {}),
     )
     row_multiple = sampler.row_multiple * config.model.token_multiple

@@ -24,6 +24,7 @@ from megatron_prefix.reference import (
     write_sidecar,
 )
 from megatron_prefix.text import duration
+from megatron_prefix.train.row_costs import ModelCosts
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
     open_plan,
@@ -67,14 +68,14 @@ def score_reference(config: Config, output: str) -> None:
         model = frozen_model(initial.transformer_config(config.train.seed, config.parallel), world)
         adapter = initial.load(model)
         fingerprint = reference_fingerprint(model, adapter)
-        parts = ScoreParts(heads=objective.parts.heads)
+        parts, costs = ScoreParts(heads=objective.parts.heads), ModelCosts(initial)
         scores, heads = [], []
         for dataset in datasets.values():
             key = {"model": fingerprint, "data": dataset.fingerprint} | _rows(config, world)
             logps = np.full(len(dataset.stored.response_lengths), np.nan)
             for view, name, sharing in _views(dataset):
                 sampler = evaluation_sampler(
-                    config, objective, view, world, initial.sizes, is_scoring=True, sharing=sharing
+                    config, objective, view, world, costs, is_scoring=True, sharing=sharing
                 )
                 own_parts = parts if sharing is None else ScoreParts()
                 num_responses = len(view.response_lengths)

@@ -31,8 +31,8 @@ from megatron_prefix.train.data_checks import (
 )
 from megatron_prefix.train.identity import run_identity, run_schedule, vision_identity
 from megatron_prefix.train.machine_notes import machine_notes, transformer_engine_version
-from megatron_prefix.train.picture_costs import with_pictures
 from megatron_prefix.train.profiling import check_window
+from megatron_prefix.train.row_costs import ModelCosts
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
     joint_sampler,
@@ -67,11 +67,11 @@ def prepare_trainer(
     parts = [part for data in datasets for part in data.parts]
     initial = resolve_starting_model(config.model, parts, config.lora)
     model_config = initial.transformer_config(config.train.seed, config.parallel)
-    sampler = training_sampler(config, objective, dataset, world, plan, initial.sizes)
-    sampler = with_pictures(sampler, initial.source, model_config.vision)
-    mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, initial.sizes)
-    joint = joint_sampler(config, objective, sampler, world, initial.sizes)
-    valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, initial)
+    costs = ModelCosts(initial, model_config.vision)
+    sampler = training_sampler(config, objective, dataset, world, plan, costs)
+    mismatches = mismatch_sampler(config, objective, sampler, "data.train", world, costs)
+    joint = joint_sampler(config, objective, sampler, world, costs)
+    valid_samplers, valid_mismatches = _held_out_samplers(config, objective, valid, world, costs)
     num_steps = run_steps(config, sampler)
     _print_steps(config, sampler, num_steps, dataset, world)
     samples = Samples.of_run(config, dataset, world)
@@ -167,13 +167,13 @@ def _held_out_samplers(
     objective: Objective,
     valid: Mapping[str, PreferenceDataset],
     world: World,
-    initial: StartingModel,
+    costs: ModelCosts,
 ) -> tuple[dict[str, Sampler], dict[str, Sampler]]:
     """Samplers of the held-out data sets, and of their mismatches if the objective needs them."""
     samplers, mismatches = dict[str, Sampler](), dict[str, Sampler]()
     for name, dataset in valid.items():
-        own = evaluation_sampler(config, objective, dataset, world, initial.sizes)
-        others = mismatch_sampler(config, objective, own, valid_setting(name), world, initial.sizes)
+        own = evaluation_sampler(config, objective, dataset, world, costs)
+        others = mismatch_sampler(config, objective, own, valid_setting(name), world, costs)
         samplers[name] = own
         if others is not None:
             mismatches[name] = others

@@ -385,6 +385,24 @@ def test_two_processes_stop_together(dataset, tmp_path):
     assert lines(tmp_path / "run")[-1]["step"] < 8
 
 
+def test_a_stalled_write_is_named_and_its_rank_alone(dataset, tmp_path):
+    """Both ranks make no progress; the one that writes is named with the write, and no other."""
+    parallel = {**ZERO, "distributed_timeout_minutes": 3 / 60}
+    argv = config(tmp_path, dataset, "run", parallel, steps=2, save_interval=1)
+    ranks = start_ranks(2, partial(_stalled_on_rank_1, argv), tmp_path)
+    assert ranks.wait(TIMEOUT_S) == [1, 1], ranks.text()[-3000:]
+    (line,) = [x for x in ranks.text().splitlines() if x.startswith("megatron-prefix")]
+    assert "no progress for 0.05 minutes (parallel.distributed_timeout_minutes): rank 1 " in line
+    assert "(the background write of the checkpoint of step 1, since " in line
+    assert "test_async_save.py:" in line and "rank 0" not in line
+
+
+def _stalled_on_rank_1(argv: list[str]) -> int:
+    if os.environ["RANK"] == "1":
+        writing_module.sha256 = lambda path: time.sleep(600)
+    return main(argv)
+
+
 def _full_on_rank_1(argv: list[str]) -> int:
     """Rank 1 cannot read what it computes checksums of; rank 0 could go on."""
     if os.environ["RANK"] == "1":

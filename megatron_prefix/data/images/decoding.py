@@ -1,7 +1,8 @@
 """Encoded bytes -> an upright RGB picture, as the library `datasets` and transformers decode it.
 
 Rotations of EXIF are applied, and transparent pixels are put on white. Pictures that the two would
-read only in part, or that could exhaust the memory, are refused.
+read only in part, or whose values they would cut at 255, or that could exhaust the memory, are
+refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from megatron_prefix.errors import InputError
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded. Other decoders of Pillow run programs (EPS) or read no pictures."""
+
+DEEP = ("I", "F")
+"""First letters of Pillow's modes with more than 8 bits per pixel and channel: 16-bit and 32-bit
+grey (I;16, I) and float (F)."""
 
 
 def decode(content: bytes, name: str) -> Any:
@@ -62,6 +67,12 @@ def _check(opened: Any, most: int | None, name: str) -> None:
         raise InputError(
             f"{name} has {width * height:,} pixels ({width} x {height}), and Pillow's limit for "
             f"one picture is {most:,}: scale it down"
+        )
+    if opened.mode.startswith(DEEP):
+        raise InputError(
+            f"{name} has pixels of mode {opened.mode}, more than 8 bits each, and transformers "
+            "cuts their values at 255, which leaves a white or a black picture: save it with 8 "
+            "bits, its values scaled to 0 to 255, or remove the record"
         )
     # A camera's MPO file is a photograph with a preview after it.
     if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":

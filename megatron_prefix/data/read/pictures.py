@@ -94,8 +94,8 @@ class Marked:
         if not given:
             self._num_places += 1
             return UNNUMBERED
-        inner = given.get("image", given.get("image_url", given))
-        picture = _picture(inner, "a part of type 'image'")
+        given = {name: x for name, x in given.items() if name not in self._harmless} or given
+        picture = _picture_of_part(given)
         return chr(FIRST + self._own.setdefault(picture, len(self._own)))
 
     def _refuse_unread(self, part: dict[str, Any], has_picture: bool) -> None:
@@ -210,14 +210,56 @@ def _pictures(value: Any, name: str) -> list[Picture]:
     return [_picture(item, f"column {name!r}") for item in items]
 
 
+def _picture_of_part(given: dict[str, Any]) -> Picture:
+    """The picture of a part with these of PART_FIELDS. Raises InputError if they are two."""
+    place = "a part of type 'image'"
+    nested = [name for name in ("image", "image_url") if name in given]
+    beside = {name: x for name, x in given.items() if name not in nested}
+    values = [(name, given[name]) for name in nested]
+    values += [(name, beside) for name in list(beside)[:1]]
+    picture = _picture(values[0][1], place)
+    for name, value in values[1:]:
+        if not _is(value, picture):
+            raise InputError(_two_pictures(place, values[0][0], name, "message."))
+    return picture
+
+
+def _is(value: Any, picture: Picture) -> bool:
+    try:
+        return _picture(value, "") == picture
+    except InputError:
+        return False
+
+
+def _two_pictures(place: str, first: str, second: str, prefix: str = "") -> str:
+    ignored = f", or leave it out with --ignore-columns {prefix}{second}" if prefix else ""
+    return (
+        f"{place} has {first!r} and {second!r}, which are not the same picture: remove "
+        f"{second!r}{ignored}"
+    )
+
+
+def _only(given: dict[str, Any], place: str) -> Any:
+    """The value of all these fields, which must be equal; None without any."""
+    first = next(iter(given), "")
+    for name, value in given.items():
+        if value != given[first]:
+            raise InputError(_two_pictures(place, first, name))
+    return given.get(first)
+
+
 def _picture(value: Any, place: str) -> Picture:
-    """One picture: encoded bytes, a path, or an object with one of these."""
+    """One picture: encoded bytes, a path, or an object with one of these. Beside bytes a path or
+    an address is their name. Raises InputError if an object has two pictures."""
     if isinstance(value, dict):
-        content = next((value[n] for n in ("bytes", "base64", "data") if value.get(n)), None)
-        if isinstance(content, str):
-            content = _decoded(DATA_URL.sub("", content, 1), place)
+        coded = {n: value[n] for n in ("bytes", "base64", "data") if value.get(n)}
+        contents = {
+            name: _decoded(DATA_URL.sub("", x, 1), place) if isinstance(x, str) else x
+            for name, x in coded.items()
+        }
+        content = _only(contents, place)
         if content is None:
-            value = next((value[n] for n in ("path", "url", "image") if value.get(n)), None)
+            value = _only({n: value[n] for n in ("path", "url", "image") if value.get(n)}, place)
             if not isinstance(value, str):
                 raise InputError(
                     f"{place} is an object with neither bytes nor path: give one of them, or "

@@ -29,13 +29,14 @@ n (n + 1) / 2. A tree with prompt [5, 6] and responses [7, 8] and [9] has 5 toke
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from megatron_prefix.config import ModelSizes
+from megatron_prefix.config.parts import PictureWork
 from megatron_prefix.data.steps.sharing import Bundle, bundle_parts
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.layout import visible_entries
@@ -90,6 +91,24 @@ class CostModel:
             per_logit_token=float(2 * width * columns),
             windows={w: n / sizes.num_layers for w, n in Counter(sizes.windows).items()},
         )
+
+    def with_pictures(
+        self,
+        works: Sequence[PictureWork],
+        *,
+        freezes_tower: bool = False,
+        freezes_projector: bool = False,
+    ) -> CostModel:
+        """The same costs with those of each picture of the data set.
+
+        Costs are forward passes of the language model, which is computed three times in training.
+        What is frozen there is computed once, so it counts a third.
+        """
+        tower, projector = (
+            1 / 3 if is_frozen else 1.0 for is_frozen in (freezes_tower, freezes_projector)
+        )
+        pictures = tuple(tower * work.tower + projector * work.projector for work in works)
+        return replace(self, per_picture=pictures)
 
 
 WITHOUT_WINDOWS = CostModel(per_token=0.0, per_entry=0.0, per_logit_token=0.0)

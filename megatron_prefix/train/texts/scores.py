@@ -14,6 +14,7 @@ from megatron_prefix.distributed import open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.reference import frozen_model, score_dataset
+from megatron_prefix.train.row_costs import ModelCosts
 from megatron_prefix.train.samplers import evaluation_sampler
 
 TEXT_KEYS = {"prompt", "response"}
@@ -43,8 +44,9 @@ def score_texts(config: Config, load: str | None, path: str) -> list[dict[str, A
         adapter = initial.load(model) if weights is None or initial.lora is not None else None
         if weights is not None:
             initial.load_trained(weights, model, adapter)
+        costs = ModelCosts(initial)
         sampler = evaluation_sampler(
-            config, objective, dataset, world, initial.sizes, is_scoring=True, sharing="response"
+            config, objective, dataset, world, costs, is_scoring=True, sharing="response"
         )
         vector = score_dataset(model, sampler, world, parts=objective.parts)
     own = objective.parts.split(vector, len(dataset.response_lengths))[0]

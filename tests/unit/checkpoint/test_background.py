@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from types import SimpleNamespace
@@ -16,8 +17,12 @@ from torch.distributed.checkpoint import filesystem
 from megatron_prefix.checkpoint import RunCheckpoints, save_load
 from megatron_prefix.checkpoint import background as module
 from megatron_prefix.checkpoint.background import BackgroundSave, GivenUp
+from megatron_prefix.checkpoint.folder import TRACKER, complete_steps, iteration_dir
+from megatron_prefix.checkpoint.keeping import Keeping
+from megatron_prefix.checkpoint.torch_dist import COMPLETE
 from megatron_prefix.checkpoint.writing import Snapshot
 from megatron_prefix.errors import RunError
+from megatron_prefix.platform import side_works
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -127,6 +132,66 @@ def test_giving_up_waits_for_what_is_being_published():
     assert order == ["published", "given up"]
 
 
+def test_giving_up_does_not_wait_for_the_removal_of_old_checkpoints(tmp_path, monkeypatch):
+    """It may take minutes. The newest checkpoint is whole, and the next start removes the rest."""
+    root, gate, is_removing = tmp_path / "saved", threading.Event(), threading.Event()
+    for step in (1, 2, 3):
+        iteration_dir(root, step).mkdir(parents=True)
+        (iteration_dir(root, step) / COMPLETE).write_text("{}")
+    (root / TRACKER).write_text("2")
+
+    def removing(folder, **_) -> None:
+        is_removing.set()
+        gate.wait(30)
+
+    monkeypatch.setattr(save_load.shutil, "rmtree", removing)
+    save = BackgroundSave()
+    checkpoints = RunCheckpoints(root, Keeping(last=1), save)
+    snapshot = SimpleNamespace(write=lambda path, *_: (path / COMPLETE).write_text("{}"))
+    partial = root / ".iter_0000003.partial-0"
+    write = functools.partial(checkpoints._write, 3, snapshot, partial, lambda path: None, None)
+    save.start(3, write)
+    assert is_removing.wait(30)
+    start = time.monotonic()
+    save.give_up()
+    assert time.monotonic() - start < 10 and not gate.is_set()
+    assert checkpoints.latest_step() == 3
+    gate.set()
+    save._thread.join()
+    monkeypatch.undo()
+    left = [path.name for path in root.glob(".iter_*.partial-*")]
+    assert left and not partial.exists(), "the replaced one of step 3"
+    RunCheckpoints(root).claim(str(root))
+    assert not [*root.glob(".*")] and complete_steps(root)[-1] == 3
+
+
+def test_what_training_waits_for_has_a_name():
+    """A hang report names it, see distributed/verdict.py."""
+    save, gate, seen = BackgroundSave(), threading.Event(), []
+    save.start(4, lambda group: gate.wait(30))
+    (work,) = side_works()
+    assert work.described.startswith("the background write of the checkpoint of step 4, since ")
+    assert not work.is_awaited
+
+    def look() -> None:
+        while not work.is_awaited:
+            time.sleep(0.001)
+        seen.append(True)
+        gate.set()
+
+    for end in (save.wait, save.leave):
+        looking = threading.Thread(target=look)
+        looking.start()
+        end()
+        looking.join(30)
+        assert not work.is_awaited
+        gate.clear()
+        if len(seen) < 2:
+            save.start(5, lambda group: gate.wait(30))
+            (work,) = side_works()
+    assert len(seen) == 2
+
+
 def test_a_failure_of_another_process_is_one(monkeypatch):
     """Its collective says so; this process's own thread is not waited for without end."""
     save, gate = BackgroundSave(), threading.Event()
@@ -142,9 +207,9 @@ def test_everything_is_written_and_flushed_before_it_is_published(tmp_path, monk
     """The order of a save, on the thread: what a kill or a power cut leaves follows from it."""
     order: list[str] = []
     for name in ("make_room", "write_checksums", "flush_tree", "publish"):
-        monkeypatch.setattr(save_load, name, lambda *args, name=name: order.append(name))
+        monkeypatch.setattr(save_load, name, lambda *args, name=name: order.append(name) or [])
     checkpoints = RunCheckpoints(tmp_path, background=BackgroundSave())
-    monkeypatch.setattr(checkpoints, "_keep", lambda *args: order.append("keep"))
+    monkeypatch.setattr(checkpoints, "_keep", lambda *args: order.append("keep") or [])
     snapshot = SimpleNamespace(write=lambda *args: order.append("files"))
     checkpoints._write(3, snapshot, tmp_path / "x", lambda path: order.append("attach"), None, None)
     expected = ["make_room", "files", "attach", "write_checksums", "flush_tree", "publish", "keep"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,9 @@ def test_checkpoints_of_another_run_are_not_overwritten(tmp_path, monkeypatch):
 def test_publishing_replaces_a_folder_that_the_tracker_never_named(tmp_path):
     root = write(tmp_path / "saved", "3", 3, 4)
     partial = write(tmp_path / "partial", None, 9)
-    publish(root, partial, 4)
+    (replaced,) = publish(root, partial, 4)
+    assert replaced.name.startswith(".iter_0000004.partial-") and (replaced / COMPLETE).exists()
+    shutil.rmtree(replaced)
     assert RunCheckpoints(root).latest_step.__self__.root == root
     assert (root / TRACKER).read_text() == "4" and not partial.exists()
     assert [path.name for path in iteration_dir(root, 4).iterdir()] == ["iter_0000009"]

@@ -6,6 +6,7 @@ import linecache
 import sys
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_prefix.distributed.verdict import (
     position_of,
 )
 from megatron_prefix.errors import InputError
+from megatron_prefix.platform import SideWork
 
 
 def test_the_message_names_ended_ranks_first():
@@ -81,18 +83,42 @@ def test_a_thread_that_waits_for_other_ranks_has_no_position():
     assert position_of(-1) is None  # it has ended
 
 
+def test_work_that_the_main_thread_waits_for_has_a_name_an_age_and_a_place():
+    """A rank whose own write goes on in code is named; one whose write waits for others is not."""
+    code = "go.set()\nlock.acquire()"
+    for file, is_waiting in (("/somewhere/own.py", False), ("/torch/distributed_c10d.py", True)):
+        lock, go = threading.Lock(), threading.Event()
+        names = {"go": go, "lock": lock}
+        stalled = compile(code, file, "exec")
+        with lock:
+            work = SideWork("the write of 4", partial(exec, stalled, names))
+            work._begin -= 75
+            work.start()
+            go.wait()
+            while sys._current_frames()[work.ident].f_lineno != 2:
+                time.sleep(0.001)
+            own = blocked_in("lock.acquire()", "/somewhere/train/own.py")
+            assert own == "train/own.py:2", "the main thread does not wait for it"
+            with work.awaited():
+                place = position_of(threading.get_ident())
+        work.join()
+        expected = None if is_waiting else "somewhere/own.py:2 (the write of 4, since 75 s)"
+        assert place == expected
+    with work.awaited():
+        assert "(the write" not in (position_of(threading.get_ident()) or ""), "it has ended"
+
+
 @pytest.mark.parametrize(
-    ("caller", "position"),
-    [("/torch/autograd/own.py", None), ("/somewhere/checkpoint/background.py", "train/own.py:2")],
+    ("kind", "position"), [(threading.Thread, None), (SideWork, "train/own.py:2")]
 )
-def test_another_thread_may_communicate_for_it(caller, position):
+def test_another_thread_may_communicate_for_it(kind, position):
     """As the thread of a backward pass on CUDA does; that of a save in the background does not."""
     inner = compile("go.set()\nlock.acquire()", "/torch/distributed/distributed_c10d.py", "exec")
-    outer = compile("exec(inner)", caller, "exec")
     lock, go = threading.Lock(), threading.Event()
-    names = {"go": go, "lock": lock, "inner": inner}
+    names = {"go": go, "lock": lock}
     with lock:
-        thread = threading.Thread(target=exec, args=(outer, names))
+        action = partial(exec, inner, names)
+        thread = kind("x", action) if kind is SideWork else kind(target=action)
         thread.start()
         go.wait()
         assert blocked_in("lock.acquire()", "/somewhere/train/own.py") == position

@@ -28,7 +28,7 @@ def dataset(tmp_path_factory) -> PreferenceDataset:
 def sampler_of(dataset: PreferenceDataset, folder, **data):
     data = {"row_capacity": 512, "global_batch_size": 2, **data}
     config = tiny_config(str(dataset.prefix), folder, data=data)
-    return evaluation_sampler(config, check(config.loss), dataset)
+    return evaluation_sampler(config, check(config.loss), dataset, None, None)
 
 
 def rows_of(sampler):

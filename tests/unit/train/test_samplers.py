@@ -83,6 +83,6 @@ def test_samplers_follow_the_configuration(prefix, tmp_path):
     assert (sampler.sharing, sampler.weighting) == ("pair", "group")
     assert (sampler.packing_method, sampler.cost is None) == ("best-fit", False)
     assert {name: getattr(sampler, name) for name in ranks} == ranks
-    held_out = evaluation_sampler(config, objective, dataset)
+    held_out = evaluation_sampler(config, objective, dataset, None, None)
     groups = [held_out.step(i).groups.tolist() for i in range(3)]
     assert groups == [[0, 1], [2, 3], [4, 5]], "the data set's own order"

@@ -43,18 +43,38 @@ def test_rotations_of_cameras_are_applied(orientation):
     np.testing.assert_array_equal(decoded, expected)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_other_modes_are_those_of_transformers(mode):
     from transformers.image_transforms import convert_to_rgb
 
-    image = PICTURE.convert("L" if mode == "I;16" else mode)
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 200)
+    image = PICTURE.convert(mode)
     if mode in ("LA", "RGBA"):
         image.putalpha(Image.linear_gradient("L").resize(image.size))
     content = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
     expected = convert_to_rgb(Image.open(io.BytesIO(content)), return_numpy=True)
     np.testing.assert_array_equal(decode(content, "it"), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "form"),
+    [("I;16", np.uint16, "PNG"), ("I", np.int32, "TIFF"), ("F", np.float32, "TIFF")],
+)
+def test_pixels_that_transformers_would_cut_are_refused(mode, kind, form):
+    from transformers.image_transforms import convert_to_rgb
+
+    grey = np.asarray(PICTURE.convert("L")).astype(kind)
+    content = encoded(Image.fromarray(grey / 255 if mode == "F" else grey * 200 + 256), form)
+    cut = convert_to_rgb(Image.open(io.BytesIO(content)), return_numpy=True)
+    assert cut.min() == cut.max() == (0 if mode == "F" else 255), "read it as transformers does"
+    with pytest.raises(InputError, match=f"it has pixels of mode {mode}, .* save it with 8 bits"):
+        decode(content, "it")
+
+
+def test_sixteen_bits_per_colour_are_read_as_eight():
+    """Pillow scales these by itself."""
+    colours = np.full((2, 3, 3), 257 * 200, ">u2")
+    header = b"P6 3 2 65535\n"
+    assert (np.asarray(decode(header + colours.tobytes(), "it")) == 200).all()
 
 
 def test_transparent_pixels_are_white():

@@ -248,6 +248,57 @@ def test_wrong_images(record, message):
         read(record)
 
 
+@pytest.mark.parametrize(
+    ("part", "first", "second"),
+    [
+        ({"image": "a.png", "url": "b.png"}, "image", "url"),
+        ({"image": "a.png", "image_url": {"url": "b.png"}}, "image", "image_url"),
+        ({"image": {"bytes": CONTENT}, "path": "b.png"}, "image", "path"),
+        ({"image": "a.png", "url": "https://host/a.png"}, "image", "url"),
+        ({"path": "a.png", "url": "b.png"}, "path", "url"),
+        ({"bytes": CONTENT, "data": BASE64[:-4]}, "bytes", "data"),
+        ({"image": {"path": "a.png", "image": "b.png"}}, "path", "image"),
+    ],
+)
+def test_a_part_with_two_pictures_is_refused(part, first, second):
+    record = sides(prompt=[turn("user", [OPEN | part, text("x")])])
+    message = f"has {first!r} and {second!r}, which are not the same picture: remove {second!r}"
+    with pytest.raises(InputError, match=message):
+        read(record)
+
+
+@pytest.mark.parametrize(
+    ("part", "picture"),
+    [
+        ({"image": "a.png", "url": "a.png"}, Picture(path="a.png")),
+        ({"image": {"bytes": CONTENT}, "base64": BASE64}, Picture(content=CONTENT)),
+        ({"bytes": CONTENT, "path": "name.png"}, Picture(content=CONTENT)),
+        ({"bytes": CONTENT, "data": BASE64}, Picture(content=CONTENT)),
+        ({"image": "a.png", "url": None}, Picture(path="a.png")),
+    ],
+)
+def test_a_part_may_have_one_picture_twice(part, picture):
+    """`datasets` writes the name of a file beside its bytes."""
+    example = read(sides(prompt=[turn("user", [OPEN | part, text("x")])]))
+    assert example.images == (picture,)
+
+
+@pytest.mark.parametrize("images", [[], None])
+def test_a_place_without_any_picture_stays_text(images):
+    """Whether it may be spelled in a text is a question of the model's placeholder."""
+    record = sides(images=images, prompt=[turn("user", "<image>x")])
+    assert prompts(read(record)) == ([("user", "<image>x")], [])
+
+
+def test_the_second_picture_of_a_part_can_be_left_out():
+    part = OPEN | {"image": "a.png", "url": "b.png"}
+    record = sides(prompt=[turn("user", [part, text("x")])])
+    with pytest.raises(InputError, match="--ignore-columns message.url"):
+        read(record)
+    example = read(record, ignored=("message.url",))
+    assert example.images == (Picture(path="a.png"),)
+
+
 def test_columns_of_images_can_be_mapped_and_left_out():
     record = sides(img=["a"], prompt=[turn("user", "x")])
     assert prompts(read(record, columns={"images": "img"})) == ([("user", "<>x")], ["a"])
