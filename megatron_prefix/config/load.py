@@ -78,7 +78,8 @@ def load_config(
 ) -> Config:
     """Read and check a configuration.
 
-    `overrides` are `section.key=value` with the value in YAML. One with the value null also unsets
+    `overrides` are `section.key=value` with the value in YAML; the key may be one of a section in
+    that section (`model.vision.freeze_tower=false`). One with the value null also unsets
     the keys of the file that need it (DEPENDENTS), and `tell` gets a line about it. Raises
     InputError.
     """
@@ -141,9 +142,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, Any]:
         value = yaml.load(text, _yaml_loader())
     except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(f"override {_shown(override)}: the value is not YAML") from None
-    if not isinstance(raw.get(section) or {}, dict):
-        raise InputError(f"override {_shown(override)}: {section} is not a section in the file")
-    raw[section] = {**(raw.get(section) or {}), key: value}
+    *sections, name = path.split(".")
+    if not all([*sections, name]):
+        raise InputError(f"override {_shown(override)}: {path} has an empty part: correct it")
+    inner = raw
+    for depth, own in enumerate(sections, 1):
+        below = inner.get(own)
+        if not isinstance({} if below is None else below, dict):
+            place = ".".join(sections[:depth])
+            raise InputError(f"override {_shown(override)}: {place} is not a section in the file")
+        inner[own] = dict(below or {})  # a copy: YAML may use one mapping in several places
+        inner = inner[own]
+    inner[name] = value
     return path, value
 
 

@@ -227,6 +227,24 @@ class TestFiles:
         assert load_config(path).train.steps == 6
 
     @pytest.mark.parametrize(
+        ("vision", "frozen"), [({}, None), ({"vision": None}, None), (True, True)]
+    )
+    def test_an_override_inside_a_section_of_a_section(self, tmp_path, vision, frozen):
+        """It may be in the file or not, and its other values stay."""
+        given = {"vision": {"freeze_projector": True}} if vision is True else vision
+        raw = {**GOOD, "model": {"hf": "somewhere", **given}}
+        path = write(tmp_path, yaml.safe_dump(raw))
+        vision = load_config(path, ["model.vision.freeze_tower=false"]).model.vision
+        assert (vision.freeze_tower, vision.freeze_projector) == (False, frozen)
+
+    def test_a_mapping_that_a_file_uses_twice_is_changed_once(self, tmp_path):
+        valid = "  valid: &sets {a: x}\n  train: *sets\n"
+        path = write(tmp_path, TEXT.replace("  train: toy\n", valid))
+        with pytest.raises(InputError) as error:
+            load_config(path, ["data.valid.b=y"])
+        assert "{'a': 'x'}" in str(error.value) and "'b'" not in str(error.value)
+
+    @pytest.mark.parametrize(
         ("override", "message"),
         [
             ("train.steps", "expected section.key=value"),
@@ -238,6 +256,9 @@ class TestFiles:
             ("trian.steps=3", r"unknown key trian \(did you mean train\?\)"),
             ("train.steps=six", "train.steps = 'six'"),
             ("train.steps=[", "the value is not YAML"),
+            ("train..steps=3", "train..steps has an empty part"),
+            ("data.train.seed=3", "data.train is not a section in the file"),
+            ("model.vision.freeze_towr=true", r"unknown key .*towr \(did you mean freeze_tower\?\)"),
         ],
     )
     def test_wrong_overrides(self, tmp_path, override, message):
