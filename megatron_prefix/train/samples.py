@@ -46,9 +46,13 @@ class Samples:
             return None
         texts = world.once(partial(read_prompts, settings.prompts))
         tokenizer, encoder = _tokenizer_of(dataset)
-        tokens = [encoder.prompt_tokens(_text(text)) for text in texts]
-        for number, own in enumerate(tokens, 1):
-            _check_length(config, number, len(own))
+        tokens = []
+        for number, text in enumerate(texts, 1):
+            try:
+                tokens.append(encoder.prompt_tokens(_text(text)))
+            except InputError as error:
+                raise InputError(f"{SETTING}: prompt {number}: {error}") from None
+            _check_length(config, number, len(tokens[-1]))
         return cls(
             config=config,
             world=world,

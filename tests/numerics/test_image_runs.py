@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from image_runs import build, make_model, records, their_logps
 from safetensors.torch import load_file
 from small_runs import lines, timeless
@@ -16,6 +18,7 @@ from vision import FAMILIES
 
 from megatron_prefix.__main__ import main
 from megatron_prefix.config import Config, parse_config
+from megatron_prefix.data.images import ImageProcessor
 from megatron_prefix.errors import InputError
 from megatron_prefix.train.run import train
 
@@ -230,18 +233,29 @@ def test_models_and_data_that_do_not_fit_are_refused(sources, tmp_path, capsys):
     assert "image_mean" in text
 
 
-def test_samples_are_answers_to_texts(sources, tmp_path, capsys):
-    """A prompt of these has no pictures."""
-    prompts = tmp_path / "prompts.jsonl"
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_are_answers_to_texts(sources, tmp_path, capsys, family):
+    """Those of transformers; a prompt of these has no pictures, however it is spelled."""
+    model, prompts = sources[family][0], tmp_path / "prompts.jsonl"
+    generate = {"prompts": str(prompts), "every": 2, "max_new_tokens": 4}
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    with_image = json.dumps({"prompt": [{"role": "user", "content": parts}]})
-    prompts.write_text('{"prompt": "What?"}\n' + with_image + "\n")
-    generate = {"generate": {"prompts": str(prompts), "every": 2, "max_new_tokens": 2}}
-    text = refusal(sources["llava"], tmp_path, capsys, train=generate)
-    assert "line 2: prompt must be a text" in text
+    placeholder = ImageProcessor.open(model).image_token
+    for prompt, message in (
+        ([{"role": "user", "content": parts}], "line 2: prompt must be a text"),
+        (f"What is {placeholder}?", "train.generate: prompt 2: a text contains .* remove it from the text"),
+    ):
+        lines = [json.dumps({"prompt": x}) + "\n" for x in ("What?", prompt)]
+        prompts.write_text("".join(lines))
+        text = refusal(sources[family], tmp_path, capsys, train={"generate": generate})
+        assert re.search(message, text), text
     prompts.write_text('{"prompt": "What?"}\n')
-    run(sources["llava"], tmp_path / "answers", train={**generate, "steps": 2})
-    assert (tmp_path / "answers/samples.jsonl").read_text().count("\n") == 2
+    run(sources[family], tmp_path / "answers", train={"generate": generate, "steps": 1})
+    first = json.loads((tmp_path / "answers/samples.jsonl").read_text().splitlines()[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(model)
+    tokens = tokenizer("What?", return_tensors="pt").input_ids
+    answer = theirs.generate(tokens, max_new_tokens=4, do_sample=False)[0, tokens.shape[1] :]
+    assert first["step"] == 0 and first["answer"] == tokenizer.decode(answer)
 
 
 def test_a_resumed_run_trains_the_same_parts(sources, tmp_path, capsys):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_prefix.data.images import IMAGE
-from megatron_prefix.data.read import Message
+from megatron_prefix.data.read import Message, Text
 from megatron_prefix.data.read.formats import Example
 from megatron_prefix.data.tokenize.base import Tokenizer
 from megatron_prefix.data.tree import ResponsePath
@@ -38,12 +38,16 @@ def with_images(path: ResponsePath, placeholder: int, images: Sequence[Placed]) 
     return replace(path, tokens=np.repeat(tokens, counts), loss_start=path.loss_start + added)
 
 
-def refuse_spelled(example: Example, tokenizer: Tokenizer, has_images: bool) -> None:
+def example_texts(example: Example) -> list[Text]:
+    """The prompts and responses of an example; a prompt that several responses have, once."""
+    own = {id(response.prompt): response.prompt for response in example.responses}
+    return [*own.values(), *(response.response for response in example.responses)]
+
+
+def refuse_spelled(texts: Sequence[Text], tokenizer: Tokenizer, has_images: bool) -> None:
     """Raise InputError if a text spells the placeholder of an image or film, which the processors
     of transformers take for one, or has a mark without an image."""
-    own = {id(response.prompt): response.prompt for response in example.responses}
-    texts = [*own.values(), *(response.response for response in example.responses)]
-    for text in texts:
+    for text in texts if tokenizer.image_token else ():
         for part in [text] if isinstance(text, str) else [turn.content for turn in text]:
             for token in (tokenizer.image_token, tokenizer.film_token, "" if has_images else IMAGE):
                 if token and token in part:

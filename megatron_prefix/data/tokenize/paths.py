@@ -30,6 +30,7 @@ from megatron_prefix.data.read.formats import Example, ExampleResponse
 from megatron_prefix.data.tokenize.base import Rendered, Tokenizer
 from megatron_prefix.data.tokenize.ends import TextEnds
 from megatron_prefix.data.tokenize.image_paths import (
+    example_texts,
     refuse_spelled,
     with_images,
     with_placeholders,
@@ -91,8 +92,7 @@ class PathEncoder:
         `images` are those of the prompt, in order. Their tokens in a path are -1 - image.
         """
         self._prompts.clear()
-        if self.tokenizer.image_token:
-            refuse_spelled(example, self.tokenizer, bool(images))
+        refuse_spelled(example_texts(example), self.tokenizer, bool(images))
         self._tools = example.tools
         self._template_kwargs = example.template_kwargs
         notes: list[str] = []
@@ -126,8 +126,10 @@ class PathEncoder:
         return paths
 
     def prompt_tokens(self, prompt: Text) -> np.ndarray:
-        """A prompt alone, int64 [T], as it begins the path of a response."""
+        """A prompt without images alone, int64 [T], as it begins the path of a response. Raises
+        InputError."""
         self._prompts.clear()
+        refuse_spelled([prompt], self.tokenizer, has_images=False)
         self._tools = self._template_kwargs = ""
         _, ids = self._prompt(prompt)
         return np.concatenate([self._lead(prompt, ids), ids]).astype(np.int64)
