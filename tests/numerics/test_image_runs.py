@@ -242,7 +242,10 @@ def test_samples_are_answers_to_texts(sources, tmp_path, capsys, family):
     placeholder = ImageProcessor.open(model).image_token
     for prompt, message in (
         ([{"role": "user", "content": parts}], "line 2: prompt must be a text"),
-        (f"What is {placeholder}?", "train.generate: prompt 2: a text contains .* remove it from the text"),
+        (
+            f"What is {placeholder}?",
+            "train.generate: prompt 2: a text contains .* remove it from the text",
+        ),
     ):
         lines = [json.dumps({"prompt": x}) + "\n" for x in ("What?", prompt)]
         prompts.write_text("".join(lines))

@@ -258,7 +258,10 @@ class TestFiles:
             ("train.steps=[", "the value is not YAML"),
             ("train..steps=3", "train..steps has an empty part"),
             ("data.train.seed=3", "data.train is not a section in the file"),
-            ("model.vision.freeze_towr=true", r"unknown key .*towr \(did you mean freeze_tower\?\)"),
+            (
+                "model.vision.freeze_towr=true",
+                r"unknown key .*towr \(did you mean freeze_tower\?\)",
+            ),
         ],
     )
     def test_wrong_overrides(self, tmp_path, override, message):
