@@ -8,14 +8,22 @@ from collections.abc import Mapping, Sequence
 Curve = tuple[Sequence[float], Sequence[float]]
 """x and y values."""
 COLOURS = ("#3b76c4", "#d97a2b", "#3f9e5a", "#b6484c", "#8664b5", "#8a6d4f")
+MARK = "resumed"
+"""Begins the ids of the lines at marks."""
 _TEXT = "#010203"
 """In place of the page's text colour, which the drawing does not know."""
 
 
-def curves(data: Mapping[str, Curve], *, title: str, x: str) -> str:
+def curves(
+    data: Mapping[str, Curve],
+    *,
+    title: str,
+    x: str,
+    marks: Mapping[str, Sequence[float]] | None = None,
+) -> str:
     """One plot with a line per entry of `data`; the names are the legend if there are several.
 
-    `x` names the horizontal axis.
+    `x` names the horizontal axis. At `marks` of an entry there are dotted lines of its colour.
     """
     import matplotlib
 
@@ -32,6 +40,9 @@ def curves(data: Mapping[str, Curve], *, title: str, x: str) -> str:
             marker = "o" if len(xs) < 2 else None
             label = name.replace("$", r"\$")
             axis.plot(xs, ys, color=colour, lw=width, alpha=alpha, marker=marker, label=label)
+            for place in (marks or {}).get(name, ()):
+                line = axis.axvline(place, color=colour, lw=2.0, ls=":")
+                line.set_gid(f"{MARK}-{number}-{place:g}")
         axis.set_title(title, color=_TEXT, fontsize=11)
         axis.set_xlabel(x, color=_TEXT, fontsize=9)
         axis.tick_params(colors=_TEXT, labelsize=8)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from megatron_prefix.report.record import RunRecord
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "kl", "logps/chosen")
 """Metrics of the training steps that get a plot, if the run has them."""
+ACCURACY = "rewards/accuracies"
+"""Ends the names of accuracies over all pairs of an evaluation."""
 IDENTITY = ("data.", "model.", "loss.", "optimizer.", "train.steps", "train.epochs", "train.seed")
 """Settings that make two runs unlike if they differ, but for those of MEANS."""
 MEANS = (
@@ -67,6 +70,7 @@ def _page(title: str, runs: Sequence[RunRecord]) -> str:
         training=_plots(runs),
         evaluation=_evaluation_plots(runs),
         last=_last_evaluation(runs),
+        has_kl=any(len(run.series("kl")[0]) for run in runs),
     )
 
 
@@ -96,11 +100,15 @@ def _plots(runs: Sequence[RunRecord]) -> list[str]:
     plots = []
     for key in SHOWN:
         if data := _present({run.name: run.series(key) for run in runs}):
-            plots.append(curves(data, title=key, x="step"))
+            plots.append(curves(data, title=key, x="step", marks=_marks(runs)))
     for over, x in (("tokens", "tokens executed"), ("seconds", "seconds in steps")):
         if data := _present({run.name: run.series("loss", over) for run in runs}):
-            plots.append(curves(data, title=f"loss over {over}", x=x))
+            plots.append(curves(data, title=f"loss over {over}", x=x, marks=_marks(runs, over)))
     return plots
+
+
+def _marks(runs: Sequence[RunRecord], over: str = "step") -> dict[str, list[float]]:
+    return {run.name: run.resumed_at(over) for run in runs}
 
 
 def _evaluation_plots(runs: Sequence[RunRecord]) -> list[str]:
@@ -110,23 +118,35 @@ def _evaluation_plots(runs: Sequence[RunRecord]) -> list[str]:
     plots = []
     for key in chosen:
         if data := _present({run.name: run.evaluated(key) for run in runs}):
-            plots.append(curves(data, title=key, x="step"))
+            plots.append(curves(data, title=key, x="step", marks=_marks(runs)))
     return plots
 
 
 def _last_evaluation(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Rows of a table: every metric of the first and the last evaluation, by run; "-" for one that
-    an evaluation lacks."""
+    an evaluation lacks. Accuracies have their standard error."""
     keys = sorted({key for run in runs for line in run.evaluations for key in line} - {"step"})
     rows = []
     for key in keys:
         cells = []
         for run in runs:
-            ends = [line.get(key) for line in (run.evaluations[:1] + run.evaluations[-1:])]
-            texts = ["-" if value is None else _number(value) for value in ends]
+            ends = run.evaluations[:1] + run.evaluations[-1:]
+            texts = ["-" if key not in line else _evaluated(line, key) for line in ends]
             cells.append(" → ".join(texts) if {*texts} - {"-"} else "")
         rows.append((key, cells))
     return rows
+
+
+def _evaluated(line: Mapping[str, float], key: str) -> str:
+    """A metric of an evaluation; an accuracy with its standard error.
+
+    An accuracy of 0.75 over 48 pairs has sqrt(0.75 x 0.25 / 48) = 0.0625.
+    """
+    value, prefix = line[key], key.removesuffix(ACCURACY)
+    num_pairs = line.get(f"{prefix}num_pairs", 0)
+    if prefix == key or num_pairs < 2 or not 0 <= value <= 1:
+        return _number(value)
+    return f"{_number(value)} ± {math.sqrt(value * (1 - value) / num_pairs):.2g}"
 
 
 def _present(data: dict[str, Curve]) -> dict[str, Curve]:

@@ -11,9 +11,16 @@ from typing import Any
 
 import yaml
 
-from megatron_prefix.trackers import CONFIG_FILE, EXAMPLES_FILE, VERSIONS_FILE, read_metrics
+from megatron_prefix.trackers import (
+    RunFile,
+    read_metrics,
+    read_resumes,
+    read_samples,
+)
 
 MOST_PICTURE_BYTES = 2**22
+COUNTED = {"tokens": "tokens/executed", "seconds": "step_time_s"}
+"""Axes besides the step, with the metric that they add up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,10 @@ class RunRecord:
     evaluations: list[dict[str, float]]
     examples: list[dict[str, Any]] = field(default_factory=list)
     """The pairs of the last evaluation whose margin is worst."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Sample answers of the first and the last step that has any."""
+    resumes: list[int] = field(default_factory=list)
+    """The steps after which the run was resumed."""
     pictures: dict[str, str] = field(default_factory=dict)
     """PNG files of the folder, as data of a page."""
 
@@ -41,11 +52,13 @@ class RunRecord:
         return cls(
             name=name or path.resolve().name,
             folder=path,
-            settings=dict(_flat(_read(path / CONFIG_FILE, yaml.safe_load) or {})),
-            versions={str(k): str(v) for k, v in (_read(path / VERSIONS_FILE) or {}).items()},
+            settings=dict(_flat(_read(path / RunFile.CONFIG, yaml.safe_load) or {})),
+            versions={str(k): str(v) for k, v in (_read(path / RunFile.VERSIONS) or {}).items()},
             steps=[line for line in lines if "loss" in line],
             evaluations=[line for line in lines if "loss" not in line],
-            examples=(_read(path / EXAMPLES_FILE) or {}).get("pairs", []),
+            examples=(_read(path / RunFile.EXAMPLES) or {}).get("pairs", []),
+            samples=_first_and_last(read_samples(path)),
+            resumes=read_resumes(path),
             pictures=dict(_pictures(path)),
         )
 
@@ -55,13 +68,23 @@ class RunRecord:
         xs: list[float] = []
         ys: list[float] = []
         amount = 0.0
-        counted = {"tokens": "tokens/executed", "seconds": "step_time_s"}.get(over)
+        counted = COUNTED.get(over)
         for line in self.steps:
             amount += line.get(counted, 0) if counted else 0
             if isinstance(line.get(key), int | float):
                 xs.append(amount if counted else line["step"])
                 ys.append(float(line[key]))
         return xs, ys
+
+    def resumed_at(self, over: str = "step") -> list[float]:
+        """The places on the axis of `series` at which the run was resumed."""
+        counted = COUNTED.get(over)
+        if counted is None:
+            return [float(step) for step in self.resumes]
+        return [
+            sum(line.get(counted, 0) for line in self.steps if line["step"] <= step)
+            for step in self.resumes
+        ]
 
     def evaluated(self, key: str) -> tuple[list[float], list[float]]:
         """A metric of the evaluations over steps."""
@@ -80,6 +103,13 @@ def _read(path: Path, parse: Any = json.loads) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _first_and_last(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of these two steps, by prompt."""
+    steps = sorted({line["step"] for line in samples})
+    shown = [line for line in samples if line["step"] in (steps[0], steps[-1])]
+    return sorted(shown, key=lambda line: (line["prompt"], line["kind"], line["step"]))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

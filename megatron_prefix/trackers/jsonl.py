@@ -11,8 +11,11 @@ from typing import Any, TextIO
 
 from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError
-from megatron_prefix.trackers.run_folder import METRICS_FILE, SAMPLES_FILE, starting, writing
+from megatron_prefix.trackers.run_folder import METRICS_FILE, RunFile, starting, writing
 from megatron_prefix.trackers.tracker import Status
+
+SAMPLE_KEYS = {"step", "prompt", "text", "kind", "answer", "ended"}
+"""Keys that a sample answer has."""
 
 
 def read_metrics(run: str | Path) -> list[dict]:
@@ -82,7 +85,7 @@ class SamplesFile:
 
     def __init__(self, config: Config, step: int) -> None:
         self._folder = Path(config.logging.output)
-        path = self._folder / SAMPLES_FILE
+        path = self._folder / RunFile.SAMPLES
         with starting(config):
             if path.exists():
                 _cut_back(path, step)
@@ -91,9 +94,24 @@ class SamplesFile:
         """Append a line for each record. Raises RunError."""
         lines = [json.dumps({"step": step, **x}, ensure_ascii=False) + "\n" for x in records]
         with writing(self._folder, step):
-            path = self._folder / SAMPLES_FILE
+            path = self._folder / RunFile.SAMPLES
             with path.open("a", encoding="utf-8", errors="replace") as file:
                 file.writelines(lines)
+
+
+def read_samples(run: str | Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's sample answers; none without the file."""
+    try:
+        texts = (Path(run) / RunFile.SAMPLES).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    lines = []
+    for text in texts:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and SAMPLE_KEYS <= line.keys():
+                lines.append(line)
+    return lines
 
 
 def _cut_back(path: Path, step: int) -> None:

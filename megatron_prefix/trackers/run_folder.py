@@ -14,35 +14,65 @@ from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError, RunError
 
 METRICS_FILE = "metrics.jsonl"
-CONFIG_FILE = "config.yaml"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FILE = "wandb.json"
-EXAMPLES_FILE = "examples.json"
-"""The held-out pairs whose margin is worst."""
-VERSIONS_FILE = "versions.json"
-SAMPLES_FILE = "samples.jsonl"
-"""Sample answers of the policy."""
 PROFILE_FILE = "profile.json.gz"
 """What train.profile records; train/profiling.py writes it."""
 REPORT_FILE = "report.html"
+
+
+class RunFile:
+    """Files of `logging.output` that others read, besides metrics.jsonl."""
+
+    CONFIG = "config.yaml"
+    EXAMPLES = "examples.json"
+    """The held-out pairs whose margin is worst."""
+    RESUMES = "resumes.json"
+    """The steps after which the run was resumed."""
+    SAMPLES = "samples.jsonl"
+    """Sample answers of the policy."""
+    VERSIONS = "versions.json"
+
+
 _OF_A_RUN = (
-    *(CONFIG_FILE, TENSORBOARD_FOLDER, WANDB_FILE, EXAMPLES_FILE, VERSIONS_FILE, REPORT_FILE),
-    *(SAMPLES_FILE, PROFILE_FILE),
+    *(
+        RunFile.CONFIG,
+        TENSORBOARD_FOLDER,
+        WANDB_FILE,
+        RunFile.EXAMPLES,
+        RunFile.VERSIONS,
+        REPORT_FILE,
+    ),
+    *(RunFile.SAMPLES, PROFILE_FILE, RunFile.RESUMES),
 )
 _PACKAGES = ("megatron-prefix", "megatron-core", "torch", "transformers", "transformer-engine")
 
 
 def open_run_folder(config: Config, step: int) -> None:
-    """Make `logging.output` and write config.yaml and versions.json. A new run (`step` 0) first
-    renames the files of an earlier one. Raises InputError."""
+    """Make `logging.output` and write config.yaml, versions.json and, if a run is resumed,
+    resumes.json. A new run (`step` 0) first renames the files of an earlier one. Raises
+    InputError."""
     with starting(config):
         folder = Path(config.logging.output)
         folder.mkdir(parents=True, exist_ok=True)
         if not step and (folder / METRICS_FILE).exists():
             _rename_earlier(folder)
-        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        (folder / RunFile.CONFIG).write_text(config.to_yaml(), encoding="utf-8")
         versions = json.dumps(_versions(), indent=1)
-        (folder / VERSIONS_FILE).write_text(versions + "\n", encoding="utf-8")
+        (folder / RunFile.VERSIONS).write_text(versions + "\n", encoding="utf-8")
+        if step:
+            steps = [*(x for x in read_resumes(folder) if x < step), step]
+            (folder / RunFile.RESUMES).write_text(json.dumps({"steps": steps}) + "\n")
+
+
+def read_resumes(folder: Path) -> list[int]:
+    """The steps after which the run was resumed, in order; none if the file is absent or
+    damaged."""
+    try:
+        steps = json.loads((folder / RunFile.RESUMES).read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [x for x in steps if type(x) is int] if isinstance(steps, list) else []
 
 
 def _versions() -> dict[str, str]:

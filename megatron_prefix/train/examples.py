@@ -13,7 +13,7 @@ import numpy as np
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tokenize import load_tokenizer
 from megatron_prefix.errors import InputError, RunError
-from megatron_prefix.trackers import EXAMPLES_FILE
+from megatron_prefix.trackers import RunFile
 
 MOST_PAIRS = 8
 MOST_CHARACTERS = 700
@@ -43,7 +43,7 @@ def worst_pairs(
 
 def write_examples(folder: str, step: int, pairs: list[dict[str, Any]]) -> None:
     """Write them beside the metrics. Raises RunError."""
-    path = Path(folder) / EXAMPLES_FILE
+    path = Path(folder) / RunFile.EXAMPLES
     ordered = sorted(pairs, key=lambda pair: pair["margin"])[:MOST_PAIRS]
     try:
         partial = path.with_suffix(".tmp")
@@ -52,8 +52,8 @@ def write_examples(folder: str, step: int, pairs: list[dict[str, Any]]) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise RunError(
-            f"logging.output = {folder}: {EXAMPLES_FILE} could not be written ({error}). Free some "
-            "space, and resume with train.load"
+            f"logging.output = {folder}: {RunFile.EXAMPLES} could not be written ({error}). Free "
+            "some space, and resume with train.load"
         ) from error
 
 

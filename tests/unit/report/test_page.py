@@ -17,6 +17,9 @@ from megatron_prefix.report.page import differences
 HOSTILE = "</pre><script>alert(1)</script><img src=http://x.example/y.png onerror=f(2)>&{{ 7*7 }}"
 
 
+STEP = {"step": 1, "loss": 0.7, "grad_norm": 1.0}
+
+
 class Elements(HTMLParser):
     """Tags and addresses of a page."""
 
@@ -87,6 +90,66 @@ def test_the_page_has_the_run(tmp_path):
     assert "currentColor" in text and "prefers-color-scheme: dark" in text
     assert "unlike" not in text
     assert "margin without beta -1.5" in text
+
+
+def test_resumed_runs_are_marked_on_every_axis(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("a", "b")]
+    (runs[1] / "resumes.json").write_text('{"steps": [1, 3]}')
+    records = [RunRecord.read(run) for run in runs]
+    assert records[0].resumes == [] and records[1].resumed_at() == [1.0, 3.0]
+    assert records[1].resumed_at("tokens") == [100, 300]
+    assert records[1].resumed_at("seconds") == [0.5, 1.5]
+    text, elements = parsed(compare_runs(runs, ["a", "b"], tmp_path))
+    assert "b was resumed after step 1, 3: dotted lines" in text and "a was resumed" not in text
+    assert text.count('id="resumed-1-') == 2 * elements.tags.count("svg")
+    assert 'id="resumed-1-300"' in text and 'id="resumed-0-' not in text
+    assert "was resumed" not in parsed(report_run(runs[0]))[0]
+
+
+def test_accuracies_of_evaluations_have_a_standard_error(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lines = [
+        {"step": 0, "eval_a/rewards/accuracies": 0.75, "eval_a/num_pairs": 48},
+        {"step": 4, "eval_a/rewards/accuracies": 1.0, "eval_a/num_pairs": 48},
+    ]
+    lines[0] |= {"eval_a/rewards/accuracies/similar_length": 0.5, "eval_a/loss": 0.6}
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [lines[0], STEP, lines[1]])
+    )
+    text, _ = parsed(report_run(folder))
+    assert "0.75 ± 0.062 → 1 ± 0<" in text
+    assert "<td>0.5 → -</td>" in text and "<td>0.6 → -</td>" in text
+    assert "± is the standard error" in text
+
+
+def test_what_kl_is_stands_by_its_curve(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "(k1)" not in parsed(report_run(folder))[0]
+    (folder / "metrics.jsonl").write_text(json.dumps(STEP | {"kl": 0.1}) + "\n")
+    assert "logp − ref_logp (k1)" in parsed(report_run(folder))[0]
+
+
+def test_sample_answers_of_the_first_and_last_step(tmp_path):
+    folder = write_run(tmp_path / "run")
+    messages = [{"role": "user", "content": HOSTILE}]
+    samples = [
+        {"step": step, "prompt": number, "text": text, "kind": "greedy", "ended": step > 0}
+        | {"answer": f"answer {number} of {step} {HOSTILE}", "num_tokens": 3}
+        for step in (0, 2, 4)
+        for number, text in enumerate(["What?", messages])
+    ]
+    cut = '{"step": 6, "prom'
+    (folder / "samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in samples) + cut)
+    text, elements = parsed(report_run(folder))
+    assert {"script", "iframe", "link", "object"}.isdisjoint(elements.tags)
+    for number in (0, 1):
+        first, last = (text.index(f"answer {number} of {step}") for step in (0, 4))
+        assert first < last
+    assert "of 2 &lt;" not in text and "What?" in text and "user: &lt;/pre&gt;" in text
+    assert text.count("step 0, greedy, cut at the limit") == 2
+    assert text.count("step 4, greedy<") == 2
+    (folder / "samples.jsonl").unlink()
+    assert "Sample answers" not in parsed(report_run(folder))[0]
 
 
 def test_the_margins_of_a_reward_model_have_no_beta(tmp_path):

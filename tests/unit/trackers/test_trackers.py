@@ -13,7 +13,7 @@ from megatron_prefix.text import duration
 from megatron_prefix.trackers import Trackers, configured_trackers, read_metrics
 from megatron_prefix.trackers.jsonl import JsonlTracker
 from megatron_prefix.trackers.progress import ProgressTracker
-from megatron_prefix.trackers.run_folder import open_run_folder
+from megatron_prefix.trackers.run_folder import open_run_folder, read_resumes
 from megatron_prefix.trackers.tensorboard import TensorBoardTracker
 
 
@@ -108,8 +108,21 @@ class TestMetricsFile:
         metrics.finish("stopped")
         assert steps_of(path) == [0, 1, 2, 3, 3, 4]
         assert path.read_text().startswith(line(0) + line(1) + line(2) + line(3))
-        names = ["config.yaml", "metrics.jsonl", "versions.json"]
+        names = ["config.yaml", "metrics.jsonl", "resumes.json", "versions.json"]
         assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+    def test_the_steps_after_which_a_run_was_resumed(self, tmp_path):
+        """Those after the loaded step are gone with the lines of that time; a new run has none."""
+        known = []
+        for step in (0, 2, 5, 5, 3, 0):
+            metrics = started(JsonlTracker(), tmp_path, step=step)
+            metrics.log(step, {})
+            metrics.finish("stopped")
+            known.append(read_resumes(tmp_path))
+        assert known == [[], [2], [2, 5], [2, 5], [2, 3], []]
+        assert (tmp_path / "resumes-1.json").exists()
+        (tmp_path / "resumes.json").write_text('{"steps": {}')
+        assert read_resumes(tmp_path) == []
 
     def test_resuming_without_a_file_begins_one(self, tmp_path):
         metrics = started(JsonlTracker(), tmp_path, step=3)
