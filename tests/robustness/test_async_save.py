@@ -175,7 +175,7 @@ def test_a_full_disk_ends_the_run(dataset, tmp_path, capsys, monkeypatch, place)
 
             def failing(*args):
                 saves.append(args)
-                (no_space if len(saves) == 2 else action)(*args)
+                return (no_space if len(saves) == 2 else action)(*args)
 
             patched.setattr(owner, place, failing)
         code, message = command(argv, capsys)
@@ -385,13 +385,15 @@ def test_two_processes_stop_together(dataset, tmp_path):
     assert lines(tmp_path / "run")[-1]["step"] < 8
 
 
+@pytest.mark.slow
 def test_a_stalled_write_is_named_and_its_rank_alone(dataset, tmp_path):
     """Both ranks make no progress; the one that writes is named with the write, and no other."""
     parallel = {**ZERO, "distributed_timeout_minutes": 3 / 60}
     argv = config(tmp_path, dataset, "run", parallel, steps=2, save_interval=1)
     ranks = start_ranks(2, partial(_stalled_on_rank_1, argv), tmp_path)
     assert ranks.wait(TIMEOUT_S) == [1, 1], ranks.text()[-3000:]
-    (line,) = [x for x in ranks.text().splitlines() if x.startswith("megatron-prefix")]
+    # rank 0 has the store here, and may be gone before rank 1 ends
+    (line,) = [x for x in ranks.text().splitlines() if "error: no progress" in x]
     assert "no progress for 0.05 minutes (parallel.distributed_timeout_minutes): rank 1 " in line
     assert "(the background write of the checkpoint of step 1, since " in line
     assert "test_async_save.py:" in line and "rank 0" not in line
