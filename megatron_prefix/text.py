@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 LENGTH_COLUMNS = ("min", "median", "p95", "p99", "max")
@@ -20,6 +21,13 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def counted(count: float, name: str) -> str:
+    """A number with its noun: 1 pair, 1,200 pairs, 2 processes, 0.5 minutes."""
+    number = f"{count:,}" if isinstance(count, Integral) else f"{count:g}"
+    plural = "es" if name.endswith(("s", "ch", "x")) else "s"
+    return f"{number} {name}{'' if count == 1 else plural}"
 
 
 def duration(seconds: float) -> str:
@@ -44,7 +52,7 @@ def mismatch_cells(counts: Mapping[str, int]) -> list[str]:
     """A line of a table of counts; no cells for a data set without mismatches."""
     if "mismatches" not in counts:
         return []
-    own = f"{counts['mismatches']:,}", f"{counts['mismatch_tokens']:,} tokens of their own"
+    own = f"{counts['mismatches']:,}", f"{counted(counts['mismatch_tokens'], 'token')} of their own"
     return ["mismatches", *own]
 
 
@@ -75,7 +83,7 @@ def image_line(images: Mapping[str, Any], tokens: int) -> str:
     """The images of a data set with `tokens` tokens, as its manifest has them, in one line."""
     return (
         f"images  {images['images']:,} of {images['bytes'] / 1e6:,.1f} MB in "
-        f"{images['occurrences']:,} places, {images['tokens']:,} tokens "
+        f"{counted(images['occurrences'], 'place')}, {counted(images['tokens'], 'token')} "
         f"({images['tokens'] / max(tokens, 1):.1%} of all)"
     )
 

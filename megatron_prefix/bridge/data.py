@@ -21,6 +21,7 @@ from megatron_prefix.engine import Feed, TrainBatch
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.platform import device
 from megatron_prefix.reference import PrecomputedReference
+from megatron_prefix.text import counted
 from megatron_prefix.train import check_columns, open_on_nodes, run_sharing
 
 Attach = Callable[[list[MicroBatch], list[TrainBatch]], list[TrainBatch]]
@@ -74,20 +75,22 @@ class RowIterator:
             self._load(step, num_rows)
         elif step not in (None, self._step):
             raise RuntimeError(
-                f"step {step} begins with {len(self._rows)} rows of step {self._step} left: the "
-                "number of micro batches changed within a step"
+                f"step {step} begins with {counted(len(self._rows), 'row')} of step {self._step} "
+                "left: the number of micro batches changed within a step"
             )
         return self._rows.pop(0)
 
     def _load(self, step: int, num_rows: int) -> None:
         if step == self._step and self._cycle != 1:
-            raise RuntimeError(f"step {step} has {num_rows} rows and the trainer asks for more")
+            raise RuntimeError(
+                f"step {step} has {counted(num_rows, 'row')} and the trainer asks for more"
+            )
         fed = self._feed.step(step)
         if len(fed.batches) != num_rows:
             raise ValueError(
-                f"step {step} has {len(fed.batches)} rows on this rank and the trainer takes "
-                f"{num_rows}: rows_per_step of preference_data must be the global batch size, "
-                "train.micro_batch_size must be 1, and train.rampup_batch_size must be None"
+                f"step {step} has {counted(len(fed.batches), 'row')} on this rank and the trainer "
+                f"takes {num_rows}: rows_per_step of preference_data must be the global batch "
+                "size, train.micro_batch_size must be 1, and train.rampup_batch_size must be None"
             )
         self._step, self._rows = step, self._attach(fed.rows, fed.batches)
 

@@ -38,6 +38,7 @@ from megatron_prefix.model import (
 from megatron_prefix.model.adapters import start_saved_modules
 from megatron_prefix.model.hf import HFModel, write_hf_folder
 from megatron_prefix.model.parameters import model_fingerprint
+from megatron_prefix.text import counted
 
 HF_FOLDER = "hf"
 """Folder of a checkpoint with config.json and tokenizer in the form of Hugging Face."""
@@ -327,7 +328,7 @@ def _check_longest_path(sizes: ModelSizes, longest: int) -> None:
         limit = None if scaling is None else scaling.longest_path
         if scaling is not None and limit is not None and longest > limit:
             raise InputError(
-                f"rotary scaling {scaling.type} of the model: beyond {limit} tokens "
+                f"rotary scaling {scaling.type} of the model: beyond {counted(limit, 'token')} "
                 "(original_max_position_embeddings, or max_position_embeddings) frequencies depend "
                 f"on the length of the path, and the data's longest path has {longest}: build the "
                 f"data set with --max-length {limit}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 KEYS = ("loss", "grad_norm", "rewards/margins")
 NEEDED = {*KEYS, "tokens/executed", "num_pairs", "step_time_s"}
@@ -80,7 +81,7 @@ def table(series: dict[str, dict[int, dict]], steps: list[int]) -> str:
     """A Markdown table: differences from the first run over `steps`, and throughput."""
     first, *others = series
     header = ["run", *(f"max difference of {key}" for key in KEYS), "executed tokens", "pairs/s"]
-    lines = [f"{len(steps)} steps in common, compared with {first}", "", _line(header)]
+    lines = [f"{counted(len(steps), 'step')} in common, compared with {first}", "", _line(header)]
     lines.append(_line("---" for _ in header))
     base = [series[first][step] for step in steps]
     lines.append(_line([first, *("" for _ in KEYS), f"{_tokens(base):,}", f"{_speed(base):.2f}"]))

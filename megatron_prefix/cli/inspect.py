@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -110,7 +111,7 @@ def _plan(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if args.verify:
         verify_packed_steps(plan, PreferenceDataset(args.data) if args.data else None)
         values["verified"] = True
-        steps = f"{plan.manifest['counts']['steps']:,} steps"
+        steps = counted(plan.manifest["counts"]["steps"], "step")
         fit = f", the trees of {args.data} fit the rows" if args.data else ""
         texts.append(f"{plan.path}: checksums and layout of {steps} are correct{fit}")
     values["plan"] = plan.manifest
@@ -138,7 +139,8 @@ def _dataset(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         verify_dataset(dataset)
         values["verified"] = True
         texts.append(
-            f"{dataset.prefix}: checksums and layout of {len(dataset):,} groups are correct"
+            f"{dataset.prefix}: checksums and layout of {counted(len(dataset), 'group')} are "
+            "correct"
         )
     if args.tree is not None:
         values["tree"] = {**tree_dict(dataset, args.tree), "picture": args.picture}
@@ -202,10 +204,10 @@ def _draw(
 
 def _row_text(row: dict[str, Any]) -> str:
     text = (
-        f"row {row['row']}: {row['tokens']:,} of {row['row_capacity']:,} tokens "
-        f"({100 * row['fill']:.1f} % full), {len(row['groups'])} trees in {row['segments']} "
-        f"segments, {row['responses']} responses, {row['pairs']} pairs, "
-        f"{row['rows_projected']:,} tokens with logits\n"
+        f"row {row['row']}: {row['tokens']:,} of {counted(row['row_capacity'], 'token')} "
+        f"({100 * row['fill']:.1f} % full), {counted(len(row['groups']), 'tree')} in "
+        f"{row['segments']} segments, {counted(row['responses'], 'response')}, "
+        f"{counted(row['pairs'], 'pair')}, {counted(row['rows_projected'], 'token')} with logits\n"
         f"groups {', '.join(map(str, row['groups']))}"
     )
     return text + (f"\nwrote {row['picture']}" if row["picture"] else "")

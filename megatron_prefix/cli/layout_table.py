@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_prefix.text import align
+from megatron_prefix.text import align, counted
 
 COLUMNS = {
     "TP": "parallel.tensor_model_parallel_size",
@@ -27,9 +27,9 @@ def layout_table(result: dict[str, Any], is_default_gpu: bool) -> str:
     if is_default_gpu:
         speed += " (no --gpu is named, so speed and links of this one)"
     lines = [
-        f"{result['world_size']} GPUs, {result['usable_gib']:.1f} of {result['memory_gib']:g} GiB "
-        f"usable, {speed}: {result['tried']:,} layouts and sizes of rows tried, "
-        f"{result['fitting']:,} fit",
+        f"{counted(result['world_size'], 'GPU')}, {result['usable_gib']:.1f} of "
+        f"{result['memory_gib']:g} GiB usable, {speed}: {counted(result['tried'], 'layout')} and "
+        f"sizes of rows tried, {result['fitting']:,} fit",
         "",
     ]
     heads = [*COLUMNS, "DP", "dist", "recomputed", "row", "rows/rank", "bubble", "GiB", "s/step"]

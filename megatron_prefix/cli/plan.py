@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_prefix.cli.options import add_config, quiet_megatron, read_config
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 if TYPE_CHECKING:
     from megatron_prefix.config import Config
@@ -102,8 +103,8 @@ def plan_text(estimate: dict[str, Any]) -> str:
     from megatron_prefix.text import align
 
     ranks = estimate["data_parallel_size"]
-    numbers = ((estimate["world_size"], "process", "es"), (ranks, "data-parallel rank", "s"))
-    blocks = [[", ".join(f"{n} {name}{end * (n != 1)}" for n, name, end in numbers)]]
+    sizes = counted(estimate["world_size"], "process"), counted(ranks, "data-parallel rank")
+    blocks = [[", ".join(sizes)]]
     if estimate["parameters"]:
         counts = estimate["parameters"]
         rows = [[f"  {name}", f"{count:,}"] for name, count in counts.items() if count]
@@ -173,8 +174,9 @@ def _time_lines(time: dict[str, Any]) -> list[str]:
         if (seconds := time["seconds"][key]) > 0:
             table.append([f"  {name}", f"{seconds:.3f}", f"{100 * seconds / total:.1f} %"])
     run = [
-        f"{time['steps']:,} steps on {time['gpu']}, at {time['mfu']:.2f} of its peak while it "
-        f"computes ({time['step_mfu']:.2f} over the whole step; an estimate, not a measurement):",
+        f"{counted(time['steps'], 'step')} on {time['gpu']}, at {time['mfu']:.2f} of its peak "
+        f"while it computes ({time['step_mfu']:.2f} over the whole step; an estimate, not a "
+        "measurement):",
         f"{_length(time['hours'])}, {_number(time['gpu_hours'])} GPU-hours; "
         f"{time['tokens_per_second']:,.0f} executed tokens per second, which do the work of "
         f"{time['logical_tokens_per_second']:,.0f} without sharing",

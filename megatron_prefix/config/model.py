@@ -37,6 +37,7 @@ from megatron_prefix.config.fp8 import DEFAULT_RECIPE, ROWS
 from megatron_prefix.config.parts import Architecture, RopeScaling
 from megatron_prefix.config.vision import VisionConfig
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
@@ -118,7 +119,8 @@ class ModelSizes:
             if scaling and scaling.short_factor and len(scaling.short_factor) != pairs:
                 yield (
                     f"model.rope_scaling.short_factor has {len(scaling.short_factor)} numbers, and "
-                    f"a head has {pairs} pairs of channels that are rotated: give one for each"
+                    f"a head has {counted(pairs, 'pair')} of channels that are rotated: give one "
+                    "for each"
                 )
         kinds = self.window_attn_skip_freq
         if kinds is None:

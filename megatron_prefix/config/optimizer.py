@@ -17,6 +17,7 @@ from megatron_prefix.config.bounds import (
     Steps,
     WarmupSteps,
 )
+from megatron_prefix.text import counted
 
 
 @dataclass(kw_only=True, frozen=True, config=KNOWN_KEYS)
@@ -79,10 +80,11 @@ class OptimizerConfig:
             key = "lr_warmup_steps" if self.lr_warmup_fraction is None else "lr_warmup_fraction"
             yield (
                 f"optimizer.{key} = {getattr(self, key)} does not end within the run's "
-                f"{num_steps} steps: lower it"
+                f"{counted(num_steps, 'step')}: lower it"
             )
         elif self.lr_wsd_decay_steps is not None and warmup + self.lr_wsd_decay_steps > num_steps:
             yield (
-                f"optimizer.lr_wsd_decay_steps = {self.lr_wsd_decay_steps} and {warmup} steps of "
-                f"warm-up are more than the run's {num_steps} steps: lower one"
+                f"optimizer.lr_wsd_decay_steps = {self.lr_wsd_decay_steps} and "
+                f"{counted(warmup, 'step')} of warm-up are more than the run's "
+                f"{counted(num_steps, 'step')}: lower one"
             )

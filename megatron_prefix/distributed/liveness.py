@@ -36,6 +36,7 @@ from megatron_prefix.distributed.verdict import (
 )
 from megatron_prefix.errors import InputError, RunError, Stopped
 from megatron_prefix.launcher import write_error_file
+from megatron_prefix.text import counted
 
 ANSWER_S = 3.0
 """Seconds that a rank may take to answer, in addition to two rounds of its watchdog."""
@@ -208,7 +209,7 @@ class FailureDetection:
         """The message of a rank that can neither ask nor answer."""
         return (
             f"rank {self._rank} is cut off in {self._doing}: the process groups' store does not "
-            f"answer, and there was no progress for {self._timeout_s / 60:g} minutes "
+            f"answer, and there was no progress for {counted(self._timeout_s / 60, 'minute')} "
             "(parallel.distributed_timeout_minutes). Look at the network between the nodes and at "
             "the node of rank 0"
         )

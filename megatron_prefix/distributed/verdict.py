@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch.distributed import DistError
 
 from megatron_prefix.platform import side_works
+from megatron_prefix.text import counted
 
 MOST_LISTED = 8
 """Ranks that a message names at most."""
@@ -111,9 +112,9 @@ def failure_message(
         return f"{_listed(failures)}. Look at its log and its node" if failures else None
     waiting = [f"rank {rank} waits in {state['doing']}" for rank, state in states.items()]
     return (
-        f"no progress for {timeout_s / 60:g} minutes (parallel.distributed_timeout_minutes): "
-        f"{_listed(failures or waiting)}. Look at its log and its node; if it was only slow, "
-        "raise the timeout"
+        f"no progress for {counted(timeout_s / 60, 'minute')} "
+        f"(parallel.distributed_timeout_minutes): {_listed(failures or waiting)}. Look at its log "
+        "and its node; if it was only slow, raise the timeout"
     )
 
 

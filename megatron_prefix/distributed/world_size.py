@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megatron_prefix.config import ParallelConfig
+from megatron_prefix.text import counted
 
 
 def world_faults(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
@@ -13,17 +14,16 @@ def world_faults(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
     keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     sizes = {key: getattr(parallel, key) for key in keys}
     model_size = math.prod(sizes.values())
+    started = f"{counted(world_size, 'process')} {'was' if world_size == 1 else 'were'} started"
     if world_size % model_size:
         named = " x ".join(f"parallel.{key} = {value}" for key, value in sizes.items())
-        yield (
-            f"{world_size} processes were started, and {named} asks for a multiple of {model_size}"
-        )
+        yield f"{started}, and {named} asks for a multiple of {model_size}"
         return
     experts = parallel.expert_model_parallel_size
     stages = model_size // parallel.context_parallel_size
     if world_size % (stages * experts):
         yield (
-            f"{world_size} processes were started, and parallel.expert_model_parallel_size = "
-            f"{experts} shares experts among the data- and context-parallel ranks: with {stages} "
-            f"processes for each of them it asks for a multiple of {stages * experts}"
+            f"{started}, and parallel.expert_model_parallel_size = {experts} shares experts among "
+            f"the data- and context-parallel ranks: with {stages} processes for each of them it "
+            f"asks for a multiple of {stages * experts}"
         )

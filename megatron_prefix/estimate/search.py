@@ -51,6 +51,7 @@ from megatron_prefix.estimate.planned_run import PlannedRun
 from megatron_prefix.estimate.step_time import StepWork, step_time, utilisation
 from megatron_prefix.objectives import Objective, check
 from megatron_prefix.platform.gpus import GPUS
+from megatron_prefix.text import counted
 
 LISTED = 10
 """Layouts of the table."""
@@ -144,9 +145,9 @@ def search_layouts(config: Config, world_size: int, machine: Hardware) -> dict[s
     listed = [*_accepted(sorted(best.values(), key=_order), search.known)][:LISTED]
     if not listed:
         raise InputError(
-            f"--search: none of {tried:,} layouts of {world_size} GPUs fits the "
-            f"{machine.usable_gib:.1f} GiB that a run may fill of {machine.memory_gib:g} GiB: take "
-            "more GPUs or memory, a smaller data.row_capacity, or adapters (docs/lora.md)"
+            f"--search: none of {counted(tried, 'layout')} of {counted(world_size, 'GPU')} fits "
+            f"the {machine.usable_gib:.1f} GiB that a run may fill of {machine.memory_gib:g} GiB: "
+            "take more GPUs or memory, a smaller data.row_capacity, or adapters (docs/lora.md)"
         )
     assert machine.gpu is not None
     own_estimate = search.of_itself()

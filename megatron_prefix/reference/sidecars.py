@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError, RunError
+from megatron_prefix.text import counted
 
 FORMAT = "megatron_prefix reference log-probabilities"
 VERSION = "1"
@@ -170,7 +171,7 @@ def _check_origin(
     own = described[dataset.fingerprint]
     if own["responses"] != len(dataset.response_lengths):
         raise InputError(
-            f"{path}: made for {own['responses']} responses, and {dataset.prefix} has "
+            f"{path}: made for {counted(own['responses'], 'response')}, and {dataset.prefix} has "
             f"{len(dataset.response_lengths)}: score again"
         )
 

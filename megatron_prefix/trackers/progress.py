@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_prefix.config import Config
-from megatron_prefix.text import duration
+from megatron_prefix.text import counted, duration
 from megatron_prefix.trackers.tracker import Status
 
 PLAIN_INTERVAL_S = 10.0
@@ -90,5 +90,5 @@ def _shown(values: Mapping[str, float], prefix: str = "") -> dict[str, str]:
 def _evaluation_line(step: int, values: Mapping[str, float]) -> str:
     text = ", ".join(f"{name} {value}" for name, value in _shown(values, EVALUATION).items())
     num_pairs = values.get(f"{EVALUATION}num_pairs")
-    over = "" if num_pairs is None else f" over {num_pairs} pairs"
+    over = "" if num_pairs is None else f" over {counted(num_pairs, 'pair')}"
     return f"evaluation at step {step}: {text}{over}"

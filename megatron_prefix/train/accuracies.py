@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import LossInputs
+from megatron_prefix.text import counted
 
 SIMILAR = 0.1
 """Sides whose lengths differ by at most this share of the longer one have a similar length."""
@@ -64,8 +65,8 @@ def subset_of_pairs(dataset: PreferenceDataset, names: Sequence[str]) -> list[st
     records = np.asarray(dataset.group_records)
     if len(records) and int(records.max()) >= len(names):
         raise InputError(
-            f"--subsets has {len(names)} records, and {dataset.prefix} was built from record "
-            f"{int(records.max())} (counted from 0): give the file that was built"
+            f"--subsets has {counted(len(names), 'record')}, and {dataset.prefix} was built from "
+            f"record {int(records.max())} (counted from 0): give the file that was built"
         )
     return [names[r] for r in np.repeat(records, np.diff(dataset.group_pairs)).tolist()]
 

@@ -9,13 +9,14 @@ from megatron_prefix.checkpoint import RunCheckpoints
 from megatron_prefix.config import Config
 from megatron_prefix.config.lora import FEED_FORWARD_TARGETS
 from megatron_prefix.distributed import World
+from megatron_prefix.text import counted
 
 
 def closing_lines(config: Config, step: int, report: Path, has_experts: bool = False) -> list[str]:
     """What a run of `step` steps leaves; `report` is its page, and `has_experts` says
     whether the model is a mixture."""
     output, save = config.logging.output, config.train.save
-    lines = [f"done after {step} steps: configuration and metrics are in {output}"]
+    lines = [f"done after {counted(step, 'step')}: configuration and metrics are in {output}"]
     page = f"report: {report}"
     if save is None:
         return [*lines, page, "train.save is not set, so the weights are not kept"]

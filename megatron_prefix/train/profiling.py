@@ -12,6 +12,7 @@ import torch
 
 from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError, RunError
+from megatron_prefix.text import counted
 
 PROFILE_FILE = "profile.json.gz"
 """In `logging.output`; ui.perfetto.dev and chrome://tracing show it."""
@@ -22,8 +23,8 @@ def check_window(config: Config, num_steps: int) -> None:
     if config.train.profile is not None and config.train.profile[1] > num_steps:
         first, last = config.train.profile
         raise InputError(
-            f"train.profile = [{first}, {last}] and the run has {num_steps} steps: name steps of "
-            "the run"
+            f"train.profile = [{first}, {last}] and the run has {counted(num_steps, 'step')}: name "
+            "steps of the run"
         )
 
 

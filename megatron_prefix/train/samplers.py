@@ -23,6 +23,7 @@ from megatron_prefix.data.store.roles import mismatched_responses, own_responses
 from megatron_prefix.data.store.verify import verify_checksums
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import Objective
+from megatron_prefix.text import counted
 from megatron_prefix.train.data_checks import run_sharing
 
 if TYPE_CHECKING:
@@ -93,9 +94,9 @@ def open_verified(
     dataset = open_on_nodes(prefix, setting, world, plan)
     if needs_pairs and not dataset.manifest["counts"]["pairs"]:
         raise InputError(
-            f"{setting}: {prefix} has {len(dataset.response_lengths)} responses and no pair (it "
-            "was built from unpaired records), but the loss compares pairs: build from records "
-            "with chosen and rejected responses"
+            f"{setting}: {prefix} has {counted(len(dataset.response_lengths), 'response')} and no "
+            "pair (it was built from unpaired records), but the loss compares pairs: build from "
+            "records with chosen and rejected responses"
         )
     return dataset
 

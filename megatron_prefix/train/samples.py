@@ -18,6 +18,7 @@ from megatron_prefix.distributed import World
 from megatron_prefix.engine import Policy
 from megatron_prefix.engine.generation import generate
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 from megatron_prefix.trackers import SamplesFile
 
 MOST_PROMPTS = 256
@@ -131,7 +132,7 @@ def read_prompts(path: str) -> list[Any]:
             )
         prompts.append(record["prompt"])
     if not 1 <= len(prompts) <= MOST_PROMPTS:
-        raise InputError(f"{setting}: {len(prompts)} prompts: give 1 to {MOST_PROMPTS}")
+        raise InputError(f"{setting}: {counted(len(prompts), 'prompt')}: give 1 to {MOST_PROMPTS}")
     return prompts
 
 
@@ -179,7 +180,7 @@ def _check_length(config: Config, number: int, num_tokens: int) -> None:
     needed = num_tokens + settings.max_new_tokens
     if not num_tokens or (capacity is not None and needed > capacity):
         raise InputError(
-            f"{SETTING}: prompt {number} has {num_tokens} tokens and max_new_tokens = "
+            f"{SETTING}: prompt {number} has {counted(num_tokens, 'token')} and max_new_tokens = "
             f"{settings.max_new_tokens}: a prompt needs a token, and both together fit "
             f"data.row_capacity = {capacity}; shorten it, or lower max_new_tokens"
         )

@@ -23,7 +23,7 @@ from megatron_prefix.reference import (
     score_dataset,
     write_sidecar,
 )
-from megatron_prefix.text import duration
+from megatron_prefix.text import counted, duration
 from megatron_prefix.train.row_costs import ModelCosts
 from megatron_prefix.train.samplers import (
     evaluation_sampler,
@@ -93,7 +93,7 @@ def score_reference(config: Config, output: str) -> None:
                 heads += [] if own_heads is None else [own_heads]
             scores.append((dataset.stored, logps))
             if world.is_main:
-                print(f"{dataset.prefix}: {len(logps):,} responses scored", flush=True)
+                print(f"{dataset.prefix}: {counted(len(logps), 'response')} scored", flush=True)
         world.once(lambda: write_sidecar(output, fingerprint, scores, heads or None))
         if world.is_main:
             partial.discard()

@@ -7,6 +7,7 @@ import numpy as np
 from megatron_prefix.config import Config
 from megatron_prefix.data.steps import Sampler
 from megatron_prefix.data.steps.packed import PackedSteps, describe_packed_steps
+from megatron_prefix.text import counted
 
 MOST_STEPS = 32
 """Steps that are read, evenly over the run. A plan on disk has figures of all its steps."""
@@ -38,11 +39,12 @@ def describe_steps(sampler: Sampler, num_steps: int) -> str:
     if sampler.oversized == "split":
         text += (
             f", {repeated / len(chosen):,.1f} tokens per step repeated by data.oversized: split "
-            f"({100 * repeated / tokens:.1f} %; parts in {divided} of {len(chosen)} steps)"
+            f"({100 * repeated / tokens:.1f} %; parts in {divided} of "
+            f"{counted(len(chosen), 'step')})"
         )
     if sampler.num_ranks > 1:
         text += (
-            f", work of the busiest of {sampler.num_ranks} ranks over the mean "
+            f", work of the busiest of {counted(sampler.num_ranks, 'rank')} over the mean "
             f"{np.mean(unevenness):.3f}"
         )
     if len(chosen) < num_steps:
@@ -56,6 +58,6 @@ def large_batch_note(config: Config, num_groups: int) -> str | None:
     if batch is None or batch <= num_groups:
         return None
     return (
-        f"data.global_batch_size = {batch} and data.train has {num_groups} groups: every step is a "
-        "whole epoch of them"
+        f"data.global_batch_size = {batch} and data.train has {counted(num_groups, 'group')}: "
+        "every step is a whole epoch of them"
     )

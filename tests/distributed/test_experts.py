@@ -160,7 +160,7 @@ def test_weights_are_read_by_other_ranks(resumed, name, source):
     "layout, sizes, numbers",
     [
         ({"expert_model_parallel_size": 3}, {}, "num_moe_experts = 4 is not a multiple"),
-        (EP2, {}, "1 processes were started"),
+        (EP2, {}, "1 process was started"),
         ({}, {"num_moe_experts": None}, "model.moe_ffn_hidden_size = 24 without"),
         (EP2, {"num_moe_experts": None}, "are for models with experts, and this one has none"),
         ({"tensor_model_parallel_size": 2}, {}, "needs parallel.sequence_parallel: true"),

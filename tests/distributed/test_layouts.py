@@ -169,7 +169,7 @@ def test_a_precomputed_reference_in_the_same_layout(runs, layout):
         ({**PP2, "num_layers_in_first_pipeline_stage": 4}, "every stage needs a layer"),
         ({"num_layers_in_last_pipeline_stage": 2}, "there is one stage"),
         ({"overlap_param_gather": True}, "set parallel.use_distributed_optimizer"),
-        (TP2, "1 processes were started"),
+        (TP2, "1 process was started"),
         (CP2, "context_parallel_size = 2 asks for a multiple of 2"),
     ],
 )

@@ -112,11 +112,11 @@ CASES = {
                 ("Question: name a fruit.\nAnswer: a pear", None),
             ),
         ),
-        says=("warning  2 responses that begin with their whole prompt", "--format hh"),
+        says=("responses that begin with their whole prompt", "(--format hh reads whole texts): 2"),
     ),
     "F21_LL_scores_contradict.jsonl": Right(
         groups=(("Q: fruit?", (" pear", " brick")), ("Q: nut?", (" almond", " bolt"))),
-        says=("1 pairs whose scores are equal", "1 pairs whose scores contradict their label"),
+        says=("pairs whose scores are equal (kept): 1", "see --on-contradiction): 1"),
     ),
     "F23_S_chat_template_kwargs.jsonl": Right(
         groups=((chatml(("user", "Hi?")) + "<think>\n\n</think>\n\n", ("Hello", "Go")),),
@@ -154,7 +154,7 @@ CASES = {
                 (" Garda.", " Rome."),
             ),
         ),
-        says=("tie", "1 groups"),
+        says=("tie", "1 group "),
     ),
     "F25_pku_saferlhf.jsonl": Right(
         groups=(

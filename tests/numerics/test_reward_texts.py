@@ -162,7 +162,7 @@ def test_subsets_by_hand(tmp_path):
 def test_a_file_of_fewer_records_is_refused(data, hf, tmp_path):
     path = tmp_path / "few.jsonl"
     path.write_text('{"kind": "x"}\n')
-    with pytest.raises(InputError, match="has 1 records, and"):
+    with pytest.raises(InputError, match="has 1 record, and"):
         evaluate(reward_config(tmp_path / "run", data, hf), None, None, (str(path), "kind"))
 
 

@@ -28,6 +28,7 @@ from megatron_prefix.data.read import ExampleReader, Inputs
 from megatron_prefix.data.store import DatasetWriter, PreferenceDataset
 from megatron_prefix.data.tokenize import PathEncoder, Tokenizer, load_tokenizer
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 Progress = Callable[[int, int, int], None]
 
@@ -196,8 +197,9 @@ def _check_sides(writers: Sequence[DatasetWriter], options: BuildOptions) -> Non
     for writer in writers:
         if not writer.statistics.counts["groups"]:
             raise InputError(
-                f"--holdout {options.holdout} leaves none of {_num_groups(writers)} groups for "
-                f"{writer.prefix}: give another share or --holdout-seed, or more records"
+                f"--holdout {options.holdout} leaves none of "
+                f"{counted(_num_groups(writers), 'group')} for {writer.prefix}: give another share "
+                "or --holdout-seed, or more records"
             )
 
 
@@ -207,4 +209,6 @@ def _nothing_left(inputs: Inputs, report: BuildReport) -> str:
     if report.wrong.num_records:
         reasons.append(f"{report.wrong.num_records} x wrong ({report.wrong_reasons[0]})")
     names = ", ".join(str(path) for path in inputs.paths)
-    return f"{names}: nothing is left of {report.num_records} records: {'; '.join(reasons)}"
+    return (
+        f"{names}: nothing is left of {counted(report.num_records, 'record')}: {'; '.join(reasons)}"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_prefix.data.read import ExampleReader
 from megatron_prefix.data.store import DatasetWriter
 from megatron_prefix.data.tokenize import WARNINGS
-from megatron_prefix.text import align, format_counts, image_line, own_counts
+from megatron_prefix.text import align, counted, format_counts, image_line, own_counts
 
 MAX_LISTED = 1000
 """Records listed per reason; all are counted."""
@@ -126,7 +126,7 @@ class BuildReport:
         manifest = self.manifest
         records = f"{self.num_records:,}"
         if self.num_rows != self.num_records:
-            records += f", joined from {self.num_rows:,} rows"
+            records += f", joined from {counted(self.num_rows, 'row')}"
         lines = align([["records read", records], ["format", self.format]])
         lines += format_counts(manifest["counts"], manifest["tokens"], manifest["lengths"])
         if "images" in manifest:
@@ -147,9 +147,10 @@ class BuildReport:
         groups = valid["groups"] + self.manifest["counts"]["groups"]
         return [
             "",
-            f"held out  {valid['groups']:,} of {groups:,} groups ({valid['groups'] / groups:.2%}), "
-            f"{valid['responses']:,} responses, {valid['pairs']:,} pairs, {valid['tokens']:,} "
-            "tokens; the counts above are those of the other groups",
+            f"held out  {valid['groups']:,} of {counted(groups, 'group')} "
+            f"({valid['groups'] / groups:.2%}), {counted(valid['responses'], 'response')}, "
+            f"{counted(valid['pairs'], 'pair')}, {valid['tokens']:,} tokens; the counts above are "
+            "those of the other groups",
         ]
 
     def _ends_lines(self) -> list[str]:
@@ -164,7 +165,9 @@ class BuildReport:
                 token = "the tokenizer defines none" if id is None else f"token {id}"
                 title, count = name.replace("_", "-"), self.added.get(name, 0)
                 also = ", dropped ones too" if self.dropped else ""
-                parts.append(f"{title} added to {count:,} responses{also} ({flag} {mode}; {token})")
+                parts.append(
+                    f"{title} added to {counted(count, 'response')}{also} ({flag} {mode}; {token})"
+                )
         return ["", *parts] if parts else []
 
     def _dropped_lines(self) -> list[str]:
@@ -174,16 +177,17 @@ class BuildReport:
             for reason, counts in sorted(self.dropped.items())
         ]
         if self.wrong.num_records:
-            table.append(["  wrong records skipped", f"{self.wrong.num_records:,} records", "", ""])
+            wrong = counted(self.wrong.num_records, "record")
+            table.append(["  wrong records skipped", wrong, "", ""])
         lines += align(table)
         if self.num_cut_responses:
             lines += [
                 f"truncated  {self.num_cut_tokens:,} prompt tokens of {self.num_cut_responses:,} "
-                f"responses in {self.num_cut_groups:,} groups"
+                f"responses in {counted(self.num_cut_groups, 'group')}"
             ]
         warnings = (*WARNINGS, *ExampleReader.WARNINGS)
         lines += [
-            f"{'warning' if text in warnings else 'note'}  {count:,} {text}"
+            f"{'warning' if text in warnings else 'note'}  {text}: {count:,}"
             for text, count in sorted(self.notes.items())
         ]
         lines += [f"wrong  {reason}" for reason in self.wrong_reasons[:10]]
@@ -196,7 +200,7 @@ class BuildReport:
         if not self.unread:
             return []
         names = [
-            name if count == self.num_records else f"{name} ({count:,} records)"
+            name if count == self.num_records else f"{name} ({counted(count, 'record')})"
             for name, count in sorted(self.unread.items())
         ]
         return [f"columns and fields not read  {', '.join(names)}"]
@@ -206,23 +210,23 @@ class BuildReport:
         if self.duplicates["num_records"]:
             count, (later, first) = self.duplicates["num_records"], self.duplicates["records"][0]
             lines.append(
-                f"duplicates  {count:,} records repeat the texts and labels of an earlier one "
-                f"(kept; for example, record {later} repeats record {first})"
+                f"duplicates  {counted(count, 'record')} with the texts and labels of an earlier "
+                f"one (kept; for example, record {later} repeats record {first})"
             )
         if self.merged:
             before, after = self.merged["tokens_before"], self.merged["tokens"]
             lines.append(
-                f"merged  {self.merged['records']:,} records into {self.merged['groups']:,} groups "
-                f"with different prompts: {before:,} tree tokens became {after:,} "
-                f"({before / after:.2f} x)"
+                f"merged  {counted(self.merged['records'], 'record')} into "
+                f"{counted(self.merged['groups'], 'group')} with different prompts: {before:,} "
+                f"tree tokens became {after:,} ({before / after:.2f} x)"
             )
         if self.mismatches.get("without"):
             lines.append(
-                f"mismatches  {self.mismatches['without']:,} groups have none: no response of "
-                "another prompt fits"
+                f"mismatches  none for {counted(self.mismatches['without'], 'group')}: no response "
+                "of another prompt fits"
             )
         return lines
 
 
 def _as_texts(counts: Mapping[str, Any]) -> list[str]:
-    return [f"{counts[name]:,} {name}" for name in ("groups", "responses", "pairs")]
+    return [counted(counts[f"{name}s"], name) for name in ("group", "response", "pair")]

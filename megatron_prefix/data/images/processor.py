@@ -23,6 +23,7 @@ from megatron_prefix.data.images.counting import (
     scaled,
 )
 from megatron_prefix.errors import InputError, Stopped
+from megatron_prefix.text import counted
 
 IMAGE_SETTINGS, PROCESSOR_SETTINGS = "preprocessor_config.json", "processor_config.json"
 PLACEHOLDERS = {"llava": "<image>", "llava_onevision": "<image>", "qwen2_5_vl": "<|image_pad|>"}
@@ -286,9 +287,9 @@ def _check_features(processor: ImageProcessor, config: Mapping[str, Any]) -> Non
     tokens = processor.tokens_of(size, size).num_tokens
     if tokens != features:
         raise InputError(
-            f"{processor.directory}: the processor puts {tokens} tokens for an image, and the "
-            f"model makes {features} features of it: correct patch_size, "
-            f"vision_feature_select_strategy or num_additional_image_tokens in "
+            f"{processor.directory}: the processor puts {counted(tokens, 'token')} for an image, "
+            f"and the model makes {features} features of it: correct patch_size, "
+            "vision_feature_select_strategy or num_additional_image_tokens in "
             f"{PROCESSOR_SETTINGS}, or the size in the image processor's settings"
         )
 

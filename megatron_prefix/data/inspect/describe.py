@@ -13,7 +13,7 @@ from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tokenize import Tokenizer, load_tokenizer
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
-from megatron_prefix.text import align
+from megatron_prefix.text import align, counted
 
 TEXT_WIDTH = 64
 IDS_SHOWN = 6
@@ -25,7 +25,7 @@ def packed_rows(dataset: PreferenceDataset, row_capacity: int) -> RowBatches:
     if lengths.max() > row_capacity:
         raise InputError(
             f"--row-capacity is {row_capacity} and group {lengths.argmax()} of {dataset.prefix} "
-            f"has {lengths.max()} tokens: raise it, or build with a smaller --max-length"
+            f"has {counted(lengths.max(), 'token')}: raise it, or build with a smaller --max-length"
         )
     return RowBatches(lengths, row_capacity, 1, dataset.fingerprint, 0)
 
@@ -121,10 +121,10 @@ def tree_text(dataset: PreferenceDataset, group: int) -> str:
     own = tree.num_responses - len(mismatches)
     lines = [
         f"group {group} of {dataset.prefix}, record {int(dataset.group_records[group])}: "
-        f"{tree.num_tokens:,} tokens, {tree.num_nodes} nodes, {own} responses, "
-        f"{tree.num_pairs} pairs"
+        f"{counted(tree.num_tokens, 'token')}, {counted(tree.num_nodes, 'node')}, "
+        f"{counted(own, 'response')}, {counted(tree.num_pairs, 'pair')}"
         + (f", {len(mismatches)} mismatch of another prompt" if mismatches else "")
-        + (f", {len(tree.images)} images" if tree.images is not None else "")
+        + (f", {counted(len(tree.images), 'image')}" if tree.images is not None else "")
     ]
     if tokenizer is None:
         lines.append(f"(token ids instead of text: {reason})")
@@ -149,7 +149,7 @@ def _branch_lines(tree: PrefixTree, tokenizer: Tokenizer | None) -> list[str]:
     while stack:
         node, indent, is_last = stack.pop()
         length = int(tree.node_lengths[node])
-        head = f"{indent}{'└─' if is_last else '├─'} [{node}] {length:,} token{'s' * (length != 1)}"
+        head = f"{indent}{'└─' if is_last else '├─'} [{node}] {counted(length, 'token')}"
         lines.append(f"{head}  {losses[node]}  {_content(tree, node, tokenizer)}")
         below = children.get(node, [])
         indent += "   " if is_last else "│  "

@@ -9,6 +9,7 @@ import numpy as np
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tokenize import Tokenizer
 from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.text import counted
 
 
 def image_values(dataset: PreferenceDataset, tree: PrefixTree) -> list[dict[str, Any]]:
@@ -39,7 +40,7 @@ def image_cells(values: dict[str, Any]) -> list[str]:
         f"  image {values['image']}",
         f"node {values['node']}",
         f"from token {values['start']:,}",
-        f"{values['tokens']:,} tokens",
+        counted(values["tokens"], "token"),
         f"{width:,} x {height:,} pixels",
         f"sha256 {values['sha256'][:12]}…",
     ]
@@ -55,7 +56,7 @@ def node_text(tree: PrefixTree, node: int, tokenizer: Tokenizer) -> str:
     own = zip(*(x[inside].tolist() for x in _columns(tree)), strict=True)
     for first, length, image in own:
         parts.append(tokenizer.decode(tree.tokens[at:first].tolist()))
-        parts.append(f"[image {image}: {length:,} tokens]")
+        parts.append(f"[image {image}: {counted(length, 'token')}]")
         at = first + length
     return "".join([*parts, tokenizer.decode(tree.tokens[at:end].tolist())])
 

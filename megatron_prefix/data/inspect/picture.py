@@ -21,6 +21,7 @@ from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.data.tree import PrefixTree
 from megatron_prefix.errors import InputError
 from megatron_prefix.layout import TreeLayout
+from megatron_prefix.text import counted
 
 COLOURS = ("#1f6f9c", "#d1602b", "#2f8f5b", "#8a4f9e", "#b8902a", "#b5364d", "#4a6a72", "#6b7f1f")
 PADDING = "#d9d9d9"
@@ -227,9 +228,10 @@ def _caption(
     figure.text(0.085, 0.968, title, fontsize=13, color=INK, weight="bold", va="center")
     fill = 100 * batch.num_tokens / row_capacity
     facts = (
-        f"{batch.num_tokens:,} of {row_capacity:,} tokens ({fill:.1f} % full), {len(trees)} "
-        f"tree{'s' * (len(trees) != 1)}, {batch.num_responses} responses, {len(batch.pairs)} "
-        f"pairs; {batch.num_projected:,} tokens predict {len(batch.logit_token):,} targets"
+        f"{batch.num_tokens:,} of {counted(row_capacity, 'token')} ({fill:.1f} % full), "
+        f"{counted(len(trees), 'tree')}, {counted(batch.num_responses, 'response')}, "
+        f"{counted(len(batch.pairs), 'pair')}; {counted(len(batch.logit_token), 'target')} from "
+        f"{counted(batch.num_projected, 'token')}"
     )
     figure.text(0.085, 0.942, facts, fontsize=9.5, color=INK, va="center")
     colour = COLOURS[0]

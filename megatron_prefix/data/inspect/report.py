@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from megatron_prefix.data.store import SHARING_TOKENS
-from megatron_prefix.text import align, format_lengths, image_line, mismatch_cells
+from megatron_prefix.text import align, counted, format_lengths, image_line, mismatch_cells
 
 WIDTH = 100
 BAR = 20
@@ -50,7 +50,7 @@ def survey_text(values: Mapping[str, Any]) -> str:
         packing = values["packing"]
         lines += [
             "",
-            f"rows of {packing['row_capacity']:,} tokens  {packing['rows']:,} per epoch, "
+            f"rows of {counted(packing['row_capacity'], 'token')}  {packing['rows']:,} per epoch, "
             f"{100 * packing['fill']:.1f} % full",
         ]
     return "\n".join(lines)
@@ -61,32 +61,36 @@ def _image_lines(images: Mapping[str, Any], counts: Mapping[str, int]) -> list[s
     return [
         "",
         image_line(images, counts["tokens"]),
-        f"        in {images['groups']:,} of {counts['groups']:,} groups; {each['min']:,} to "
-        f"{each['max']:,} tokens each, median {each['median']:,}; counted for {images['family']}",
+        f"        in {images['groups']:,} of {counted(counts['groups'], 'group')}; {each['min']:,} "
+        f"to {counted(each['max'], 'token')} each, median {each['median']:,}; counted for "
+        f"{images['family']}",
     ]
 
 
 def _build_lines(build: Mapping[str, Any]) -> list[str]:
     lines = []
     if build["duplicates"] is not None:
-        lines.append(f"duplicates  {build['duplicates']:,} records repeat an earlier one (kept)")
+        lines.append(
+            f"duplicates  {counted(build['duplicates'], 'record')} like an earlier one (kept)"
+        )
     for reason, lost in sorted(build["dropped"].items()):
         parts = ", ".join(f"{count:,} {name}" for name, count in lost.items() if count)
         lines.append(f"dropped     {reason}: {parts}")
     if build["wrong"]:
-        lines.append(f"wrong       {build['wrong']:,} records skipped")
+        lines.append(f"wrong       {counted(build['wrong'], 'record')} skipped")
     if build["truncated"].get("responses"):
         cut = build["truncated"]
         lines.append(
-            f"truncated   {cut['tokens']:,} prompt tokens of {cut['responses']:,} responses in "
-            f"{cut['groups']:,} groups"
+            f"truncated   {cut['tokens']:,} prompt tokens of "
+            f"{counted(cut['responses'], 'response')} in {counted(cut['groups'], 'group')}"
         )
     lines += [f"note        {count:,} {text}" for text, count in sorted(build["notes"].items())]
     if build["merged"]:
         merged = build["merged"]
         lines.append(
-            f"merged      {merged['records']:,} records into {merged['groups']:,} groups, "
-            f"{merged['tokens_before']:,} tokens into {merged['tokens']:,}"
+            f"merged      {counted(merged['records'], 'record')} into "
+            f"{counted(merged['groups'], 'group')}, {counted(merged['tokens_before'], 'token')} "
+            f"into {merged['tokens']:,}"
         )
     return ["", "at build", *(f"  {line}" for line in lines)] if lines else []
 

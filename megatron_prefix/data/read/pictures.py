@@ -26,6 +26,7 @@ from megatron_prefix.data.read.texts import Text
 from megatron_prefix.data.read.turns import IMAGE_PARTS, is_message
 from megatron_prefix.data.read.unread import is_empty
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 COLUMNS = ("images", "image")
 """Columns with the images of a record."""
@@ -144,14 +145,15 @@ class Marked:
         """A prompt with all listed images before the text of its first user's turn."""
         if isinstance(prompt, str):
             raise InputError(
-                f"the record has {_counted(len(self._listed))}, and its prompt is a text without "
-                f"{PLACE}: write {PLACE} where each image belongs, or give messages"
+                f"the record has {counted(len(self._listed), 'image')}, and its prompt is a text "
+                f"without {PLACE}: write {PLACE} where each image belongs, or give messages"
             )
         first = next((i for i, turn in enumerate(prompt) if turn.role == "user"), None)
         if first is None:
             raise InputError(
-                f"the record has {_counted(len(self._listed))}, and its prompt has neither a place "
-                "for it nor a user's turn: write a part of type 'image' where each image belongs"
+                f"the record has {counted(len(self._listed), 'image')}, and its prompt has neither "
+                "a place for it nor a user's turn: write a part of type 'image' where each image "
+                "belongs"
             )
         places = (IMAGE + UNNUMBERED) * len(self._listed)
         turn = replace(prompt[first], content=places + prompt[first].content)
@@ -169,8 +171,9 @@ class Marked:
             )
         if marks.count(UNNUMBERED) != len(self._listed):
             raise InputError(
-                f"the prompt has {_counted(marks.count(UNNUMBERED), 'place')} for images, and the "
-                f"record has {_counted(len(self._listed))} in its columns: there must be as many"
+                f"the prompt has {counted(marks.count(UNNUMBERED), 'place')} for images, and the "
+                f"record has {counted(len(self._listed), 'image')} in its columns: there must be "
+                "as many"
             )
         listed = iter(self._listed)
         pictures = tuple(
@@ -180,10 +183,6 @@ class Marked:
             return _MARK.sub(IMAGE, prompt), pictures
         turns = tuple(replace(turn, content=_MARK.sub(IMAGE, turn.content)) for turn in prompt)
         return turns, pictures
-
-
-def _counted(count: int, name: str = "image") -> str:
-    return f"{count} {name}{'s' * (count != 1)}"
 
 
 def _marks(text: Text) -> Iterator[str]:
@@ -206,7 +205,9 @@ def _pictures(value: Any, name: str) -> list[Picture]:
     """The pictures of a column: one, or a list of them."""
     items = value if isinstance(value, list) else [value]
     if len(items) > MOST:
-        raise InputError(f"column {name!r} has {len(items)} images, and a record {MOST} at most")
+        raise InputError(
+            f"column {name!r} has {counted(len(items), 'image')}, and a record {MOST} at most"
+        )
     return [_picture(item, f"column {name!r}") for item in items]
 
 
@@ -283,7 +284,8 @@ def _picture(value: Any, place: str) -> Picture:
         )
     if len(value) > LONGEST_PATH:
         raise InputError(
-            f"{place} is a text of {len(value)} characters, which is no path: put base64 into an "
+            f"{place} is a text of {counted(len(value), 'character')}, which is no path: put "
+            "base64 into an "
             'object {"bytes": …}'
         )
     if not value.strip() or "\0" in value:

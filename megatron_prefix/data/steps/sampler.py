@@ -34,6 +34,7 @@ from megatron_prefix.data.steps.sharing import Bundle, all_bundles, bundles_of, 
 from megatron_prefix.data.steps.step_columns import StepColumns, step_columns
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 Row = list[Bundle]
 
@@ -140,8 +141,8 @@ class Sampler:
             split = "" if is_path else "set data.oversized: split, "
             raise InputError(
                 f"data.row_capacity is {self.row_capacity} and {self.dataset.place(group[worst])} "
-                f"needs {tokens[worst]} tokens in {unit} under data.sharing: {self.sharing}: raise "
-                f"it, {split}or build with a smaller --max-length"
+                f"needs {counted(tokens[worst], 'token')} in {unit} under data.sharing: "
+                f"{self.sharing}: raise it, {split}or build with a smaller --max-length"
             )
 
     def _check_paths(self) -> None:
@@ -162,9 +163,9 @@ class Sampler:
             group_of_worst = int(np.searchsorted(firsts, worst, "right")) - 1
             raise InputError(
                 f"data.row_capacity is {self.row_capacity} and a response of "
-                f"{self.dataset.place(group_of_worst)} has {lengths[worst]} tokens with its "
-                "prompt, and data.oversized: split cuts no path: raise it, or build with a smaller "
-                "--max-length"
+                f"{self.dataset.place(group_of_worst)} has {counted(lengths[worst], 'token')} with "
+                "its prompt, and data.oversized: split cuts no path: raise it, or build with a "
+                "smaller --max-length"
             )
 
     def _check_sequences(self, group: np.ndarray, micro_batch_size: int) -> None:
@@ -183,7 +184,7 @@ class Sampler:
         if counts[worst] > micro_batch_size:
             raise InputError(
                 f"data.micro_batch_size is {micro_batch_size} and "
-                f"{self.dataset.place(group[worst])} is {counts[worst]} sequences under "
+                f"{self.dataset.place(group[worst])} is {counted(counts[worst], 'sequence')} under "
                 f"data.sharing: {self.sharing} that must share a micro batch: raise it, or set "
                 "data.oversized: split"
             )

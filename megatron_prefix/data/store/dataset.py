@@ -18,6 +18,7 @@ from megatron_prefix.data.store.verify import (
     verify_checksums,
 )
 from megatron_prefix.data.tree import PrefixTree
+from megatron_prefix.text import counted
 
 
 class PreferenceDataset(MappedFiles):
@@ -213,5 +214,5 @@ class PreferenceDataset(MappedFiles):
 
     def _checked(self, group: int) -> int:
         if not 0 <= group < len(self):
-            raise IndexError(f"group {group} of a data set of {len(self)} groups")
+            raise IndexError(f"group {group} of a data set of {counted(len(self), 'group')}")
         return int(group)

@@ -19,6 +19,7 @@ from megatron_prefix.data.tokenize.base import Tokenizer
 from megatron_prefix.data.tree import ResponsePath
 from megatron_prefix.data.tree_images import Placed
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 
 def with_images(path: ResponsePath, placeholder: int, images: Sequence[Placed]) -> ResponsePath:
@@ -27,9 +28,10 @@ def with_images(path: ResponsePath, placeholder: int, images: Sequence[Placed]) 
     places = np.flatnonzero(path.tokens == placeholder)
     if len(places) != len(images) or (places >= path.loss_start).any():
         raise InputError(
-            f"the prompt's tokens have {int((places < path.loss_start).sum())} places for "
-            f"{len(images)} images, and the response's {int((places >= path.loss_start).sum())}: "
-            "give a directory whose chat template writes one place for each image of the prompt"
+            f"the prompt's tokens have {counted(int((places < path.loss_start).sum()), 'place')} "
+            f"for {counted(len(images), 'image')}, and the response's "
+            f"{int((places >= path.loss_start).sum())}: give a directory whose chat template "
+            "writes one place for each image of the prompt"
         )
     tokens, counts = path.tokens.copy(), np.ones(len(path.tokens), np.int64)
     tokens[places] = [-1 - image.image for image in images]

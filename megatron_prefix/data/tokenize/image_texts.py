@@ -23,6 +23,7 @@ from megatron_prefix.data.images import IMAGE, ImageProcessor
 from megatron_prefix.data.read import Message
 from megatron_prefix.data.tokenize.base import Rendered
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 PROBE = "probe"
 """A text that shows how a template reads contents."""
@@ -91,9 +92,9 @@ class ImageTexts:
         num_images = sum(message.content.count(IMAGE) for message in messages)
         if num_images and (written := text.count(self.image_token)) != num_images:
             raise InputError(
-                f"the chat template of {self._directory} writes {written} places "
-                f"({self.image_token}) for {num_images} images: give a directory whose template "
-                "writes one for each"
+                f"the chat template of {self._directory} writes {counted(written, 'place')} "
+                f"({self.image_token}) for {counted(num_images, 'image')}: give a directory whose "
+                "template writes one for each"
             )
 
 

@@ -19,6 +19,7 @@ from megatron_prefix.data.tokenize.paths import PathEncoder
 from megatron_prefix.data.tokenize.shortening import PromptTurns, has_turns
 from megatron_prefix.data.tree import Pair, ResponsePath
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 OVERFLOW_MODES = ("error", "truncate-prompt", "drop")
 
@@ -113,7 +114,7 @@ def _lose_too_long(
             continue
         if overflow == "error":
             raise TooLong(
-                f"response {i} takes {len(path.tokens)} tokens with its prompt, and "
+                f"response {i} takes {counted(len(path.tokens), 'token')} with its prompt, and "
                 f"--max-length is {max_length}: raise it, or give --overflow drop{remedy}"
             )
         lost[i] = reason

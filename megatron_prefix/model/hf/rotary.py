@@ -14,6 +14,7 @@ from megatron_prefix.config import RopeScaling
 from megatron_prefix.errors import InputError
 from megatron_prefix.model.hf.family import Family
 from megatron_prefix.model.hf.values import count, natural, number
+from megatron_prefix.text import counted
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
@@ -83,8 +84,8 @@ def _sections(given: Any, channels: int, source: str) -> tuple[int, ...]:
         raise InputError(f"{source}: {SECTIONS} is {sections!r}, expected a list of numbers")
     if sum(sections) != channels // 2:
         raise InputError(
-            f"{source}: {SECTIONS} = {sections} has {sum(sections)} pairs of channels, and a head "
-            f"has {channels // 2}: correct rope_parameters"
+            f"{source}: {SECTIONS} = {sections} has {counted(sum(sections), 'pair')} of channels, "
+            f"and a head has {channels // 2}: correct rope_parameters"
         )
     return tuple(sections)
 

@@ -14,6 +14,7 @@ from megatron_prefix.distributed import open_session
 from megatron_prefix.errors import InputError
 from megatron_prefix.objectives import check
 from megatron_prefix.reference import frozen_model, score_dataset
+from megatron_prefix.text import counted
 from megatron_prefix.train.row_costs import ModelCosts
 from megatron_prefix.train.samplers import evaluation_sampler
 
@@ -107,7 +108,7 @@ def _built(config: Config, records: list[dict[str, Any]], folder: Path) -> Prefe
         )
     if len(dataset.response_lengths) != len(records):
         raise InputError(
-            f"--texts: {len(records)} lines made {len(dataset.response_lengths)} texts: a response "
-            "may not be empty"
+            f"--texts: {counted(len(records), 'line')} made "
+            f"{counted(len(dataset.response_lengths), 'text')}: a response may not be empty"
         )
     return dataset

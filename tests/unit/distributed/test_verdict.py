@@ -31,7 +31,7 @@ def test_the_message_names_ended_ranks_first():
     assert "rank 1 failed in step 4: disk full" in failure_message({0: waits, 1: failed}, {}, None)
     assert "rank 1" not in (failure_message({0: waits, 1: busy}, {2: "step 3"}, None) or "")
     late = failure_message({0: waits, 1: busy}, {}, 60.0)
-    assert "no progress for 1 minutes" in late and "rank 0" not in late
+    assert "no progress for 1 minute " in late and "rank 0" not in late
     assert "rank 1 hangs in step 4 at train/trainer.py:9" in late
     young = {**busy, "idle": 1.0}
     assert "rank 0 waits in step 4; rank 1 waits" in failure_message({0: waits, 1: young}, {}, 60.0)

@@ -28,6 +28,7 @@ from megatron_prefix.data.read.formats.presence import has
 from megatron_prefix.data.read.formats.trl import cut_pair, split_messages
 from megatron_prefix.data.read.texts import Message
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 DIALOGUES = ("conversation_a", "conversation_b")
 OUTCOMES = ("winner_model_a", "winner_model_b", "winner_tie")
@@ -56,7 +57,8 @@ def read_arena_votes(record: dict[str, Any]) -> Example:
         answers = _texts(record, name)
         if len(answers) != len(questions):
             raise InputError(
-                f"column {name!r} has {len(answers)} turns, but 'prompt' has {len(questions)}"
+                f"column {name!r} has {counted(len(answers), 'turn')}, but 'prompt' has "
+                f"{len(questions)}"
             )
         turns: list[Message] = []
         for question, answer in zip(questions, answers, strict=True):

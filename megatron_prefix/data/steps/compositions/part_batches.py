@@ -29,6 +29,7 @@ from megatron_prefix.data.steps.compositions.order import (
 from megatron_prefix.data.steps.compositions.row_batches import WINDOW
 from megatron_prefix.data.steps.packing import as_lists, pack
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 
 class Block(NamedTuple):
@@ -69,8 +70,9 @@ class PartBatches:
             if rows > self.rows_per_step:
                 raise InputError(
                     f"data.rows_per_step is {self.rows_per_step} and {self.name_of(group)} needs "
-                    f"{rows} rows of data.row_capacity = {self.capacity} tokens, which must be in "
-                    "one step: raise either, or use data.global_batch_size"
+                    f"{counted(rows, 'row')} of data.row_capacity = "
+                    f"{counted(self.capacity, 'token')}, which must be in one step: raise either, "
+                    "or use data.global_batch_size"
                 )
 
     def groups(self, step: int) -> np.ndarray:

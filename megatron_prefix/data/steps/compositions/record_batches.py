@@ -23,6 +23,7 @@ from megatron_prefix.data.steps.compositions.mixtures import RepeatedSets
 from megatron_prefix.data.steps.compositions.order import Order, epoch_order
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 
 def group_batches(
@@ -41,7 +42,8 @@ def group_batches(
     if sizes[largest] > batch_size:
         raise InputError(
             f"data.global_batch_size is {batch_size} and {dataset.place(largest)} holds "
-            f"{sizes[largest]} records of one prompt: raise it, or build without --merge-prompts"
+            f"{counted(sizes[largest], 'record')} of one prompt: raise it, or build without "
+            "--merge-prompts"
         )
     return RecordBatches(sizes, batch_size, dataset.fingerprint, seed, epochs, order)
 

@@ -16,6 +16,7 @@ from megatron_prefix.data.steps.compositions.order import (
 )
 from megatron_prefix.data.steps.packing import pack
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 WINDOW = 8192
 """Groups packed together. Each window has one row that is not full: less than 1 % of its rows."""
@@ -76,9 +77,9 @@ class RowBatches:
         if self.lengths[longest] > self.capacity:
             raise InputError(
                 f"data.row_capacity is {self.capacity} and {self.name_of(longest)} has "
-                f"{self.lengths[longest]} tokens; with data.rows_per_step a row holds whole "
-                "groups: raise it, set data.oversized: split, build with a smaller --max-length, "
-                "or use data.global_batch_size"
+                f"{counted(self.lengths[longest], 'token')}; with data.rows_per_step a row holds "
+                "whole groups: raise it, set data.oversized: split, build with a smaller "
+                "--max-length, or use data.global_batch_size"
             )
 
     def rows(self, step: int) -> list[np.ndarray]:

@@ -38,6 +38,7 @@ from megatron_prefix.data.steps.packed.structure import (
 from megatron_prefix.data.steps.packing import as_lists
 from megatron_prefix.data.store import PreferenceDataset, read_manifest
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 FORMAT = "megatron_prefix packed plan"
 VERSION = 1
@@ -165,8 +166,8 @@ class PackedSteps:
         differing = []
         if data["fingerprint"] != dataset.fingerprint:
             differing.append(
-                f"data.train is {dataset.fingerprint[:16]}… of {len(dataset)} groups and was "
-                f"{data['fingerprint'][:16]}… of {data['groups']} when packed"
+                f"data.train is {dataset.fingerprint[:16]}… of {counted(len(dataset), 'group')} "
+                f"and was {data['fingerprint'][:16]}… of {data['groups']} when packed"
             )
         ours = described(settings)
         for name in {**packed, **ours}:
@@ -206,13 +207,14 @@ def describe_packed_steps(manifest: dict[str, Any]) -> str:
     fill = 100 * manifest["fill"]
     repeated = ""
     if settings.get("oversized") == "split":
-        repeated = f"; {manifest['repeated_tokens']:,} tokens repeated by data.oversized: split"
+        repeated = (
+            f"; {counted(manifest['repeated_tokens'], 'token')} repeated by data.oversized: split"
+        )
     return (
-        f"packed: {counts['steps']:,} steps, {counts['rows']:,} rows of "
-        f"{settings['row_capacity']:,} tokens, {counts['groups']:,} groups, "
-        f"{manifest['tokens']:,} tokens; fill {fill:.2f} %, {100 - fill:.2f} % unused; "
-        f"longest row of a step over its mean "
-        f"{manifest['row_max_over_mean']:.3f}{repeated}"
+        f"packed: {counted(counts['steps'], 'step')}, {counted(counts['rows'], 'row')} of "
+        f"{counted(settings['row_capacity'], 'token')}, {counted(counts['groups'], 'group')}, "
+        f"{counted(manifest['tokens'], 'token')}; fill {fill:.2f} %, {100 - fill:.2f} % unused; "
+        f"longest row of a step over its mean {manifest['row_max_over_mean']:.3f}{repeated}"
     )
 
 

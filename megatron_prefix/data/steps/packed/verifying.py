@@ -18,6 +18,7 @@ from megatron_prefix.data.steps.packed.structure import (
 from megatron_prefix.data.steps.packed.writing import BundleLengths, Tally
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 
 def verify_packed_steps(packed: PackedSteps, dataset: PreferenceDataset | None = None) -> None:
@@ -44,7 +45,7 @@ def _verify_groups(packed: PackedSteps) -> None:
         seen += np.bincount(chunk, minlength=num_groups)
     expected = _expected_counts(packed)
     for group in np.flatnonzero(seen != expected)[:1].tolist():
-        rule = f"in {packed.manifest['settings']['epochs']} epochs"
+        rule = f"in {counted(packed.manifest['settings']['epochs'], 'epoch')}"
         if "sets" in packed.manifest["data"]:
             rule = f"instead of {expected[group]}"
         raise InputError(
@@ -82,8 +83,8 @@ def check_rows(packed: PackedSteps, dataset: PreferenceDataset) -> None:
         for row in np.flatnonzero(rows > capacity)[:1].tolist():
             step = first + int(np.searchsorted(step_rows, step_rows[0] + row, "right")) - 1
             raise InputError(
-                f"{packed.path}: step {step} has a row of {rows[row]} tokens, and its rows hold "
-                f"{capacity}: {REMEDY}"
+                f"{packed.path}: step {step} has a row of {counted(rows[row], 'token')}, and its "
+                f"rows hold {capacity}: {REMEDY}"
             )
         tally.add_rows(rows, np.asarray(step_rows[:-1] - step_rows[0]))
     for name, value in tally.summary().items():

@@ -31,6 +31,7 @@ from megatron_prefix.data.steps.packing import pack
 from megatron_prefix.data.steps.sharing import all_bundles, all_parts, group_firsts
 from megatron_prefix.data.store import PreferenceDataset
 from megatron_prefix.errors import InputError
+from megatron_prefix.text import counted
 
 FLUSH = 1 << 16
 """Bundles collected before they are written."""
@@ -95,7 +96,7 @@ class BundleLengths:
                 fault = "for one response and its prompt, which are never cut: raise it, or"
             raise InputError(
                 f"--row-capacity is {capacity} and {dataset.place(group[worst])} needs "
-                f"{self.tokens[worst]} tokens {fault} build with a smaller --max-length"
+                f"{counted(self.tokens[worst], 'token')} {fault} build with a smaller --max-length"
             )
         self.firsts = None
         if sharing != "tree" or len(group) > len(dataset):

@@ -65,7 +65,8 @@ def test_degenerate_records_are_dropped_counted_and_listed(tmp_path):
     assert dropped["groups"] == dropped["num_records"] == 2
     assert dropped["records"] == ["in.jsonl:1", "in.jsonl:4"]
     summary = report.summary()
-    assert "chosen equals rejected  2 groups" in summary and "1 responses of white" in summary
+    assert "chosen equals rejected  2 groups" in summary
+    assert "responses of white space only (kept): 1" in summary
     assert "responses, dropped ones too (--eos" in summary
 
 
@@ -218,7 +219,7 @@ def test_overflow_modes_are_counted(tmp_path):
     report, dataset = build(tmp_path, GOOD, long, max_length=6, overflow="truncate-prompt")
     assert dataset.response_lengths.tolist() == [4, 4, 6, 6]
     assert (report.num_cut_groups, report.num_cut_responses, report.num_cut_tokens) == (1, 2, 14)
-    assert "truncated  14 prompt tokens of 2 responses in 1 groups" in report.summary()
+    assert "truncated  14 prompt tokens of 2 responses in 1 group" in report.summary()
 
 
 def test_the_same_build_gives_the_same_bytes(tmp_path):

@@ -165,7 +165,7 @@ def test_they_are_counted_apart(tmp_path, capsys):
     for key in ("tokens", "lengths", "histograms", "packing", "responses_per_set"):
         assert surveys[0].get(key) == surveys[1].get(key), key
     text = tree_text(sets[1], 0)
-    assert "1 responses, 0 pairs, 1 mismatch of another prompt" in text
+    assert "1 response, 0 pairs, 1 mismatch of another prompt" in text
     assert [x["is_mismatch"] for x in tree_dict(sets[1], 0)["responses"]] == [False, True]
     code = main(["build", *flags, "--output", str(tmp_path / "other"), "--kto-seed", "3"])
     assert code == 2 and "--kto-seed 3 has no effect without --kto" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_statistics(prefix, capsys):
         assert words in [line.split() for line in lines]
     assert "responses per comparison set (K)  2: 5" in lines
     assert "comparison sets per group  1: 1, 2: 2" in out and "longest path  3: 1, 6: 2" in out
-    assert "  duplicates  1 records repeat an earlier one (kept)" in lines
+    assert "  duplicates  1 record like an earlier one (kept)" in lines
     assert max(map(len, lines[2:])) <= 100 and "█" in out and "by cost" in out
 
 

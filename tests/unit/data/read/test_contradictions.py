@@ -93,8 +93,8 @@ def test_the_summary_counts_both(tmp_path):
     )
     path.write_text("".join(rows % (i, i) + "\n" for i in (3, 5, 6)))
     summary = build_dataset([path], "bytes", tmp_path / "x").summary()
-    assert "warning  1 pairs whose scores are equal" in summary
-    assert "warning  1 pairs whose scores contradict their label" in summary
+    assert "warning  pairs whose scores are equal (kept): 1" in summary
+    assert "--on-contradiction): 1" in summary
     report = build_dataset([path], "bytes", tmp_path / "y", BuildOptions(on_contradiction="drop"))
     assert report.manifest["counts"]["groups"] == 1
     assert report.dropped["scores equal or against the label (--on-contradiction drop)"].groups == 2

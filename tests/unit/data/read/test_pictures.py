@@ -191,7 +191,7 @@ PROMPT = [turn("user", [OPEN])]
         (sides(images=[3], prompt=PROMPT), "column 'images' is a number"),
         (sides(images=[{"x": 3}], prompt=PROMPT), "neither bytes nor path"),
         (sides(images=[{"bytes": "???"}], prompt=PROMPT), "not base64"),
-        (sides(images=["a" * 5000], prompt=PROMPT), "a text of 5000 characters"),
+        (sides(images=["a" * 5000], prompt=PROMPT), "a text of 5,000 characters"),
         (sides(images=["a", " "], prompt=PROMPT), "no path of a picture"),
         (sides(images=["a"], image="b", prompt=PROMPT), "both hold images"),
         (

@@ -167,7 +167,7 @@ def test_the_summary_lists_names_and_counts(tmp_path, capsys):
     records = [{**PAIR, "id": 1, "note": "n"}, {**PAIR, "id": 2, "system": "s"}]
     assert main([*write(tmp_path, *records), "--ignore-columns", "system"]) == 0
     out = capsys.readouterr().out
-    assert "columns and fields not read  id, note (1 records), system (1 records)" in out
+    assert "columns and fields not read  id, note (1 record), system (1 record)" in out
     manifest = json.loads((tmp_path / "x.json").read_text())
     assert manifest["report"]["unread"] == {"id": 2, "note": 1, "system": 1}
 
