@@ -43,6 +43,7 @@ def layout_table(result: dict[str, Any], is_default_gpu: bool) -> str:
     if own is None:
         lines.append("this file: its layout does not run on so many GPUs, or does not fit them")
     lines += ["", NOTE, "", f"to run the first: {_difference(result['settings'], layouts[0])}"]
+    lines += [f"advice: {line}" for line in result["advice"]]
     return "\n".join(lines)
 
 

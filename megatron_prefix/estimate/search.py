@@ -30,6 +30,7 @@ from megatron_prefix.estimate.data_costs import (
     mean_busy_ranks,
     planned_sampler,
 )
+from megatron_prefix.estimate.fewer_gpus import fewer_gpus, fewer_line
 from megatron_prefix.estimate.flops import ForwardFlops
 from megatron_prefix.estimate.hardware import GIB, Hardware, check_dtype
 from megatron_prefix.estimate.known import (
@@ -131,18 +132,8 @@ def search_layouts(config: Config, world_size: int, machine: Hardware) -> dict[s
         machine = replace(machine, gpu=GPUS[DEFAULT_GPU])
     check_dtype(machine, config.model)
     search = LayoutSearch.of_config(config, world_size, machine)
-    best: dict[ParallelConfig, Estimate] = {}
-    tried = fitting = 0
-    for candidate in search.candidates():
-        tried += 1
-        estimate = search.estimate(candidate)
-        if estimate is None:
-            continue
-        fitting += 1
-        of_layout = best.setdefault(candidate.parallel, estimate)
-        if estimate.seconds < of_layout.seconds:  # of each layout its best rows
-            best[candidate.parallel] = estimate
-    listed = [*_accepted(sorted(best.values(), key=_order), search.known)][:LISTED]
+    best, tried, fitting = search.best()
+    listed = [*_accepted(best, search.known)][:LISTED]
     if not listed:
         raise InputError(
             f"--search: none of {counted(tried, 'layout')} of {counted(world_size, 'GPU')} fits "
@@ -151,6 +142,7 @@ def search_layouts(config: Config, world_size: int, machine: Hardware) -> dict[s
         )
     assert machine.gpu is not None
     own_estimate = search.of_itself()
+    fewer = fewer_gpus(world_size, listed[0].seconds, search.seconds_on)
     return {
         "world_size": world_size,
         "gpu": machine.gpu.name,
@@ -162,6 +154,8 @@ def search_layouts(config: Config, world_size: int, machine: Hardware) -> dict[s
         "layouts": [estimate.described() for estimate in listed],
         "settings": chosen_settings(config),
         "own": None if own_estimate is None else own_estimate.described(),
+        "fewer_gpus": fewer,
+        "advice": [] if fewer is None else [fewer_line(world_size, fewer, config)],
     }
 
 
@@ -213,6 +207,29 @@ class LayoutSearch:
             raise InputError(f"--search needs the model's sizes and the data: {'; '.join(missing)}")
         known = with_images(config, known, dataset)
         return cls(config, objective, dataset, known, world_size, machine)
+
+    def best(self) -> tuple[list[Estimate], int, int]:
+        """Each layout that fits with its best rows, the fastest first; how many layouts and sizes
+        of rows were tried, and how many of them fit."""
+        best: dict[ParallelConfig, Estimate] = {}
+        tried = fitting = 0
+        for candidate in self.candidates():
+            tried += 1
+            estimate = self.estimate(candidate)
+            if estimate is None:
+                continue
+            fitting += 1
+            of_layout = best.setdefault(candidate.parallel, estimate)
+            if estimate.seconds < of_layout.seconds:
+                best[candidate.parallel] = estimate
+        return sorted(best.values(), key=_order), tried, fitting
+
+    def seconds_on(self, world_size: int) -> float | None:
+        """The time of a step in the fastest layout on another number of GPUs; None if none fits."""
+        other = replace(self, world_size=world_size)
+        vars(other)["_data"] = self._data  # of one rank
+        first = next(_accepted(other.best()[0], self.known), None)
+        return None if first is None else first.seconds
 
     def candidates(self) -> Iterator[Config]:
         """The configuration with every layout and size of rows; recomputation is not chosen yet."""

@@ -235,6 +235,22 @@ def test_the_table_and_the_json(written, capsys):
     assert len(result["layouts"]) == 10 and result["tried"] >= result["fitting"] > 10
 
 
+def test_fewer_gpus_are_searched_as_all_are(written, capsys):
+    """A small batch on eight GPUs, and the same on the number that the line names."""
+    path = written()
+    argv = ["plan", "--config", path, "--search", "--gpus", "8", "--gpu", "H100"]
+    assert main([*argv, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    fewer, first = result["fewer_gpus"], result["layouts"][0]["seconds_per_step"]
+    assert fewer["world_size"] in (1, 2, 4)
+    alone = search_layouts(load_config(path), fewer["world_size"], named_hardware("H100"))
+    own = alone["layouts"][0]["seconds_per_step"]
+    assert fewer["seconds_per_step"] == pytest.approx(own)
+    assert fewer["of_the_time"] == pytest.approx(own / first)
+    assert main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"advice: {result['advice'][0]}"
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
