@@ -61,4 +61,26 @@ FAULT_MUTANTS = (
         "        has_failed = False\n",
         "unit/checkpoint/test_background.py",
     ),
+    Mutant(
+        "an end at once waits for the removal of old checkpoints",
+        "checkpoint/save_load.py",
+        "        for folder in leftovers:\n            shutil.rmtree(folder, ignore_errors=True)\n",
+        "            for folder in leftovers:\n"
+        "                shutil.rmtree(folder, ignore_errors=True)\n",
+        "unit/checkpoint/test_background.py",
+    ),
+    Mutant(
+        "every rank hangs in a stalled write in the background",
+        "distributed/verdict.py",
+        "if work.is_awaited and work.ident in frames:",
+        "if not work.is_awaited and work.ident in frames:",
+        "unit/distributed/test_verdict.py",
+    ),
+    Mutant(
+        "pictures cost nothing where they are only scored",
+        "train/row_costs.py",
+        "if store is None or initial.source is None or",
+        "if not is_trained or store is None or initial.source is None or",
+        "unit/train/test_row_costs.py",
+    ),
 )

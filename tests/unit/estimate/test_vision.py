@@ -14,11 +14,13 @@ from test_step_time import SLOW, TINY, WORK, job
 from megatron_prefix.config import ParallelConfig, parse_config
 from megatron_prefix.config.parts import PictureWork, VisionTower
 from megatron_prefix.errors import InputError
+from megatron_prefix.estimate import named_hardware
 from megatron_prefix.estimate.adapters import training_flops
 from megatron_prefix.estimate.flops import ForwardFlops
 from megatron_prefix.estimate.known import with_images
 from megatron_prefix.estimate.memory import rank_memory
 from megatron_prefix.estimate.planning import plan_run
+from megatron_prefix.estimate.search import LayoutSearch
 from megatron_prefix.estimate.step_time import step_time
 from megatron_prefix.estimate.vision import KnownVision, with_vision
 from megatron_prefix.testing import write_random_set
@@ -89,6 +91,18 @@ def test_a_run_on_texts_trains_none_of_it(tmp_path):
     plan = plan_run(given)
     frozen = plan["parameters"]["vision tower"] + plan["parameters"]["projector"]
     assert plan["trained_parameters"] == sum(plan["parameters"].values()) - frozen
+
+
+def test_a_search_counts_it(tmp_path):
+    data = write_random_set(tmp_path / "set", 0, 8)
+    given = config(llava_7b(tmp_path / "model"))
+    given = replace(given, data=replace(given.data, train=data))
+    search = LayoutSearch.of_config(given, 8, named_hardware("H100"))
+    assert search.known.vision is not None and search.known.vision.tower > 1e8
+    text = replace(search, known=replace(search.known, vision=None))
+    layout = next(search.candidates())
+    needed = [x._gib(layout, x.rows_of(layout)) for x in (search, text)]
+    assert needed[0] > needed[1] + 0.5, "300 million weights of 2 bytes"
 
 
 def test_operations_of_training():
