@@ -26,7 +26,7 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
 def counted(count: float, name: str) -> str:
     """A number with its noun: 1 pair, 1,200 pairs, 2 processes, 0.5 minutes."""
     number = f"{count:,}" if isinstance(count, Integral) else f"{count:g}"
-    plural = "es" if name.endswith(("s", "ch", "x")) else "s"
+    plural = "es" if name.endswith(("s", "x", "tch")) else "s"
     return f"{number} {name}{'' if count == 1 else plural}"
 
 

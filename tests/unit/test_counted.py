@@ -19,6 +19,7 @@ from megatron_prefix.text import counted
         (1, "process", "1 process"),
         (2, "process", "2 processes"),
         (2, "batch", "2 batches"),
+        (2, "epoch", "2 epochs"),
         (1.0, "minute", "1 minute"),
         (0.15, "minute", "0.15 minutes"),
     ],

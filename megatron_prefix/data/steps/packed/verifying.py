@@ -45,11 +45,12 @@ def _verify_groups(packed: PackedSteps) -> None:
         seen += np.bincount(chunk, minlength=num_groups)
     expected = _expected_counts(packed)
     for group in np.flatnonzero(seen != expected)[:1].tolist():
-        rule = f"in {counted(packed.manifest['settings']['epochs'], 'epoch')}"
         if "sets" in packed.manifest["data"]:
             rule = f"instead of {expected[group]}"
+        else:
+            rule = f"in {counted(packed.manifest['settings']['epochs'], 'epoch')}"
         raise InputError(
-            f"{packed.path}: group {group} occurs {seen[group]} times {rule}: {REMEDY}"
+            f"{packed.path}: group {group} occurs {counted(seen[group], 'time')} {rule}: {REMEDY}"
         )
 
 

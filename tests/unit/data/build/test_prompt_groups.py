@@ -132,7 +132,7 @@ def test_repeated_records_are_counted_and_kept(tmp_path):
     assert len(dataset) == 6
     duplicates = dataset.manifest["report"]["duplicates"]
     assert duplicates == {"num_records": 2, "records": [[2, 0], [5, 0]]}
-    assert "duplicates  2 records repeat" in report.summary()
+    assert "duplicates  2 records with the texts" in report.summary()
     assert "record 2 repeats record 0" in report.summary()
     unpaired = [{"prompt": "p", "completion": "c", "label": bool(i % 2)} for i in range(3)]
     report, _ = build(tmp_path, unpaired)

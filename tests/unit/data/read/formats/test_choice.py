@@ -129,7 +129,7 @@ def test_arena_conversations_and_votes():
         read({**record, **tie})
     with pytest.raises(InputError, match="one must be 1 and the others 0"):
         read({**record, **votes, "winner_model_a": 1})
-    with pytest.raises(InputError, match="'response_b' has 1 turns, but 'prompt' has 2"):
+    with pytest.raises(InputError, match="'response_b' has 1 turn, but 'prompt' has 2"):
         read({**record, **votes, "response_b": ["x"]})
 
 

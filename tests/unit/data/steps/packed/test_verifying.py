@@ -54,7 +54,7 @@ def test_a_sound_plan(folder, capsys, sharing):
     [
         ("groups", 0, 99, "outside the data set"),
         ("groups", 0, -1, "outside the data set"),
-        ("groups", slice(0, 2), 3, " times in 2 epochs"),
+        ("groups", slice(0, 2), 3, " in 2 epochs"),
         ("items", 0, 3, "is not a packing of its groups"),
         ("row_items", 1, 0, "row_items.npy: offsets do not ascend"),
         ("step_groups", 0, 1, "step_groups.npy: offsets do not ascend"),
