@@ -191,6 +191,19 @@ def test_a_full_disk_ends_the_run(dataset, tmp_path, capsys, monkeypatch, place)
     assert complete_steps(root) == [3, 6, 7]
 
 
+def test_a_run_whose_last_save_fails_has_failed(dataset, tmp_path, capsys, monkeypatch):
+    """The save is in flight when the last step is done, and the run is not over before it."""
+
+    def failing(*args):
+        time.sleep(PAUSE_S)
+        no_space()
+
+    monkeypatch.setattr(save_load, "publish", failing)
+    code, message = command(config(tmp_path, dataset, "run", steps=1), capsys)
+    assert code == 1 and "the checkpoint of step 1 could not be written" in message
+    assert message.count("error:") == 1
+
+
 STAGES = [
     ("megatron_prefix.checkpoint.save_load", "make_room"),
     ("megatron_prefix.checkpoint.writing", "save_config"),
