@@ -216,7 +216,7 @@ def _picture_of_part(given: dict[str, Any]) -> Picture:
     place = "a part of type 'image'"
     nested = [name for name in ("image", "image_url") if name in given]
     beside = {name: x for name, x in given.items() if name not in nested}
-    values = [(name, given[name]) for name in nested]
+    values: list[tuple[str, Any]] = [(name, given[name]) for name in nested]
     values += [(name, beside) for name in list(beside)[:1]]
     picture = _picture(values[0][1], place)
     for name, value in values[1:]:
