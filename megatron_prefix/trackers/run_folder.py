@@ -16,8 +16,6 @@ from megatron_prefix.errors import InputError, RunError
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FILE = "wandb.json"
-PROFILE_FILE = "profile.json.gz"
-"""What train.profile records; train/profiling.py writes it."""
 REPORT_FILE = "report.html"
 
 
@@ -27,6 +25,8 @@ class RunFile:
     CONFIG = "config.yaml"
     EXAMPLES = "examples.json"
     """The held-out pairs whose margin is worst."""
+    PROFILE = "profile.json.gz"
+    """What train.profile records; ui.perfetto.dev and chrome://tracing show it."""
     RESUMES = "resumes.json"
     """The steps after which the run was resumed."""
     SAMPLES = "samples.jsonl"
@@ -35,15 +35,8 @@ class RunFile:
 
 
 _OF_A_RUN = (
-    *(
-        RunFile.CONFIG,
-        TENSORBOARD_FOLDER,
-        WANDB_FILE,
-        RunFile.EXAMPLES,
-        RunFile.VERSIONS,
-        REPORT_FILE,
-    ),
-    *(RunFile.SAMPLES, PROFILE_FILE, RunFile.RESUMES),
+    *(TENSORBOARD_FOLDER, WANDB_FILE, REPORT_FILE, RunFile.CONFIG, RunFile.EXAMPLES),
+    *(RunFile.PROFILE, RunFile.RESUMES, RunFile.SAMPLES, RunFile.VERSIONS),
 )
 _PACKAGES = ("megatron-prefix", "megatron-core", "torch", "transformers", "transformer-engine")
 

@@ -13,9 +13,7 @@ import torch
 from megatron_prefix.config import Config
 from megatron_prefix.errors import InputError, RunError
 from megatron_prefix.text import counted
-
-PROFILE_FILE = "profile.json.gz"
-"""In `logging.output`; ui.perfetto.dev and chrome://tracing show it."""
+from megatron_prefix.trackers import RunFile
 
 
 def check_window(config: Config, num_steps: int) -> None:
@@ -75,12 +73,12 @@ class StepProfiler:
     def _write(self) -> None:
         profile, self._profile = self._profile, None
         profile.stop()
-        partial = self._folder / f"partial-{PROFILE_FILE}"
+        partial = self._folder / f"partial-{RunFile.PROFILE}"
         try:
             profile.export_chrome_trace(str(partial))
-            os.replace(partial, self._folder / PROFILE_FILE)
+            os.replace(partial, self._folder / RunFile.PROFILE)
         except OSError as error:
             raise RunError(
-                f"logging.output = {self._folder}: {PROFILE_FILE} could not be written ({error}). "
-                "Free some space, and resume with train.load"
+                f"logging.output = {self._folder}: {RunFile.PROFILE} could not be written "
+                f"({error}). Free some space, and resume with train.load"
             ) from error

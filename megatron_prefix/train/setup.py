@@ -15,6 +15,7 @@ from megatron_prefix.checkpoint import (
     resolve_starting_model,
 )
 from megatron_prefix.config import Config
+from megatron_prefix.config.lora import LoraConfig
 from megatron_prefix.data.steps import Sampler
 from megatron_prefix.data.steps.packed import PackedSteps
 from megatron_prefix.data.store import PreferenceDataset, check_one_vocabulary
@@ -78,8 +79,7 @@ def prepare_trainer(
     chunks = build_model(model_config, world)
     world.beat("the initial weights")
     adapter = initial.load(chunks)
-    has_reference = objective.reference != "none"
-    fingerprint = reference_fingerprint(chunks, adapter) if has_reference else None
+    fingerprint = None if objective.reference == "none" else reference_fingerprint(chunks, adapter)
     reference = open_reference(
         objective,
         config,
@@ -92,8 +92,8 @@ def prepare_trainer(
         valid=[held_out.dataset for held_out in valid_samplers.values()],
         has_own_rows=joint is not None,
     )
-    if not reference.starts_policy and world.is_main:
-        print(_unknown_start(config), flush=True)
+    if not reference.starts_policy:
+        _print_unknown_start(config, world)
     policy = build_policy(chunks, model_config, config, num_steps)
     if config.train.save:
         policy.refuse_idle_ranks(world)
@@ -101,11 +101,8 @@ def prepare_trainer(
     identity |= vision_identity(model_config)
     schedule = run_schedule(config, num_steps)
     step, changes, saved = _resumed(config, policy, reference, identity, schedule, adapter, world)
-    if world.is_main:
-        _print_machine(model_config, world)
-        _print_start(config, initial, step, changes)
-    resolved = replace(_resolved(config, objective), lora=initial.lora)
-    trackers = _started_trackers(resolved, num_steps, step, world)
+    _print_start(config, initial, model_config, step, changes, world)
+    trackers = _started_trackers(_resolved(config, objective, initial.lora), num_steps, step, world)
     if samples is not None:
         samples.open(step)
     return Trainer(
@@ -217,14 +214,14 @@ def _resumed(
     return step, changes, saved
 
 
-def _resolved(config: Config, objective: Objective) -> Config:
-    """`config` with every setting that the objective uses written out."""
+def _resolved(config: Config, objective: Objective, lora: LoraConfig | None) -> Config:
+    """`config` with every setting that the objective uses written out, and the resolved `lora`."""
     options = {name: x for name, x in objective.options.items() if x is not False}
     weighting = objective.weighting if objective.weighs_pairs else None
     if objective.mixture is not None:
         options |= objective.mixture.settings()
     loss = replace(config.loss, **options, reference=objective.reference, weighting=weighting)
-    return replace(config, loss=loss)
+    return replace(config, loss=loss, lora=lora)
 
 
 def make_outputs(config: Config, world: World) -> dict[str, str]:
@@ -274,20 +271,28 @@ def _print_steps(
         print(note, flush=True)
 
 
-def _unknown_start(config: Config) -> str:
-    return (
-        f"the anchor {config.loss.reference_anchor} is not the policy's initial model: the first "
-        "step has no known loss and is not checked"
-    )
+def _print_unknown_start(config: Config, world: World) -> None:
+    if world.is_main:
+        print(
+            f"the anchor {config.loss.reference_anchor} is not the policy's initial model: the "
+            "first step has no known loss and is not checked",
+            flush=True,
+        )
 
 
-def _print_machine(model_config: TreeTransformerConfig, world: World) -> None:
+def _print_start(
+    config: Config,
+    initial: StartingModel,
+    model_config: TreeTransformerConfig,
+    step: int,
+    changes: list[str],
+    world: World,
+) -> None:
+    if not world.is_main:
+        return
     is_on_cuda = world.device.type == "cuda"
     for line in machine_notes(model_config, is_on_cuda, transformer_engine_version()):
         print(line, flush=True)
-
-
-def _print_start(config: Config, initial: StartingModel, step: int, changes: list[str]) -> None:
     load, note = config.train.load, initial.note(config.train.seed)
     if note is not None and not step:
         print(note, flush=True)

@@ -191,7 +191,7 @@ GROUPS = [
 def expanded(
     tokens: list[int], lengths: Sequence[int], family: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens with placeholders, and (first token, picture) of each image. Qwen's stand between two
+    """Tokens with placeholders, and (first token, picture) of each image. Qwen's are between two
     marks, as its chat template has them."""
     out: list[int] = []
     places: list[tuple[int, int]] = []

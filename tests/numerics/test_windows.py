@@ -119,7 +119,7 @@ def test_dense_sees_what_a_walk_sees(seed, window):
 
 
 def test_a_window_counted_in_tokens_of_the_row_is_wrong():
-    """The negative control: siblings stand between a response and its prompt in the row."""
+    """The negative control: siblings lie between a response and its prompt in the row."""
     layout = TreeLayout.from_parents([6, 4, 5], [-1, 0, 0])
     q, k, v, grad = random_heads(layout.num_tokens)
     rows = torch.arange(layout.num_tokens)
